@@ -1,0 +1,36 @@
+# Two commands for a new user: `make demo` and `make test`. Needs Python >= 3.11 and make, nothing else.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PRESET ?= digits-vit
+# torch is named in the same pip command as the rest: an open range would pull gigabytes of CUDA packages.
+PIN := -c constraints.txt torch==2.13.0
+
+.PHONY: demo test lint types slow gpu clean
+
+$(VENV)/demo.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIN) -e ".[demo]"
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIN) -e ".[dev]"
+	touch $@ $(VENV)/demo.stamp
+
+demo: $(VENV)/demo.stamp
+	$(RUN) recipes/pipeline.py recipes/$(PRESET)/pipeline.yaml
+
+test: $(VENV)/dev.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest
+
+slow: $(VENV)/dev.stamp
+	$(RUN) -m pytest -m slow
+
+gpu: $(VENV)/dev.stamp
+	$(RUN) -m pytest -m gpu
+
+clean:
+	rm -rf runs .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist *.egg-info

@@ -1,0 +1,39 @@
+"""Typed errors. Each message says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+
+class ImmunizeError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class DataError(ImmunizeError, ValueError):
+    """A dataset, batch or label set that cannot be used as given."""
+
+
+class ConfigError(ImmunizeError, ValueError):
+    """An option whose value is unknown or contradicts another option."""
+
+
+class ModelError(ImmunizeError, ValueError):
+    """A model without the part that was asked for (a linear head, a module name, a base)."""
+
+
+class CaptureError(ImmunizeError, RuntimeError):
+    """A feature hook that caught nothing, or more than one thing."""
+
+
+class SpectrumError(ImmunizeError, ValueError):
+    """A matrix whose spectrum is not defined: empty, not finite, or zero."""
+
+
+class RecordError(ImmunizeError, ValueError):
+    """A file on disk that is missing, truncated, tampered with, or of an unknown schema."""
+
+
+class IncompleteExamError(ImmunizeError, RuntimeError):
+    """A certificate was asked for before its exam was sat."""
+
+
+class RunMismatchError(ImmunizeError, RuntimeError):
+    """An output folder that already holds a different run."""

@@ -1,0 +1,24 @@
+"""Numerics of the package: dtype, rank floors, eigen-solvers and their gradients. Imports torch only."""
+
+from hf_immunize.linalg.ridge import r_squared, ridge_weights, spectral_adversary, spectral_steps
+from hf_immunize.linalg.spectrum import (
+    Spectrum,
+    SpectrumStatus,
+    check_features,
+    second_moment_spectrum,
+    singular_value_floor,
+    to_double,
+)
+
+__all__ = [
+    "Spectrum",
+    "SpectrumStatus",
+    "check_features",
+    "r_squared",
+    "ridge_weights",
+    "second_moment_spectrum",
+    "singular_value_floor",
+    "spectral_adversary",
+    "spectral_steps",
+    "to_double",
+]

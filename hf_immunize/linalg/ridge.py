@@ -1,0 +1,118 @@
+"""Closed-form ridge probe and its held-out R², differentiable in the features.
+
+Shape legend: N rows (samples), D columns (feature width), C label columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.spectrum import check_features, singular_value_floor, to_double
+
+
+def ridge_weights(phi_ND: Tensor, labels_NC: Tensor, penalty: Tensor) -> Tensor:
+    """Minimiser W (D×C) of ‖ΦW − Y‖² + penalty·‖W‖², by a Cholesky solve on the smaller of the N×N and D×D sides.
+
+    Inputs are float64 and already centred. ``penalty`` is a positive zero-dimensional tensor.
+    """
+    rows, width = phi_ND.shape
+    side = min(rows, width)
+    shift = penalty * torch.eye(side, dtype=phi_ND.dtype, device=phi_ND.device)
+    if rows <= width:
+        return phi_ND.T @ torch.cholesky_solve(labels_NC, torch.linalg.cholesky(phi_ND @ phi_ND.T + shift))
+    return torch.cholesky_solve(phi_ND.T @ labels_NC, torch.linalg.cholesky(phi_ND.T @ phi_ND + shift))
+
+
+def r_squared(residual_NC: Tensor, labels_NC: Tensor) -> Tensor:
+    """1 − ‖residual‖²/‖Y‖² with Y centred by the support mean: 0 for a probe that answers the mean, 1 for a perfect one."""
+    return 1 - residual_NC.square().sum() / labels_NC.square().sum()
+
+
+def spectral_adversary(
+    support_ND: Tensor, support_labels_NC: Tensor, query_MD: Tensor, query_labels_MC: Tensor, horizon: float
+) -> tuple[Tensor, Tensor]:
+    """A_t of THEORY section 7: held-out and support R² of a ridge probe with λ = σ₁(ΦᵀΦ)/t.
+
+    ``horizon`` t is in gradient-descent steps at rate 1/σ₁: the probe fits about what that many steps would. Features
+    and labels are centred by support means; σ₁ is detached, so the defender cannot win by rescaling. λ never falls
+    below the square of the features' own rounding noise: features collapsed to one point give R² = 0, not a
+    singular solve.
+
+    Returns:
+        (held-out R², support R²), zero-dimensional float64, differentiable in both feature tensors.
+
+    Raises:
+        SpectrumError: fewer than two support rows, widths that differ, or a horizon that is not positive.
+    """
+    for features in (support_ND, query_MD):
+        check_features(features)
+    if support_ND.shape[0] < 2 or support_ND.shape[1] != query_MD.shape[1]:
+        raise SpectrumError(
+            f"expected at least two support rows and one width for support and query, got {tuple(support_ND.shape)} "
+            f"and {tuple(query_MD.shape)}: raise the harmful batch size."
+        )
+    if not horizon > 0:
+        raise SpectrumError(f"expected a positive horizon in gradient-descent steps, got {horizon}.")
+    support, query = to_double(support_ND), to_double(query_MD)
+    labels, query_labels = support_labels_NC.to(support), query_labels_MC.to(support)
+    phi_mean, label_mean = support.mean(dim=0, keepdim=True), labels.mean(dim=0, keepdim=True)
+    raw_norm = torch.linalg.vector_norm(support.detach())
+    support, query = support - phi_mean, query - phi_mean
+    labels, query_labels = labels - label_mean, query_labels - label_mean
+    rows, width = support.shape
+    noise = singular_value_floor(raw_norm, raw_norm, rows, width, support_ND.dtype)
+    small = support.detach()
+    gram = small @ small.T if rows <= width else small.T @ small
+    sigma_1 = torch.linalg.eigvalsh(gram)[-1].clamp(min=0)
+    # tiny: features that are exactly zero everywhere have no noise either, and must still solve (to weights of zero).
+    penalty = torch.maximum(sigma_1 / horizon, noise.square()).clamp(min=torch.finfo(support.dtype).tiny)
+    weights = ridge_weights(support, labels, penalty)
+    return r_squared(query_labels - query @ weights, query_labels), r_squared(labels - support @ weights, labels)
+
+
+def spectral_steps(features_ND: Tensor, labels_NC: Tensor, tolerance: float) -> float:
+    """T_ε of THEORY section 7: gradient-descent steps at rate 1/σ₁ until the probe's residual falls below ε.
+
+    Solves Σ_i (1 − σ_i/σ₁)^{2t} ‖u_iᵀY‖² = ε·‖Y‖² for t ≥ 0 on centred features and labels, with one
+    eigen-decomposition. Returns ``inf`` when the labels have more than ε of their norm outside the range of the
+    features (singular values below the features' own rounding noise do not count).
+
+    Args:
+        features_ND: N×D features.
+        labels_NC: N×C labels (one-hot or regression targets).
+        tolerance: ε, relative to the centred labels' squared norm, in (0, 1).
+
+    Raises:
+        SpectrumError: labels that are constant, or a tolerance outside (0, 1).
+    """
+    check_features(features_ND)
+    if not 0 < tolerance < 1:
+        raise SpectrumError(f"expected a tolerance between 0 and 1, got {tolerance}.")
+    raw = to_double(features_ND.detach())
+    phi, labels = raw - raw.mean(dim=0), labels_NC.to(raw) - labels_NC.to(raw).mean(dim=0)
+    total = labels.square().sum()
+    if not total > 0:
+        raise SpectrumError("expected labels of at least two values, got constant labels: nothing is to be learned.")
+    left, sigma, _ = torch.linalg.svd(phi, full_matrices=False)
+    raw_norm = torch.linalg.vector_norm(raw)
+    floor = singular_value_floor(raw_norm, raw_norm, *phi.shape, features_ND.dtype)
+    kept = sigma > floor
+    energy = (left.T @ labels).square().sum(dim=1) / total
+    unreachable = 1 - energy[kept].sum()
+    if not unreachable < tolerance:
+        return float("inf")
+    # log1p keeps (1 - x)^(2t) exact for the tiny x of an ill-conditioned spectrum.
+    rate = torch.log1p(-(sigma[kept] / sigma[0]).square().clamp(max=1 - torch.finfo(raw.dtype).eps))
+
+    def residual(steps: float) -> float:
+        return float((energy[kept] * torch.exp(2 * steps * rate)).sum() + unreachable)
+
+    low, high = 0.0, 1.0
+    while residual(high) > tolerance:
+        low, high = high, high * 2
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if residual(middle) > tolerance else (low, middle)
+    return high

@@ -1,0 +1,33 @@
+"""Everything that is written to disk, and how it is written: atomically, strictly, with provenance."""
+
+from hf_immunize.records.base import SCHEMA_VERSION, Part, Record
+from hf_immunize.records.certificate import Cell, Certificate, FamilyVerdict, Interval, Side, Utility, VerdictName
+from hf_immunize.records.files import atomic_write, sha256_file, weight_files
+from hf_immunize.records.immunization import ImmunizationRecord, UtilityGuardRecord
+from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint, Provenance
+from hf_immunize.records.spectrum import SpectrumRecord
+from hf_immunize.records.trace import AttackTrace, Evaluation
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "AttackTrace",
+    "Cell",
+    "Certificate",
+    "DatasetFingerprint",
+    "Evaluation",
+    "FamilyVerdict",
+    "ImmunizationRecord",
+    "Interval",
+    "ModelFingerprint",
+    "Part",
+    "Provenance",
+    "Record",
+    "Side",
+    "SpectrumRecord",
+    "Utility",
+    "UtilityGuardRecord",
+    "VerdictName",
+    "atomic_write",
+    "sha256_file",
+    "weight_files",
+]

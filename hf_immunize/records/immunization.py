@@ -1,0 +1,44 @@
+"""How an immunized model was made."""
+
+from __future__ import annotations
+
+from pydantic import JsonValue
+
+from hf_immunize.records.base import Part, Record
+from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint, Provenance
+from hf_immunize.records.spectrum import SpectrumRecord
+
+
+class UtilityGuardRecord(Part):
+    """What the guard on the primary metric saw and did. All in points of the metric, on the guard's split."""
+
+    metric: str
+    base: float
+    final: float
+    drop: float
+    allowed: float | None
+    """``max_primary_drop``; null when there was no guard."""
+    held: bool | None
+    """Whether the returned weights are within the allowance; null when there was no guard."""
+    returned_step: int
+    """Optimizer step whose weights were returned."""
+    history: list[dict[str, float]]
+
+
+class ImmunizationRecord(Record):
+    """Config used, spectra before and after, data and versions of one immunization run."""
+
+    model: ModelFingerprint
+    base: ModelFingerprint
+    config: dict[str, JsonValue]
+    """Every training argument, paths and tokens left out."""
+    fingerprint: str
+    """SHA-256 over config, base weights and data: two runs with the same one are the same run."""
+    seeds: dict[str, int]
+    data: list[DatasetFingerprint]
+    spectra: dict[str, list[SpectrumRecord]]
+    """``base`` and ``immunized`` → training-split spectra of both tasks."""
+    guard: UtilityGuardRecord
+    steps: int
+    seconds: float
+    provenance: Provenance

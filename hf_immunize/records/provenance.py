@@ -1,0 +1,92 @@
+"""Where a record came from: versions, git revision, and content fingerprints of data and weights."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from hf_immunize.records.base import Part
+from hf_immunize.records.files import sha256_file, weight_files
+
+_PACKAGES = ("hf_immunize", "torch", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy", "safetensors")
+
+
+class Provenance(Part):
+    """What produced a record. Holds no paths, host names or user names."""
+
+    created: str
+    """UTC date and time, ISO 8601."""
+    python: str
+    versions: dict[str, str]
+    git_revision: str | None
+    """Commit of the working tree the code ran from; null for an installed wheel."""
+    git_dirty: bool | None
+    device: str
+
+    @classmethod
+    def here(cls, device: str = "cpu") -> Provenance:
+        """Describe the running process."""
+        versions = {}
+        for package in _PACKAGES:
+            try:
+                versions[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        revision, dirty = _git_state(Path(__file__).parent)
+        now = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+        return cls(
+            created=now.isoformat(),
+            python=platform.python_version(),
+            versions=versions,
+            git_revision=revision,
+            git_dirty=dirty,
+            device=device,
+        )
+
+
+def _git_state(folder: Path) -> tuple[str | None, bool | None]:
+    """Commit and dirtiness of the checkout that holds ``folder``; None twice where it is no checkout of ours."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not git("ls-files", "--", "provenance.py"):  # site-packages inside somebody else's checkout is not ours
+        return None, None
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD"), None if status is None else bool(status)
+
+
+class DatasetFingerprint(Part):
+    """Identity of a data split by content: equal digests mean the same rows in the same order."""
+
+    source: str
+    """Hub id or a short description; never a local path."""
+    role: str
+    rows: int
+    classes: dict[str, int]
+    """Rows per label name."""
+    sha256: str
+    """SHA-256 over the row digests in order."""
+
+
+class ModelFingerprint(Part):
+    """Identity of a saved model: its architecture, parameter count and the SHA-256 of each weight file."""
+
+    name: str
+    architecture: str
+    parameters: int
+    weights: dict[str, str]
+
+    @classmethod
+    def of_folder(cls, folder: str | Path, *, name: str, architecture: str, parameters: int) -> ModelFingerprint:
+        """Hash every safetensors file of ``folder``. Raises RecordError when there is none."""
+        root = Path(folder)
+        weights = {path.relative_to(root).as_posix(): sha256_file(path) for path in weight_files(root)}
+        return cls(name=name, architecture=architecture, parameters=parameters, weights=weights)

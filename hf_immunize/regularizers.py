@@ -1,0 +1,86 @@
+"""Condition-number regularizers and the closed-form adversary: a spectrum or rows in, one float64 scalar out.
+
+None of them knows which task is harmful, what its weight is, or that a trainer exists.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg import Spectrum, spectral_adversary
+
+
+def well_conditioned(spectrum: Spectrum) -> Tensor:
+    """R_well(M) = ½‖M‖₂² − ‖M‖_F²/(2p), p the feature width; zero iff all p eigenvalues are equal. Lowers κ.
+
+    Nenov et al. 2024; Zheng et al. 2025, eq. 6. Scale: multiplying features by s multiplies it by s⁴ (M is a second
+    moment); the batch size does not enter.
+    """
+    return 0.5 * spectrum.largest.square() - spectrum.frobenius_squared / (2 * spectrum.width)
+
+
+def ill_conditioned(spectrum: Spectrum) -> Tensor:
+    """R_ill(M) = 1 / (‖M‖_F²/(2k) − ½λ_k²), k the numerical rank. Minimising it raises κ.
+
+    Zheng et al. 2025, eq. 9; 1/log κ(M) ≤ λ_max² R_ill(M). Scale: multiplying features by s multiplies it by s⁻⁴.
+    A perfectly conditioned M gives ``inf`` with a zero gradient: every direction is as good as any other there.
+    """
+    gap = spectrum.frobenius_squared / (2 * spectrum.rank) - 0.5 * spectrum.smallest.square()
+    perfect = ~(gap > 0)
+    value = torch.where(perfect, torch.ones_like(gap), gap).reciprocal()
+    infinite = torch.where(torch.isfinite(gap), torch.full_like(gap, torch.inf), gap)
+    return torch.where(perfect, infinite, value)
+
+
+def log_condition(spectrum: Spectrum) -> Tensor:
+    """log κ(M) over the nonzero spectrum: the "Opt κ" baseline, in log form so that its gradient is scale-free."""
+    return spectrum.log_condition
+
+
+def closed_form_adversary(
+    features_ND: Tensor, labels_N: Tensor, *, horizon: float, memorization: float = 0.0
+) -> Tensor:
+    """relu(A_t) + memorization·relu(support R²) of THEORY section 7, averaged over both roles of the two halves.
+
+    The rows are split by alternating within each class, so that support and query hold the same classes; classes
+    with one row are left out. ``horizon`` t is in gradient-descent steps at rate 1/σ₁. Scale-free in the features.
+
+    Args:
+        features_ND: N×D features of harmful rows.
+        labels_N: N integer class labels.
+        horizon: t > 0. Choose it so that A_t starts above 0: below, relu gives no gradient.
+        memorization: weight of the same R² measured on the support rows themselves.
+
+    Raises:
+        SpectrumError: fewer than two classes with at least two rows each.
+    """
+    support, query = alternate_within_classes(labels_N)
+    targets = torch.nn.functional.one_hot(labels_N.long(), int(labels_N.max()) + 1)
+    total = features_ND.new_zeros((), dtype=torch.float64)
+    for learn, judge in ((support, query), (query, support)):
+        held_out, seen = spectral_adversary(
+            features_ND[learn], targets[learn], features_ND[judge], targets[judge], horizon
+        )
+        total = total + torch.relu(held_out) + memorization * torch.relu(seen)
+    return total / 2
+
+
+def alternate_within_classes(labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Row indices of two halves that hold each class equally often (an odd row of a class is dropped).
+
+    Raises:
+        SpectrumError: fewer than two classes with at least two rows each.
+    """
+    order = torch.argsort(labels_N, stable=True)
+    _, counts = torch.unique_consecutive(labels_N[order], return_counts=True)
+    start = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    place = torch.arange(len(order), device=order.device) - start
+    paired = place < torch.repeat_interleave(counts - counts % 2, counts)
+    if int((counts >= 2).sum()) < 2:
+        raise SpectrumError(
+            f"expected at least two classes with two rows each in a harmful batch, got class counts {counts.tolist()}: "
+            "raise per_device_harmful_batch_size or lower harmful_classes_per_batch."
+        )
+    return order[paired & (place % 2 == 0)], order[paired & (place % 2 == 1)]
