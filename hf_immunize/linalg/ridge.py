@@ -26,7 +26,7 @@ def ridge_weights(phi_ND: Tensor, labels_NC: Tensor, penalty: Tensor) -> Tensor:
 
 
 def r_squared(residual_NC: Tensor, labels_NC: Tensor) -> Tensor:
-    """1 − ‖residual‖²/‖Y‖² with Y centred by the support mean: 0 for a probe that answers the mean, 1 for a perfect one."""
+    """1 − ‖residual‖²/‖Y‖² with Y centred by the support mean: 0 for a constant answer, 1 for a perfect one."""
     return 1 - residual_NC.square().sum() / labels_NC.square().sum()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_immunize.errors import SpectrumError
 
 
-class SpectrumStatus(str, enum.Enum):
+class SpectrumStatus(enum.StrEnum):
     """Health of a spectrum; ``advice`` says what to do about it."""
 
     OK = "ok"

@@ -11,7 +11,9 @@ from pathlib import Path
 from hf_immunize.records.base import Part
 from hf_immunize.records.files import sha256_file, weight_files
 
-_PACKAGES = ("hf_immunize", "torch", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy", "safetensors")
+_PACKAGES = (
+    "hf_immunize", "torch", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy", "safetensors"
+)
 
 
 class Provenance(Part):

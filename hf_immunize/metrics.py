@@ -1,0 +1,1 @@
+"""Measures of an attack, as pure functions on records."""
