@@ -97,7 +97,7 @@ def spectral_steps(features_ND: Tensor, labels_NC: Tensor, tolerance: float) -> 
         raise SpectrumError("expected labels of at least two values, got constant labels: nothing is to be learned.")
     left, sigma, _ = torch.linalg.svd(phi, full_matrices=False)
     raw_norm = torch.linalg.vector_norm(raw)
-    floor = singular_value_floor(raw_norm, raw_norm, *phi.shape, features_ND.dtype)
+    floor = singular_value_floor(raw_norm, raw_norm, phi.shape[0], phi.shape[1], features_ND.dtype)
     kept = sigma > floor
     energy = (left.T @ labels).square().sum(dim=1) / total
     unreachable = 1 - energy[kept].sum()

@@ -59,7 +59,7 @@ class Spectrum:
     @property
     def log_condition(self) -> Tensor:
         """log κ(M) = log λ_max − log λ_min over the nonzero spectrum; NaN when the spectrum is zero or not finite."""
-        return self.largest.log() - self.smallest.log()
+        return torch.log(self.largest) - torch.log(self.smallest)
 
     @property
     def status(self) -> SpectrumStatus:
@@ -86,7 +86,8 @@ class Spectrum:
     def effective_rank(self) -> Tensor:
         """exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007); between 1 and ``rank``."""
         share = self.eigenvalues.clamp(min=0) / self.eigenvalues.sum()
-        return torch.special.entr(share).sum().exp()
+        entropy: Tensor = torch.special.entr(share).sum()
+        return entropy.exp()
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -201,5 +202,6 @@ def second_moment_spectrum(
     if centered:
         mean_1D = phi.mean(dim=0, keepdim=True)
         phi, mean_squared = phi - mean_1D, rows * mean_1D.detach().square().sum()
-    largest, smallest, frobenius_squared, rank, values = _ExtremeEigenvalues.apply(phi, mean_squared, dtype, by_svd)
+    outputs = _ExtremeEigenvalues.apply(phi, mean_squared, dtype, by_svd)  # type: ignore[no-untyped-call]
+    largest, smallest, frobenius_squared, rank, values = outputs
     return Spectrum(largest, smallest, frobenius_squared, rank, values, rows, width)

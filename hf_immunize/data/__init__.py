@@ -1,0 +1,26 @@
+"""Data of both tasks: sources, content-hash splits, pixels, fingerprints, and the harmful stream."""
+
+from hf_immunize.data.fingerprint import fingerprint
+from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
+from hf_immunize.data.sources import describe_source, load_source
+from hf_immunize.data.splits import HARMFUL_SPLITS, PRIMARY_SPLITS, parse_fractions, select_classes, split_by_content
+from hf_immunize.data.streams import StepBatchSampler
+from hf_immunize.data.tasks import Task, TaskArguments, batches
+
+__all__ = [
+    "HARMFUL_SPLITS",
+    "PRIMARY_SPLITS",
+    "PixelDataset",
+    "StepBatchSampler",
+    "Task",
+    "TaskArguments",
+    "batches",
+    "collate_pixels",
+    "describe_source",
+    "fingerprint",
+    "load_source",
+    "parse_fractions",
+    "preprocess",
+    "select_classes",
+    "split_by_content",
+]

@@ -1,0 +1,31 @@
+"""Content digests of rows and splits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from hf_immunize.data.pixels import PixelDataset
+from hf_immunize.records import DatasetFingerprint
+
+
+def digest_pixels(pixels: Any) -> bytes:
+    """SHA-256 over the shape, dtype and values of one array-like image."""
+    array = np.ascontiguousarray(pixels)
+    digest = hashlib.sha256(f"{array.shape}{array.dtype}".encode())
+    digest.update(array.tobytes())
+    return digest.digest()
+
+
+def fingerprint(dataset: PixelDataset, *, source: str, role: str) -> DatasetFingerprint:
+    """Fingerprint of a split: digests of every row's pixels and label, in order."""
+    digest = hashlib.sha256()
+    for pixels, label in zip(dataset.pixel_values.numpy(), dataset.labels.tolist(), strict=True):
+        digest.update(digest_pixels(pixels))
+        digest.update(str(label).encode())
+    counts = Counter(dataset.labels.tolist())
+    classes = {name: counts.get(label, 0) for label, name in enumerate(dataset.label_names)}
+    return DatasetFingerprint(source=source, role=role, rows=len(dataset), classes=classes, sha256=digest.hexdigest())
