@@ -1,0 +1,59 @@
+"""The door of this room: folders of records in, one HTML file out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from hf_immunize.records import atomic_write
+from hf_immunize.report import view
+from hf_immunize.report.evidence import read_evidence
+from hf_immunize.report.text import clean
+
+_JOINTS = re.compile(r"([_/.])(?=\w)")
+
+
+def render_report(folders: Sequence[Path], base: Path, output: Path) -> Path:
+    """Write one self-contained page that compares ``base`` with the immunized models in ``folders``.
+
+    Each folder holds ``certificate.json``, the traces it certifies below ``traces/`` and, where the model was made by
+    this package, ``immunization.json``. The page asks nothing of the network and runs no script.
+
+    Args:
+        folders: immunized models, in the order of the columns.
+        base: the base model's folder; its weights must be those the certificates name as control.
+        output: the file to write; replaced atomically.
+
+    Raises:
+        RecordError: a record is missing, changed, or about another base or other data than its neighbours.
+    """
+    context = view.page(read_evidence(folders, base))
+    return atomic_write(output, _environment().get_template("page.html.jinja").render(**context))
+
+
+def _environment() -> Environment:
+    """Autoescape on; invisible and control characters removed from every plain string."""
+
+    def plain(value: Any) -> Any:
+        return value if hasattr(value, "__html__") or not isinstance(value, str) else clean(value)
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=plain,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["soft"] = soft
+    return environment
+
+
+def soft(name: str) -> Markup:
+    """A name that may break after its underscores, slashes and dots where a column is narrow."""
+    return Markup(_JOINTS.sub(r"\1<wbr>", str(escape(clean(name)))))
