@@ -37,3 +37,7 @@ class IncompleteExamError(ImmunizeError, RuntimeError):
 
 class RunMismatchError(ImmunizeError, RuntimeError):
     """An output folder that already holds a different run."""
+
+
+class TrainingDivergedError(ImmunizeError, RuntimeError):
+    """A loss or a spectrum that stopped being finite during training."""

@@ -40,7 +40,12 @@ def log_condition(spectrum: Spectrum) -> Tensor:
 
 
 def closed_form_adversary(
-    features_ND: Tensor, labels_N: Tensor, *, horizon: float, memorization: float = 0.0
+    features_ND: Tensor,
+    labels_N: Tensor,
+    *,
+    horizon: float,
+    memorization: float = 0.0,
+    feature_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """relu(A_t) + memorization·relu(support R²) of THEORY section 7, averaged over both roles of the two halves.
 
@@ -52,6 +57,7 @@ def closed_form_adversary(
         labels_N: N integer class labels.
         horizon: t > 0. Choose it so that A_t starts above 0: below, relu gives no gradient.
         memorization: weight of the same R² measured on the support rows themselves.
+        feature_dtype: dtype the features were computed in, if they have since been cast; floors the ridge.
 
     Raises:
         SpectrumError: fewer than two classes with at least two rows each.
@@ -61,7 +67,7 @@ def closed_form_adversary(
     total = features_ND.new_zeros((), dtype=torch.float64)
     for learn, judge in ((support, query), (query, support)):
         held_out, seen = spectral_adversary(
-            features_ND[learn], targets[learn], features_ND[judge], targets[judge], horizon
+            features_ND[learn], targets[learn], features_ND[judge], targets[judge], horizon, feature_dtype
         )
         total = total + torch.relu(held_out) + memorization * torch.relu(seen)
     return total / 2

@@ -1,6 +1,7 @@
 """Data of both tasks: sources, content-hash splits, pixels, fingerprints, and the harmful stream."""
 
 from hf_immunize.data.fingerprint import fingerprint
+from hf_immunize.data.labels import check_label_range, check_sample, labels_of
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import HARMFUL_SPLITS, PRIMARY_SPLITS, parse_fractions, select_classes, split_by_content
@@ -15,9 +16,12 @@ __all__ = [
     "Task",
     "TaskArguments",
     "batches",
+    "check_label_range",
+    "check_sample",
     "collate_pixels",
     "describe_source",
     "fingerprint",
+    "labels_of",
     "load_source",
     "parse_fractions",
     "preprocess",

@@ -62,26 +62,32 @@ class PixelDataset(Dataset):
 
 
 def collate_pixels(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack rows of ``{"pixel_values", "labels"}``.
+    """Stack rows of ``{"pixel_values", "labels"}`` (``label`` is accepted for ``labels``).
 
     Raises:
-        DataError: a row without one of the two columns, or images of different sizes.
+        DataError: a row without one of the two columns, images of different sizes, or NaN or infinite pixels.
     """
-    for column in ("pixel_values", "labels"):
+    label = "label" if "label" in rows[0] else "labels"
+    for column in ("pixel_values", label):
         if column not in rows[0]:
             raise DataError(
                 f"expected a '{column}' column, got {sorted(rows[0])}: preprocess images to 'pixel_values' and name "
                 "the label column 'labels'."
             )
-    shapes = {tuple(torch.as_tensor(row["pixel_values"]).shape) for row in rows}
+    images = [torch.as_tensor(row["pixel_values"]) for row in rows]
+    shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise DataError(
             f"expected images of one size in a batch, got {sorted(shapes)}: let the image processor resize them."
         )
-    return {
-        "pixel_values": torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows]),
-        "labels": torch.as_tensor([int(row["labels"]) for row in rows]),
-    }
+    pixels = torch.stack(images)
+    if not bool(torch.isfinite(pixels).all()):
+        place = int((~torch.isfinite(pixels)).flatten(1).any(dim=1).nonzero()[0])
+        raise DataError(
+            f"expected finite pixels, got NaN or infinity in image {place} of a batch: remove the image, or check the "
+            "image processor's mean and standard deviation."
+        )
+    return {"pixel_values": pixels, "labels": torch.as_tensor([int(row[label]) for row in rows])}
 
 
 def preprocess(

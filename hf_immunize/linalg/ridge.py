@@ -31,7 +31,12 @@ def r_squared(residual_NC: Tensor, labels_NC: Tensor) -> Tensor:
 
 
 def spectral_adversary(
-    support_ND: Tensor, support_labels_NC: Tensor, query_MD: Tensor, query_labels_MC: Tensor, horizon: float
+    support_ND: Tensor,
+    support_labels_NC: Tensor,
+    query_MD: Tensor,
+    query_labels_MC: Tensor,
+    horizon: float,
+    feature_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A_t of THEORY section 7: held-out and support R² of a ridge probe with λ = σ₁(ΦᵀΦ)/t.
 
@@ -62,7 +67,7 @@ def spectral_adversary(
     support, query = support - phi_mean, query - phi_mean
     labels, query_labels = labels - label_mean, query_labels - label_mean
     rows, width = support.shape
-    noise = singular_value_floor(raw_norm, raw_norm, rows, width, support_ND.dtype)
+    noise = singular_value_floor(raw_norm, raw_norm, rows, width, feature_dtype or support_ND.dtype)
     small = support.detach()
     gram = small @ small.T if rows <= width else small.T @ small
     sigma_1 = torch.linalg.eigvalsh(gram)[-1].clamp(min=0)

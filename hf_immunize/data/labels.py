@@ -1,0 +1,58 @@
+"""Labels of any map-style dataset, checked before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_immunize.errors import DataError
+
+
+def labels_of(dataset: Any, name: str) -> list[int]:
+    """Integer labels of every row: from a ``labels`` attribute, a label column, or by reading each row once.
+
+    Raises:
+        DataError: an empty dataset, no label column, or labels that are not integers.
+    """
+    if len(dataset) == 0:
+        raise DataError(f"expected at least one row in {name}, got an empty dataset: check its split and filter.")
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(getattr(dataset, "labels", None), torch.Tensor):
+        found: Sequence[Any] = dataset.labels.tolist()
+    elif columns is not None and {"labels", "label"} & set(columns):
+        found = dataset["labels" if "labels" in columns else "label"][:]
+    else:
+        keys = sorted(dataset[0]) if isinstance(dataset[0], dict) else type(dataset[0]).__name__
+        key = next((column for column in ("labels", "label") if column in keys), None)
+        if key is None:
+            raise DataError(f"expected a 'labels' column in {name}, got {keys}: rename the label column to 'labels'.")
+        found = [dataset[row][key] for row in range(len(dataset))]
+    try:
+        return [int(label) for label in found]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"expected one integer label per row in {name}, got {found[0]!r} in row 0: {error}.") from error
+
+
+def check_label_range(labels: Sequence[int], classes: int, name: str) -> None:
+    """Raise DataError when a label is outside 0..classes-1, or when fewer than two classes are asked for."""
+    if classes < 2:
+        raise DataError(f"expected at least two classes in {name}, got {classes}: a classifier needs a choice.")
+    for row, label in enumerate(labels):
+        if not 0 <= label < classes:
+            raise DataError(
+                f"expected labels in 0..{classes - 1} in {name}, got {label} in row {row}: fix the label column or the "
+                "model's num_labels."
+            )
+
+
+def check_sample(dataset: Any, name: str) -> torch.Size:
+    """Shape of the first row's ``pixel_values``. Raises DataError when the row has no such column."""
+    row = dataset[0]
+    if not isinstance(row, dict) or "pixel_values" not in row:
+        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"expected a 'pixel_values' column in {name}, got {keys}: preprocess the images with the model's processor."
+        )
+    return torch.as_tensor(row["pixel_values"]).shape

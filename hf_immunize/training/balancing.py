@@ -1,0 +1,91 @@
+"""Weights of the terms: fixed numbers, or balanced gradient norms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hf_immunize.errors import ConfigError
+from hf_immunize.training.objective import Term
+
+
+def parse_numbers(text: str | None, names: list[str], option: str) -> dict[str, float]:
+    """``"a=1,b=2"`` as a dict over known names. Raises ConfigError for an unknown name or a value that is no number."""
+    if not text:
+        return {}
+    try:
+        pairs = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise ConfigError(f"expected {option} like '{names[0]}=0.5', got {text!r}: {error}.") from error
+    unknown = sorted(set(pairs) - set(names))
+    if unknown:
+        raise ConfigError(f"expected {option} of terms {names}, got {unknown}.")
+    return pairs
+
+
+class TermWeights:
+    """λ of every term (Zheng et al. 2025, Algorithm 1: λ_P, λ_H).
+
+    ``auto``: λ_j = strength · share_j · G / ḡ_j, where ḡ_j is a running mean of the Frobenius norm of the term's
+    nonzero gradients at the features and G the norm of the primary loss's gradient there when every label is wrong: how hard
+    the primary task can pull back. G is measured once, before training, because at a converged model the gradient of
+    the primary loss itself is close to nothing and would balance the terms away.
+    """
+
+    DECAY = 0.9
+
+    def __init__(self, terms: tuple[Term, ...], weight: str, strength: float, shares: str | None):
+        names = [term.name for term in terms]
+        self.strength = strength
+        self.factor = 1.0
+        """What the utility guard multiplies the strength with."""
+        self.shares = {name: 1.0 for name in names} | parse_numbers(shares, names, "term_shares")
+        self.fixed: dict[str, float] | None = None
+        if weight != "auto":
+            try:
+                self.fixed = {name: float(weight) for name in names}
+            except ValueError:
+                self.fixed = {name: 1.0 for name in names} | parse_numbers(weight, names, "weight")
+        self.reference: Tensor | None = None
+        self.norms: dict[str, Tensor] = {}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether G still has to be measured."""
+        return self.fixed is None and self.reference is None
+
+    def update(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """λ for this step, as zero-dimensional float64 tensors on the gradients' device."""
+        lambdas = {}
+        for name, gradient in gradients.items():
+            scale = self.strength * self.factor * self.shares[name]
+            if self.fixed is not None:
+                lambdas[name] = torch.tensor(scale * self.fixed[name]).to(gradient)
+                continue
+            norm = torch.linalg.vector_norm(gradient)
+            old = self.norms.get(name)
+            mean = norm if old is None else self.DECAY * old.to(norm) + (1 - self.DECAY) * norm
+            if old is not None:
+                # A hinge that is satisfied has no gradient; averaging its zeros in would blow up the next nonzero one.
+                mean = torch.where(norm > 0, mean, old.to(norm))
+            self.norms[name] = mean
+            assert self.reference is not None, "reference is measured before the first step"
+            ratio = scale * self.reference.to(norm) / mean
+            lambdas[name] = torch.where(mean > 0, ratio, torch.zeros_like(ratio))
+        return lambdas
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as tensors."""
+        kept = {"factor": torch.tensor([self.factor]).double()[0]}
+        kept |= {f"norm.{name}": norm.detach().cpu().reshape(()) for name, norm in self.norms.items()}
+        if self.reference is not None:
+            kept["reference"] = self.reference.detach().cpu().reshape(())
+        return kept
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        self.factor = float(state["factor"])
+        self.reference = state.get("reference")
+        self.norms = {name.removeprefix("norm."): norm for name, norm in state.items() if name.startswith("norm.")}

@@ -1,0 +1,91 @@
+"""The utility guard: holds the drop of the primary metric by adapting the strength, and keeps the last good weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.records import UtilityGuardRecord
+
+
+class UtilityGuard:
+    """Adapts the strength factor at each evaluation and remembers the best weights within the allowance.
+
+    Above the allowance the factor is halved; below half of it the factor grows by a quarter, up to ``max_factor``.
+    Of the evaluations within the allowance the one with the most progress on the harmful terms is kept; the model
+    before immunization counts as one of them, so there is always something to return.
+
+    Args:
+        allowed: largest drop in points of the metric; None watches and reports only.
+        metric: name of the metric.
+        max_factor: ceiling of the strength factor.
+    """
+
+    def __init__(self, allowed: float | None, metric: str, max_factor: float):
+        self.allowed, self.metric, self.max_factor = allowed, metric, max_factor
+        self.base: float | None = None
+        self.best_step = 0
+        self.best_progress = float("inf")
+        self.best: dict[str, Tensor] | None = None
+        self.history: list[dict[str, float]] = []
+
+    def observe(self, step: int, metric: float, progress: float, factor: float, model: nn.Module) -> float:
+        """Take one evaluation (metric in points, progress: lower is better) and return the new strength factor."""
+        assert self.base is not None, "the base metric is measured before training"
+        drop = self.base - metric
+        self.history.append({"step": step, "metric": metric, "drop": drop, "progress": progress, "factor": factor})
+        if self.allowed is None:
+            return factor
+        if drop > self.allowed:
+            return factor / 2
+        if progress < self.best_progress:
+            self.best_step, self.best_progress = step, progress
+            self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        return min(factor * 1.25, self.max_factor) if drop <= self.allowed / 2 else factor
+
+    def choose(self, model: nn.Module) -> bool:
+        """Load the kept weights into the model; False when only the weights before immunization were good enough."""
+        if self.allowed is None or self.best is None:
+            return False
+        model.load_state_dict(self.best, strict=True)
+        return self.best_step > 0
+
+    def record(self, final: float) -> UtilityGuardRecord:
+        """What was seen and done. ``final`` is the metric of the returned weights."""
+        assert self.base is not None
+        last = int(self.history[-1]["step"]) if self.history else 0
+        return UtilityGuardRecord(
+            metric=self.metric,
+            base=self.base,
+            final=final,
+            drop=self.base - final,
+            allowed=self.allowed,
+            held=None if self.allowed is None else self.base - final <= self.allowed,
+            returned_step=last if self.allowed is None else self.best_step,
+            history=[{key: value for key, value in row.items() if _finite(value)} for row in self.history],
+        )
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Tensors and plain values a resumed run needs."""
+        plain = {
+            "base": self.base,
+            "best_step": self.best_step,
+            "best_progress": self.best_progress if _finite(self.best_progress) else None,
+            "history": [{k: v if _finite(v) else None for k, v in row.items()} for row in self.history],
+        }
+        return dict(self.best or {}), plain
+
+    def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, object]) -> None:
+        """Take back what ``state`` returned."""
+        self.base, self.best_step = plain["base"], plain["best_step"]
+        progress = plain["best_progress"]
+        self.best_progress = float("inf") if progress is None else progress
+        rows = plain["history"]
+        self.history = [{k: float("inf") if v is None else v for k, v in row.items()} for row in rows]
+        self.best = dict(tensors) or None
+
+
+def _finite(value: float) -> bool:
+    return bool(torch.isfinite(torch.tensor(value)))
