@@ -5,10 +5,12 @@ from hf_immunize.records.certificate import Cell, Certificate, FamilyVerdict, In
 from hf_immunize.records.files import atomic_write, sha256_file, weight_files
 from hf_immunize.records.immunization import ImmunizationRecord, UtilityGuardRecord
 from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint, Provenance
+from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
 from hf_immunize.records.spectrum import SpectrumRecord
 from hf_immunize.records.trace import AttackTrace, Evaluation
 
 __all__ = [
+    "RUN_FILE",
     "SCHEMA_VERSION",
     "AttackTrace",
     "Cell",
@@ -22,12 +24,16 @@ __all__ = [
     "Part",
     "Provenance",
     "Record",
+    "RunRecord",
     "Side",
     "SpectrumRecord",
     "Utility",
     "UtilityGuardRecord",
     "VerdictName",
     "atomic_write",
+    "begin_run",
+    "fingerprint_of",
+    "finish_run",
     "sha256_file",
     "weight_files",
 ]

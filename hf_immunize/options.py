@@ -1,0 +1,91 @@
+"""Command lines and YAML files of the recipes, read into dataclasses: each option is said once, in its field's help."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_immunize.errors import ConfigError
+
+
+def parse_options(dataclass_types: Sequence[type], argv: Sequence[str] | None = None, description: str = "") -> tuple:
+    """Instances of ``dataclass_types`` from ``--config FILE.yaml`` (may be repeated) and flags; what comes later wins.
+
+    Keys of a YAML file are option names. Numbers written like ``1e-4``, which YAML reads as text, are converted to the
+    option's type. ``--help`` lists every option.
+
+    Raises:
+        ConfigError: a file that cannot be read, a key that is no option, or a value of the wrong type.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    files, flags = _take_config_files(words)
+    parser = HfArgumentParser(tuple(dataclass_types), description=description)
+    parser.add_argument("--config", metavar="FILE.yaml", help="Options from YAML; flags override it. Repeatable.")
+    types = {
+        field.name: typing.get_type_hints(kind)[field.name]
+        for kind in dataclass_types
+        for field in dataclasses.fields(kind)
+        if field.init
+    }
+    values: dict[str, Any] = {}
+    for file in files:
+        loaded = _read_yaml(file)
+        unknown = sorted(set(loaded) - set(types))
+        if unknown:
+            raise ConfigError(f"expected options of this recipe in {file}, got unknown {unknown}: see --help.")
+        values |= {name: _coerce(value, types[name], f"{name} in {file}") for name, value in loaded.items()}
+    for action in parser._actions:
+        if action.dest in values:
+            action.required = False
+    parser.set_defaults(**values)
+    namespace = parser.parse_args(flags)
+    chosen = vars(namespace)
+    chosen.pop("config", None)
+    return tuple(parser.parse_dict(chosen))
+
+
+def _take_config_files(words: list[str]) -> tuple[list[str], list[str]]:
+    files, flags, rest = [], [], iter(words)
+    for word in rest:
+        if word == "--config":
+            file = next(rest, None)
+            if file is None:
+                raise ConfigError("expected a file after --config, got nothing.")
+            files.append(file)
+        elif word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+        else:
+            flags.append(word)
+    return files, flags
+
+
+def _read_yaml(file: str) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"expected a readable YAML file, got {file}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"expected option: value pairs in {file}, got {type(loaded).__name__}.")
+    return loaded
+
+
+def _coerce(value: Any, kind: Any, where: str) -> Any:
+    """YAML reads 1e-4 as text: give text a numeric option's type; leave everything else to the parser."""
+    wanted = {kind, *typing.get_args(kind)}
+    if isinstance(value, str) and str not in wanted and wanted & {int, float}:
+        try:
+            return (float if float in wanted else int)(value)
+        except ValueError as error:
+            raise ConfigError(f"expected a number for {where}, got {value!r}.") from error
+    if isinstance(value, int) and not isinstance(value, bool) and float in wanted and int not in wanted:
+        return float(value)
+    if str in wanted and isinstance(value, int | float) and not isinstance(value, bool) and int not in wanted:
+        return str(value)
+    return value

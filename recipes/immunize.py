@@ -1,0 +1,128 @@
+"""Immunize an image classifier against a harmful task, and write down how.
+
+    accelerate launch recipes/immunize.py --config recipes/digits-vit/task.yaml \
+        --config recipes/digits-vit/closed_form_adversary.yaml
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+
+from hf_immunize.data import Task, TaskArguments, describe_source
+from hf_immunize.errors import ImmunizeError, ModelError
+from hf_immunize.options import parse_options
+from hf_immunize.records import ModelFingerprint, begin_run, fingerprint_of, finish_run, weight_files
+from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.training.checkpoints import last_complete_checkpoint, scientific_options
+from hf_immunize.training.record import immunization_record, training_spectra
+
+
+@dataclass
+class BaseArguments:
+    """Which model to immunize."""
+
+    base_path: str = field(metadata={"help": "Folder or Hub id of the trained classifier to immunize (theta_0)."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+
+
+def load_base(options: BaseArguments) -> tuple:
+    """Model, processor and fingerprint of the base."""
+    source = {"trust_remote_code": options.trust_remote_code}
+    processor = AutoImageProcessor.from_pretrained(options.base_path, backend="pil", **source)
+    model = AutoModelForImageClassification.from_pretrained(options.base_path, **source)
+    folder = Path(options.base_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(options.base_path, allow_patterns=["*.safetensors", "*.json"]))
+    print_of = ModelFingerprint.of_folder(
+        folder,
+        name=describe_source(options.base_path),
+        architecture=type(model).__name__,
+        parameters=model.num_parameters(),
+    )
+    return model, processor, print_of
+
+
+def main() -> None:
+    task_options, base_options, args = parse_options(
+        (TaskArguments, BaseArguments, ImmunizationConfig), description=__doc__.splitlines()[0]
+    )
+    set_seed(args.seed)
+    model, processor, base = load_base(base_options)
+
+    primary, harmful = Task(task_options, "primary"), Task(task_options, "harmful")
+    if model.config.num_labels != len(primary.label_names):
+        raise ModelError(
+            f"expected a base with {len(primary.label_names)} labels, got {model.config.num_labels}: train its head on "
+            "the primary task first (recipes/pretrain.py)."
+        )
+    train, validation = primary.pixels("train", processor), primary.pixels("validation", processor)
+    defense = harmful.pixels("defense", processor)
+    data = [
+        primary.fingerprint(train, "train"),
+        primary.fingerprint(validation, "validation"),
+        harmful.fingerprint(defense, "defense"),
+    ]
+
+    inputs = {
+        "base": base.weights,
+        "task": {
+            **asdict(task_options),
+            "primary_dataset": describe_source(task_options.primary_dataset),
+            "harmful_dataset": describe_source(task_options.harmful_dataset),
+        },
+        "data": {found.role: found.sha256 for found in data},
+        "options": scientific_options(args),
+    }
+    if begin_run(args.output_dir, "immunize", inputs, write=args.process_index == 0):
+        print(f"{args.output_dir}: already immunized, nothing to do")
+        return
+
+    trainer = ImmunizationTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        harmful_dataset=defense,
+        eval_dataset=validation,
+        processing_class=processor,
+    )
+    base_spectra = training_spectra(trainer)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
+    seconds = time.perf_counter() - start
+    trainer.save_model()
+
+    if trainer.is_world_process_zero():
+        record = immunization_record(
+            trainer,
+            args.output_dir,
+            base=base,
+            data=data,
+            fingerprint=fingerprint_of(inputs),
+            base_spectra=base_spectra,
+            seconds=seconds,
+        )
+        record.write(Path(args.output_dir) / "immunization.json")
+        for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        weights = [path.relative_to(args.output_dir).as_posix() for path in weight_files(args.output_dir)]
+        finish_run(args.output_dir, "immunize", inputs, [*weights, "config.json", "immunization.json"])
+        guard = record.guard
+        print(
+            f"{args.output_dir}: {guard.metric} {guard.base:.2f} -> {guard.final:.2f} points on the validation split, "
+            f"weights of step {guard.returned_step} of {record.steps}, {seconds:.0f} s"
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ImmunizeError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
