@@ -276,7 +276,7 @@ def certificate(
         immunization_ratio=1585.0 if exam.spectra else None,
         immunization_ratio_parts={"harmful": 1585.0, "primary": 1.0} if exam.spectra else {},
         not_run=["attacks on earlier layers", "benign trainability of a third task", "fewer than 5 seeds"],
-        traces={path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.glob("traces/*/*.json")},
+        traces={path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.glob("traces/**/*.json")},
         provenance=PROVENANCE, expires="2026-07-02",
     )
     return Certificate(**(fields | exam.extra))

@@ -1,0 +1,220 @@
+"""A model card drawn from the certificate: it states evidence, it does not make any."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hf_immunize.errors import ConfigError
+from hf_immunize.hub.markdown import Safe, code, listed, prose
+from hf_immunize.records import Cell, Certificate, DatasetFingerprint, ImmunizationRecord, Interval, atomic_write
+from hf_immunize.report import text
+from hf_immunize.report.text import clean
+
+LOADERS = {
+    "image-classification": "AutoModelForImageClassification",
+    "image-feature-extraction": "AutoModel",
+}
+"""``transformers`` class of the loading snippet, by pipeline tag."""
+
+_UNTRIED = ("NOT RUN", "NOT APPLICABLE")
+FAILURES_FIRST = ("FAILS", "INCONCLUSIVE", "NOT RUN", "NOT APPLICABLE", "RESISTS")
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What the records do not know. Nothing here is guessed: what is left out stays out of the metadata."""
+
+    repo_id: str | None = None
+    """Where the model will be published, ``owner/name``; the loading snippet shows it."""
+    base_model: str | None = None
+    """Hub id of the base; taken from the certificate when the name there is one."""
+    datasets: Sequence[str] | None = None
+    """Hub ids of the data; taken from the certificate where the sources there are Hub ids."""
+    license: str | None = None
+    """Licence identifier of the Hub, e.g. ``apache-2.0``."""
+    pipeline_tag: str = "image-classification"
+
+
+def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
+    """Write ``README.md`` beside the certificate in ``folder``. Raises what ``render_card`` raises."""
+    return atomic_write(Path(folder) / "README.md", render_card(folder, options))
+
+
+def render_card(folder: str | Path, options: CardOptions | None = None) -> str:
+    """The model card of an examined model: metadata for the Hub and a body that opens with the verdict.
+
+    Raises:
+        RecordError: ``certificate.json`` is missing or not valid, or ``immunization.json`` is there and not valid.
+        ConfigError: a repository id or a pipeline tag the card cannot use.
+    """
+    options = options or CardOptions()
+    _check(options)
+    root = Path(folder)
+    certificate = Certificate.read(root / "certificate.json")
+    record = root / "immunization.json"
+    immunization = ImmunizationRecord.read(record) if record.exists() else None
+    body = _environment().get_template("card_template.md.jinja").render(**_context(certificate, immunization, options))
+    return f"---\n{_metadata(certificate, options).to_yaml()}\n---\n\n{body}"
+
+
+def _check(options: CardOptions) -> None:
+    if options.pipeline_tag not in LOADERS:
+        raise ConfigError(
+            f"expected a pipeline tag out of {', '.join(LOADERS)}, got {options.pipeline_tag!r}: choose one of them."
+        )
+    for name in ("repo_id", "base_model"):
+        value = getattr(options, name)
+        if value is not None and not _is_hub_id(value):
+            raise ConfigError(f"expected {name} as 'owner/name' on the Hub, got {value!r}: correct it or leave it out.")
+
+
+def _is_hub_id(name: str) -> bool:
+    """An ``owner/name`` the Hub would accept. A bare name may as well be a description, so it does not count."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _metadata(certificate: Certificate, options: CardOptions) -> ModelCardData:
+    name = certificate.control.name
+    base = options.base_model or (name if _is_hub_id(name) else None)
+    sources = [part.source for part in (*certificate.primary_data, *certificate.harmful_data)]
+    datasets = list(options.datasets or dict.fromkeys(source for source in sources if _is_hub_id(source)))
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=options.pipeline_tag,
+        license=options.license,
+        base_model=base,
+        datasets=datasets or None,
+        tags=["immunized", "model-immunization", "hf_immunize"],
+        model_name=_line(certificate.subject.name) or "unnamed",
+        eval_results=_results(certificate, options.pipeline_tag),
+        **({"base_model_relation": "finetune"} if base else {}),
+    )
+
+
+def _line(name: str) -> str:
+    return " ".join(clean(name).split())
+
+
+def _results(certificate: Certificate, task: str) -> list[EvalResult]:
+    """Primary metric, slow-downs, harmful accuracies and RIR. A figure that was not measured is left out, not zero."""
+    primary, harmful = _where(certificate.primary_data, task), _where(certificate.harmful_data, task)
+    utility = certificate.utility
+    found = [
+        EvalResult(
+            **primary, metric_type=_line(utility.metric), metric_name="Primary metric, percent",
+            metric_value=utility.immunized, metric_args={"base": utility.base, "drop": utility.drop.model_dump()},
+        )
+    ]
+    for cell in certificate.cells:
+        about = {"attack": cell.attack, "family": cell.family, "verdict": cell.verdict, "seeds": len(cell.seeds)}
+        figure = _slow_down(cell.slow_down)
+        if cell.unit == "step" and figure is not None:
+            kind, value = figure
+            found.append(EvalResult(
+                **harmful, metric_type="slow_down", metric_name=_line(f"Slow-down under {cell.attack}{kind}"),
+                metric_value=value, metric_args=about | {"interval": cell.slow_down.model_dump()},
+            ))
+        accuracy = text.accuracy(cell.subject)
+        if accuracy is not None:
+            found.append(EvalResult(
+                **harmful, metric_type="accuracy", metric_name=_line(f"Harmful accuracy after {cell.attack}"),
+                metric_value=accuracy, metric_args=about | {"base": text.accuracy(cell.control)},
+            ))
+    if certificate.immunization_ratio is not None:
+        found.append(EvalResult(
+            **harmful, metric_type="immunization_ratio", metric_value=certificate.immunization_ratio,
+            metric_name="Relative immunization ratio (explains, does not certify)",
+        ))
+    return found
+
+
+def _slow_down(interval: Interval) -> tuple[str, float] | None:
+    """The estimate, or the lower bound where censored runs left only that; None where there is no figure."""
+    if interval.estimate is not None:
+        return "", interval.estimate
+    return None if interval.low is None else (", lower bound", interval.low)
+
+
+def _where(data: Sequence[DatasetFingerprint], task: str) -> dict[str, Any]:
+    """Task and dataset of an evaluation; the split is the one whose role says test, when there is one."""
+    tested = [part for part in data if "test" in part.role] or list(data)
+    name = (_line(tested[-1].source) if tested else "") or "not named"
+    kind = name if _is_hub_id(name) else "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+    return {"task_type": task, "dataset_name": name, "dataset_type": kind}
+
+
+def _context(
+    certificate: Certificate, immunization: ImmunizationRecord | None, options: CardOptions
+) -> dict[str, Any]:
+    cells = sorted(certificate.cells, key=lambda cell: FAILURES_FIRST.index(cell.verdict))
+    return {
+        "certificate": certificate,
+        "immunization": immunization,
+        "license": options.license,
+        "rows": [_row(cell) for cell in cells],
+        "worst": [_row(cell) for cell in cells if cell.verdict == "FAILS"],
+        "resisted": listed(family.family for family in certificate.families if family.verdict == "RESISTS"),
+        "families": listed(family.family for family in certificate.families if family.verdict not in _UNTRIED),
+        "not_run": Safe("; ".join(prose(line) for line in certificate.not_run)),
+        "allowed": _allowance(immunization),
+        "drop": Safe(text.points(certificate.utility.drop, 1.0)),
+        "ratio": Safe(text.number(certificate.immunization_ratio)),
+        "loader": Safe(LOADERS[options.pipeline_tag]),
+        "repository": Safe(json.dumps(options.repo_id or "your-name/your-model")),
+        "data": [*certificate.primary_data, *certificate.harmful_data],
+    }
+
+
+def _allowance(immunization: ImmunizationRecord | None) -> Safe | None:
+    """What the training guard allowed; None without a guard."""
+    allowed = None if immunization is None else immunization.guard.allowed
+    return None if allowed is None else Safe(f"{allowed:g} point" + ("" if allowed == 1 else "s"))
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    measured = cell.subject is not None and cell.control is not None
+    slow_down = text.slow_down(cell.slow_down) if measured and cell.unit == "step" else text.NONE
+    before, after = (text.percent(text.accuracy(side)) for side in (cell.control, cell.subject))
+    accuracy = f"{before} → {after}" if measured else text.NONE
+    effect = f"harmful accuracy, base → this model: {accuracy}"
+    return {
+        "effect": Safe(effect if slow_down == text.NONE else f"slow-down {slow_down}, {effect}"),
+        "attack": cell.attack,
+        "family": cell.family,
+        "verdict": Safe(f"**{cell.verdict}**" if cell.verdict == "FAILS" else cell.verdict),
+        "slow_down": Safe(slow_down),
+        "accuracy": Safe(accuracy),
+        "budget": Safe(text.plural(cell.budget, cell.unit)),
+        "reason": cell.reason,
+    }
+
+
+def _environment() -> Environment:
+    """Markdown, so no HTML autoescape: instead every string a template prints becomes inert prose."""
+
+    def inert(value: Any) -> Any:
+        return prose(value) if isinstance(value, str) else value
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        finalize=inert,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code
+    return environment
