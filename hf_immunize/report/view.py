@@ -33,7 +33,8 @@ def page(evidence: Sequence[Evidence]) -> dict[str, Any]:
     return {
         "base": first.control,
         "models": [_model(item, index) for index, item in enumerate(evidence)],
-        "legend": legend(evidence),
+        "legend": legend(evidence, _any_scratch(evidence)),
+        "spectra_legend": legend(evidence, scratch=False),
         "matrix": matrix(evidence),
         "utility": utility_chart(evidence),
         "figures": figures(evidence),
@@ -55,10 +56,14 @@ def _distinct(said: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return [("", said[0][1])] if len(values) == 1 else list(said)
 
 
-def legend(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
+def _any_scratch(evidence: Sequence[Evidence]) -> bool:
+    return any(cell.scratch for item in evidence for cell in item.certificate.cells)
+
+
+def legend(evidence: Sequence[Evidence], scratch: bool) -> list[dict[str, Any]]:
     """The look of every model."""
     rows = [(BASE_LABEL, BASE), *((item.label, style_of(index)) for index, item in enumerate(evidence))]
-    if any(cell.scratch for item in evidence for cell in item.certificate.cells):
+    if scratch:
         rows.append((SCRATCH_LABEL, SCRATCH))
     return [{"label": label, "swatch": charts.swatch(style)} for label, style in rows]
 
@@ -208,11 +213,12 @@ def _sides(evidence: Sequence[Evidence], attack: str) -> list[tuple[str, Style, 
 
 
 def _caption(evidence: Sequence[Evidence], attack: str, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    control = next((cell for cell in cells if cell.control is not None), None)
     lines: list[dict[str, Any]] = []
-    if control is not None:
-        lines.append({"label": BASE_LABEL, "swatch": charts.swatch(BASE), "verdict": None,
-                      "text": _effort(control, control.control)})
+    for label, style, role in ((BASE_LABEL, BASE, "control"), (SCRATCH_LABEL, SCRATCH, "scratch")):
+        found = next((cell for cell in cells if getattr(cell, role) is not None), None)
+        if found is not None:
+            said = _effort(found, getattr(found, role))
+            lines.append({"label": label, "swatch": charts.swatch(style), "verdict": None, "text": said})
     for index, item in enumerate(evidence):
         cell = item.cell(attack)
         said = "not in this model's exam" if cell is None else _effort(cell, cell.subject) or sentence(cell.reason)
