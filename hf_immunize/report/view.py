@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -45,6 +45,7 @@ def page(evidence: Sequence[Evidence]) -> dict[str, Any]:
         "not_run": _distinct([(item.label, tuple(item.certificate.not_run)) for item in evidence]),
         "data": [*first.primary_data, *first.harmful_data],
         "control_differs": control_differs(evidence),
+        "level": f"{100 * first.utility.drop.level:g}%",
         "words": words,
         "sentence": sentence,
     }
@@ -112,7 +113,10 @@ def matrix(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
     ]
 
 
-_SPELLED = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "sgd": "SGD", "lbfgs": "L-BFGS", "ia3": "IA³"}
+_SPELLED = {
+    "adam": "Adam", "gd": "GD", "sgd": "SGD", "lbfgs": "L-BFGS",
+    "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "ia3": "IA³",
+}
 
 
 def words(key: str) -> str:
@@ -267,8 +271,8 @@ def _lines(evidence: Sequence[Evidence], site: str, task: str) -> list[SpectrumL
     return lines
 
 
-def _spectrum(item: Evidence, when: str, site: str, task: str) -> SpectrumRecord | None:
-    records: Sequence[SpectrumRecord] = dict(item.certificate.spectra).get(when, [])
+def _spectrum(item: Evidence, when: Literal["base", "immunized"], site: str, task: str) -> SpectrumRecord | None:
+    records = item.certificate.spectra.get(when, [])
     return next((record for record in records if (record.site, record.task) == (site, task)), None)
 
 

@@ -98,6 +98,14 @@ def test_a_failed_model_opens_with_what_failed(tmp_path):
     assert "`ridge_probe`" in opening and "`lora`" in opening and "`adam_probe`" not in opening
 
 
+def test_a_model_that_fails_by_its_utility_says_so(tmp_path):
+    drop = build.interval(28.4, 25.0, 31.0)
+    ruined = build.Utility(metric="accuracy", base=98.4, immunized=70.0, drop=drop, rows=450)
+    exam = build.Exam(attacks=build.ATTACKS[:2], overall="FAILS", extra={"utility": ruined})
+    opening = render_card(build.exam_folder(tmp_path, exam)).split("## What it is")[0]
+    assert "## What failed" in opening and "drop of +28.4 (+25.0 to +31.0) points" in opening
+
+
 @pytest.mark.parametrize(
     ("overall", "expected"),
     [("RESISTS", "did not break this model within their budgets"), ("INCONCLUSIVE", "did not establish"),
