@@ -1,6 +1,7 @@
 """Train an image classifier on the primary task: the base model that is to be immunized.
 
-    accelerate launch recipes/pretrain.py --config recipes/digits-vit/task.yaml --config recipes/digits-vit/pretrain.yaml
+    accelerate launch recipes/pretrain.py --config recipes/digits-vit/task.yaml \
+        --config recipes/digits-vit/pretrain.yaml
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+        (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json holds the options
         finish_run(args.output_dir, "pretrain", inputs, ["model.safetensors", "config.json"])
 
 

@@ -40,13 +40,13 @@ def select_classes(
         )
     present = np.asarray(dataset[label_column][:])
     wanted = list(labels) if labels is not None else sorted(set(present.tolist()))
-    feature = dataset.features[label_column]
-    names = [feature.int2str(label) if hasattr(feature, "int2str") else str(label) for label in wanted]
     if len(wanted) < 2:
         raise DataError(f"expected at least two classes in {name}, got {wanted}: choose more labels.")
     missing = [label for label in wanted if not (present == label).any()]
     if missing:
         raise DataError(f"expected rows of every class in {name}, got none of {missing}: check labels and split.")
+    feature = dataset.features[label_column]
+    names = [feature.int2str(label) if hasattr(feature, "int2str") else str(label) for label in wanted]
     renumber = {label: index for index, label in enumerate(wanted)}
     rows = [row for row, label in enumerate(present.tolist()) if label in renumber]
     kept = dataset.select(rows)

@@ -150,6 +150,9 @@ class _ExtremeEigenvalues(torch.autograd.Function):
             values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         raw_sigma_max = (values[0] + mean_squared).sqrt()
         floor = singular_value_floor(raw_sigma_max, (values.sum() + mean_squared).sqrt(), rows, width, dtype)
+        if not by_svd:
+            # Squaring loses half the digits: eigenvalues below S·eps64·λ₁ are rounding of the Gram matrix itself.
+            floor = torch.maximum(floor, (len(values) * torch.finfo(values.dtype).eps * values[0]).sqrt())
         rank = (values.sqrt() > floor).sum()
         last = (rank - 1).clamp(min=0)
         smallest = torch.where(rank > 0, values[last], torch.zeros_like(values[0]))

@@ -29,9 +29,9 @@ class TermWeights:
     """λ of every term (Zheng et al. 2025, Algorithm 1: λ_P, λ_H).
 
     ``auto``: λ_j = strength · share_j · G / ḡ_j, where ḡ_j is a running mean of the Frobenius norm of the term's
-    nonzero gradients at the features and G the norm of the primary loss's gradient there when every label is wrong: how hard
-    the primary task can pull back. G is measured once, before training, because at a converged model the gradient of
-    the primary loss itself is close to nothing and would balance the terms away.
+    nonzero gradients at the features and G the norm of the primary loss's gradient there when every label is wrong:
+    how hard the primary task can pull back. G is measured once, before training, because at a converged model the
+    gradient of the primary loss itself is close to nothing and would balance the terms away.
     """
 
     DECAY = 0.9

@@ -47,6 +47,13 @@ class ImmunizationConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "closed_form_adversary: weight of the probe's R2 on its own support rows."},
     )
+    harmful_group_rows: str = field(
+        default="all",
+        metadata={
+            "help": "Group sizes over which harmful spectra are taken and averaged, e.g. '32,all'. Small groups raise "
+            "kappa along the directions an attacker uses first, the whole batch along the smallest ones."
+        },
+    )
     distillation: float = field(
         default=0.0, metadata={"help": "Weight of KL(model before immunization || model) on primary rows. 0: off."}
     )
@@ -94,10 +101,26 @@ class ImmunizationConfig(TrainingArguments):
         super().__post_init__()
         self._validate_immunization()
 
+    @property
+    def group_rows(self) -> tuple[int, ...]:
+        """``harmful_group_rows`` as numbers, 0 for all. Raises ConfigError for anything else."""
+        parts = [part.strip() for part in self.harmful_group_rows.split(",")]
+        try:
+            sizes = tuple(0 if part == "all" else int(part) for part in parts)
+        except ValueError:
+            sizes = (-1,)
+        if any(size != 0 and size < 3 for size in sizes) or "0" in parts:
+            raise ConfigError(
+                "expected harmful_group_rows like '32,all' with groups of 3 rows or more, got "
+                f"{self.harmful_group_rows!r}."
+            )
+        return sizes
+
     def _validate_immunization(self) -> None:
         for name in ("strength", "distillation", "primary_loss_weight", "memorization"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"expected {name} of at least 0, got {getattr(self, name)}.")
+        _ = self.group_rows
         if not self.horizon > 0:
             raise ConfigError(f"expected a positive horizon in steps, got {self.horizon}.")
         if self.max_primary_drop is not None and not self.max_primary_drop >= 0:

@@ -85,7 +85,7 @@ class ImmunizationTrainer(Trainer):
         self.weights = TermWeights(self.terms, args.weight, args.strength, args.term_shares)
         self.guard = UtilityGuard(args.max_primary_drop, args.guard_metric, args.max_strength_factor)
         self.meter = Meter()
-        self._settings = TermSettings(horizon=args.horizon, memorization=args.memorization)
+        self._settings = TermSettings(args.horizon, args.memorization, args.group_rows)
         self._planned: list[dict[str, Tensor]] | None = None
         self._progress: dict[str, list[float]] = {}
         super().__init__(
@@ -369,6 +369,11 @@ class ImmunizationTrainer(Trainer):
             )
         final = self._metric_points(self.evaluate(metric_key_prefix="final"), "final")
         self.guard_record = self.guard.record(final)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle has no place in a folder that is meant to be published; immunization.json holds the options.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

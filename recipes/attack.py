@@ -1,0 +1,122 @@
+"""Attack one model with the harmful task and leave one trace file per run.
+
+    accelerate launch recipes/attack.py --config recipes/digits-vit/attack.yaml \
+        --model_path runs/digits-vit/base --role control
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from hf_immunize.attacks import ATTACKS, AttackContext, load_processor, parse_settings, plan_runs, run_suite
+from hf_immunize.attacks.plan import describe_attacks, find_attack
+from hf_immunize.certification.protocol import PROTOCOLS, find_protocol
+from hf_immunize.data import Task, TaskArguments
+from hf_immunize.errors import ConfigError, ImmunizeError
+from hf_immunize.options import parse_options
+
+
+@dataclass
+class AttackArguments:
+    """Which model is attacked, by whom, and how often."""
+
+    model_path: str = field(metadata={"help": "Folder (save_pretrained) of the model to attack."})
+    role: str = field(
+        default="subject",
+        metadata={
+            "help": "subject: the model under test. control: its un-immunized base. scratch: random weights with the "
+            "architecture of model_path."
+        },
+    )
+    protocol: str = field(
+        default="quick", metadata={"help": f"Preset of attacks, sweeps and seeds: {', '.join(PROTOCOLS)}."}
+    )
+    attacks: list[str] | None = field(
+        default=None, metadata={"help": f"Attacks to run, all of the protocol by default. Known: {', '.join(ATTACKS)}."}
+    )
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Seeds of the attacker's rows, initialisation and data order."}
+    )
+    settings: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Replace an attack's hyperparameters: attack.field=value[,value...]; several values are a sweep, "
+            "e.g. lora.learning_rate=1e-3,1e-2 lora.rank=4. --describe lists all fields and their values."
+        },
+    )
+    attack_fraction: float = field(
+        default=0.8, metadata={"help": "Share of each class of the attack split that one seed trains on."}
+    )
+    feature_module: str | None = field(
+        default=None, metadata={"help": "Head whose input is probed; found automatically by default."}
+    )
+    output_path: str | None = field(
+        default=None, metadata={"help": "Where traces/<role>/ is written; model_path by default."}
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
+    overwrite: bool = field(default=False, metadata={"help": "Make runs again whose trace tells of another run."})
+    describe: bool = field(default=False, metadata={"help": "List every attack with its fields and values, and stop."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the attacks that are missing."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--describe" in words:
+        print(describe_attacks(ATTACKS))
+        return
+    task_arguments, arguments = parse_options((TaskArguments, AttackArguments), words, description=__doc__)
+    transformers.utils.logging.disable_progress_bar()
+    state = PartialState(cpu=arguments.device == "cpu")
+    if state.num_processes > 1:
+        raise ConfigError(
+            f"expected one process, got {state.num_processes}: runs are independent, so launch with --num_processes 1 "
+            "and attack several models side by side instead."
+        )
+    torch.set_float32_matmul_precision("highest")
+    protocol = find_protocol(arguments.protocol)
+    names = arguments.attacks or list(protocol.attacks)
+    seeds = arguments.seeds or list(protocol.seeds)
+    settings = parse_settings([*protocol.settings, *(arguments.settings or [])], ATTACKS)
+    planned = sum(len(plan_runs(find_attack(name, ATTACKS), seeds, settings.get(name))) for name in names)
+
+    processor = load_processor(arguments.model_path)
+    task = Task(task_arguments, "harmful")
+    splits = {role: task.pixels(role, processor) for role in ("attack", "validation", "test")}
+    context = AttackContext(
+        folder=Path(arguments.model_path),
+        role=arguments.role,
+        **splits,
+        data=tuple(task.fingerprint(split, role) for role, split in splits.items()),
+        feature_module=arguments.feature_module,
+        device=str(state.device) if arguments.device == "auto" else arguments.device,
+        attack_fraction=arguments.attack_fraction,
+    )
+    output = Path(arguments.output_path or arguments.model_path)
+    with tqdm(total=planned, desc=f"attacks on {output.name} ({arguments.role})", unit="run", disable=None) as bar:
+
+        def progress(trace, made):
+            bar.set_postfix_str(trace.attack if made else "on disk", refresh=False)
+            bar.update()
+
+        summary = run_suite(
+            context, ATTACKS, names, seeds, output, settings, overwrite=arguments.overwrite, progress=progress
+        )
+    print(
+        f"{output / 'traces' / arguments.role}: {summary.made} runs made, {summary.kept} kept from before, "
+        f"{summary.diverged} diverged (failed tries of the attacker)."
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ImmunizeError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,131 @@
+"""Judge an attacked model against its attacked base: write certificate.json, and the model card where there is one.
+
+    accelerate launch recipes/certify.py --config recipes/digits-vit/task.yaml \
+        --model_path runs/digits-vit/closed_form_adversary --base_path runs/digits-vit/base
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from hf_immunize.attacks import load_processor
+from hf_immunize.certification import PROTOCOLS, ExamData, build_certificate, find_protocol
+from hf_immunize.data import Task, TaskArguments
+from hf_immunize.errors import ImmunizeError
+from hf_immunize.options import parse_options
+from hf_immunize.records import Certificate, Interval
+
+
+@dataclass
+class CertifyArguments:
+    """Which model is judged against which base."""
+
+    model_path: str = field(metadata={"help": "Folder of the model under test, with traces/subject/."})
+    base_path: str = field(metadata={"help": "Folder of the un-immunized base, with traces/control/."})
+    protocol: str = field(
+        default="quick",
+        metadata={"help": f"Preset exam whose attacks must be there or are named NOT RUN: {', '.join(PROTOCOLS)}."},
+    )
+    threshold: float | None = field(
+        default=None,
+        metadata={"help": "Harmful accuracy (0..1) that counts as success; by default a share of the base's best."},
+    )
+    feature_module: str | None = field(
+        default=None, metadata={"help": "Layer whose input's spectrum is measured; the head by default."}
+    )
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Judge, write, and print."""
+    task_arguments, arguments = parse_options((TaskArguments, CertifyArguments), argv, description=__doc__)
+    transformers.utils.logging.disable_progress_bar()
+    state = PartialState(cpu=arguments.device == "cpu")
+    if not state.is_main_process:
+        return
+    protocol = find_protocol(arguments.protocol)
+    processor = load_processor(arguments.model_path)
+    primary, harmful = Task(task_arguments, "primary"), Task(task_arguments, "harmful")
+    test = primary.pixels("test", processor)
+    splits = {role: harmful.pixels(role, processor) for role in ("attack", "validation", "test")}
+    data = ExamData(
+        primary_test=test,
+        harmful_attack=splits["attack"],
+        primary=(primary.fingerprint(test, "test"),),
+        harmful=tuple(harmful.fingerprint(split, role) for role, split in splits.items()),
+    )
+    certificate = build_certificate(
+        arguments.model_path,
+        arguments.base_path,
+        data,
+        protocol,
+        threshold=arguments.threshold,
+        feature_module=arguments.feature_module,
+        device=str(state.device) if arguments.device == "auto" else arguments.device,
+    )
+    folder = Path(arguments.model_path)
+    certificate.write(folder / "certificate.json")
+    if importlib.util.find_spec("hf_immunize.hub.card") is not None:
+        from hf_immunize.hub.card import write_card
+
+        write_card(folder)
+    print_verdicts(certificate)
+    print(f"certificate: {folder / 'certificate.json'}")
+
+
+def print_verdicts(certificate: Certificate) -> None:
+    """The verdict table, failures first to meet the eye."""
+    colours = {"FAILS": "bold red", "RESISTS": "green", "INCONCLUSIVE": "yellow"}
+    table = Table(title=f"{certificate.subject.name} against {certificate.control.name}: {certificate.overall}")
+    for column in ("attack", "family", "steps, base", "steps, model", "slow-down", "accuracy drop", "verdict"):
+        table.add_column(column)
+    for cell in certificate.cells:
+        colour = colours.get(cell.verdict, "dim")
+        table.add_row(
+            cell.attack,
+            cell.family,
+            _steps(cell.control, cell.budget) if cell.unit == "step" else "-",
+            _steps(cell.subject, cell.budget) if cell.unit == "step" else "-",
+            _interval(cell.slow_down, "{:.3g}"),
+            _interval(cell.accuracy_drop, "{:.2f}"),
+            f"[{colour}]{cell.verdict}[/]",
+        )
+    console = Console()
+    console.print(table)
+    utility = certificate.utility
+    ratio = "not defined" if certificate.immunization_ratio is None else f"{certificate.immunization_ratio:.3g}"
+    console.print(
+        f"primary {utility.metric} {utility.base:.2f} -> {utility.immunized:.2f} %, drop "
+        f"{_interval(utility.drop, '{:.2f}')} points over {utility.rows} rows; RIR {ratio} (explains, does not certify)"
+    )
+    console.print(certificate.statement)
+
+
+def _steps(side, budget: int) -> str:
+    if side is None or not side.steps_to_threshold:
+        return "-"
+    return " ".join(f">{budget}" if step is None else str(step) for step in side.steps_to_threshold)
+
+
+def _interval(found: Interval, form: str) -> str:
+    if found.estimate is None and found.low is None and found.high is None:
+        return "-"
+    middle, low = ("?" if value is None else form.format(value) for value in (found.estimate, found.low))
+    high = "open" if found.high is None else form.format(found.high)
+    return f"{middle} \\[{low}, {high}]"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ImmunizeError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,57 @@
+"""Tiny models and data that every test may use. Random weights exercise code; they support no claim."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_immunize.data import PixelDataset
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_vit():
+    def build(labels: int = 3, dtype=torch.float32, seed: int = 0, dropout: float = 0.0, layers: int = 2):
+        torch.manual_seed(seed)
+        config = ViTConfig(
+            image_size=8,
+            patch_size=4,
+            hidden_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=labels,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+        return ViTForImageClassification(config).to(dtype)
+
+    return build
+
+
+@pytest.fixture
+def make_pixels():
+    def build(rows: int = 24, classes: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32, size: int = 8):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(rows) % classes
+        pixels = torch.randn(rows, 3, size, size, generator=generator, dtype=dtype)
+        pixels = pixels + labels.to(dtype)[:, None, None, None]
+        return PixelDataset(pixels, labels, [f"class {index}" for index in range(classes)])
+
+    return build
+
+
+@pytest.fixture
+def digits_primary():
+    """The real digits 0-4 and 5-9 as (primary, harmful) tasks with the demo's processor settings."""
+    from transformers import ViTImageProcessorPil
+
+    from hf_immunize.data import Task, TaskArguments
+
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    arguments = TaskArguments(
+        "builder:digits", "builder:digits", primary_labels="0,1,2,3,4", harmful_labels="5,6,7,8,9"
+    )
+    return Task(arguments, "primary"), Task(arguments, "harmful"), processor
