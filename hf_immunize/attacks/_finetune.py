@@ -1,0 +1,145 @@
+"""Attacks that train the network itself: the stock ``transformers.Trainer``, never this package's own."""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_immunize.attacks.context import AttackContext
+from hf_immunize.attacks.shape import Result, Run, evaluation_steps
+from hf_immunize.data import collate_pixels
+from hf_immunize.records import Evaluation
+
+_EVALUATION_ROWS = 512
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """What every network-training attack is told; the meaning is that of ``transformers.TrainingArguments``."""
+
+    learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate.", "sweep": (1e-4, 1e-3, 1e-2, 1e-1)}
+    )
+    steps: int = field(default=100, metadata={"help": "Budget in optimizer steps."})
+    batch_size: int = field(default=32, metadata={"help": "Rows per step."})
+    optimizer: str = field(
+        default="adamw_torch_fused", metadata={"help": "TrainingArguments.optim, e.g. sgd, adafactor."}
+    )
+    scheduler: str = field(default="constant", metadata={"help": "TrainingArguments.lr_scheduler_type."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 switches it off."})
+
+
+class _Exam(TrainerCallback):
+    """Evaluates after the steps that are due, in evaluation mode, and stops a run whose numbers are not finite."""
+
+    def __init__(self, context: AttackContext, due: Sequence[int]):
+        self.curve: list[Evaluation] = []
+        self.note: str | None = None
+        self._due = set(due)
+        self._split = len(context.validation)
+        self._pixels = torch.cat([context.validation.pixel_values, context.test.pixel_values])
+        self._labels = torch.cat([context.validation.labels, context.test.labels])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Judge the model after this step, if the step is due."""
+        if state.global_step in self._due:
+            hits = self._hits(kwargs["model"])
+            if hits is None:
+                self.note = f"logits were not finite at step {state.global_step}"
+                control.should_training_stop = True
+            else:
+                validation, test = hits[: self._split].mean(), hits[self._split :].mean()
+                self.curve.append(Evaluation(step=state.global_step, validation=float(validation), test=float(test)))
+        return control
+
+    @torch.no_grad()
+    def _hits(self, model: nn.Module) -> Tensor | None:
+        was_training, device = model.training, next(model.parameters()).device
+        model.eval()
+        parts = self._pixels.split(_EVALUATION_ROWS)
+        logits = torch.cat([model(pixel_values=part.to(device)).logits for part in parts])
+        model.train(was_training)
+        if not bool(torch.isfinite(logits).all()):
+            return None
+        return (logits.argmax(dim=1).cpu() == self._labels).double()
+
+
+def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: str) -> TrainingArguments:
+    """Stock arguments with everything that costs time and is not the attack switched off."""
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        optim=config.optimizer,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device == "cpu",
+        report_to="none",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int) -> Result:
+    """Train ``model`` on this seed's rows and return its learning curve on both held-out splits.
+
+    The loss is the model's own mean cross-entropy. Trainer would multiply it by the number of accumulation steps and
+    processes for models that swallow keyword arguments (transformers 5.23); the two flags below switch that off.
+    """
+    started = time.perf_counter()
+    exam = _Exam(context, evaluation_steps(config.steps))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(config, seed, context.device, folder),
+            train_dataset=context.attack.subset(context.draw_rows(seed)),
+            data_collator=collate_pixels,
+            callbacks=[exam],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.model_accepts_loss_kwargs = False
+        trainer.loss_is_scaled_for_ga = False
+        loss = trainer.train().training_loss
+    seconds = time.perf_counter() - started
+    if exam.note is None and not math.isfinite(loss):
+        exam.note = "the training loss was not finite"
+    outcome = "diverged" if exam.note else "completed"
+    return Result(exam.curve, config.steps, seconds, outcome, exam.note)
+
+
+def run_finetunes(
+    context: AttackContext, runs: Sequence[Run], prepare: Callable[[AttackContext, Run], nn.Module | str]
+) -> Iterator[tuple[Run, Result]]:
+    """Prepare and train one model per run; a ``prepare`` that returns words says why the attack does not apply."""
+    gc.collect()
+    gc.freeze()  # Trainer collects garbage once per run: half a second for what importing its libraries left behind.
+    try:
+        for run in runs:
+            model = prepare(context, run)
+            if isinstance(model, str):
+                yield run, Result([], run.config.steps, 0.0, "not_applicable", model)
+            else:
+                yield run, finetune(context, model, run.config, run.seed)
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,165 @@
+"""Linear probes, trained together: every trial × seed of one attack is a slice of one batched tensor program.
+
+Shape legend: S seeds, T trials, C classes, N training rows, M judged rows, D feature width + 1 (the bias column).
+Classes lie before trials and rows last, so that the softmax runs over contiguous rows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_immunize.attacks.context import AttackContext
+from hf_immunize.attacks.shape import Result, Run, evaluation_steps
+from hf_immunize.linalg import to_double
+from hf_immunize.linalg.whitening import fit_feature_map
+from hf_immunize.records import Evaluation
+
+Update = Callable[[Tensor, Tensor, Tensor, int], None]
+"""In-place step: (weights S×CT×D, gradient, rate T×1 per trial repeated over classes, step from 1)."""
+
+
+@dataclass(frozen=True)
+class ProbeData:
+    """Mapped, bias-augmented float64 features of all seeds, and integer labels."""
+
+    train_SND: Tensor
+    train_labels_SN: Tensor
+    judged_SMD: Tensor
+    """Validation rows, then test rows."""
+    judged_labels_M: Tensor
+    validation_rows: int
+    classes: int
+
+
+def probe_data(context: AttackContext, seeds: Sequence[int], feature_map: str, module: str | None = None) -> ProbeData:
+    """Features of every seed's own training rows, under a map fitted on these rows alone."""
+    train, labels, judged = [], [], []
+    for seed in seeds:
+        features = context.features(seed, module)
+        rows = context.draw_rows(seed)
+        mapped = fit_feature_map(features["attack"][rows], feature_map)
+        train.append(_with_bias(mapped(features["attack"][rows])))
+        labels.append(context.attack.labels[rows])
+        judged.append(_with_bias(torch.cat([mapped(features["validation"]), mapped(features["test"])])))
+    return ProbeData(
+        train_SND=torch.stack(train).to(context.device),
+        train_labels_SN=torch.stack(labels).to(context.device),
+        judged_SMD=torch.stack(judged).to(context.device),
+        judged_labels_M=torch.cat([context.validation.labels, context.test.labels]).to(context.device),
+        validation_rows=len(context.validation),
+        classes=context.classes,
+    )
+
+
+def _with_bias(features_ND: Tensor) -> Tensor:
+    return torch.cat([features_ND, torch.ones_like(features_ND[:, :1])], dim=1)
+
+
+def initial_weights(data: ProbeData, seeds: Sequence[int], trials: int) -> Tensor:
+    """S×CT×D weights, uniform in ±1/√D as ``nn.Linear`` draws them; every trial of a seed starts at the same point."""
+    width = data.train_SND.shape[2]
+    drawn = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        one = (2 * torch.rand(data.classes, 1, width, generator=generator) - 1) / (width - 1) ** 0.5
+        drawn.append(to_double(one).expand(data.classes, trials, width).reshape(data.classes * trials, width))
+    return torch.stack(drawn).to(data.train_SND.device)
+
+
+def gradient_descent() -> Update:
+    """W ← W − η·∇L."""
+
+    def update(weights: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
+        weights.addcmul_(gradient, rate, value=-1)
+
+    return update
+
+
+def adam(beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8) -> Update:
+    """Adam (Kingma & Ba 2015) with bias correction, as ``torch.optim.Adam`` computes it."""
+    state: dict[str, Tensor] = {}
+
+    def update(weights: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
+        if not state:
+            state["mean"], state["square"] = torch.zeros_like(weights), torch.zeros_like(weights)
+        state["mean"].lerp_(gradient, 1 - beta_1)
+        state["square"].mul_(beta_2).addcmul_(gradient, gradient, value=1 - beta_2)
+        scale = state["square"].sqrt().div_((1 - beta_2**step) ** 0.5).add_(epsilon)
+        weights.sub_(state["mean"] * (rate / (1 - beta_1**step)) / scale)
+
+    return update
+
+
+@torch.no_grad()
+def train_probes(
+    data: ProbeData, weights: Tensor, rates: Sequence[float], steps: int, update: Update
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Full-batch training on mean cross-entropy; ``weights`` is changed in place.
+
+    Yields:
+        (step, validation accuracy S×T, test accuracy S×T, finite S×T) at every evaluation step.
+    """
+    seeds, rows, _ = data.train_SND.shape
+    shape = (seeds, data.classes, len(rates), -1)
+    columns_SDN = data.train_SND.mT.contiguous()
+    judged_SDM = data.judged_SMD.mT.contiguous()
+    targets_SC1N = torch.nn.functional.one_hot(data.train_labels_SN, data.classes).permute(0, 2, 1).unsqueeze(2)
+    targets_SC1N = targets_SC1N.to(weights).contiguous()
+    rate = torch.tensor(list(rates) * data.classes, dtype=weights.dtype, device=weights.device).unsqueeze(1)
+    due = set(evaluation_steps(steps))
+    for step in tqdm(range(1, steps + 1), desc="probe steps", leave=False, disable=None, mininterval=1):
+        error_SCTN = torch.bmm(weights, columns_SDN).view(shape).softmax(dim=1).sub_(targets_SC1N)
+        gradient = torch.bmm(error_SCTN.view(seeds, -1, rows), data.train_SND).div_(rows)
+        update(weights, gradient, rate, step)
+        if step in due:
+            yield step, *_accuracies(torch.bmm(weights, judged_SDM).view(shape), data)
+
+
+def _accuracies(logits_SCTM: Tensor, data: ProbeData) -> tuple[Tensor, Tensor, Tensor]:
+    hits = (logits_SCTM.argmax(dim=1) == data.judged_labels_M).double()
+    finite = torch.isfinite(logits_SCTM).flatten(3).all(dim=3).all(dim=1)
+    return hits[..., : data.validation_rows].mean(-1), hits[..., data.validation_rows :].mean(-1), finite
+
+
+def run_probes(
+    context: AttackContext, runs: Sequence[Run], optimizer: Callable[[], Update]
+) -> Iterator[tuple[Run, Result]]:
+    """Train all runs, one batched program per group of configs that differ in nothing but the learning rate."""
+    groups: dict[object, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(replace(run.config, learning_rate=0.0), []).append(run)
+    for group in groups.values():
+        yield from _run_group(context, group, optimizer())
+
+
+def _run_group(context: AttackContext, group: Sequence[Run], update: Update) -> Iterator[tuple[Run, Result]]:
+    started = time.perf_counter()
+    config = group[0].config
+    seeds = sorted({run.seed for run in group})
+    rates = sorted({run.config.learning_rate for run in group})
+    data = probe_data(context, seeds, config.features)
+    points: dict[tuple[int, float], list[Evaluation]] = {(seed, rate): [] for seed in seeds for rate in rates}
+    diverged: dict[tuple[int, float], int] = {}
+    weights = initial_weights(data, seeds, len(rates))
+    for step, validation, test, finite in train_probes(data, weights, rates, config.steps, update):
+        table = zip(validation.tolist(), test.tolist(), finite.tolist(), strict=True)
+        for seed, row in zip(seeds, table, strict=True):
+            for rate, held, judged, ok in zip(rates, *row, strict=True):
+                if not ok:
+                    diverged.setdefault((seed, rate), step)
+                if (seed, rate) not in diverged:
+                    points[seed, rate].append(Evaluation(step=step, validation=held, test=judged))
+    seconds = (time.perf_counter() - started) / len(points)
+    for run in group:
+        key = (run.seed, run.config.learning_rate)
+        if key in diverged:
+            note = f"logits were not finite at step {diverged[key]}"
+            yield run, Result(points[key], config.steps, seconds, "diverged", note)
+        else:
+            yield run, Result(points[key], config.steps, seconds)

@@ -1,0 +1,173 @@
+"""What an attacker holds: a saved model, the attacker's own data, and seeded draws that are paired across models."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from hf_immunize.data import PixelDataset, batches
+from hf_immunize.errors import ConfigError, DataError, ModelError
+from hf_immunize.features import extract_features, find_classifier
+from hf_immunize.records import DatasetFingerprint, ModelFingerprint
+
+Role = Literal["subject", "control", "scratch"]
+
+
+def load_classifier(folder: str | Path) -> nn.Module:
+    """The image classifier of a folder or Hub id, from safetensors only. Raises ModelError when it cannot be read."""
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            str(folder), use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"expected an image classifier saved with save_pretrained in {folder}, got {error}: check the path."
+        ) from error
+
+
+def load_processor(folder: str | Path) -> Any:
+    """The image processor saved beside a model, PIL backend. Raises ModelError when there is none."""
+    try:
+        return AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"expected an image processor in {folder}, got {error}: save it beside the model with save_pretrained."
+        ) from error
+
+
+def random_classifier(folder: str | Path, seed: int) -> nn.Module:
+    """The architecture of ``folder`` with random weights drawn from ``seed``: what training from scratch starts at."""
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+
+
+def describe_model(folder: str | Path, model: nn.Module, role: Role = "subject") -> ModelFingerprint:
+    """Fingerprint of the attacked model. Random weights (``scratch``) have no weight files: each seed draws its own."""
+    name = Path(folder).resolve().name
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    architecture = type(model).__name__
+    if role == "scratch":
+        return ModelFingerprint(
+            name=f"{name} architecture, random weights", architecture=architecture, parameters=parameters, weights={}
+        )
+    return ModelFingerprint.of_folder(folder, name=name, architecture=architecture, parameters=parameters)
+
+
+@dataclass(frozen=True)
+class AttackContext:
+    """One attacked model and the attacker's three splits.
+
+    Args:
+        folder: the model's save_pretrained folder (for role ``scratch`` only its config is read).
+        role: which side of the exam the model is.
+        attack, validation, test: harmful data to train on, to choose hyperparameters on, and to be judged on.
+        data: fingerprints of these three splits, in that order.
+        feature_module: the head, i.e. the layer whose input is probed; found automatically when None.
+        device: where models run.
+        attack_fraction: share of each class of ``attack`` that one seed trains on.
+    """
+
+    folder: Path
+    role: Role
+    attack: PixelDataset
+    validation: PixelDataset
+    test: PixelDataset
+    data: tuple[DatasetFingerprint, ...]
+    feature_module: str | None = None
+    device: str = "cpu"
+    attack_fraction: float = 0.8
+    _features: dict[tuple[int | None, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.role not in ("subject", "control", "scratch"):
+            raise ConfigError(f"expected role 'subject', 'control' or 'scratch', got {self.role!r}.")
+        if not 0 < self.attack_fraction <= 1:
+            raise ConfigError(f"expected attack_fraction in (0, 1], got {self.attack_fraction}.")
+        digests = [fingerprint.sha256 for fingerprint in self.data]
+        if len(set(digests)) < len(digests):
+            raise DataError(
+                "expected different attack, validation and test splits, got one split twice: an attacker who trains "
+                "on the test rows measures nothing. Check harmful_splits."
+            )
+
+    @property
+    def classes(self) -> int:
+        """Number of harmful classes."""
+        return len(self.attack.label_names)
+
+    @cached_property
+    def _saved(self) -> nn.Module:
+        return load_classifier(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        """Identity of the attacked weights, as they lie on disk now."""
+        return describe_model(self.folder, self._saved, self.role)
+
+    @cached_property
+    def head(self) -> str:
+        """Module name of the classification head."""
+        return self.feature_module or find_classifier(self._saved)
+
+    def model(self, seed: int) -> nn.Module:
+        """A fresh copy of the attacked model on ``device``; ``seed`` matters only for random weights."""
+        made = random_classifier(self.folder, seed) if self.role == "scratch" else copy.deepcopy(self._saved)
+        return made.to(self.device)
+
+    def model_with_new_head(self, seed: int) -> nn.Module:
+        """The attacked model with a freshly drawn head for the harmful classes. Equal seeds draw equal heads.
+
+        Raises:
+            ModelError: the head is not a linear layer.
+        """
+        model = self.model(seed)
+        old = model.get_submodule(self.head)
+        if not isinstance(old, nn.Linear):
+            raise ModelError(
+                f"expected a linear head to replace at '{self.head}', got {type(old).__name__}: set feature_module to "
+                "the model's last linear layer."
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            new = nn.Linear(old.in_features, self.classes, device=old.weight.device, dtype=old.weight.dtype)
+        model.set_submodule(self.head, new)
+        model.config.id2label = dict(enumerate(self.attack.label_names))
+        model.config.label2id = {name: label for label, name in enumerate(self.attack.label_names)}
+        model.config.problem_type = "single_label_classification"
+        if hasattr(model, "num_labels"):
+            model.num_labels = self.classes
+        return model
+
+    def draw_rows(self, seed: int) -> Tensor:
+        """Rows of ``attack`` that this seed trains on: the same share of every class, at least one row each."""
+        generator = torch.Generator().manual_seed(seed)
+        kept = []
+        for label in range(self.classes):
+            rows = (self.attack.labels == label).nonzero().flatten()
+            share = min(len(rows), max(1, round(self.attack_fraction * len(rows))))
+            kept.append(rows[torch.randperm(len(rows), generator=generator)[:share]])
+        return torch.cat(kept).sort().values
+
+    def features(self, seed: int, module: str | None = None) -> dict[str, Tensor]:
+        """Features of the whole ``attack``, ``validation`` and ``test`` splits at a module (default: the head).
+
+        Computed once per model; random weights are another model for every seed.
+        """
+        module = module or self.head
+        key = (seed if self.role == "scratch" else None, module)
+        if key not in self._features:
+            model = self.model(seed)
+            self._features[key] = {
+                name: extract_features(model, batches(split), [module])[module]
+                for name, split in (("attack", self.attack), ("validation", self.validation), ("test", self.test))
+            }
+        return self._features[key]

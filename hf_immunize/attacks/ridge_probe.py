@@ -1,0 +1,66 @@
+"""The closed-form attacker: ridge regression, which no condition number slows down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_immunize.attacks._probes import ProbeData, probe_data
+from hf_immunize.attacks.context import AttackContext
+from hf_immunize.attacks.shape import Attack, Result, Run
+from hf_immunize.linalg import ridge_weights
+from hf_immunize.records import Evaluation
+
+
+@dataclass(frozen=True)
+class RidgeProbe:
+    """W = argmin ‖Φ_cW − Y_c‖² + λ‖W‖² on one-hot labels, λ = penalty × σ₁²(Φ_c); the largest output wins."""
+
+    penalty: float = field(
+        default=1e-4,
+        metadata={
+            "help": "λ relative to the squared largest singular value of the training features.",
+            "sweep": (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8),
+        },
+    )
+    features: str = field(
+        default="centered",
+        metadata={
+            "help": "Feature map: centered keeps the spectrum, standardized rescales columns first.",
+            "sweep": ("centered", "standardized"),
+        },
+    )
+
+
+def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+    """Solve every run; the features of a seed are mapped once per map."""
+    data: dict[tuple[int, str], ProbeData] = {}
+    for planned in runs:
+        started = time.perf_counter()
+        key = (planned.seed, planned.config.features)
+        if key not in data:
+            data[key] = probe_data(context, [planned.seed], planned.config.features)
+        yield planned, _solve(data[key], planned.config.penalty, started)
+
+
+def _solve(data: ProbeData, penalty: float, started: float) -> Result:
+    phi, judged = data.train_SND[0, :, :-1], data.judged_SMD[0, :, :-1]
+    labels = torch.nn.functional.one_hot(data.train_labels_SN[0], data.classes).to(phi)
+    mean, label_mean = phi.mean(dim=0), labels.mean(dim=0)
+    sigma_1 = torch.linalg.matrix_norm(phi - mean, ord=2)
+    # tiny: features that are zero everywhere must still solve (to weights of zero, and accuracy at chance).
+    shift = (penalty * sigma_1.square()).clamp(min=torch.finfo(phi.dtype).tiny)
+    try:
+        weights = ridge_weights(phi - mean, labels - label_mean, shift)
+    except torch.linalg.LinAlgError as error:
+        return Result([], 1, time.perf_counter() - started, "diverged", f"the solve failed: {error}")
+    hits = (((judged - mean) @ weights + label_mean).argmax(dim=1) == data.judged_labels_M).double()
+    held = data.validation_rows
+    point = Evaluation(step=1, validation=float(hits[:held].mean()), test=float(hits[held:].mean()))
+    return Result([point], 1, time.perf_counter() - started)
+
+
+ATTACK = Attack(config=RidgeProbe, run=run, family="whitened probing", unit="solve")

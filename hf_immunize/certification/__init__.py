@@ -1,0 +1,24 @@
+"""The judge: which exam, what came of it, and the certificate over exactly these weights."""
+
+from hf_immunize.certification.certificate import ExamData, build_certificate
+from hf_immunize.certification.protocol import PROTOCOLS, Protocol, Rule, find_protocol
+from hf_immunize.certification.spectra import measure_spectrum
+from hf_immunize.certification.utility import correct_rows, measure_utility
+from hf_immunize.certification.verdict import family_verdicts, judge_solve, judge_steps, overall_verdict, strongest
+
+__all__ = [
+    "PROTOCOLS",
+    "ExamData",
+    "Protocol",
+    "Rule",
+    "build_certificate",
+    "correct_rows",
+    "family_verdicts",
+    "find_protocol",
+    "judge_solve",
+    "judge_steps",
+    "measure_spectrum",
+    "measure_utility",
+    "overall_verdict",
+    "strongest",
+]

@@ -1,0 +1,129 @@
+"""Evidence in, certificate out: two model folders with their traces become one ``Certificate``."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from hf_immunize.attacks import ATTACKS, describe_model, load_classifier
+from hf_immunize.certification.cells import build_cell, reference_threshold
+from hf_immunize.certification.checklist import lines_not_run
+from hf_immunize.certification.evidence import control_traces, read_traces, trace_hashes
+from hf_immunize.certification.protocol import Protocol
+from hf_immunize.certification.spectra import measure_spectrum
+from hf_immunize.certification.utility import measure_utility
+from hf_immunize.certification.verdict import family_verdicts, overall_verdict, statement
+from hf_immunize.data import PixelDataset
+from hf_immunize.errors import IncompleteExamError, RecordError
+from hf_immunize.features import find_classifier
+from hf_immunize.metrics import immunization_ratio
+from hf_immunize.records import AttackTrace, Cell, Certificate, DatasetFingerprint, Provenance, SpectrumRecord
+
+
+@dataclass(frozen=True)
+class ExamData:
+    """Held-out data of both tasks and its fingerprints.
+
+    ``primary_test`` judges utility; ``harmful_attack`` (never seen by the defender) and ``primary_test`` are the whole
+    splits whose spectra are measured; ``harmful`` are the fingerprints of the attacker's three splits.
+    """
+
+    primary_test: PixelDataset
+    harmful_attack: PixelDataset
+    primary: tuple[DatasetFingerprint, ...]
+    harmful: tuple[DatasetFingerprint, ...]
+
+
+def build_certificate(
+    folder: str | Path,
+    base_folder: str | Path,
+    data: ExamData,
+    protocol: Protocol,
+    *,
+    threshold: float | None = None,
+    feature_module: str | None = None,
+    device: str = "cpu",
+) -> Certificate:
+    """Judge the model in ``folder`` against its base. Control traces are copied into ``folder``.
+
+    Args:
+        threshold: harmful accuracy that counts as success; by default the protocol's share of the reference attack.
+
+    Raises:
+        IncompleteExamError: no base, no control traces, or a control that sat another exam.
+        RecordError: traces that are broken, of other weights, or of other data.
+    """
+    folder, base_folder = Path(folder), Path(base_folder)
+    if not base_folder.is_dir():
+        raise IncompleteExamError(
+            f"expected the un-immunized base model in {base_folder}, got no such folder: a certificate compares with "
+            "the base, so save it with save_pretrained, attack it with --role control, and pass it as --base_path."
+        )
+    base, immunized = load_classifier(base_folder), load_classifier(folder)
+    control, subject = describe_model(base_folder, base), describe_model(folder, immunized)
+    traces = {"subject": read_traces(folder, "subject", subject, ATTACKS)}
+    traces |= control_traces(folder, base_folder, control, ATTACKS)
+    _check_data(traces, data)
+    rule = protocol.rule
+    level_of_success = reference_threshold(traces["control"], rule) if threshold is None else threshold
+    cells = _cells(traces, protocol, level_of_success, data.harmful[-1].rows)
+    utility = measure_utility(base.to(device), immunized.to(device), data.primary_test, rule.level)
+    spectra = {
+        "base": _spectra(base, data, feature_module),
+        "immunized": _spectra(immunized, data, feature_module),
+    }
+    ratio, parts = immunization_ratio(spectra["base"], spectra["immunized"])
+    everything = [trace for found in traces.values() for trace in found]
+    expires = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=rule.valid_days)
+    return Certificate(
+        subject=subject, control=control, primary_data=list(data.primary), harmful_data=list(data.harmful),
+        utility=utility, cells=cells, families=family_verdicts(cells), overall=overall_verdict(cells, utility, rule),
+        statement=statement(cells, utility, rule, subject.name), rule=rule.in_words(),
+        threshold_rule=rule.threshold_in_words() if threshold is None else "Given by hand.",
+        spectra=spectra, immunization_ratio=ratio, immunization_ratio_parts=parts,
+        not_run=lines_not_run(everything, protocol.attacks), traces=trace_hashes(folder, traces),
+        provenance=Provenance.here(device), expires=expires.isoformat(),
+    )
+
+
+def _cells(
+    traces: Mapping[str, Sequence[AttackTrace]], protocol: Protocol, threshold: float, test_rows: int
+) -> list[Cell]:
+    """One cell for every attack that is planned or was run on any side; none can be left out."""
+    run = {trace.attack for found in traces.values() for trace in found}
+    names = [name for name in ATTACKS if name in run or name in protocol.attacks]
+    return [
+        build_cell(
+            name,
+            ATTACKS[name],
+            {role: [trace for trace in found if trace.attack == name] for role, found in traces.items()},
+            threshold,
+            test_rows,
+            protocol.rule,
+        )
+        for name in names
+    ]
+
+
+def _spectra(model: nn.Module, data: ExamData, feature_module: str | None) -> list[SpectrumRecord]:
+    site = feature_module or find_classifier(model)
+    return [
+        measure_spectrum(model, data.harmful_attack, site, "harmful"),
+        measure_spectrum(model, data.primary_test, site, "primary"),
+    ]
+
+
+def _check_data(traces: Mapping[str, Sequence[AttackTrace]], data: ExamData) -> None:
+    """Raise RecordError for a trace of other data than the exam's."""
+    wanted = [fingerprint.sha256 for fingerprint in data.harmful]
+    for role, found in traces.items():
+        for trace in found:
+            if [fingerprint.sha256 for fingerprint in trace.data] != wanted:
+                raise RecordError(
+                    f"expected traces on the harmful splits of this exam, got other rows in {role}/{trace.file_name}: "
+                    "certify with the task options (dataset, labels, splits, split_seed) the attacks were run with."
+                )

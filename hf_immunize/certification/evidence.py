@@ -1,0 +1,75 @@
+"""Traces as evidence: read strictly, tied to the weights on disk, copied beside the certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hf_immunize.attacks import Attack
+from hf_immunize.errors import IncompleteExamError, RecordError
+from hf_immunize.records import AttackTrace, ModelFingerprint, atomic_write, sha256_file
+
+
+def read_traces(
+    folder: str | Path, role: str, model: ModelFingerprint, table: Mapping[str, Attack]
+) -> list[AttackTrace]:
+    """Every trace of ``folder/traces/<role>``, checked against the weights it must speak of.
+
+    Raises:
+        RecordError: a file that is truncated, misnamed, of an unknown attack, or of other weights than ``model``.
+    """
+    traces = []
+    for path in sorted((Path(folder) / "traces" / role).glob("*.json")):
+        trace = AttackTrace.read(path)
+        if trace.attack not in table:
+            raise RecordError(f"expected an attack in {sorted(table)}, got {trace.attack!r} in {path}: remove it.")
+        if trace.role != role or path.name != trace.file_name:
+            raise RecordError(
+                f"expected {path} to be named after its run, got {trace.role}/{trace.file_name} inside: it was renamed "
+                "or edited; make it again."
+            )
+        same_weights = trace.model.weights == model.weights
+        if role == "scratch":
+            same_weights = (trace.model.architecture, trace.model.parameters) == (model.architecture, model.parameters)
+        if not same_weights:
+            raise RecordError(
+                f"expected a trace of the weights of {model.name} as they are on disk, got one of other weights in "
+                f"{path}: the model changed after it was attacked. Attack it again with --overwrite."
+            )
+        traces.append(trace)
+    return traces
+
+
+def control_traces(
+    folder: Path, base_folder: Path, base: ModelFingerprint, table: Mapping[str, Attack]
+) -> dict[str, list[AttackTrace]]:
+    """Control and scratch traces, copied from the base's folder into ``folder`` so that it is self-contained.
+
+    Raises:
+        IncompleteExamError: no control was attacked.
+        RecordError: as in ``read_traces``.
+    """
+    found: dict[str, list[AttackTrace]] = {}
+    for role in ("control", "scratch"):
+        traces = read_traces(base_folder, role, base, table)
+        for trace in traces:
+            source = base_folder / "traces" / role / trace.file_name
+            target = folder / "traces" / role / trace.file_name
+            if not target.exists() or sha256_file(target) != sha256_file(source):
+                atomic_write(target, source.read_bytes())
+        found[role] = traces
+    if not found["control"]:
+        raise IncompleteExamError(
+            f"expected attack traces of the base in {base_folder}/traces/control, got none: run recipes/attack.py "
+            f"--model_path {base_folder} --role control with the options of the subject's attacks."
+        )
+    return found
+
+
+def trace_hashes(folder: Path, traces: Mapping[str, Sequence[AttackTrace]]) -> dict[str, str]:
+    """SHA-256 of each trace file by its path relative to ``folder``."""
+    return {
+        f"traces/{role}/{trace.file_name}": sha256_file(folder / "traces" / role / trace.file_name)
+        for role, found in sorted(traces.items())
+        for trace in found
+    }
