@@ -18,7 +18,8 @@ class ImmunizationConfig(TrainingArguments):
         metadata={
             "help": "What makes harmful fine-tuning slow: condition_number (R_ill on harmful and R_well on primary "
             "features, Zheng et al. 2025), ill_only (R_ill), opt_kappa (-log kappa on harmful, +log kappa on primary), "
-            "closed_form_adversary (held-out R2 of a ridge probe). Several are joined with '+'."
+            "group_kappa (-log kappa, mean over small groups of harmful rows), closed_form_adversary (held-out R2 of a "
+            "ridge probe). Several are joined with '+'."
         },
     )
     weight: str = field(
@@ -47,11 +48,11 @@ class ImmunizationConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "closed_form_adversary: weight of the probe's R2 on its own support rows."},
     )
-    harmful_group_rows: str = field(
-        default="all",
+    harmful_group_rows: int = field(
+        default=32,
         metadata={
-            "help": "Group sizes over which harmful spectra are taken and averaged, e.g. '32,all'. Small groups raise "
-            "kappa along the directions an attacker uses first, the whole batch along the smallest ones."
+            "help": "group_kappa: rows per group. n centred rows span n-1 directions, those of the most energy, so "
+            "that small groups raise kappa along the directions an attacker uses first."
         },
     )
     distillation: float = field(
@@ -101,26 +102,12 @@ class ImmunizationConfig(TrainingArguments):
         super().__post_init__()
         self._validate_immunization()
 
-    @property
-    def group_rows(self) -> tuple[int, ...]:
-        """``harmful_group_rows`` as numbers, 0 for all. Raises ConfigError for anything else."""
-        parts = [part.strip() for part in self.harmful_group_rows.split(",")]
-        try:
-            sizes = tuple(0 if part == "all" else int(part) for part in parts)
-        except ValueError:
-            sizes = (-1,)
-        if any(size != 0 and size < 3 for size in sizes) or "0" in parts:
-            raise ConfigError(
-                "expected harmful_group_rows like '32,all' with groups of 3 rows or more, got "
-                f"{self.harmful_group_rows!r}."
-            )
-        return sizes
-
     def _validate_immunization(self) -> None:
         for name in ("strength", "distillation", "primary_loss_weight", "memorization"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"expected {name} of at least 0, got {getattr(self, name)}.")
-        _ = self.group_rows
+        if self.harmful_group_rows < 3:
+            raise ConfigError(f"expected harmful_group_rows of at least 3, got {self.harmful_group_rows}.")
         if not self.horizon > 0:
             raise ConfigError(f"expected a positive horizon in steps, got {self.horizon}.")
         if self.max_primary_drop is not None and not self.max_primary_drop >= 0:

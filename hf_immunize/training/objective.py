@@ -34,22 +34,17 @@ class Rows:
         """Centred, rank-aware spectrum of these rows' second moment."""
         return second_moment_spectrum(self.features, feature_dtype=self.feature_dtype)
 
-    def spectra(self, group_rows: tuple[int, ...]) -> list[list[Spectrum]]:
-        """For each size, the spectra of consecutive groups of that many rows; 0, or a size not below N, is all rows.
+    def group_spectra(self, size: int) -> list[Spectrum]:
+        """Spectra of consecutive groups of ``size`` rows (all rows when there are fewer).
 
-        n centred rows span n − 1 directions, those of the most energy: a small group shows a term the directions an
-        attacker uses first, the whole batch shows it the smallest ones (the paper's deep metric, too, is a mean over
-        groups of samples).
+        n centred rows span n − 1 directions, those of the most energy. A small group shows a term the directions an
+        attacker uses first; the whole batch shows it the smallest ones.
         """
         count = len(self.features)
-        found = []
-        for size in group_rows:
-            if size == 0 or size >= count:
-                found.append([self.spectrum])
-            else:
-                groups = self.features[: count - count % size].split(size)
-                found.append([second_moment_spectrum(group, feature_dtype=self.feature_dtype) for group in groups])
-        return found
+        if size >= count:
+            return [self.spectrum]
+        groups = self.features[: count - count % size].split(size)
+        return [second_moment_spectrum(group, feature_dtype=self.feature_dtype) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ class TermSettings:
 
     horizon: float = 100.0
     memorization: float = 0.0
-    group_rows: tuple[int, ...] = (0,)
+    group_rows: int = 32
 
 
 @dataclass(frozen=True)
@@ -86,26 +81,22 @@ def _adversary(rows: Rows, settings: TermSettings) -> Tensor:
     )
 
 
-def _over_groups(regularizer: Callable[[Spectrum], Tensor]) -> Callable[[Rows, TermSettings], Tensor]:
-    """The regularizer's mean over harmful groups of each size, then over sizes."""
-
-    def measure(rows: Rows, settings: TermSettings) -> Tensor:
-        sizes = rows.spectra(settings.group_rows)
-        return torch.stack([torch.stack([regularizer(part) for part in parts]).mean() for parts in sizes]).mean()
-
-    return measure
+def _group_log_kappa(rows: Rows, settings: TermSettings) -> Tensor:
+    return -torch.stack([log_condition(part) for part in rows.group_spectra(settings.group_rows)]).mean()
 
 
-_R_ILL = Term("harmful_r_ill", "harmful", _over_groups(ill_conditioned), logarithmic=True)
+_R_ILL = Term("harmful_r_ill", "harmful", lambda rows, _: ill_conditioned(rows.spectrum), logarithmic=True)
 _R_WELL = Term("primary_r_well", "primary", lambda rows, _: well_conditioned(rows.spectrum), logarithmic=True)
-_LOG_KAPPA_H = Term("harmful_negative_log_kappa", "harmful", _over_groups(lambda part: -log_condition(part)))
+_LOG_KAPPA_H = Term("harmful_negative_log_kappa", "harmful", lambda rows, _: -log_condition(rows.spectrum))
 _LOG_KAPPA_P = Term("primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum))
+_GROUP_KAPPA = Term("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
 _ADVERSARY = Term("harmful_adversary_r2", "harmful", _adversary)
 
 OBJECTIVES: dict[str, tuple[Term, ...]] = {
     "condition_number": (_R_ILL, _R_WELL),
     "ill_only": (_R_ILL,),
     "opt_kappa": (_LOG_KAPPA_H, _LOG_KAPPA_P),
+    "group_kappa": (_GROUP_KAPPA,),
     "closed_form_adversary": (_ADVERSARY,),
 }
 

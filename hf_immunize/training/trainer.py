@@ -85,7 +85,7 @@ class ImmunizationTrainer(Trainer):
         self.weights = TermWeights(self.terms, args.weight, args.strength, args.term_shares)
         self.guard = UtilityGuard(args.max_primary_drop, args.guard_metric, args.max_strength_factor)
         self.meter = Meter()
-        self._settings = TermSettings(args.horizon, args.memorization, args.group_rows)
+        self._settings = TermSettings(args.horizon, args.memorization, args.harmful_group_rows)
         self._planned: list[dict[str, Tensor]] | None = None
         self._progress: dict[str, list[float]] = {}
         super().__init__(

@@ -1,0 +1,66 @@
+"""One optimizer step per objective and accumulation on this process's share: ``global_step.py OUTPUT.safetensors``."""
+
+import sys
+import tempfile
+
+import torch
+from safetensors.torch import save_file
+from transformers import ViTConfig, ViTForImageClassification
+from transformers.trainer_callback import TrainerCallback
+
+from hf_immunize.data import PixelDataset
+from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.training.distributed import world
+
+torch.set_num_threads(1)
+gradients: dict[str, torch.Tensor] = {}
+
+
+class Keep(TrainerCallback):
+    def __init__(self, name):
+        self.name = name
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for key, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradients[f"{self.name}/{key.removeprefix('module.')}"] = parameter.grad.clone()
+
+
+def pixels(rows: int, seed: int) -> PixelDataset:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(rows, 3, 8, 8, generator=generator, dtype=torch.float64)
+    labels = torch.arange(rows) % 3
+    return PixelDataset(images + labels[:, None, None, None], labels, ["a", "b", "c"])
+
+
+def step(objective: str, accumulation: int, weight: str, processes: int) -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )
+    args = ImmunizationConfig(
+        tempfile.mkdtemp(), objective=objective, weight=weight, strength=1.0, max_steps=1, max_grad_norm=0.0,
+        distillation=0.5, harmful_group_rows=9, gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=24 // accumulation // processes, per_device_harmful_batch_size=24 // processes,
+        report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )
+    model = ViTForImageClassification(config).double()
+    name = f"{objective}/{accumulation}/{weight}"
+    trainer = ImmunizationTrainer(
+        model, args, train_dataset=pixels(48, 0), harmful_dataset=pixels(40, 1), callbacks=[Keep(name)]
+    )
+    assert trainer.args.world_size == processes, (trainer.args.world_size, processes)
+    trainer.train()
+
+
+processes = int(sys.argv[2])
+OBJECTIVES = ("condition_number", "opt_kappa", "group_kappa", "closed_form_adversary", "ill_only+closed_form_adversary")
+for objective in OBJECTIVES:
+    for accumulation in (1, 2):
+        for weight in ("1", "auto"):
+            step(objective, accumulation, weight, processes)
+rank, size = world()
+assert size == processes
+if rank == 0:
+    save_file({name: value.contiguous() for name, value in gradients.items()}, sys.argv[1])

@@ -1,0 +1,97 @@
+"""Two processes and one give the same gradient on the same global batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_immunize.training.distributed import gather_rows, mean_over_ranks, world
+
+SCRIPT = str(Path(__file__).parent / "global_step.py")
+
+
+def run(output: Path, processes: int) -> dict[str, torch.Tensor]:
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    words = [*launch, SCRIPT, str(output), str(processes)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(output)
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gradients")
+    return {processes: run(folder / f"{processes}.safetensors", processes) for processes in (1, 2)}
+
+
+def test_every_objective_accumulation_and_weighting_gives_the_same_gradient(gradients):
+    one, two = gradients[1], gradients[2]
+    assert one.keys() == two.keys()
+    error, size = defaultdict(float), defaultdict(float)
+    for name, truth in one.items():
+        case = name.rsplit("/", 1)[0]
+        error[case] += float((two[name] - truth).square().sum())
+        size[case] += float(truth.square().sum())
+    assert len(size) == 20
+    for case in size:
+        assert size[case] > 0
+        assert (error[case] / size[case]) ** 0.5 <= 1e-8, case
+
+
+def test_each_objective_really_changes_the_gradient(gradients):
+    cases = defaultdict(list)
+    for name, value in gradients[1].items():
+        case, parameter = name.rsplit("/", 1)
+        if parameter == "vit.embeddings.cls_token":
+            cases[case] = value
+    values = list(cases.values())
+    assert len(values) == 20
+    for i, first in enumerate(values):
+        for second in values[i + 1 :]:
+            assert not torch.allclose(first, second, rtol=1e-9, atol=0)
+
+
+def test_without_a_process_group_gathering_changes_nothing():
+    rows = torch.arange(6.0).reshape(3, 2).requires_grad_()
+    gathered, mine = gather_rows(rows)
+    assert torch.equal(gathered, rows.detach()) and not gathered.requires_grad
+    assert mine.tolist() == [0, 1, 2]
+    assert world() == (0, 1)
+    assert float(mean_over_ranks(torch.tensor(3.0))) == 3.0
+
+
+def _uneven(rank: int, port: int, queue) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo")
+    rows = torch.tensor([[10.0 * rank + i] for i in range(3 - rank)])
+    gathered, mine = gather_rows(rows)
+    queue.put((rank, gathered.flatten().tolist(), mine.tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_with_different_numbers_of_rows_interleave_in_order():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    workers = [context.Process(target=_uneven, args=(rank, port, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict((rank, (rows, mine)) for rank, rows, mine in (queue.get(timeout=120) for _ in workers))
+    for worker in workers:
+        worker.join(60)
+    assert found[0] == ([0.0, 10.0, 1.0, 11.0, 2.0], [0, 2, 4])
+    assert found[1] == ([0.0, 10.0, 1.0, 11.0, 2.0], [1, 3])
