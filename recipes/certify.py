@@ -1,4 +1,4 @@
-"""Judge an attacked model against its attacked base: write certificate.json, and the model card where there is one.
+"""Judge an attacked model against its attacked base: write certificate.json and the model card README.md.
 
     accelerate launch recipes/certify.py --config recipes/digits-vit/task.yaml \
         --model_path runs/digits-vit/closed_form_adversary --base_path runs/digits-vit/base
@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from hf_immunize.attacks import load_processor
 from hf_immunize.certification import PROTOCOLS, ExamData, build_certificate, find_protocol
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ImmunizeError
+from hf_immunize.hub import write_card
 from hf_immunize.options import parse_options
 from hf_immunize.records import Certificate, Interval
 
@@ -74,10 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     folder = Path(arguments.model_path)
     certificate.write(folder / "certificate.json")
-    if importlib.util.find_spec("hf_immunize.hub.card") is not None:
-        from hf_immunize.hub.card import write_card
-
-        write_card(folder)
+    write_card(folder)
     print_verdicts(certificate)
     print(f"certificate: {folder / 'certificate.json'}")
 

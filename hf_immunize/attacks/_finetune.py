@@ -20,6 +20,8 @@ from hf_immunize.data import collate_pixels
 from hf_immunize.records import Evaluation
 
 _EVALUATION_ROWS = 512
+_EVALUATION_RATIO = 1.5
+"""Coarser than for probes: here an evaluation costs as much as several training steps."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, s
     processes for models that swallow keyword arguments (transformers 5.23); the two flags below switch that off.
     """
     started = time.perf_counter()
-    exam = _Exam(context, evaluation_steps(config.steps))
+    exam = _Exam(context, evaluation_steps(config.steps, _EVALUATION_RATIO))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,

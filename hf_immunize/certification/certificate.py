@@ -18,10 +18,18 @@ from hf_immunize.certification.spectra import measure_spectrum
 from hf_immunize.certification.utility import measure_utility
 from hf_immunize.certification.verdict import family_verdicts, overall_verdict, statement
 from hf_immunize.data import PixelDataset
-from hf_immunize.errors import IncompleteExamError, RecordError
+from hf_immunize.errors import IncompleteExamError, ModelError, RecordError
 from hf_immunize.features import find_classifier
 from hf_immunize.metrics import immunization_ratio
-from hf_immunize.records import AttackTrace, Cell, Certificate, DatasetFingerprint, Provenance, SpectrumRecord
+from hf_immunize.records import (
+    AttackTrace,
+    Cell,
+    Certificate,
+    DatasetFingerprint,
+    ModelFingerprint,
+    Provenance,
+    SpectrumRecord,
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ def build_certificate(
 
     Raises:
         IncompleteExamError: no base, no control traces, or a control that sat another exam.
+        ModelError: a base of another architecture.
         RecordError: traces that are broken, of other weights, or of other data.
     """
     folder, base_folder = Path(folder), Path(base_folder)
@@ -65,6 +74,7 @@ def build_certificate(
         )
     base, immunized = load_classifier(base_folder), load_classifier(folder)
     control, subject = describe_model(base_folder, base), describe_model(folder, immunized)
+    _check_comparable(control, subject)
     traces = {"subject": read_traces(folder, "subject", subject, ATTACKS)}
     traces |= control_traces(folder, base_folder, control, ATTACKS)
     _check_data(traces, data)
@@ -88,6 +98,15 @@ def build_certificate(
         not_run=lines_not_run(everything, protocol.attacks), traces=trace_hashes(folder, traces),
         provenance=Provenance.here(device), expires=expires.isoformat(),
     )
+
+
+def _check_comparable(control: ModelFingerprint, subject: ModelFingerprint) -> None:
+    """Raise ModelError unless the base has the subject's architecture and size."""
+    if (control.architecture, control.parameters) != (subject.architecture, subject.parameters):
+        raise ModelError(
+            f"expected a base of the subject's architecture, {subject.architecture} with {subject.parameters} "
+            f"parameters, got {control.architecture} with {control.parameters}: pass the model that was immunized."
+        )
 
 
 def _cells(

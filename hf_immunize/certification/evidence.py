@@ -28,6 +28,8 @@ def read_traces(
                 f"expected {path} to be named after its run, got {trace.role}/{trace.file_name} inside: it was renamed "
                 "or edited; make it again."
             )
+        if any(not 0 <= value <= 1 for point in trace.curve for value in (point.validation, point.test)):
+            raise RecordError(f"expected accuracies in 0..1 in {path}, got others: it was edited; make it again.")
         same_weights = trace.model.weights == model.weights
         if role == "scratch":
             same_weights = (trace.model.architecture, trace.model.parameters) == (model.architecture, model.parameters)

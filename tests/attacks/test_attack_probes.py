@@ -1,0 +1,134 @@
+"""Probes against one-by-one training with torch.optim, and against scikit-learn."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_immunize.attacks import ATTACKS, Run, evaluation_steps, plan_runs
+from hf_immunize.attacks._probes import initial_weights, probe_data
+from hf_immunize.attacks.linear_probe_adam import LinearProbeAdam
+from hf_immunize.attacks.linear_probe_gd import LinearProbeGD
+from hf_immunize.attacks.ridge_probe import RidgeProbe
+from hf_immunize.attacks.standardized_probe_adam import StandardizedProbeAdam
+from hf_immunize.linalg.whitening import fit_feature_map
+
+
+def one_by_one(context, seed, config, optimizer):
+    """The same probe as an nn.Linear, trained by torch.optim in a plain loop."""
+    rows = context.draw_rows(seed)
+    features = context.features(seed)
+    mapped = fit_feature_map(features["attack"][rows], config.features)
+    x, y = mapped(features["attack"][rows]), context.attack.labels[rows]
+    start = initial_weights(probe_data(context, [seed], config.features), [seed], 1)[0]
+    probe = nn.Linear(x.shape[1], 3).double()
+    with torch.no_grad():
+        probe.weight.copy_(start[:, :-1])
+        probe.bias.copy_(start[:, -1])
+    stepper = optimizer(probe.parameters(), lr=config.learning_rate)
+    curve = []
+    for step in range(1, config.steps + 1):
+        stepper.zero_grad()
+        nn.functional.cross_entropy(probe(x), y).backward()
+        stepper.step()
+        if step in evaluation_steps(config.steps):
+            with torch.no_grad():
+                hits = [
+                    (probe(mapped(features[name])).argmax(1) == getattr(context, name).labels).double().mean().item()
+                    for name in ("validation", "test")
+                ]
+            curve.append((step, *hits))
+    return curve
+
+
+def as_tuples(curve):
+    return [(point.step, point.validation, point.test) for point in curve]
+
+
+@pytest.mark.parametrize("name, config, optimizer", [
+    ("linear_probe_gd", LinearProbeGD(steps=40), torch.optim.SGD),
+    ("linear_probe_adam", LinearProbeAdam(steps=40), torch.optim.Adam),
+    ("standardized_probe_adam", StandardizedProbeAdam(steps=40), torch.optim.Adam),
+])
+@pytest.mark.parametrize("role", ["control", "scratch"])
+def test_batched_probes_equal_torch_optim_one_by_one(make_context, name, config, optimizer, role):
+    context = make_context(role)
+    runs = plan_runs(ATTACKS[name], [0, 1, 2], {"steps": (40,)})
+    results = {(run.trial, run.seed): result for run, result in ATTACKS[name].run(context, runs)}
+    assert len(results) == len(runs) >= 12
+    checked = [run for run in runs if run.config.learning_rate in (0.1, 4.0, 0.01)]
+    assert checked
+    for run in checked:
+        found = results[run.trial, run.seed]
+        wanted = one_by_one(context, run.seed, replace(config, learning_rate=run.config.learning_rate), optimizer)
+        assert np.array(as_tuples(found.curve)) == pytest.approx(np.array(wanted), abs=1e-9), run.trial
+
+
+def test_a_missing_run_alone_gives_the_curve_it_has_in_company(make_context):
+    context = make_context()
+    attack = ATTACKS["linear_probe_gd"]
+    runs = plan_runs(attack, [0, 1, 2], {"steps": (200,)})
+    together = {(run.trial, run.seed): as_tuples(result.curve) for run, result in attack.run(context, runs)}
+    for run in runs[::4]:
+        ((_, alone),) = attack.run(context, [run])
+        assert as_tuples(alone.curve) == together[run.trial, run.seed]
+
+
+def test_gradient_descent_does_not_care_for_scale_and_offset_of_features(make_context, monkeypatch):
+    context = make_context()
+    plain = context.features(0)
+    run = Run(LinearProbeGD(learning_rate=4.0, steps=100), "x", 0)
+    ((_, before),) = ATTACKS["linear_probe_gd"].run(context, [run])
+    monkeypatch.setitem(context._features, (None, "classifier"), {k: v.double() * 1e3 + 77 for k, v in plain.items()})
+    ((_, after),) = ATTACKS["linear_probe_gd"].run(context, [run])
+    assert as_tuples(before.curve) == as_tuples(after.curve)
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e-3, 1e-1])
+@pytest.mark.parametrize("features", ["centered", "standardized"])
+def test_ridge_equals_scikit_learn(make_context, penalty, features):
+    from sklearn.linear_model import Ridge
+
+    context = make_context()
+    ((_, found),) = ATTACKS["ridge_probe"].run(context, [Run(RidgeProbe(penalty, features), "x", 2)])
+    rows = context.draw_rows(2)
+    raw = context.features(2)
+    mapped = fit_feature_map(raw["attack"][rows], features)
+    x, y = mapped(raw["attack"][rows]), nn.functional.one_hot(context.attack.labels[rows], 3).double()
+    sigma = torch.linalg.svdvals(x - x.mean(0))[0]
+    reference = Ridge(alpha=float(penalty * sigma**2), solver="svd").fit(x.numpy(), y.numpy())
+    for name in ("validation", "test"):
+        guess = reference.predict(mapped(raw[name]).numpy()).argmax(1)
+        accuracy = (torch.as_tensor(guess) == getattr(context, name).labels).double().mean().item()
+        assert getattr(found.curve[0], name) == pytest.approx(accuracy)
+    assert [point.step for point in found.curve] == [1]
+
+
+def test_a_rate_that_overflows_is_a_diverged_run_and_spoils_no_other(make_context):
+    context = make_context()
+    runs = [Run(LinearProbeGD(learning_rate=rate, steps=10), f"{rate:g}", 0) for rate in (4.0, float("inf"))]
+    good, bad = (result for _, result in ATTACKS["linear_probe_gd"].run(context, runs))
+    ((_, alone),) = ATTACKS["linear_probe_gd"].run(context, runs[:1])
+    assert as_tuples(good.curve) == as_tuples(alone.curve) and good.outcome == "completed"
+    assert bad.outcome == "diverged" and "logits were not finite at step" in bad.note
+
+
+@pytest.mark.parametrize("name", ["linear_probe_gd", "standardized_probe_adam", "ridge_probe"])
+def test_features_collapsed_to_a_point_leave_chance(make_context, monkeypatch, name):
+    context = make_context()
+    same = {key: torch.full_like(value, 0.3) for key, value in context.features(0).items()}
+    monkeypatch.setitem(context._features, (None, "classifier"), same)
+    runs = plan_runs(ATTACKS[name], [0], {} if name == "ridge_probe" else {"steps": (50,)})
+    results = [result for _, result in ATTACKS[name].run(context, runs)]
+    assert {result.outcome for result in results} == {"completed"}
+    assert {round(result.curve[-1].test, 6) for result in results} == {round(1 / 3, 6)}
+
+
+@pytest.mark.parametrize("budget", [1, 2, 7, 100, 20000])
+def test_evaluation_steps_rise_geometrically_to_the_budget(budget):
+    steps = evaluation_steps(budget)
+    assert steps[0] == 1 and steps[-1] == budget and steps == sorted(set(steps))
+    assert all(after <= max(before + 1, 1.26 * before + 1) for before, after in zip(steps, steps[1:], strict=False))
+    assert len(steps) < 50
