@@ -41,3 +41,15 @@ class RunMismatchError(ImmunizeError, RuntimeError):
 
 class TrainingDivergedError(ImmunizeError, RuntimeError):
     """A loss or a spectrum that stopped being finite during training."""
+
+
+class VerificationError(ImmunizeError, ValueError):
+    """Published files that are not what their certificate says, or a certificate that a policy does not accept."""
+
+
+class PublishRefusedError(ImmunizeError, ValueError):
+    """A folder that the gate does not let out."""
+
+
+class HubError(ImmunizeError, RuntimeError):
+    """The Hub did not do what was asked: no access, a conflict, a limit, or no connection."""

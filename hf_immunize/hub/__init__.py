@@ -1,5 +1,22 @@
-"""Publishing: what a certificate says, written for the people who meet the model on the Hub."""
+"""Publishing: what a certificate says, written for the people who meet the model on the Hub, and checked by them."""
 
 from hf_immunize.hub.card import CardOptions, render_card, write_card
+from hf_immunize.hub.findings import Finding, Verification
+from hf_immunize.hub.load import load_verified, verify_model
+from hf_immunize.hub.policy import Policy
+from hf_immunize.hub.publish import Publication, publish
+from hf_immunize.hub.verify import verify_folder
 
-__all__ = ["CardOptions", "render_card", "write_card"]
+__all__ = [
+    "CardOptions",
+    "Finding",
+    "Policy",
+    "Publication",
+    "Verification",
+    "load_verified",
+    "publish",
+    "render_card",
+    "verify_folder",
+    "verify_model",
+    "write_card",
+]

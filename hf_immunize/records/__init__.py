@@ -2,7 +2,7 @@
 
 from hf_immunize.records.base import SCHEMA_VERSION, Part, Record
 from hf_immunize.records.certificate import Cell, Certificate, FamilyVerdict, Interval, Side, Utility, VerdictName
-from hf_immunize.records.files import atomic_write, sha256_file, weight_files
+from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.immunization import ImmunizationRecord, UtilityGuardRecord
 from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint, Provenance
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
@@ -34,6 +34,7 @@ __all__ = [
     "begin_run",
     "fingerprint_of",
     "finish_run",
+    "loading_files",
     "sha256_file",
     "weight_files",
 ]

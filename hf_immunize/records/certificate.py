@@ -109,3 +109,5 @@ class Certificate(Record):
     provenance: Provenance
     expires: str
     """ISO date after which the certificate should be renewed: attackers improve."""
+    files: dict[str, str] = {}
+    """SHA-256 of the other files that loading reads (configuration, processor), by path relative to the certificate."""

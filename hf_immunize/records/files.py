@@ -10,6 +10,23 @@ from pathlib import Path
 from hf_immunize.errors import RecordError
 
 _BLOCK = 1 << 20
+LOADING_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "model_index.json",
+    "scheduler_config.json",
+    "adapter_config.json",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+"""Names of the files that ``from_pretrained`` reads beside the weights, in any folder of a model."""
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
@@ -46,6 +63,18 @@ def sha256_file(path: str | Path) -> str:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def loading_files(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of every file that loading reads beside the weights, by path relative to ``folder``."""
+    root = Path(folder)
+    found = {
+        path.relative_to(root)
+        for pattern in LOADING_FILES
+        for path in root.rglob(pattern)
+        if path.is_file() and not any(part.startswith(("checkpoint-", ".")) for part in path.relative_to(root).parts)
+    }
+    return {path.as_posix(): sha256_file(root / path) for path in sorted(found)}
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -1,0 +1,172 @@
+"""What goes out: the files of one revision, chosen, rendered and checked in memory before anything is sent."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hf_immunize.errors import ImmunizeError, PublishRefusedError, RecordError
+from hf_immunize.hub.card import CardOptions, render_card
+from hf_immunize.hub.card_check import options_of
+from hf_immunize.hub.findings import Findings, Verification
+from hf_immunize.hub.inventory import Inventory, scan
+from hf_immunize.hub.names import CARD, CERTIFICATE, SEAL, SIGNATURE, kind_of
+from hf_immunize.hub.policy import PUBLISHING, Policy
+from hf_immunize.hub.seal import write_seal
+from hf_immunize.hub.signature import sign
+from hf_immunize.hub.verify import examine
+from hf_immunize.records import Certificate
+
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_WRITTEN_HERE = (CARD, SEAL)
+
+
+@dataclass(frozen=True)
+class Release:
+    """The complete content of a revision."""
+
+    weights: dict[str, Path]
+    small: dict[str, bytes]
+    digests: dict[str, str]
+    """SHA-256 of every file that goes out."""
+    left_out: tuple[str, ...]
+    """Files of the folder that stay behind."""
+    verification: Verification
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name."""
+        small = {name: len(data) for name, data in self.small.items()}
+        return dict(sorted((small | {name: path.stat().st_size for name, path in self.weights.items()}).items()))
+
+
+def prepare(
+    folder: str | Path,
+    *,
+    policy: Policy | None = None,
+    allow_failed: bool = False,
+    card: CardOptions | None = None,
+    repo_id: str | None = None,
+    signing_key: str | Path | None = None,
+    token: str | None = None,
+) -> Release:
+    """The gate. Nothing is written and nothing is sent.
+
+    Args:
+        policy: what the certificate has to say; ``PUBLISHING`` by default.
+        allow_failed: let a model out whose certificate does not meet the policy. Files that are not what the
+            certificate says are never let out, nor is an expired certificate.
+        card: what the records do not know; read from the folder's own card by default.
+        repo_id: where it goes; shown in the card.
+        signing_key: file with an Ed25519 private key.
+        token: refused in any file, beside everything else that looks like one.
+
+    Raises:
+        PublishRefusedError: no certificate, files that differ from it, an unmet policy, or a secret in a file.
+    """
+    findings = Findings()
+    everything = scan(folder, findings)
+    if CERTIFICATE not in everything:
+        raise PublishRefusedError(
+            f"expected {CERTIFICATE} in {folder}, got none: no model is published without a certificate for exactly "
+            "its weights. Attack it and certify it first; there is no option that skips this."
+        )
+    policy = policy or PUBLISHING
+    chosen = _choose(everything)
+    if signing_key is not None:  # the signature is made below, over the bytes that go out
+        chosen = chosen.only(set(chosen.files) - {SIGNATURE})
+        policy = dataclasses.replace(policy, signed=False)
+    verification = examine(chosen, findings, policy=policy, published=False)
+    _gate(verification, str(folder), allow_failed)
+    weights = {name: path for name, path in chosen.files.items() if kind_of(name) == "weights"}
+    small = {name: chosen.read(name) for name in chosen.files if name not in weights}
+    _refuse_remote_code(small)
+    if signing_key is not None:
+        small[SIGNATURE] = sign(small[CERTIFICATE], signing_key)
+    small[CARD] = _card(everything, card, repo_id).encode()
+    digests = {name: chosen.digest(name) for name in chosen.files} | _digests_of(small)
+    small[SEAL] = write_seal(digests)
+    _refuse_secrets(small, token)
+    left_out = tuple(sorted(set(everything.files) - set(chosen.files) - set(_WRITTEN_HERE)))
+    return Release(weights, small, digests | _digests_of({SEAL: small[SEAL]}), left_out, verification)
+
+
+def _choose(everything: Inventory) -> Inventory:
+    """The certified weights and traces, what loading reads, the records, the page and its pictures: nothing else."""
+    try:
+        certificate = Certificate.read(everything.files[CERTIFICATE])
+    except RecordError:  # told as a finding by the examination
+        return everything.only([CERTIFICATE])
+    listed = {*certificate.subject.weights, *certificate.traces, *certificate.files}
+
+    def goes(name: str) -> bool:
+        kind = kind_of(name)
+        if kind in ("weights", "trace"):
+            return name in listed
+        return name not in _WRITTEN_HERE and (kind in ("loading", "record") or _is_page(name))
+
+    return everything.only(name for name in everything.files if goes(name))
+
+
+def _is_page(name: str) -> bool:
+    return kind_of(name) == "page" and (not name.endswith((".html", ".md")) or name == "report.html")
+
+
+def _gate(verification: Verification, folder: str, allow_failed: bool) -> None:
+    bad = [finding for finding in verification.findings if finding.level != "note"]
+    fatal = [finding for finding in bad if finding.level == "fail"]
+    if fatal or (bad and not allow_failed):
+        advice = (
+            "Restore the files or certify again; no option skips this."
+            if fatal
+            else "Improve it, or publish it as one that failed with --allow-failed: its card opens with what failed."
+        )
+        raise PublishRefusedError(
+            f"expected a model in {folder} that is what its certificate says and meets the policy, got:\n"
+            + "\n".join(f"  {finding}" for finding in (fatal or bad)) + f"\n{advice}"
+        )
+
+
+def _card(folder: Inventory, card: CardOptions | None, repo_id: str | None) -> str:
+    options = card
+    if options is None:
+        try:
+            options = options_of(folder.read(CARD).decode("utf-8")) if CARD in folder else CardOptions()
+        except (ImmunizeError, ValueError):  # a card of somebody else's making is replaced
+            options = CardOptions()
+    if repo_id is not None and "/" in repo_id:
+        options = dataclasses.replace(options, repo_id=repo_id)
+    return render_card(folder.root, options)
+
+
+def _digests_of(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def _refuse_remote_code(small: dict[str, bytes]) -> None:
+    """A model whose configuration runs code from the repository: no check here covers what that code does."""
+    for name, data in small.items():
+        if kind_of(name) != "loading":
+            continue
+        try:
+            loaded = json.loads(data)
+        except ValueError:
+            continue
+        if isinstance(loaded, dict) and loaded.get("auto_map"):
+            raise PublishRefusedError(
+                f"expected a model that loads without remote code, got 'auto_map' in {name}: its certificate would not "
+                "cover the code that runs. Save the model with a class of transformers or diffusers."
+            )
+
+
+def _refuse_secrets(small: dict[str, bytes], token: str | None) -> None:
+    for name, data in small.items():
+        if _TOKEN.search(data) or (token and token.encode() in data):
+            raise PublishRefusedError(
+                f"expected no access token in any published file, got one in {name}: take it out, revoke it, and make "
+                "the file again."
+            )

@@ -1,0 +1,133 @@
+"""Detached Ed25519 signatures over the exact bytes of a certificate."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from hf_immunize.errors import ConfigError
+from hf_immunize.records import Record
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+
+
+class SignatureRecord(Record):
+    """``certificate.sig``: who signed which certificate."""
+
+    algorithm: str = Field(pattern=r"^ed25519$")
+    public_key: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Raw public key, hexadecimal."""
+    signature: str = Field(pattern=r"^[0-9a-f]{128}$")
+    """Over the bytes of ``certificate.json`` as they are, hexadecimal."""
+    certificate_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+def make_key(path: str | Path) -> str:
+    """Write a new private key (PEM, readable by its owner only); the public key as hexadecimal.
+
+    Raises:
+        ConfigError: there is a file already, or it cannot be written.
+    """
+    primitives = _primitives()
+    private, serialization = primitives.ed25519.Ed25519PrivateKey.generate(), primitives.serialization
+    pem = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"expected to write a new key to {path}, got {error.strerror}: no key is overwritten, choose another path."
+        ) from error
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(pem)
+    return _hexadecimal(private.public_key())
+
+
+def sign(certificate: bytes, key_file: str | Path) -> bytes:
+    """The text of ``certificate.sig`` for these bytes.
+
+    Raises:
+        ConfigError: no Ed25519 private key in PEM form in ``key_file``.
+    """
+    primitives = _primitives()
+    try:
+        private = primitives.serialization.load_pem_private_key(Path(key_file).read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"expected an unencrypted Ed25519 private key (PEM) in {key_file}, got none: make one with "
+            "'hf-immunize keygen'."
+        ) from error
+    if not isinstance(private, primitives.ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"expected an Ed25519 key in {key_file}, got {type(private).__name__}: make one with keygen.")
+    return SignatureRecord(
+        algorithm="ed25519",
+        public_key=_hexadecimal(private.public_key()),
+        signature=private.sign(certificate).hex(),
+        certificate_sha256=hashlib.sha256(certificate).hexdigest(),
+    ).dumps().encode()
+
+
+def is_valid(record: SignatureRecord, certificate: bytes) -> bool:
+    """Whether the signature in the record is one over these bytes by the key in the record."""
+    primitives = _primitives()
+    public = primitives.ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(record.public_key))
+    try:
+        public.verify(bytes.fromhex(record.signature), certificate)
+    except primitives.InvalidSignature:
+        return False
+    return True
+
+
+def trusted(key: str | Path) -> str:
+    """A public key as hexadecimal, given as such or as a file that holds it in hexadecimal or PEM form.
+
+    Raises:
+        ConfigError: neither.
+    """
+    text = str(key).strip()
+    if _KEY.fullmatch(text.lower()):
+        return text.lower()
+    try:
+        data = Path(text).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"expected a trusted key as 64 hexadecimal digits or a file, got {text[:80]!r}: ask the publisher for it."
+        ) from error
+    if _KEY.fullmatch(data.decode("ascii", "replace").strip().lower()):
+        return data.decode("ascii").strip().lower()
+    primitives = _primitives()
+    try:
+        public = primitives.serialization.load_pem_public_key(data)
+    except ValueError as error:
+        raise ConfigError(
+            f"expected a public key in {text}, got something else: give the public half, in PEM or hexadecimal form."
+        ) from error
+    return _hexadecimal(public)
+
+
+def _hexadecimal(public: Any) -> str:
+    return public.public_bytes_raw().hex()
+
+
+def _primitives() -> Any:
+    """The parts of ``cryptography`` that are used here; loaded when a signature is."""
+    try:
+        from cryptography import exceptions
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import ed25519
+    except ImportError as error:
+        raise ConfigError(
+            "expected the package 'cryptography', which signatures need, got none: pip install cryptography."
+        ) from error
+    return _Parts(exceptions.InvalidSignature, serialization, ed25519)
+
+
+class _Parts:
+    def __init__(self, invalid: type[Exception], serialization: Any, ed25519: Any) -> None:
+        self.InvalidSignature, self.serialization, self.ed25519 = invalid, serialization, ed25519

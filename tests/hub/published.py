@@ -1,0 +1,49 @@
+"""A tiny certified model on disk, and a client that talks to the loopback Hub. Random weights exercise code only."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import record_builders as build
+from huggingface_hub import HfApi
+
+TODAY = datetime.date.today()
+TOKEN = "hf_" + "LoopbackSecretToken" + "0123456789abcd"
+CREATED = (TODAY - datetime.timedelta(days=10)).isoformat()
+EXPIRES = (TODAY + datetime.timedelta(days=100)).isoformat()
+RESISTING = tuple(attack for attack in build.ATTACKS if attack.verdict == "RESISTS")
+
+
+def provenance(created: str = CREATED):
+    return build.PROVENANCE.model_copy(update={"created": f"{created}T00:00:00+00:00"})
+
+
+def config_of_vit() -> dict:
+    return {
+        "architectures": ["ViTForImageClassification"], "model_type": "vit", "image_size": 8, "patch_size": 4,
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+        "num_channels": 3, "id2label": {"0": "zero", "1": "one"}, "label2id": {"zero": 0, "one": 1},
+    }
+
+
+def certified(root: Path, name: str = "condition_number", attacks=RESISTING, **extra) -> Path:
+    """A folder as certification leaves it: fake weights, traces, certificate, configuration."""
+    fields = {"provenance": provenance(), "expires": EXPIRES} | extra
+    folder = build.exam_folder(root, build.Exam(name=name, attacks=attacks, extra=fields))
+    (folder / "config.json").write_text(json.dumps(config_of_vit()))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    (folder / "run.json").write_text("{}")
+    return folder
+
+
+def failing(root: Path, **extra) -> Path:
+    """A model that two attackers break."""
+    attacks = [replace(attack) for attack in build.ATTACKS if attack.ran]
+    return certified(root, "failing", attacks, **extra)
+
+
+def client(hub, token: str = TOKEN) -> HfApi:
+    return HfApi(endpoint=hub.url, token=token)
