@@ -1,0 +1,53 @@
+"""Immunize vision and diffusion models against harmful fine-tuning, attack them, and certify what held."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_immunize.version import __version__
+
+if TYPE_CHECKING:
+    from hf_immunize.hub import load_verified, publish, verify_folder
+    from hf_immunize.linear import LinearImmunizer
+    from hf_immunize.report import render_report
+    from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer, Term, register_objective
+
+_HOMES = {
+    # training
+    "ImmunizationConfig": "training",
+    "ImmunizationTrainer": "training",
+    "Term": "training",
+    "register_objective": "training",
+    # linear models
+    "LinearImmunizer": "linear",
+    # evidence and publishing
+    "load_verified": "hub",
+    "publish": "hub",
+    "render_report": "report",
+    "verify_folder": "hub",
+}
+
+__all__ = [
+    "ImmunizationConfig",
+    "ImmunizationTrainer",
+    "LinearImmunizer",
+    "Term",
+    "__version__",
+    "load_verified",
+    "publish",
+    "register_objective",
+    "render_report",
+    "verify_folder",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: reading a certificate must not need torch."""
+    if name in _HOMES:
+        return getattr(import_module(f"hf_immunize.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hf_immunize' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,98 @@
+"""The utility guard holds what it promises, or says that it could not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_immunize.training.guard import UtilityGuard
+
+
+def weight(value: float) -> nn.Module:
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+def test_the_strength_is_halved_above_the_allowance_and_grows_with_room():
+    guard = UtilityGuard(1.0, "accuracy", max_factor=2.0)
+    guard.base = 90.0
+    assert guard.observe(1, 88.0, 0.0, 1.0, weight(1)) == 0.5
+    assert guard.observe(2, 89.9, 0.0, 0.5, weight(2)) == 0.625
+    assert guard.observe(3, 89.2, 0.0, 0.625, weight(3)) == 0.625
+    assert guard.observe(4, 95.0, 0.0, 1.9, weight(4)) == 2.0
+
+
+def test_the_weights_with_most_progress_within_the_allowance_are_returned():
+    guard = UtilityGuard(1.0, "accuracy", 8.0)
+    guard.base = 90.0
+    for step, (metric, progress) in enumerate([(89.5, -1.0), (89.5, -3.0), (80.0, -9.0), (89.5, -2.0)], start=1):
+        guard.observe(step, metric, progress, 1.0, weight(step))
+    model = weight(0)
+    assert guard.choose(model)
+    assert float(model.weight) == 2.0
+    record = guard.record(final=89.5)
+    assert (record.returned_step, record.held, record.drop) == (2, True, 0.5)
+
+
+def test_nothing_admissible_leaves_the_choice_to_the_weights_before_immunization():
+    guard = UtilityGuard(1.0, "accuracy", 8.0)
+    guard.base = 90.0
+    guard.observe(1, 50.0, -9.0, 1.0, weight(1))
+    assert not guard.choose(weight(0))
+    assert guard.record(final=90.0).returned_step == 0
+
+
+def test_without_an_allowance_the_guard_only_watches():
+    guard = UtilityGuard(None, "accuracy", 8.0)
+    guard.base = 90.0
+    assert guard.observe(5, 10.0, 0.0, 1.0, weight(1)) == 1.0
+    record = guard.record(final=10.0)
+    assert (record.held, record.allowed, record.returned_step, record.drop) == (None, None, 5, 80.0)
+
+
+def test_state_survives_a_round_trip():
+    guard = UtilityGuard(1.0, "accuracy", 8.0)
+    guard.base = 90.0
+    guard.observe(1, 89.5, float("inf"), 1.0, weight(1))
+    guard.observe(2, 89.5, -1.0, 1.0, weight(2))
+    other = UtilityGuard(1.0, "accuracy", 8.0)
+    other.load_state(*guard.state())
+    assert (other.base, other.best_step, other.best_progress, other.history) == (90.0, 2, -1.0, guard.history)
+    assert torch.equal(other.best["weight"], torch.tensor([[2.0]]))
+
+
+@pytest.mark.parametrize("allowed,ruined", [(2.0, True), (100.0, False)])
+def test_a_trainer_that_would_ruin_the_primary_task_returns_weights_within_the_allowance(
+    make_trainer, make_vit, make_pixels, allowed, ruined
+):
+    primary = make_pixels(24)
+    model = make_vit()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(40):
+        loss = model(primary.pixel_values, labels=primary.labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(
+        model=model,
+        primary=primary,
+        evaluation=primary,
+        objective="ill_only",
+        weight="auto",
+        strength=1e4,
+        learning_rate=0.5,
+        max_primary_drop=allowed,
+        eval_steps=1,
+        max_steps=3,
+        logging_nan_inf_filter=True,
+    )
+    trainer.train()
+    record = trainer.guard_record
+    assert record.base == 100.0
+    assert record.held and record.drop <= allowed
+    assert max(row["drop"] for row in record.history) > 2.0
+    restored = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert restored is ruined and (record.returned_step == 0) is ruined
