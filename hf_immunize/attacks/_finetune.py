@@ -16,7 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
-from hf_immunize.data import collate_pixels
+from hf_immunize.data import PixelDataset, collate_pixels
+from hf_immunize.errors import ConfigError
 from hf_immunize.records import Evaluation
 
 _EVALUATION_ROWS = 512
@@ -84,7 +85,7 @@ def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: s
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
-        optim=config.optimizer,
+        optim="adamw_torch_fused" if config.optimizer == "muon" else config.optimizer,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
@@ -103,6 +104,52 @@ def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: s
     )
 
 
+def training_rows(context: AttackContext, config: FinetuneConfig, seed: int) -> PixelDataset:
+    """This seed's rows; few of them, mislabelled or noisy where the attack's config says so."""
+    rows = context.draw_rows(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    shots, label_noise, pixel_noise = (getattr(config, name, None) for name in ("shots", "label_noise", "pixel_noise"))
+    if shots is not None:
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        labels = context.attack.labels[rows]
+        rows = torch.cat([rows[labels == label][:shots] for label in range(context.classes)])
+    data = context.attack.subset(rows)
+    if label_noise:
+        drawn = torch.randint(context.classes, (len(data),), generator=generator)
+        noisy = torch.rand(len(data), generator=generator) < label_noise
+        data.labels = torch.where(noisy, drawn, data.labels)
+    if pixel_noise:
+        noise = torch.randn(data.pixel_values.shape, generator=generator) * data.pixel_values.std()
+        data.pixel_values = data.pixel_values + pixel_noise * noise.to(data.pixel_values)
+    return data
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """``torch.optim.Muon`` for weight matrices and AdamW for everything else, as one optimizer."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float):
+        matrices = [parameter for parameter in parameters if parameter.dim() == 2]
+        others = [parameter for parameter in parameters if parameter.dim() != 2]
+        options = {"lr": learning_rate, "weight_decay": weight_decay}
+        super().__init__([{"params": matrices}, {"params": others}], options)
+        self._parts = [torch.optim.Muon(matrices, **options), torch.optim.AdamW(others, **options)]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One step of both, at the learning rates that the scheduler has set here."""
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            part.param_groups[0]["lr"] = group["lr"]
+            part.step()
+
+
+def muon(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """Muon for the trained parameters of ``model``. Raises ConfigError where torch has none."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(f"expected torch.optim.Muon (torch 2.9 or newer), got torch {torch.__version__}: update it.")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return MuonAdamW(trained, config.learning_rate, config.weight_decay)
+
+
 def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int) -> Result:
     """Train ``model`` on this seed's rows and return its learning curve on both held-out splits.
 
@@ -115,9 +162,10 @@ def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, s
         trainer = Trainer(
             model=model,
             args=training_arguments(config, seed, context.device, folder),
-            train_dataset=context.attack.subset(context.draw_rows(seed)),
+            train_dataset=training_rows(context, config, seed),
             data_collator=collate_pixels,
             callbacks=[exam],
+            optimizers=(muon(model, config), None) if config.optimizer == "muon" else (None, None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = False

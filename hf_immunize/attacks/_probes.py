@@ -37,11 +37,17 @@ class ProbeData:
     classes: int
 
 
-def probe_data(context: AttackContext, seeds: Sequence[int], feature_map: str, module: str | None = None) -> ProbeData:
+FeaturesOf = Callable[[int], dict[str, Tensor]]
+"""From a seed to features of the attack, validation and test splits."""
+
+
+def probe_data(
+    context: AttackContext, seeds: Sequence[int], feature_map: str, features_of: FeaturesOf | None = None
+) -> ProbeData:
     """Features of every seed's own training rows, under a map fitted on these rows alone."""
     train, labels, judged = [], [], []
     for seed in seeds:
-        features = context.features(seed, module)
+        features = (features_of or context.features)(seed)
         rows = context.draw_rows(seed)
         mapped = fit_feature_map(features["attack"][rows], feature_map)
         train.append(_with_bias(mapped(features["attack"][rows])))
@@ -81,6 +87,19 @@ def gradient_descent() -> Update:
     return update
 
 
+def momentum(decay: float = 0.9) -> Update:
+    """Nesterov momentum as ``torch.optim.SGD(nesterov=True)`` computes it."""
+    state: dict[str, Tensor] = {}
+
+    def update(weights: Tensor, gradient: Tensor, rate: Tensor, step: int) -> None:
+        if not state:
+            state["buffer"] = torch.zeros_like(weights)
+        state["buffer"].mul_(decay).add_(gradient)
+        weights.addcmul_(gradient + decay * state["buffer"], rate, value=-1)
+
+    return update
+
+
 def adam(beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8) -> Update:
     """Adam (Kingma & Ba 2015) with bias correction, as ``torch.optim.Adam`` computes it."""
     state: dict[str, Tensor] = {}
@@ -108,7 +127,6 @@ def train_probes(
     seeds, rows, _ = data.train_SND.shape
     shape = (seeds, data.classes, len(rates), -1)
     columns_SDN = data.train_SND.mT.contiguous()
-    judged_SDM = data.judged_SMD.mT.contiguous()
     targets_SC1N = torch.nn.functional.one_hot(data.train_labels_SN, data.classes).permute(0, 2, 1).unsqueeze(2)
     targets_SC1N = targets_SC1N.to(weights).contiguous()
     rate = torch.tensor(list(rates) * data.classes, dtype=weights.dtype, device=weights.device).unsqueeze(1)
@@ -118,10 +136,12 @@ def train_probes(
         gradient = torch.bmm(error_SCTN.view(seeds, -1, rows), data.train_SND).div_(rows)
         update(weights, gradient, rate, step)
         if step in due:
-            yield step, *_accuracies(torch.bmm(weights, judged_SDM).view(shape), data)
+            yield step, *judge(weights, data, len(rates))
 
 
-def _accuracies(logits_SCTM: Tensor, data: ProbeData) -> tuple[Tensor, Tensor, Tensor]:
+def judge(weights: Tensor, data: ProbeData, trials: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Validation accuracy, test accuracy, and whether all logits were finite, each S×T, of S×CT×D weights."""
+    logits_SCTM = torch.bmm(weights, data.judged_SMD.mT).view(len(weights), data.classes, trials, -1)
     hits = (logits_SCTM.argmax(dim=1) == data.judged_labels_M).double()
     finite = torch.isfinite(logits_SCTM).flatten(3).all(dim=3).all(dim=1)
     return hits[..., : data.validation_rows].mean(-1), hits[..., data.validation_rows :].mean(-1), finite

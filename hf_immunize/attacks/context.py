@@ -165,9 +165,10 @@ class AttackContext:
         module = module or self.head
         key = (seed if self.role == "scratch" else None, module)
         if key not in self._features:
-            model = self.model(seed)
-            self._features[key] = {
-                name: extract_features(model, batches(split), [module])[module]
-                for name, split in (("attack", self.attack), ("validation", self.validation), ("test", self.test))
-            }
+            self._features[key] = self.features_of(self.model(seed), module)
         return self._features[key]
+
+    def features_of(self, model: nn.Module, module: str) -> dict[str, Tensor]:
+        """Features of the three splits at a module of any model, e.g. one the attacker has changed; not kept."""
+        splits = {"attack": self.attack, "validation": self.validation, "test": self.test}
+        return {name: extract_features(model, batches(split), [module])[module] for name, split in splits.items()}

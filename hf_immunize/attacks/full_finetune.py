@@ -23,14 +23,12 @@ class FullFinetune(FinetuneConfig):
 
 def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
     """One Trainer per run."""
-    yield from run_finetunes(context, runs, _prepare)
+    yield from run_finetunes(context, runs, unfrozen)
 
 
-def _prepare(context: AttackContext, planned: Run) -> nn.Module:
-    model = context.model_with_new_head(planned.seed)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model
+def unfrozen(context: AttackContext, planned: Run) -> nn.Module:
+    """The attacked model with a new head and every weight trained."""
+    return context.model_with_new_head(planned.seed).requires_grad_(True)
 
 
 ATTACK = Attack(config=FullFinetune, run=run, family="full fine-tuning")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from hf_immunize.attacks._probes import ProbeData, probe_data
 from hf_immunize.attacks.context import AttackContext
@@ -36,13 +37,21 @@ class RidgeProbe:
 
 
 def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
-    """Solve every run; the features of a seed are mapped once per map."""
-    data: dict[tuple[int, str], ProbeData] = {}
+    """Solve every run on the head's features."""
+    yield from solve_runs(context, runs, lambda run: context.features(run.seed))
+
+
+def solve_runs(
+    context: AttackContext, runs: Sequence[Run], features_of: Callable[[Run], dict[str, Tensor]]
+) -> Iterator[tuple[Run, Result]]:
+    """Solve every run on ``features_of(run)``; runs that differ in the penalty alone share their mapped features."""
+    data: dict[object, ProbeData] = {}
     for planned in runs:
         started = time.perf_counter()
-        key = (planned.seed, planned.config.features)
+        key = (planned.seed, replace(planned.config, penalty=0.0))
         if key not in data:
-            data[key] = probe_data(context, [planned.seed], planned.config.features)
+            features = features_of(planned)
+            data[key] = probe_data(context, [planned.seed], planned.config.features, lambda _, kept=features: kept)
         yield planned, _solve(data[key], planned.config.penalty, started)
 
 

@@ -29,6 +29,7 @@ from hf_immunize.records import (
     ModelFingerprint,
     Provenance,
     SpectrumRecord,
+    loading_files,
 )
 
 
@@ -96,6 +97,7 @@ def build_certificate(
         threshold_rule=rule.threshold_in_words() if threshold is None else "Given by hand.",
         spectra=spectra, immunization_ratio=ratio, immunization_ratio_parts=parts,
         not_run=lines_not_run(everything, protocol.attacks), traces=trace_hashes(folder, traces),
+        files=loading_files(folder),
         provenance=Provenance.here(device), expires=expires.isoformat(),
     )
 

@@ -9,11 +9,15 @@ from hf_immunize.records import AttackTrace
 _FAMILIES_MISSING = {
     "other PEFT": "other parameter-efficient fine-tuning than LoRA (DoRA, LoHa, LoKr, OFT, IA3)",
     "second-order fine-tuning": "second-order and preconditioned fine-tuning of the network (K-FAC-like, Muon-like)",
-    "structural": "structural attackers: earlier layers, fused or removed layers, re-initialised last blocks, "
-    "re-estimated BatchNorm, subtracted weight difference, distillation into a fresh copy",
-    "data": "data attackers: other images of the concept, few-shot, data mixed with benign data, label noise",
+    "structural": "structural attackers: earlier layers, re-initialised last blocks, re-estimated BatchNorm",
+    "data": "data attackers: few-shot, label noise, other augmentation",
     "benign trainability": "benign trainability: a third task fine-tunes as well as on the base",
 }
+_NEVER = (
+    "subtracting the weight difference to a public base (an attacker who has the base needs no immunized model)",
+    "distillation into a fresh copy of the architecture",
+    "other images of the concept, and data mixed with benign data",
+)
 
 
 def lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str]) -> list[str]:
@@ -41,5 +45,6 @@ def lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str]) -> list
     }
     if len(schedules) < 2:
         lines.append("schedules, warm-up, weight decay and batch sizes other than one setting each")
+    lines += _NEVER
     lines += [f"planned attack {name}" for name in planned if name not in {trace.attack for trace in traces}]
     return lines

@@ -65,6 +65,22 @@ _SPINE = (
     "linear_probe_gd", "linear_probe_adam", "standardized_probe_adam", "ridge_probe", "lora", "full_finetune",
 )
 
+_PROBES = (
+    "linear_probe_gd", "linear_probe_momentum", "linear_probe_adam", "standardized_probe_adam", "whitened_probe_gd",
+    "lbfgs_probe", "ridge_probe", "earlier_layer_probe", "batchnorm_probe",
+)
+_TRAINED = (
+    "lora", "dora", "loha", "lokr", "oft", "ia3", "vera", "partial_finetune", "full_finetune", "muon_finetune",
+    "reset_last_blocks", "few_shot_finetune", "noisy_finetune",
+)
+_ALL = _PROBES + _TRAINED
+
+
+def _steps(count: int) -> tuple[str, ...]:
+    """The same budget for every attack that trains the network."""
+    return tuple(f"{name}.steps={count}" for name in _TRAINED)
+
+
 PROTOCOLS: dict[str, Protocol] = {
     "quick": Protocol(
         attacks=_SPINE,
@@ -72,14 +88,20 @@ PROTOCOLS: dict[str, Protocol] = {
         settings=("linear_probe_gd.steps=10000", "lora.steps=60", "full_finetune.steps=60"),
     ),
     "standard": Protocol(
-        attacks=_SPINE, seeds=(0, 1, 2, 3, 4), settings=("lora.steps=400", "full_finetune.steps=400")
+        attacks=_ALL, seeds=(0, 1, 2, 3, 4), settings=("lora.rank=1,8,64", *_steps(300)),
     ),
     "thorough": Protocol(
-        attacks=_SPINE,
-        seeds=(0, 1, 2, 3, 4),
+        attacks=_ALL,
+        seeds=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
         settings=(
-            "linear_probe_gd.steps=100000", "lora.steps=2000", "lora.rank=1,8,64", "full_finetune.steps=2000",
+            "linear_probe_gd.steps=100000",
+            *_steps(2000),
+            "lora.rank=1,8,64",
+            "lora.variant=plain,rslora,pissa",
             "full_finetune.optimizer=adamw_torch_fused,sgd",
+            "full_finetune.scheduler=constant,cosine",
+            "full_finetune.weight_decay=0,0.1",
+            "full_finetune.max_grad_norm=0,1",
         ),
     ),
 }

@@ -9,10 +9,14 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_immunize.attacks import ATTACKS, Run
 from hf_immunize.attacks import _finetune as engine
+from hf_immunize.attacks._peft import adapt, target_modules
 from hf_immunize.attacks.full_finetune import FullFinetune
-from hf_immunize.attacks.lora import Lora, target_modules
-from hf_immunize.attacks.lora import _prepare as prepare_lora
+from hf_immunize.attacks.lora import Lora, make_config
 from hf_immunize.data import PixelDataset
+
+
+def prepare_lora(context, run):
+    return adapt(context, run, make_config)
 
 
 def only(context, name, config, seed=0):
@@ -112,7 +116,7 @@ def test_lora_on_a_convolutional_model_runs(make_context):
 def test_nothing_to_target_is_not_applicable_and_not_resistance(make_context):
     result = only(make_context(), "lora", replace(Lora(), targets=r"no\.such\.layer"))
     assert result.outcome == "not_applicable" and result.curve == []
-    assert "found no linear layer or convolution to adapt" in result.note
+    assert "no linear layer or convolution to adapt" in result.note
 
 
 def test_from_scratch_runs_through_the_same_attack(make_context):

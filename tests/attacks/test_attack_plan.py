@@ -8,7 +8,9 @@ from hf_immunize.errors import ConfigError
 def test_every_attack_sweeps_its_rate_over_three_decades_or_its_penalty():
     for name, attack in ATTACKS.items():
         configs = [run.config for run in plan_runs(attack, [0])]
-        values = [getattr(config, "penalty" if name == "ridge_probe" else "learning_rate") for config in configs]
+        fields = attack.config.__dataclass_fields__
+        swept = next(field for field in ("learning_rate", "penalty", "weight_decay") if field in fields)
+        values = [getattr(config, swept) for config in configs]
         assert max(values) >= 999 * min(values), name
 
 

@@ -67,7 +67,7 @@ def test_help_explains_every_option(capsys):
 
 
 def test_errors_are_one_line_for_a_user(models, monkeypatch):
-    words = [*TASK, "--model_path", str(models / "immunized"), "--base_path", str(models / "nowhere"), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["certify.py", *words])
+    words = [*TASK, "--model_path", str(models / "immunized"), "--base_path", str(models / "nowhere")]
+    monkeypatch.setattr(sys, "argv", ["certify.py", *words, "--device", "cpu"])
     with pytest.raises(SystemExit, match="^IncompleteExamError: expected the un-immunized base model"):
         runpy.run_path(str(RECIPES / "certify.py"), run_name="__main__")

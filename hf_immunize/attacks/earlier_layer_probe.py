@@ -1,0 +1,47 @@
+"""Ridge probes on the outputs of the blocks: what the defence of the last layer left in the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from hf_immunize.attacks._blocks import block_sites
+from hf_immunize.attacks.context import AttackContext
+from hf_immunize.attacks.ridge_probe import solve_runs
+from hf_immunize.attacks.shape import Attack, Result, Run
+from hf_immunize.errors import CaptureError, ModelError
+
+
+@dataclass(frozen=True)
+class EarlierLayerProbe:
+    """Ridge regression on the output of one block, averaged over tokens or positions."""
+
+    depth: float = field(
+        default=1.0,
+        metadata={
+            "help": "Which block: 0 = output of the first, 1 = output of the last (before a final norm, all tokens).",
+            "sweep": (0.0, 0.25, 0.5, 0.75, 1.0),
+        },
+    )
+    penalty: float = field(
+        default=1e-4,
+        metadata={"help": "Ridge penalty relative to σ₁² of the features.", "sweep": (1e-2, 1e-4, 1e-6)},
+    )
+    features: str = field(default="standardized", metadata={"help": "Feature map before the solve."})
+
+
+def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+    """Solve every run; features of a block are computed once."""
+    try:
+        sites = block_sites(context.model(0), context.head)
+        yield from solve_runs(context, runs, lambda run: context.features(run.seed, _site(sites, run.config.depth)))
+    except (ModelError, CaptureError) as error:
+        for planned in runs:
+            yield planned, Result([], 1, 0.0, "not_applicable", str(error))
+
+
+def _site(sites: Sequence[str], depth: float) -> str:
+    return sites[round(depth * (len(sites) - 1))]
+
+
+ATTACK = Attack(config=EarlierLayerProbe, run=run, family="structural", unit="solve")

@@ -1,0 +1,62 @@
+"""Linear probing by L-BFGS with a line search: the quasi-Newton attacker, with no learning rate to tune."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_immunize.attacks._probes import ProbeData, initial_weights, judge, probe_data
+from hf_immunize.attacks.context import AttackContext
+from hf_immunize.attacks.shape import Attack, Result, Run, evaluation_steps
+from hf_immunize.records import Evaluation
+
+
+@dataclass(frozen=True)
+class LbfgsProbe:
+    """Full-batch L-BFGS (strong Wolfe) on cross-entropy with weight decay, with a bias."""
+
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Penalty ½·decay·‖W‖² on the weights.", "sweep": (1e-6, 1e-4, 1e-2)}
+    )
+    steps: int = field(default=200, metadata={"help": "Budget in L-BFGS iterations; each costs a few gradients."})
+    features: str = field(default="centered", metadata={"help": "Feature map: raw, centered, standardized, whitened."})
+
+
+def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+    """One probe after the other: every iteration's line search is its own."""
+    for planned in runs:
+        started = time.perf_counter()
+        data = probe_data(context, [planned.seed], planned.config.features)
+        curve = list(_train(data, planned))
+        finite = len(curve) == len(evaluation_steps(planned.config.steps))
+        seconds = time.perf_counter() - started
+        outcome, note = ("completed", None) if finite else ("diverged", "logits were not finite")
+        yield planned, Result(curve, planned.config.steps, seconds, outcome, note)
+
+
+def _train(data: ProbeData, planned: Run) -> Iterator[Evaluation]:
+    weights = initial_weights(data, [planned.seed], 1).requires_grad_(True)
+    features, labels = data.train_SND[0], data.train_labels_SN[0]
+    optimizer = torch.optim.LBFGS([weights], max_iter=1, history_size=20, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(features @ weights[0].T, labels)
+        loss = loss + 0.5 * planned.config.weight_decay * weights[..., :-1].square().sum()
+        loss.backward()
+        return loss
+
+    due = set(evaluation_steps(planned.config.steps))
+    for step in range(1, planned.config.steps + 1):
+        optimizer.step(closure)
+        if step in due:
+            validation, test, finite = judge(weights.detach(), data, 1)
+            if not bool(finite):
+                return
+            yield Evaluation(step=step, validation=float(validation), test=float(test))
+
+
+ATTACK = Attack(config=LbfgsProbe, run=run, family="whitened probing")
