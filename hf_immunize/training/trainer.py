@@ -6,7 +6,6 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from hf_immunize.data import check_label_range, check_sample, collate_pixels, la
 from hf_immunize.errors import ConfigError, DataError, TrainingDivergedError
 from hf_immunize.features import capture_inputs, find_classifier
 from hf_immunize.training.balancing import TermWeights
+from hf_immunize.training.checkpointing import StrictCheckpointMixin
 from hf_immunize.training.config import ImmunizationConfig
 from hf_immunize.training.distributed import gather_rows, mean_over_ranks, world
 from hf_immunize.training.guard import UtilityGuard
@@ -27,7 +27,7 @@ from hf_immunize.training.harmful_stream import HarmfulStream
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.norms import frozen_statistics
 from hf_immunize.training.objective import Evaluated, Rows, TermSettings, evaluate_terms, terms_of
-from hf_immunize.training.state import load_state, save_state
+from hf_immunize.training.publishing import GatedPushMixin
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +38,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
 
 
-class ImmunizationTrainer(Trainer):
+class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
     """A ``Trainer`` that immunizes: primary loss + λ·terms on features of primary and harmful rows.
 
     Used as any Trainer, plus ``harmful_dataset``. The model passed in is θ₀: distillation and the utility guard
@@ -369,43 +369,3 @@ class ImmunizationTrainer(Trainer):
             )
         final = self._metric_points(self.evaluate(metric_key_prefix="final"), "final")
         self.guard_record = self.guard.record(final)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        # A pickle has no place in a folder that is meant to be published; immunization.json holds the options.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    # ---- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Our state goes first: the Trainer's own state file is its last, and marks a complete checkpoint.
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self.weights, self.guard, self._progress)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._progress = load_state(Path(checkpoint), self.weights, self.guard)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_strictly(resume_from_checkpoint, model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if not self._load_strictly(self.state.best_model_checkpoint, None):
-            super()._load_best_model()
-
-    def _load_strictly(self, folder: str, model: nn.Module | None) -> bool:
-        """Load through from_pretrained, which knows renamed keys, and demand every tensor.
-
-        The stock Trainer loads with strict=False, and leaves tensors that were saved under older names as they are.
-        """
-        bare = self.accelerator.unwrap_model(model if model is not None else self.model)
-        if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or hasattr(bare, "peft_config"):
-            return False
-        loaded = type(bare).from_pretrained(folder, config=bare.config, dtype=bare.dtype)
-        bare.load_state_dict(loaded.state_dict(), strict=True)
-        return True
-
