@@ -51,5 +51,9 @@ class PublishRefusedError(ImmunizeError, ValueError):
     """A folder that the gate does not let out."""
 
 
+class PolicyUnmetError(PublishRefusedError):
+    """A folder that is what its certificate says, which says less than the policy asks for."""
+
+
 class HubError(ImmunizeError, RuntimeError):
     """The Hub did not do what was asked: no access, a conflict, a limit, or no connection."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def _row(cell: Cell) -> dict[str, Any]:
     }
 
 
+@cache
 def _environment() -> Environment:
     """Markdown, so no HTML autoescape: instead every string a template prints becomes inert prose."""
 

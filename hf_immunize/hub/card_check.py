@@ -99,7 +99,7 @@ def check_card(inventory: Inventory, findings: Findings) -> None:
 
 def _structure(body: str) -> list[str]:
     """Lines that can be rows of a table, quotes or HTML; names and reasons cannot, for their signs are escaped."""
-    return [line.strip() for line in body.splitlines() if "|" in line or "<" in line or line.lstrip().startswith(">")]
+    return [line for line in body.split("\n") if "|" in line or "<" in line or line.lstrip().startswith(">")]
 
 
 def _first(ours: list[str], theirs: list[str]) -> str:

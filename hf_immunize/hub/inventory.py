@@ -91,7 +91,8 @@ def scan(folder: str | Path, findings: Findings) -> Inventory:
     inventory = Inventory(root, {})
     _walk(root, "", _blobs_of(root), sealed, inventory, findings)
     for first, second in twins(inventory.files):
-        findings.fail("name", second, f"its name differs from {first!r} only in case or form: rename one of them.")
+        for name, other in ((first, second), (second, first)):
+            findings.fail("name", name, f"its name differs from {other!r} only in case or form: rename one of them.")
     return inventory
 
 

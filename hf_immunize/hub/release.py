@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_immunize.errors import ImmunizeError, PublishRefusedError, RecordError
+from hf_immunize.errors import ImmunizeError, PolicyUnmetError, PublishRefusedError, RecordError
 from hf_immunize.hub.card import CardOptions, render_card
 from hf_immunize.hub.card_check import options_of
 from hf_immunize.hub.findings import Findings, Verification
@@ -22,6 +22,7 @@ from hf_immunize.hub.verify import examine
 from hf_immunize.records import Certificate
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_SHORTEST_TOKEN = 12  # a shorter one may be an ordinary word
 _WRITTEN_HERE = (CARD, SEAL)
 
 
@@ -125,19 +126,24 @@ def _gate(verification: Verification, folder: str, allow_failed: bool) -> None:
             if fatal
             else "Improve it, or publish it as one that failed with --allow-failed: its card opens with what failed."
         )
-        raise PublishRefusedError(
+        kind = PublishRefusedError if fatal else PolicyUnmetError
+        raise kind(
             f"expected a model in {folder} that is what its certificate says and meets the policy, got:\n"
             + "\n".join(f"  {finding}" for finding in (fatal or bad)) + f"\n{advice}"
         )
 
 
+def card_options(folder: str | Path) -> CardOptions:
+    """What the card in a folder says beyond the records; nothing where there is no card of this package's making."""
+    inventory = scan(folder, Findings())
+    try:
+        return options_of(inventory.read(CARD).decode("utf-8")) if CARD in inventory else CardOptions()
+    except (ImmunizeError, ValueError):  # a card of somebody else's making is replaced
+        return CardOptions()
+
+
 def _card(folder: Inventory, card: CardOptions | None, repo_id: str | None) -> str:
-    options = card
-    if options is None:
-        try:
-            options = options_of(folder.read(CARD).decode("utf-8")) if CARD in folder else CardOptions()
-        except (ImmunizeError, ValueError):  # a card of somebody else's making is replaced
-            options = CardOptions()
+    options = card or card_options(folder.root)
     if repo_id is not None and "/" in repo_id:
         options = dataclasses.replace(options, repo_id=repo_id)
     return render_card(folder.root, options)
@@ -165,7 +171,7 @@ def _refuse_remote_code(small: dict[str, bytes]) -> None:
 
 def _refuse_secrets(small: dict[str, bytes], token: str | None) -> None:
     for name, data in small.items():
-        if _TOKEN.search(data) or (token and token.encode() in data):
+        if _TOKEN.search(data) or (token and len(token) >= _SHORTEST_TOKEN and token.encode() in data):
             raise PublishRefusedError(
                 f"expected no access token in any published file, got one in {name}: take it out, revoke it, and make "
                 "the file again."

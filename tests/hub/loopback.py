@@ -251,7 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate(self, hub: Loopback, data: bytes) -> tuple:
         content = json.loads(data)["content"]
         good = content.startswith("---\n") and "\n---\n" in content[4:]
-        return self._json({"errors": [] if good else [{"message": "no metadata"}], "warnings": []}, 200 if good else 400)
+        errors = [] if good else [{"message": "no metadata"}]
+        return self._json({"errors": errors, "warnings": []}, 200 if good else 400)
 
     def _info(self, hub: Loopback, data: bytes, repo: str, revision: str = "main") -> tuple:
         found = self._revision(hub, repo, revision)

@@ -47,3 +47,34 @@ def failing(root: Path, **extra) -> Path:
 
 def client(hub, token: str = TOKEN) -> HfApi:
     return HfApi(endpoint=hub.url, token=token)
+
+
+def write_release(folder: Path, target: Path, **options) -> Path:
+    """What a download of the published folder would hold, without a network."""
+    from hf_immunize.hub.release import prepare
+
+    release = prepare(folder, repo_id="me/model", **options)
+    contents = dict(release.small) | {name: path.read_bytes() for name, path in release.weights.items()}
+    for name, data in contents.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(data)
+    return target
+
+
+def reseal(folder: Path) -> None:
+    """What an attacker without the publisher's key can do: make the seal fit the files again."""
+    from hf_immunize.hub.seal import write_seal
+    from hf_immunize.records import sha256_file
+
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    (folder / "SHA256SUMS").write_bytes(write_seal({name: sha256_file(path) for name, path in files.items()}))
+
+
+def publish_in_child(folder: str, url: str) -> None:
+    """Runs in a process of its own, which a test may kill."""
+    from huggingface_hub import HfApi, constants
+
+    from hf_immunize.hub import publish
+
+    constants.HF_HUB_DISABLE_XET = True
+    publish(folder, "me/model", api=HfApi(endpoint=url, token=TOKEN))

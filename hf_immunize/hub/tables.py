@@ -1,0 +1,95 @@
+"""A certificate and a verification in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from hf_immunize.hub.card import FAILURES_FIRST
+from hf_immunize.hub.findings import Verification
+from hf_immunize.records import Cell, Certificate
+from hf_immunize.report import text
+from hf_immunize.report.text import clean
+
+_COLOURS = {"FAILS": "bold red", "RESISTS": "green", "INCONCLUSIVE": "yellow"}
+_MARKS = {"fail": ("FAIL", "bold red"), "policy": ("POLICY", "yellow"), "note": ("note", "dim")}
+
+
+def certificate_table(certificate: Certificate) -> RenderableType:
+    """Verdicts, failures first, then utility, data and what was not run. Every text is inert."""
+    title = f"{certificate.subject.name} against {certificate.control.name}: {certificate.overall}"
+    table = Table(title=_plain(title), title_justify="left")
+    for column in ("attack and family", "verdict", "slow-down", "harmful accuracy", "effort"):
+        table.add_column(column, no_wrap=column == "verdict")
+    for cell in sorted(certificate.cells, key=lambda cell: FAILURES_FIRST.index(cell.verdict)):
+        table.add_row(*_row(cell))
+    utility = certificate.utility
+    lines = [
+        certificate.statement,
+        f"Primary {utility.metric}: {utility.base:.1f}% → {utility.immunized:.1f}%, drop "
+        f"{text.points(utility.drop, 1.0)} points over {text.plural(utility.rows, 'row')}.",
+        f"Relative immunization ratio: {text.number(certificate.immunization_ratio)} (explains, does not certify).",
+        f"Examined on {certificate.provenance.created[:10]}, expires on {certificate.expires[:10]}, "
+        f"{text.plural(len(certificate.traces), 'attack trace')}.",
+        f"Not run: {'; '.join(certificate.not_run) or 'the certificate names nothing'}.",
+    ]
+    return Group(table, *map(_plain, lines))
+
+
+def findings_table(found: Verification) -> RenderableType:
+    """Every finding with its file, failures first, then one line with the outcome."""
+    table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
+    order = ("fail", "policy", "note")
+    for finding in sorted(found.findings, key=lambda finding: order.index(finding.level)):
+        mark, style = _MARKS[finding.level]
+        table.add_row(Text(mark, style=style), _plain(finding.file), _plain(finding.message))
+    certificate = found.certificate
+    if not found.sound:
+        outcome = Text("NOT VERIFIED: the files are not what their certificate says.", style="bold red")
+    elif not found.ok:
+        outcome = Text("VERIFIED, but the policy asks for more.", style="yellow")
+    else:
+        said = "" if certificate is None else f" It says: {certificate.overall}."
+        outcome = Text(f"VERIFIED: the files are what the certificate says.{said}", style="green")
+    return Group(*([table] if found.findings else []), outcome)
+
+
+def files_table(files: Iterable[tuple[str, int, str]]) -> RenderableType:
+    """Name, size and what happens to each file."""
+    table = Table(show_header=True, box=None)
+    table.add_column("file", overflow="fold")
+    table.add_column("bytes", justify="right")
+    table.add_column("")
+    for name, size, what in files:
+        table.add_row(_plain(name), f"{size:,}" if size >= 0 else "", what)
+    return table
+
+
+def differences_table(rows: Iterable[tuple[str, str, str]], names: tuple[str, str]) -> RenderableType:
+    """What differs between two certificates."""
+    table = Table()
+    for column in ("", *names):
+        table.add_column(_plain(column), overflow="fold")
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    return table
+
+
+def _row(cell: Cell) -> list[Text]:
+    measured = cell.subject is not None and cell.control is not None
+    before, after = (text.percent(text.accuracy(side)) for side in (cell.control, cell.subject))
+    return [
+        Text.assemble(clean(cell.attack), "\n", (clean(cell.family), "dim")),
+        Text(cell.verdict, style=_COLOURS.get(cell.verdict, "dim")),
+        _plain(text.slow_down(cell.slow_down) if measured and cell.unit == "step" else text.NONE),
+        _plain(f"{before} → {after}" if measured else text.NONE),
+        _plain(f"{text.plural(len(cell.seeds), 'seed')} × {text.plural(cell.budget, cell.unit)}" if measured else ""),
+    ]
+
+
+def _plain(words: str) -> Text:
+    """Text without markup or control characters, whatever it holds."""
+    return Text(clean(words))
