@@ -27,7 +27,7 @@ class DescentConfig:
         default=0.05, metadata={"help": "Auto weights: length of the primary-conditioning step relative to ‖θ‖_F."}
     )
     balance: float = field(
-        default=0.3, metadata={"help": "Auto weights: length of the harmful step relative to the primary one."}
+        default=0.1, metadata={"help": "Auto weights: length of the harmful step relative to the primary one."}
     )
     decay: bool = field(default=True, metadata={"help": "Lower auto-weighted steps linearly to zero over the run."})
     primary_weight: float | None = field(default=None, metadata={"help": "λ_P; null chooses it by norm (auto)."})

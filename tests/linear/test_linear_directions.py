@@ -16,7 +16,7 @@ from hf_immunize.linear.directions import (
 )
 from hf_immunize.regularizers import ill_conditioned, log_condition, well_conditioned
 
-DRAWS = 2000
+DRAWS = 1000
 
 
 def through(rows, theta):
