@@ -24,7 +24,7 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 slow: $(VENV)/dev.stamp
 	$(RUN) -m pytest -m slow

@@ -1,0 +1,109 @@
+"""Every recipe parses, helps, and its stages name files that exist."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = ROOT / "recipes"
+PIPELINES = sorted(RECIPES.rglob("pipeline.yaml"))
+SCRIPTS = sorted(path for path in RECIPES.glob("*.py"))
+
+
+def test_the_folder_has_not_moved():
+    assert len(PIPELINES) >= 2 and len(SCRIPTS) >= 6
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.parent.name)
+def test_stages_name_existing_recipes_configs_and_earlier_stages(path):
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert (ROOT / loaded["hardware"]).is_file()
+    seen = set()
+    for name, stage in loaded["stages"].items():
+        assert (ROOT / stage["run"]).is_file()
+        assert set(stage.get("needs", [])) <= seen
+        seen.add(name)
+        for word in shlex.split(stage["options"]):
+            if word.startswith("recipes/"):
+                assert (ROOT / word).exists(), word
+
+
+def test_a_pipeline_that_needs_an_unknown_stage_stops(tmp_path):
+    (tmp_path / "p.yaml").write_text("runs: r\nhardware: h\nstages:\n  a:\n    run: x\n    needs: [b]\n")
+    words = [sys.executable, str(RECIPES / "pipeline.py"), str(tmp_path / "p.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0 and "to need earlier stages, got ['b']" in done.stderr
+
+
+def test_a_failing_stage_shows_the_end_of_its_log(tmp_path):
+    (tmp_path / "bad.py").write_text("raise SystemExit('this is why')\n")
+    hardware = RECIPES / "accelerate" / "cpu.yaml"
+    (tmp_path / "p.yaml").write_text(
+        f"runs: {tmp_path / 'runs'}\nhardware: {hardware}\nstages:\n  bad:\n    run: {tmp_path / 'bad.py'}\n"
+    )
+    words = [sys.executable, str(RECIPES / "pipeline.py"), str(tmp_path / "p.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode != 0 and "bad failed" in done.stderr and "this is why" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pretrain.py", "immunize.py"])
+def test_help_explains_every_option(name):
+    done = subprocess.run([sys.executable, str(RECIPES / name), "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--primary_dataset" in done.stdout and "--config" in done.stdout
+    if name == "immunize.py":
+        for option in ("--objective", "--strength", "--max_primary_drop", "--horizon", "--distillation"):
+            assert option in done.stdout
+
+
+def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
+    """immunize.py on a tiny base: refuses a wrong head, finishes, says so when asked again, never mixes two runs."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        num_labels=5,
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "base")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "base")
+
+    def immunize(*extra: str) -> subprocess.CompletedProcess:
+        words = [
+            sys.executable, str(RECIPES / "immunize.py"), "--config", str(RECIPES / "digits-vit" / "task.yaml"),
+            "--base_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
+            "--per_device_harmful_batch_size", "20", "--use_cpu", "--report_to", "none", *extra,
+        ]
+        return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+
+    wrong = immunize("--primary_labels", "0,1,2")
+    assert wrong.returncode != 0 and "expected a base with 3 labels, got 5" in wrong.stderr
+    first = immunize()
+    assert first.returncode == 0, first.stderr
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.safetensors", "preprocessor_config.json", "immunization.json", "run.json"} <= names
+    assert not [name for name in names if name.startswith("checkpoint") or name.endswith(".bin")]
+    again = immunize()
+    assert again.returncode == 0 and "already immunized" in again.stdout
+    other = immunize("--strength", "0.7")
+    assert other.returncode != 0 and "RunMismatchError" in other.stderr and "options" in other.stderr
+
+
+def test_two_cpu_processes_run_through_accelerate_launch(tmp_path):
+    script = tmp_path / "count.py"
+    script.write_text(
+        "from accelerate import PartialState\nstate = PartialState(cpu=True)\n"
+        "print('processes', state.num_processes, flush=True)\n"
+        "state.wait_for_everyone()\nstate.destroy_process_group()\n"
+    )
+    words = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(RECIPES / "accelerate" / "cpu-2.yaml"), "--main_process_port", "0", str(script),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.stdout.count("processes 2") == 2, done.stdout + done.stderr
