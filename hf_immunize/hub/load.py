@@ -14,7 +14,7 @@ from hf_immunize.hub.findings import Verification
 from hf_immunize.hub.inventory import Inventory
 from hf_immunize.hub.names import kind_of, problem_with
 from hf_immunize.hub.policy import Policy
-from hf_immunize.hub.remote import asked, patience
+from hf_immunize.hub.remote import asked, careful
 from hf_immunize.hub.verify import verify_folder
 from hf_immunize.records import Certificate, weight_files
 
@@ -45,7 +45,7 @@ def fetch(
     api = api or HfApi(token=token)
     secret = token or (api.token if isinstance(api.token, str) else get_token())
     patterns = [*_PATTERNS, *(["*.py"] if with_code else [])]
-    with patience(timeout):
+    with careful(timeout, secret):
         if not local_files_only:
             info = asked("describe the repository", secret,
                          lambda: api.repo_info(repo_id, revision=revision, token=token))

@@ -14,7 +14,7 @@ from hf_immunize.hub.findings import Verification
 from hf_immunize.hub.names import is_harmless
 from hf_immunize.hub.policy import Policy
 from hf_immunize.hub.release import Release, prepare
-from hf_immunize.hub.remote import asked, differences, may_have_arrived, patience
+from hf_immunize.hub.remote import asked, careful, differences, may_have_arrived
 
 MAIN = "main"
 
@@ -98,7 +98,7 @@ def publish(
     )
     if dry_run:
         return Publication(repo_id, release.sizes, release.left_out, (), release.verification, dry_run=True)
-    with patience(timeout):
+    with careful(timeout, secret):
         return _Sending(api, repo_id, release, secret).send(private, branch, create_pr, message)
 
 
@@ -123,14 +123,17 @@ class _Sending:
                 create_pr=create_pr, parent_commit=head, token=self.token,
             )
 
+        done, failure = None, None
         try:
             done = asked("take the commit", self.token, commit)
         except HubError as error:
-            found = None if create_pr else may_have_arrived(self.api, self.repo_id, revision, head, self.release)
-            if found is None:
-                raise _nothing_published(error, create_pr) from None
-            return self._publication(found, self._url(found), None, deleted)
-        return self._publication(done.oid, str(done.commit_url), done.pr_url, deleted)
+            failure = error
+        if done is not None:
+            return self._publication(done.oid, str(done.commit_url), done.pr_url, deleted)
+        found = None if create_pr else may_have_arrived(self.api, self.repo_id, revision, head, self.release)
+        if found is None:
+            raise _nothing_published(failure, create_pr)
+        return self._publication(found, self._url(found), None, deleted)
 
     def _additions(self) -> list[CommitOperationAdd]:
         """Operations over the very bytes that were verified: the client's digest of each weight file is compared."""
@@ -189,7 +192,7 @@ class _Sending:
         return f"{self.api.endpoint}/{self.repo_id}/commit/{oid}"
 
 
-def _nothing_published(error: HubError, create_pr: bool) -> HubError:
+def _nothing_published(error: HubError | None, create_pr: bool) -> HubError:
     doubt = "A pull request may have been opened: look before you try again." if create_pr else "Nothing was published."
     return HubError(f"{error} {doubt}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,8 +93,37 @@ def _git_digest(data: bytes) -> str:
 
 
 @contextmanager
-def patience(seconds: float | None) -> Iterator[None]:
-    """The client gives up on an answer after so many seconds of silence; by itself it would wait for ever."""
+def careful(seconds: float | None, token: str | None) -> Iterator[None]:
+    """Talk to the Hub with a limit on silence and without the token in any log.
+
+    By itself the client waits for ever, and the libraries below it log whatever headers a server sends back.
+    """
+    with _silent_about(token), _impatient(seconds):
+        yield
+
+
+@contextmanager
+def _silent_about(token: str | None) -> Iterator[None]:
+    """Every log record made meanwhile has the token blacked out, whichever library makes it."""
+    before = logging.getLogRecordFactory()
+
+    def factory(*given: Any, **named: Any) -> logging.LogRecord:
+        record = before(*given, **named)
+        told = record.getMessage()
+        clean_text = redacted(told, token)
+        if clean_text != told:
+            record.msg, record.args = clean_text, ()
+        return record
+
+    logging.setLogRecordFactory(factory)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
+
+
+@contextmanager
+def _impatient(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
