@@ -134,7 +134,10 @@ def check_same_exam(name: str, subject: Sequence[AttackTrace], other: Sequence[A
             )
     for key, trace in mine.items():
         for what in ("config", "data", "budget", "unit", "family"):
-            if getattr(trace, what) != getattr(theirs[key], what):
+            here, there = getattr(trace, what), getattr(theirs[key], what)
+            if what == "data":
+                here, there = ([split.sha256 for split in splits] for splits in (here, there))
+            if here != there:
                 raise IncompleteExamError(
                     f"expected {name} {key[0]} with seed {key[1]} to be the same exam on subject and {role}, got "
                     f"another {what}: run recipes/attack.py --overwrite on the {role} with the subject's options."

@@ -70,8 +70,8 @@ _PROBES = (
     "lbfgs_probe", "ridge_probe", "earlier_layer_probe", "batchnorm_probe",
 )
 _TRAINED = (
-    "lora", "dora", "loha", "lokr", "oft", "ia3", "vera", "partial_finetune", "full_finetune", "muon_finetune",
-    "reset_last_blocks", "few_shot_finetune", "noisy_finetune",
+    "lora", "dora", "loha", "lokr", "oft", "ia3", "vera", "partial_finetune", "full_finetune", "ridge_head_finetune",
+    "muon_finetune", "reset_last_blocks", "few_shot_finetune", "noisy_finetune",
 )
 _ALL = _PROBES + _TRAINED
 

@@ -1,5 +1,8 @@
 """Traces on disk: kept when they are the same run, refused when they are another, made when they are missing."""
 
+import dataclasses
+import os
+
 import pytest
 
 from hf_immunize.attacks import ATTACKS, run_suite
@@ -74,6 +77,39 @@ def test_a_truncated_trace_is_refused(make_context, tmp_path):
     broken.write_text(broken.read_text()[:200])
     with pytest.raises(RecordError, match="expected a AttackTrace in .*make it again"):
         sit(make_context(), tmp_path)
+
+
+@pytest.mark.parametrize("written", range(0, 12))
+def test_a_suite_that_dies_after_any_write_resumes_to_the_same_runs(make_context, tmp_path, monkeypatch, written):
+    """Death between two runs, or in the middle of a write: nothing is lost, doubled or changed."""
+    whole, seeds = tmp_path / "whole", (0, 1, 2)
+    sit(make_context(), whole, seeds=seeds)
+    count, replace = [0], os.replace
+
+    def dying(source, target):
+        if count[0] == written:
+            raise KeyboardInterrupt
+        count[0] += 1
+        replace(source, target)
+
+    broken = tmp_path / "broken"
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        sit(make_context(), broken, seeds=seeds)
+    monkeypatch.setattr(os, "replace", replace)
+    summary = sit(make_context(), broken, seeds=seeds)
+    assert (summary.made, summary.kept) == (12 - written, written)
+    curves = [{path.name: AttackTrace.read(path).curve for path in folder.glob("traces/control/*.json")}
+              for folder in (whole, broken)]
+    assert curves[0] == curves[1] and len(curves[0]) == 12
+
+
+def test_a_model_folder_may_be_renamed(make_context, tmp_path):
+    context = make_context()
+    sit(context, tmp_path)
+    moved = context.folder.with_name("renamed")
+    context.folder.rename(moved)
+    assert sit(dataclasses.replace(context, folder=moved, _features={}), tmp_path).kept == 8
 
 
 def test_roles_do_not_share_a_folder(make_context, tmp_path):

@@ -213,3 +213,16 @@ def test_every_attack_of_the_table_runs_on_a_tiny_model(make_context):
         ((_, result),) = attack.run(context, [run])
         outcomes[name] = result.outcome
     assert {name for name, outcome in outcomes.items() if outcome != "completed"} == {"batchnorm_probe"}
+
+
+def test_the_ridge_head_is_the_ridge_probe_on_raw_features(make_context):
+    from hf_immunize.attacks.ridge_head_finetune import RidgeHeadFinetune, ridge_head
+    from hf_immunize.attacks.ridge_probe import RidgeProbe
+
+    context = make_context()
+    weight, bias = ridge_head(context, 2, 1e-3)
+    logits = context.features(2)["test"].double() @ weight + bias
+    ((_, wanted),) = ATTACKS["ridge_probe"].run(context, [Run(RidgeProbe(1e-3, "standardized"), "x", 2)])
+    assert (logits.argmax(1) == context.test.labels).double().mean().item() == wanted.curve[0].test
+    still = only(context, "ridge_head_finetune", RidgeHeadFinetune(learning_rate=0.0, steps=1, penalty=1e-3), seed=2)
+    assert still.curve[0].test == wanted.curve[0].test

@@ -64,7 +64,7 @@ def test_every_trial_has_every_seed():
 
 @pytest.mark.parametrize("what, change", [
     ("config", {"config": {"learning_rate": 0.1, "rank": 64}}),
-    ("data", {"data": data(300)}),
+    ("data", {"data": data(200)[::-1]}),
     ("budget", {"budget": 2000}),
 ])
 def test_other_settings_are_another_exam(what, change):

@@ -87,6 +87,32 @@ def test_features_of_nothing_resist_probes_but_a_lost_primary_task_fails(exam_fo
     assert certificate.immunization_ratio is None
 
 
+def test_training_from_scratch_is_the_ceiling(exam_folders, exam_data):
+    base, subject = exam_folders
+    sit_exam(base, "scratch", exam_data)
+    certificate = certify(subject, base, exam_data)
+    full = next(cell for cell in certificate.cells if cell.attack == "full_finetune")
+    assert len(full.scratch.accuracy) == 3
+    assert any(name.startswith("traces/scratch/") for name in certificate.traces)
+    assert "training from scratch as the ceiling" not in certificate.not_run
+    ridge = next(cell for cell in certificate.cells if cell.attack == "ridge_probe")
+    assert ridge.scratch is not None and ridge.normalized_resistance is None
+    steps = [side.steps_to_threshold for side in (full.subject, full.control, full.scratch)]
+    if None not in sum(steps, []) and sum(steps[2]) > sum(steps[1]):
+        assert full.normalized_resistance.estimate == pytest.approx(
+            (sum(steps[0]) - sum(steps[1])) / (sum(steps[2]) - sum(steps[1])))
+
+
+def test_diverged_rates_are_failed_tries_and_no_resistance(exam_folders, exam_data):
+    base, subject = exam_folders
+    settings = {"full_finetune": {"steps": (12,), "learning_rate": (1e-2, 1e30)}}
+    for folder, role in ((base, "control"), (subject, "subject")):
+        sit_exam(folder, role, exam_data, names=("full_finetune",), settings=settings)
+    full = next(cell for cell in certify(subject, base, exam_data).cells if cell.attack == "full_finetune")
+    assert full.subject.diverged == full.control.diverged == 3 and full.subject.trials == 2
+    assert full.subject.trial == "learning_rate=0.01" and full.verdict == "FAILS"
+
+
 def test_missing_base(exam_folders, exam_data, tmp_path):
     with pytest.raises(IncompleteExamError, match="expected the un-immunized base model in .*pass it as --base_path"):
         certify(exam_folders[1], tmp_path / "nowhere", exam_data)

@@ -1,0 +1,120 @@
+"""Models with a planted property: what they are is known, so what the exam must say about them is known too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_immunize.certification import ExamData
+from hf_immunize.data import PixelDataset, fingerprint
+
+WIDTH = 32
+
+
+class PlantedConfig(ViTConfig):
+    model_type = "planted_vit"
+
+
+class PlantedViT(ViTForImageClassification):
+    """A ViT with a fixed mask on its input and a linear layer before its head; ones and the identity at first."""
+
+    config_class = PlantedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("mask", torch.ones(1, 3, 1, 1))
+        self.mix = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.post_init()
+        with torch.no_grad():
+            self.mix.weight.copy_(torch.eye(config.hidden_size))
+
+    def forward(self, pixel_values=None, labels=None, **kwargs):
+        token = self.vit(pixel_values=pixel_values * self.mask).last_hidden_state[:, 0]
+        logits = self.classifier(self.mix(token))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+AutoConfig.register("planted_vit", PlantedConfig, exist_ok=True)
+AutoModelForImageClassification.register(PlantedConfig, PlantedViT, exist_ok=True)
+
+
+def digit_rows(labels: range, channel: int, name: str, start: float, stop: float) -> PixelDataset:
+    """Real digits of some classes in one colour channel; rows between two fractions of the data."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    rows = np.flatnonzero(np.isin(loaded.target, list(labels)))
+    rows = rows[int(start * len(rows)) : int(stop * len(rows))]
+    pixels = torch.zeros(len(rows), 3, 8, 8)
+    pixels[:, channel] = torch.as_tensor(loaded.images[rows] / 8 - 1, dtype=torch.float32)
+    targets = torch.as_tensor(loaded.target[rows] - min(labels))
+    return PixelDataset(pixels, targets, [str(label) for label in labels], name)
+
+
+def exam_of_digits():
+    """Primary digits 0-4 in channel 1, harmful digits 5-9 in channel 0; disjoint rows."""
+    harmful = {
+        "attack": digit_rows(range(5, 10), 0, "attack", 0.0, 0.45),
+        "validation": digit_rows(range(5, 10), 0, "validation", 0.45, 0.6),
+        "test": digit_rows(range(5, 10), 0, "test", 0.6, 1.0),
+    }
+    primary = digit_rows(range(5), 1, "primary test", 0.6, 1.0)
+    data = ExamData(
+        primary_test=primary,
+        harmful_attack=harmful["attack"],
+        primary=(fingerprint(primary, source="digits", role="primary test"),),
+        harmful=tuple(fingerprint(split, source="digits", role=f"harmful {name}") for name, split in harmful.items()),
+    )
+    return data, harmful
+
+
+def train_base(folder: Path, steps: int = 400) -> Path:
+    """A base that reads both channels: half of its primary images lie in channel 0."""
+    torch.manual_seed(0)
+    config = PlantedConfig(
+        image_size=8, patch_size=2, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, num_labels=5,
+    )
+    model = PlantedViT(config)
+    model.mix.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3)
+    train = digit_rows(range(5), 1, "primary train", 0.0, 0.6)
+    for _ in range(steps):
+        rows = torch.randint(len(train), (64,))
+        pixels = train.pixel_values[rows].clone()
+        half = torch.arange(64) < 32
+        pixels[half] = pixels[half][:, [1, 0, 2]]
+        model(pixel_values=pixels, labels=train.labels[rows]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.mix.requires_grad_(True)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def plant(base: Path, folder: Path, what: str) -> Path:
+    """A copy of the base with one planted property; all but ``masked`` keep the function on every image."""
+    model = AutoModelForImageClassification.from_pretrained(base)
+    norm, head = model.vit.layernorm, model.classifier
+    if what == "scaled":
+        norm.weight.mul_(1e3), norm.bias.mul_(1e3), head.weight.div_(1e3)
+    elif what == "shifted":
+        norm.bias.add_(30.0)
+        head.bias.sub_(head.weight.sum(dim=1) * 30.0)
+    elif what == "ill_conditioned":
+        generator = torch.Generator().manual_seed(1)
+        left, right = (torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator).double())[0] for _ in range(2))
+        sigma = torch.logspace(0, -4, WIDTH, dtype=torch.float64)
+        model.mix.weight.copy_(left * sigma @ right.T)
+        head.weight.copy_(head.weight.double() @ (right / sigma) @ left.T)
+    elif what == "masked":
+        model.mask[:, 0] = 0
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,96 @@
+"""Models whose right verdict is known by construction. Minutes long: run with -m slow."""
+
+import shutil
+
+import planted
+import pytest
+import torch
+from conftest import sit_exam
+
+from hf_immunize.attacks import load_classifier
+from hf_immunize.certification import Protocol, build_certificate
+
+SETTINGS = {
+    "linear_probe_gd": {"steps": (4000,)},
+    "linear_probe_adam": {"steps": (2000,)},
+    "standardized_probe_adam": {"steps": (1000,)},
+    "whitened_probe_gd": {"steps": (1000,)},
+    "ridge_probe": {},
+    "earlier_layer_probe": {},
+    "lora": {"steps": (80,), "learning_rate": (1e-3, 1e-2)},
+    "ridge_head_finetune": {"steps": (80,), "learning_rate": (1e-4, 1e-3)},
+    "full_finetune": {"steps": (80,), "learning_rate": (1e-4, 1e-3, 1e-2)},
+}
+SEEDS = (0, 1, 2)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = planted.train_base(tmp_path_factory.mktemp("planted") / "base")
+    sit_exam(folder, "control", planted.exam_of_digits(), SEEDS, tuple(SETTINGS), SETTINGS)
+    return folder
+
+
+@pytest.fixture
+def certify(base, tmp_path):
+    def build(what):
+        exam = planted.exam_of_digits()
+        folder = planted.plant(base, tmp_path / what, what)
+        sit_exam(folder, "subject", exam, SEEDS, tuple(SETTINGS), SETTINGS)
+        certificate = build_certificate(folder, base, exam[0], Protocol(attacks=tuple(SETTINGS), seeds=SEEDS))
+        for cell in certificate.cells:
+            print(what, cell.attack, cell.verdict, cell.reason, cell.control.steps_to_threshold)
+        return certificate, {cell.attack: cell.verdict for cell in certificate.cells}
+
+    return build
+
+
+def test_the_base_itself_fails_everywhere(base, tmp_path):
+    exam = planted.exam_of_digits()
+    folder = tmp_path / "itself"
+    shutil.copytree(base, folder)
+    (folder / "traces" / "control").rename(folder / "traces" / "subject")
+    for path in (folder / "traces" / "subject").iterdir():
+        path.write_text(path.read_text().replace('"role": "control"', '"role": "subject"'))
+    for path in (folder / "traces" / "subject").iterdir():  # the fingerprint's name is the folder's
+        path.write_text(path.read_text().replace('"name": "base"', '"name": "itself"'))
+    certificate = build_certificate(folder, base, exam[0], Protocol(attacks=tuple(SETTINGS), seeds=SEEDS))
+    assert {cell.verdict for cell in certificate.cells} == {"FAILS"}
+    assert {family.verdict for family in certificate.families} == {"FAILS"}
+
+
+@pytest.mark.parametrize("what", ["scaled", "shifted"])
+def test_scaling_and_shifting_features_resists_nothing(certify, what):
+    certificate, _ = certify(what)
+    verdicts = {family.family: family.verdict for family in certificate.families}
+    assert certificate.utility.drop.estimate == pytest.approx(0, abs=0.5)
+    assert "RESISTS" not in verdicts.values(), verdicts
+    assert certificate.overall == "FAILS"
+
+
+def test_an_ill_conditioned_layer_slows_only_the_naive(certify, base):
+    certificate, verdicts = certify("ill_conditioned")
+    assert certificate.utility.drop.estimate == pytest.approx(0, abs=0.5)
+    assert certificate.immunization_ratio_parts["harmful"] > 1e2
+    assert verdicts["linear_probe_gd"] == "RESISTS"
+    for name in ("ridge_probe", "whitened_probe_gd", "earlier_layer_probe"):
+        assert verdicts[name] == "FAILS", name
+    assert certificate.overall == "FAILS"
+
+
+def test_information_that_never_enters_cannot_be_learned(certify):
+    certificate, verdicts = certify("masked")
+    assert set(verdicts.values()) == {"RESISTS"}, verdicts
+    assert certificate.utility.drop.high < 5 and certificate.overall == "RESISTS"
+    assert "was not broken by any attack of this exam within its budget" in certificate.statement
+
+
+def test_function_is_preserved(base, tmp_path):
+    pixels = planted.digit_rows(range(5), 1, "x", 0.6, 1.0).pixel_values
+    with torch.no_grad():
+        wanted = load_classifier(base).eval()(pixel_values=pixels).logits
+        for what in ("scaled", "shifted", "ill_conditioned", "masked"):
+            found = load_classifier(planted.plant(base, tmp_path / what, what)).eval()(pixel_values=pixels).logits
+            assert (found.argmax(1) == wanted.argmax(1)).double().mean() > 0.99, what
