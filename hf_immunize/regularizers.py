@@ -47,7 +47,7 @@ def closed_form_adversary(
     memorization: float = 0.0,
     feature_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """relu(A_t) + memorization·relu(support R²) of THEORY section 7, averaged over both roles of the two halves.
+    """relu(A_t) + memorization·relu(support R²) of docs/method.md, section 3, averaged over both roles of the halves.
 
     The rows are split by alternating within each class, so that support and query hold the same classes; classes
     with one row are left out. ``horizon`` t is in gradient-descent steps at rate 1/σ₁. Scale-free in the features.

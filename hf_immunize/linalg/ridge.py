@@ -38,7 +38,7 @@ def spectral_adversary(
     horizon: float,
     feature_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A_t of THEORY section 7: held-out and support R² of a ridge probe with λ = σ₁(ΦᵀΦ)/t.
+    """A_t of docs/method.md, section 3: held-out and support R² of a ridge probe with λ = σ₁(ΦᵀΦ)/t.
 
     ``horizon`` t is in gradient-descent steps at rate 1/σ₁: the probe fits about what that many steps would. Features
     and labels are centred by support means; σ₁ is detached, so the defender cannot win by rescaling. λ never falls
@@ -78,7 +78,7 @@ def spectral_adversary(
 
 
 def spectral_steps(features_ND: Tensor, labels_NC: Tensor, tolerance: float) -> float:
-    """T_ε of THEORY section 7: gradient-descent steps at rate 1/σ₁ until the probe's residual falls below ε.
+    """T_ε of docs/method.md, section 3: gradient-descent steps at rate 1/σ₁ until the probe's residual falls below ε.
 
     Solves Σ_i (1 − σ_i/σ₁)^{2t} ‖u_iᵀY‖² = ε·‖Y‖² for t ≥ 0 on centred features and labels, with one
     eigen-decomposition. Returns ``inf`` when the labels have more than ε of their norm outside the range of the

@@ -116,7 +116,7 @@ def singular_value_floor(sigma_max: Tensor, frobenius: Tensor, rows: int, width:
 
     max(N, D)·eps·σ₁ with eps of the arithmetic (float32 for half-precision features, whose accumulators are
     float32), plus, for bfloat16 and float16, the Frobenius norm of the storage rounding, ½·eps(dtype)·‖Φ‖_F: a bound
-    on the spectral norm of that perturbation. (THEORY: Trap 2.)
+    on the spectral norm of that perturbation. See docs/method.md, section 1.
     """
     arithmetic = torch.float32 if dtype in _HALF else dtype
     floor = max(rows, width) * torch.finfo(arithmetic).eps * sigma_max
