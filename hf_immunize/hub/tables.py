@@ -23,7 +23,7 @@ def certificate_table(certificate: Certificate) -> RenderableType:
     title = f"{certificate.subject.name} against {certificate.control.name}: {certificate.overall}"
     table = Table(title=_plain(title), title_justify="left")
     for column in ("attack and family", "verdict", "slow-down", "harmful accuracy", "effort"):
-        table.add_column(column, no_wrap=column == "verdict")
+        table.add_column(column, no_wrap=column in ("attack and family", "verdict"))
     for cell in sorted(certificate.cells, key=lambda cell: FAILURES_FIRST.index(cell.verdict)):
         table.add_row(*_row(cell))
     utility = certificate.utility

@@ -1,0 +1,202 @@
+"""The command line on local folders, in process; publishing in a process of its own against the loopback Hub."""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "hub")]
+
+from loopback import Loopback  # noqa: E402
+from published import EXPIRES, TOKEN, certified, failing, write_release  # noqa: E402
+
+from hf_immunize.cli import app  # noqa: E402
+from hf_immunize.records import Certificate  # noqa: E402
+
+COMMANDS = ("publish", "verify", "card", "show", "report", "diff", "keygen")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_apart(hub, *arguments):
+    """The console script's own process, with its Hub on this machine."""
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+                                "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.run([sys.executable, "-m", "hf_immunize.cli", *map(str, arguments)], env=environment,
+                          capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples_in_its_help(command):
+    done = run(command, "--help")
+    assert done.exit_code == 0 and "Example" in done.output and f"hf-immunize {command} " in done.output
+
+
+def test_the_commands_are_the_documented_ones():
+    assert set(COMMANDS) == {command.callback.__name__ for command in app.registered_commands}
+
+
+def test_verify_exit_codes(tmp_path):
+    folder = write_release(certified(tmp_path), tmp_path / "published")
+    good = run("verify", folder)
+    assert good.exit_code == 0 and "VERIFIED: the files are what the certificate says. It says: RESISTS" in good.output
+    (tmp_path / "strict.yaml").write_text("families: {LoRA: RESISTS}")
+    unmet = run("verify", folder, "--policy", tmp_path / "strict.yaml")
+    assert unmet.exit_code == 4 and "which was not examined" in " ".join(unmet.output.split())
+    (folder / "model.safetensors").write_bytes(b"changed")
+    bad = run("verify", folder)
+    assert bad.exit_code == 3 and "model.safetensors" in bad.output and "NOT VERIFIED" in bad.output
+    assert run("verify").exit_code == 2
+    assert run("verify", "nonsense").exit_code == 1
+
+
+def test_verify_as_data(tmp_path):
+    folder = write_release(certified(tmp_path), tmp_path / "published")
+    data = json.loads(run("verify", folder, "--json").stdout)
+    assert data["ok"] and data["overall"] == "RESISTS" and data["expires"] == EXPIRES
+    assert data["families"] == {"linear probing": "RESISTS"} and "model.safetensors" in data["sha256"]
+    (folder / "config.json").write_text("{}")
+    data = json.loads(run("verify", folder, "--json").stdout)
+    failed = {item["file"] for item in data["findings"] if item["level"] == "fail"}
+    assert not data["sound"] and failed == {"config.json"}
+
+
+def test_verify_with_a_trusted_key(tmp_path):
+    keys = [run("keygen", tmp_path / f"{name}.pem").stdout.strip() for name in "ab"]
+    folder = write_release(certified(tmp_path), tmp_path / "published", signing_key=tmp_path / "a.pem")
+    (tmp_path / "a.pub").write_text(keys[0] + "\n")
+    assert run("verify", folder, "--trusted-key", keys[0]).exit_code == 0
+    assert run("verify", folder, "--trusted-key", tmp_path / "a.pub").exit_code == 0
+    assert run("verify", folder, "--trusted-key", keys[1]).exit_code == 3
+    assert run("verify", folder, "--trusted-key", "nobody").exit_code == 1
+    assert run("keygen", tmp_path / "a.pem").exit_code == 1
+
+
+def test_errors_without_traceback_unless_asked(tmp_path):
+    done = run("publish", tmp_path, "me/model")
+    assert done.exit_code == 3 and "no model is published without a certificate" in done.stderr
+    assert "Traceback" not in done.output + done.stderr
+    loud = run("--debug", "publish", tmp_path, "me/model")
+    assert type(loud.exception).__name__ == "PublishRefusedError"
+
+
+def test_unexpected_errors_have_no_traceback_either(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_immunize.hub.verify_model", lambda *_, **__: [].pop())
+    done = run("verify", tmp_path)
+    assert done.exit_code == 1 and "Unexpected IndexError" in done.stderr and "--debug" in done.stderr
+
+
+def test_card(tmp_path):
+    folder = certified(tmp_path)
+    shown = run("card", folder, "--stdout", "--license", "mit", "--repo-id", "me/model").stdout
+    assert "license: mit" in shown and not (folder / "README.md").exists()
+    assert run("card", folder, "--license", "mit").exit_code == 0
+    assert run("card", folder, "--repo-id", "me/model").exit_code == 0
+    assert (folder / "README.md").read_text() == shown, "options given before were forgotten"
+    assert run("card", folder, "--pipeline-tag", "nonsense").exit_code == 1
+
+
+def test_show(tmp_path):
+    folder = failing(tmp_path)
+    done = run("show", folder)
+    certificate = Certificate.read(folder / "certificate.json")
+    assert done.exit_code == 0 and all(cell.attack in done.output for cell in certificate.cells)
+    assert done.output.index("ridge_probe") < done.output.index("adam_probe"), "failures come first"
+    assert json.loads(run("show", folder, "--json").stdout) == certificate.model_dump(mode="json")
+    (folder / "model.safetensors").write_bytes(b"changed")
+    assert run("show", folder).exit_code == 3
+
+
+def test_show_prints_names_as_they_are(tmp_path):
+    folder = certified(tmp_path, statement="[bold red]markup[/] \x1b[31m and [link=https://evil.example]x[/link]")
+    output = run("show", folder).output
+    assert "\x1b[31m" not in output and "[link=https://evil.example]" in output.replace("\n", "")
+
+
+def test_report(tmp_path):
+    folder = certified(tmp_path)
+    done = run("report", folder, "--base", tmp_path / "base", "-o", tmp_path / "page.html")
+    assert done.exit_code == 0 and "<html" in (tmp_path / "page.html").read_text()
+    assert run("report", folder, "--base", folder).exit_code == 1
+
+
+def test_diff(tmp_path):
+    first, second = certified(tmp_path), failing(tmp_path)
+    same = run("diff", first, first / "certificate.json")
+    assert same.exit_code == 0 and "say the same" in same.output
+    rows = json.loads(run("diff", first, second, "--json").stdout)
+    told = {row["what"]: (row["first"], row["second"]) for row in rows}
+    assert told["overall"] == ("RESISTS", "FAILS") and told["lora"][0] == "not in the certificate"
+    assert "adam_probe" not in told and "expires" not in told
+    assert run("diff", first, second).exit_code == 1
+    assert "expected a Certificate" in run("diff", first, tmp_path).stderr
+
+
+def test_publish_from_the_command_line(tmp_path):
+    folder = failing(tmp_path)
+    with Loopback(token=TOKEN) as hub:
+        dry = run_apart(hub, "publish", folder, "me/model", "--dry-run", "--allow-failed")
+        assert dry.returncode == 0 and "nothing was sent" in dry.stdout and hub.requests == []
+        refused = run_apart(hub, "publish", folder, "me/model")
+        assert refused.returncode == 4 and "the policy asks for RESISTS overall" in refused.stderr
+        assert hub.requests == []
+        done = run_apart(hub, "publish", folder, "me/model", "--allow-failed", "--private", "--license", "mit",
+                         "--json")
+        data = json.loads(done.stdout)
+        assert done.returncode == 0 and data["confirmed"] and data["revision"] == hub.head("me/model").oid
+        assert hub.repositories["me/model"].private
+        assert b"license: mit" in hub.head("me/model").files["README.md"]
+        checked = run_apart(hub, "verify", "me/model", "--revision", data["revision"])
+        assert checked.returncode == 0 and "It says: FAILS" in checked.stdout
+        gone = run_apart(hub, "verify", "me/nothing")
+        assert gone.returncode == 5 and "HTTP 404" in gone.stderr
+    assert TOKEN not in "".join(done.stdout + done.stderr for done in (dry, refused, done, checked, gone))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("overal: RESISTS", "got ['overal']"), ("- 1", "got list"), ("families: [LoRA]", "a mapping"),
+     ("overall: GREAT", "got 'GREAT'"), ("max_primary_drop: yes", "a number"), ("a: [", "expected a policy in"),
+     ("issued_after: soon", "an ISO date"), ("min_seeds: 1.5", "a whole number"), ("signed: 1", "true or false"),
+     ("families: {LoRA: NOT RUN}", "got 'NOT RUN'")],
+)
+def test_policies_that_cannot_be_used(tmp_path, text, told):
+    (tmp_path / "policy.yaml").write_text(text)
+    done = run("verify", certified(tmp_path), "--policy", tmp_path / "policy.yaml")
+    assert done.exit_code == 1 and told in " ".join(done.stderr.split())
+
+
+TOMORROW = datetime.date.today() + datetime.timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [("", True), ("overall: FAILS", True), ("overall: INCONCLUSIVE", False),
+     ("families: {linear probing: RESISTS}", True),
+     ("families: {LoRA: INCONCLUSIVE}", False), ("families: {LoRA: FAILS}", True), ("families: {Muon: FAILS}", False),
+     ("max_primary_drop: 1.0", True), ("max_primary_drop: 0.9", False), ("min_seeds: 3", True), ("min_seeds: 4", False),
+     ("signed: true", False), ("issued_after: 2020-01-01", True), (f"issued_after: {TOMORROW}", False),
+     ("families: {benign trainability: RESISTS}", False)],
+)
+def test_policies(tmp_path, text, met):
+    (tmp_path / "policy.yaml").write_text(text)
+    done = run("verify", failing(tmp_path), "--policy", tmp_path / "policy.yaml")
+    assert done.exit_code == (0 if met else 4)
+
+
+def test_a_policy_for_a_complete_exam(tmp_path):
+    import record_builders as build
+
+    folder = certified(tmp_path, "partial", build.ATTACKS)
+    (tmp_path / "policy.yaml").write_text("complete_exam: true")
+    done = run("verify", folder, "--policy", tmp_path / "policy.yaml")
+    assert done.exit_code == 4 and "not run: last_block_reset" in " ".join(done.output.split())
+    (tmp_path / "policy.yaml").write_text("complete_exam: false")
+    assert run("verify", folder, "--policy", tmp_path / "policy.yaml").exit_code == 0
