@@ -24,4 +24,4 @@ class SpectrumRecord(Part):
     eigenvalues: list[float]
     """All min(rows, width) eigenvalues of ΦᵀΦ/N, descending, of which the first ``rank`` are above the noise."""
     spectral_steps: float | None = None
-    """T_0.2 of docs/method.md, section 3: steps at rate 1/σ₁ to a residual of 20 %; null when the features cannot reach it."""
+    """T_0.2 (docs/method.md, section 3): steps at rate 1/σ₁ to a residual of 20 %; null when it is out of reach."""
