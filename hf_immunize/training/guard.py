@@ -14,7 +14,7 @@ class UtilityGuard:
     """Adapts the strength factor at each evaluation and remembers the best weights within the allowance.
 
     Above the allowance the factor is halved; below half of it the factor grows by a quarter, up to ``max_factor``.
-    Of the evaluations within the allowance the one with the most progress on the harmful terms is kept; the model
+    Of the evaluations within the allowance the one with the most progress on the terms is kept; the model
     before immunization counts as one of them, so there is always something to return.
 
     Args:

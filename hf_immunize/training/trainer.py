@@ -344,11 +344,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
         return metrics
 
     def _guard_step(self, metrics: dict[str, float]) -> None:
-        recent = [
-            term.progress(value[-1])
-            for term in self.terms
-            if term.side == "harmful" and (value := self._progress.get(term.name))
-        ]
+        recent = [term.progress(value[-1]) for term in self.terms if (value := self._progress.get(term.name))]
         progress = sum(recent) if recent else float("inf")
         bare = self.accelerator.unwrap_model(self.model)
         points = self._metric_points(metrics)
