@@ -16,8 +16,8 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from hf_immunize.attacks import load_processor
-from hf_immunize.certification import PROTOCOLS, ExamData, build_certificate, find_protocol
+from hf_immunize.attacks import AttackContext, load_processor
+from hf_immunize.certification import PROTOCOLS, ExamData, Rule, build_certificate, find_protocol, recheck
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ImmunizeError
 from hf_immunize.hub import write_card
@@ -43,6 +43,11 @@ class CertifyArguments:
         default=None, metadata={"help": "Layer whose input's spectrum is measured; the head by default."}
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
+    recheck: int = field(
+        default=0,
+        metadata={"help": "Write nothing; sit this many random cells of the certificate again and compare."},
+    )
+    recheck_seed: int = field(default=0, metadata={"help": "Which cells are drawn for the recheck."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         primary=(primary.fingerprint(test, "test"),),
         harmful=tuple(harmful.fingerprint(split, role) for role, split in splits.items()),
     )
+    device = str(state.device) if arguments.device == "auto" else arguments.device
+    if arguments.recheck:
+        check_again(arguments, protocol.rule, data, splits, device)
+        return
     certificate = build_certificate(
         arguments.model_path,
         arguments.base_path,
@@ -70,13 +79,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         protocol,
         threshold=arguments.threshold,
         feature_module=arguments.feature_module,
-        device=str(state.device) if arguments.device == "auto" else arguments.device,
+        device=device,
     )
     folder = Path(arguments.model_path)
     certificate.write(folder / "certificate.json")
     write_card(folder)
     print_verdicts(certificate)
     print(f"certificate: {folder / 'certificate.json'}")
+
+
+def check_again(arguments: CertifyArguments, rule: Rule, data: ExamData, splits: dict, device: str) -> None:
+    """Sit random cells again; leave with an error when a stored interval does not hold."""
+    options = {"data": data.harmful, "feature_module": arguments.feature_module, "device": device, **splits}
+    contexts = {
+        role: AttackContext(folder=Path(path), role=role, **options)
+        for role, path in (("subject", arguments.model_path), ("control", arguments.base_path))
+    }
+    found = recheck(arguments.model_path, contexts, arguments.recheck, arguments.recheck_seed, rule)
+    for line in found:
+        held = "agrees" if line.agrees else "DOES NOT AGREE"
+        new = "not measurable" if line.found is None else f"{line.found:.3g}"
+        print(f"{line.attack} {line.measure}: {new}, certified {_interval(line.stored, '{:.3g}')}: {held}")
+    if not all(line.agrees for line in found):
+        sys.exit("the certificate does not hold on this machine: see above.")
 
 
 def print_verdicts(certificate: Certificate) -> None:

@@ -52,7 +52,7 @@ def run_suite(
         attack = find_attack(name, table)
         for run in plan_runs(attack, seeds, (settings or {}).get(name)):
             # What a run would write, with an empty result: everything that must agree with a file already there.
-            blank = _trace(context, name, attack, run, Result([], 1, 0.0, "diverged", "not run"), provenance)
+            blank = trace_of(context, name, attack, run, Result([], 1, 0.0, "diverged", "not run"), provenance)
             path = target / blank.file_name
             if path.exists() and not overwrite:
                 kept.append(_check_same(AttackTrace.read(path), blank, path))
@@ -65,7 +65,7 @@ def run_suite(
     made = 0
     for name, runs in missing.items():
         for run, result in table[name].run(context, runs):
-            trace = _trace(context, name, table[name], run, result, provenance)
+            trace = trace_of(context, name, table[name], run, result, provenance)
             trace.write(target / trace.file_name)
             made, diverged = made + 1, diverged + (trace.outcome == "diverged")
             if progress:
@@ -73,9 +73,10 @@ def run_suite(
     return SuiteSummary(made, len(kept), diverged)
 
 
-def _trace(
+def trace_of(
     context: AttackContext, name: str, attack: Attack, run: Run, result: Result, provenance: Provenance
 ) -> AttackTrace:
+    """The record of one run."""
     now = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
     return AttackTrace(
         attack=name,

@@ -2,6 +2,7 @@
 
 from hf_immunize.certification.certificate import ExamData, build_certificate
 from hf_immunize.certification.protocol import PROTOCOLS, Protocol, Rule, find_protocol
+from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.certification.spectra import measure_spectrum
 from hf_immunize.certification.utility import correct_rows, measure_utility
 from hf_immunize.certification.verdict import family_verdicts, judge_solve, judge_steps, overall_verdict, strongest
@@ -10,6 +11,7 @@ __all__ = [
     "PROTOCOLS",
     "ExamData",
     "Protocol",
+    "Recheck",
     "Rule",
     "build_certificate",
     "correct_rows",
@@ -20,5 +22,6 @@ __all__ = [
     "measure_spectrum",
     "measure_utility",
     "overall_verdict",
+    "recheck",
     "strongest",
 ]

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import PROTOCOL, SETTINGS, blobs, sit_exam
+from tiny_exam import PROTOCOL, SETTINGS, blobs, sit_exam
 
 from hf_immunize.attacks import load_classifier
 from hf_immunize.certification import build_certificate, correct_rows

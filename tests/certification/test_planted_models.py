@@ -5,7 +5,7 @@ import shutil
 import planted
 import pytest
 import torch
-from conftest import sit_exam
+from tiny_exam import sit_exam
 
 from hf_immunize.attacks import load_classifier
 from hf_immunize.certification import Protocol, build_certificate
@@ -17,9 +17,9 @@ SETTINGS = {
     "whitened_probe_gd": {"steps": (1000,)},
     "ridge_probe": {},
     "earlier_layer_probe": {},
-    "lora": {"steps": (80,), "learning_rate": (1e-3, 1e-2)},
-    "ridge_head_finetune": {"steps": (80,), "learning_rate": (1e-4, 1e-3)},
-    "full_finetune": {"steps": (80,), "learning_rate": (1e-4, 1e-3, 1e-2)},
+    "lora": {"steps": (240,), "learning_rate": (1e-2,)},
+    "ridge_head_finetune": {"steps": (60,), "learning_rate": (1e-3,)},
+    "full_finetune": {"steps": (240,), "learning_rate": (1e-3,)},
 }
 SEEDS = (0, 1, 2)
 pytestmark = pytest.mark.slow
