@@ -159,12 +159,7 @@ def factor_moment(moment_DD: Tensor, *, tolerance: float | None = None) -> Momen
     if not bool(torch.isfinite(moment).all()):
         raise SpectrumError("expected a finite second moment, got NaN or infinity: clean the rows first.")
     largest, eps = float(moment.abs().max()), torch.finfo(moment_DD.dtype).eps
-    skew = float((moment - moment.T).abs().max())
-    if skew > eps**0.5 * largest:
-        raise SpectrumError(
-            f"expected a symmetric second moment, got |K - K^T| up to {skew:.3g} where |K| is up to {largest:.3g}: "
-            "pass X.T @ X, or (K + K.T) / 2 if the difference is rounding."
-        )
+    _check_symmetry(moment, eps**0.5 * largest)
     values, vectors = torch.linalg.eigh((moment + moment.T) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     if not bool(values.abs().max() > 0):
@@ -177,6 +172,15 @@ def factor_moment(moment_DD: Tensor, *, tolerance: float | None = None) -> Momen
         )
     floor = (noise / float(values[0])) ** 0.5 if tolerance is None else tolerance
     return _cut(values.clamp(min=0).sqrt(), vectors, floor, eps=eps, power=2)
+
+
+def _check_symmetry(moment: Tensor, allowed: float) -> None:
+    skew = float((moment - moment.T).abs().max())
+    if skew > allowed:
+        raise SpectrumError(
+            f"expected a symmetric second moment, got |K - K^T| up to {skew:.3g} where {allowed:.3g} is rounding: pass "
+            "X.T @ X, or (K + K.T) / 2 if you know that the difference means nothing."
+        )
 
 
 def _check_tolerance(tolerance: float | None) -> None:

@@ -76,15 +76,10 @@ def common_pencil(primary: MomentFactor, harmful: MomentFactor) -> CommonPencil:
         )
     harmful_only = (primary.null_DZ @ in_null_p[:only_h].T) / seen_h[:only_h]
     primary_only = (harmful.null_DZ @ in_null_h[:only_p].T) / seen_p[:only_p]
-    # Coordinates of primary features that are orthogonal to those of the primary-only directions.
+    # Whitened primary coordinates that are orthogonal to those of the primary-only directions.
     whitened_DC = (primary.right_DR / primary.sigma_R) @ left_p[:, only_p:]
-    seen_RC = harmful.factor_RD @ whitened_DC
-    frame_RH = harmful.factor_RD @ harmful_only
-    overlap_HC = frame_RH.T @ seen_RC
-    _, root_mu, rotation_t = torch.linalg.svd(seen_RC - frame_RH @ overlap_HC, full_matrices=False)
-    basis = (whitened_DC - harmful_only @ overlap_HC) @ rotation_t.T
-    kept = torch.cat([seen_h[:only_h] / harmful.sigma_R[0], seen_p[:only_p] / primary.sigma_R[0]])
-    cut = torch.cat([seen_h[only_h:] / harmful.sigma_R[0], seen_p[only_p:] / primary.sigma_R[0]])
+    root_mu, basis = _diagonalize(harmful, whitened_DC, harmful_only)
+    seen_h, seen_p = seen_h / harmful.sigma_R[0], seen_p / primary.sigma_R[0]
     return CommonPencil(
         values_C=root_mu.square(),
         common_DC=basis,
@@ -92,9 +87,17 @@ def common_pencil(primary: MomentFactor, harmful: MomentFactor) -> CommonPencil:
         harmful_only_DH=harmful_only,
         neither_DO=primary.null_DZ @ in_null_p[only_h:].T,
         tolerance=tolerance,
-        dropped=max([primary.dropped, harmful.dropped, *cut.tolist()]),
-        smallest_kept=min([1.0, *kept.tolist()]),
+        dropped=max([primary.dropped, harmful.dropped, *seen_h[only_h:].tolist(), *seen_p[only_p:].tolist()]),
+        smallest_kept=min([1.0, *seen_h[:only_h].tolist(), *seen_p[:only_p].tolist()]),
     )
+
+
+def _diagonalize(harmful: MomentFactor, whitened_DC: Tensor, harmful_only_DH: Tensor) -> tuple[Tensor, Tensor]:
+    """(√μ, common basis): make ``whitened_DC`` K_H-orthogonal to the harmful-only directions, then diagonalize K_H."""
+    seen_RC, frame_RH = harmful.factor_RD @ whitened_DC, harmful.factor_RD @ harmful_only_DH
+    overlap_HC = frame_RH.T @ seen_RC
+    _, root_mu, rotation_t = torch.linalg.svd(seen_RC - frame_RH @ overlap_HC, full_matrices=False)
+    return root_mu, (whitened_DC - harmful_only_DH @ overlap_HC) @ rotation_t.T
 
 
 def _seen_of_null(primary: MomentFactor, harmful: MomentFactor) -> tuple[Tensor, Tensor, int, float]:

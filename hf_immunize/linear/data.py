@@ -98,9 +98,10 @@ def _column(values: Any) -> np.ndarray:
     filled = values.astype(object).where(values.notna(), 0).to_numpy()
     if any(isinstance(value, str) for value in filled):
         filled = np.unique(filled.astype(str), return_inverse=True)[1]
-    numbers = filled.astype(np.float64)
-    spread = numbers.std(ddof=1)
-    return (numbers - numbers.mean()) / (spread if spread > 0 else 1.0)
+    numbers: np.ndarray = filled.astype(np.float64)
+    spread = float(numbers.std(ddof=1))
+    standardized: np.ndarray = (numbers - numbers.mean()) / (spread if spread > 0 else 1.0)
+    return standardized
 
 
 def load_mnist(data_dir: str | Path | None = None, dataset: str | None = None) -> tuple[np.ndarray, np.ndarray]:

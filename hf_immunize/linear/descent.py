@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.linalg.pencil import union_basis
@@ -39,7 +39,8 @@ class DescentConfig:
         default=0.1, metadata={"help": "Start from I plus Gaussian entries of this size over √width."}
     )
     attacker_steps: int = field(default=1, metadata={"help": "IMMA: simulated attacker steps per outer step."})
-    seed: int = field(default=0, metadata={"help": "Seed of the start (θ and head)."})
+    seed: int = field(default=0, metadata={"help": "Seed of the start (θ and IMMA's attacker)."})
+    progress: bool = field(default=False, metadata={"help": "Show a progress bar over epochs."})
 
     def check(self) -> None:
         """Raise ConfigError for a value outside its range."""
@@ -78,7 +79,7 @@ class Descent:
         self._ranges = [task.factor.right_DR.T @ self.union_DU for task in (primary, harmful)]
         self._losses = [_Quadratic.of(task, self.union_DU) for task in (primary, harmful)]
 
-    def run(self, method: str, on_epoch: Callable[[int], None] | None = None) -> Tensor:
+    def run(self, method: str) -> Tensor:
         """θ (D×D) after all epochs; identity outside the union of the two ranges.
 
         Raises:
@@ -90,18 +91,16 @@ class Descent:
             raise ConfigError("expected labels on both tasks for imma, which simulates an attacker: pass labels.")
         config, state = self.config, self._start()
         total = config.epochs * config.steps_per_epoch
-        for epoch in range(config.epochs):
+        for epoch in tqdm(range(config.epochs), desc=method, unit="epoch", disable=not config.progress):
             for inner in range(config.steps_per_epoch):
                 done = (epoch * config.steps_per_epoch + inner) / total
                 self._step(method, state, config.strength * (1 - done if config.decay else 1.0))
-            if on_epoch is not None:
-                on_epoch(epoch)
         basis = self.union_DU
         eye = torch.eye(self.width, dtype=basis.dtype)
         return eye + basis @ (state.theta_UU - torch.eye(basis.shape[1], dtype=basis.dtype)) @ basis.T
 
     def _start(self) -> _State:
-        """θ = I plus noise, heads of unit Gaussian entries."""
+        """θ = I plus noise, the primary head at zero, IMMA's attacker at unit Gaussian entries."""
         width = self.union_DU.shape[1]
         generator = torch.Generator().manual_seed(self.config.seed)
 
@@ -115,7 +114,7 @@ class Descent:
         """One step: primary loss on head and θ, then the method's two terms, all from the same θ."""
         config, theta = self.config, state.theta_UU
         length = reach * float(torch.linalg.matrix_norm(theta))
-        moves = []
+        moves: list[Tensor | None] = []
         loss = self._losses[0]
         if loss is not None:
             gradient_theta, gradient_head = loss.gradients(theta, state.head_U)
@@ -126,7 +125,9 @@ class Descent:
         well, ill = self._terms(method, state)
         moves.append(self._scaled(well, config.primary_weight, length))
         moves.append(self._scaled(ill, config.harmful_weight, length * config.balance))
-        state.theta_UU = theta - sum(move for move in moves if move is not None)
+        for move in moves:
+            theta = theta if move is None else theta - move
+        state.theta_UU = theta
 
     def _scaled(self, direction: Tensor | None, weight: float | None, length: float) -> Tensor | None:
         """ηλ·direction, or with auto weights direction scaled to ``length``."""

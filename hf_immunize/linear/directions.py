@@ -6,6 +6,7 @@ singular vectors come from Fθ. Scale: of XᵀX, not divided by rows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -93,13 +94,13 @@ def safe_well_step(values_R: Tensor, width: int) -> float:
 
     η = (√σ₁ − √σ₂) / (2[σ₁^{3/2}(1 − 1/p) + σ₂^{3/2}/p]).
     """
-    first, second = float(values_R[0]), float(values_R[1])
-    return (first**0.5 - second**0.5) / (2 * (first**1.5 * (1 - 1 / width) + second**1.5 / width))
+    first, second = math.sqrt(float(values_R[0])), math.sqrt(float(values_R[1]))
+    return (first - second) / (2 * (first**3 * (1 - 1 / width) + second**3 / width))
 
 
 def safe_ill_step(values_R: Tensor) -> float:
     """Upper end of the η with which θ − ηK⁻¹∇R_ill shrinks σ_k without passing zero: Q²/(2σ_k(1 − 1/k))."""
     k = values_R.shape[0]
     last = float(values_R[-1])
-    q = float(values_R.square().sum()) / (2 * k) - last**2 / 2
-    return q**2 / (2 * last * (1 - 1 / k))
+    q: float = float(values_R.square().sum()) / (2 * k) - last * last / 2
+    return q * q / (2 * last * (1 - 1 / k))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -151,9 +150,8 @@ class LinearImmunizer:
 
     def _descend(self, method: str, config: DescentConfig | None, options: dict[str, Any]) -> LinearImmunization:
         config = dataclasses.replace(config or DescentConfig(), **options)
-        on_epoch: Callable[[int], None] | None = None
         started = time.perf_counter()
-        theta = Descent(self.primary, self.harmful, config).run(method, on_epoch)
+        theta = Descent(self.primary, self.harmful, config).run(method)
         return LinearImmunization(method, theta, dataclasses.asdict(config), time.perf_counter() - started)
 
     def report(self, theta_DD: Tensor, *, losses: bool = True) -> LinearReport:

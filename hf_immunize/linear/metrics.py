@@ -104,8 +104,7 @@ def relative_immunization_ratio(
         tolerance: rank tolerance on singular values of the rows; default by dtype and shape.
         groups: mean over this many random groups of ``group_rows`` rows (the paper's deep protocol: 20 of 100).
             Averages the three ratios separately, so the mean RIR is not the quotient of the means.
-        group_rows: rows in a group, without replacement; the same rows before and after.
-        seed: seed of the groups.
+        group_rows: rows in a group (from ``seed``, without replacement); the same rows before and after.
 
     Raises:
         ConfigError: an unknown mode, or groups of second moments.
@@ -114,13 +113,7 @@ def relative_immunization_ratio(
     if groups and is_moment:
         raise ConfigError("expected rows for a per-group mean, got second moments: pass features or groups=0.")
     for old, new in zip(before, after, strict=True):
-        if old.shape[0] != new.shape[0]:
-            raise SpectrumError(
-                f"expected the same rows before and after, got {old.shape[0]} and {new.shape[0]}: pass features of one "
-                "split through both extractors."
-            )
-        if groups and old.shape[0] < group_rows:
-            raise SpectrumError(f"expected at least {group_rows} rows for a group, got {old.shape[0]}.")
+        _check_rows(old, new, group_rows if groups else 1)
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(max(groups, 1)):
@@ -130,6 +123,16 @@ def relative_immunization_ratio(
             values += [condition(m[pick], mode, is_moment=is_moment, tolerance=tolerance) for m in (old, new)]
         found.append(values)
     return ratio_of_conditions(mode, found, groups=groups)
+
+
+def _check_rows(old: Tensor, new: Tensor, least: int) -> None:
+    if old.shape[0] != new.shape[0]:
+        raise SpectrumError(
+            f"expected the same rows before and after, got {old.shape[0]} and {new.shape[0]}: pass features of one "
+            "split through both extractors."
+        )
+    if old.shape[0] < least:
+        raise SpectrumError(f"expected at least {least} rows for a group, got {old.shape[0]}: lower group_rows.")
 
 
 def ratio_of_conditions(mode: Mode, found: list[list[tuple[float, int]]], *, groups: int = 0) -> ImmunizationRatio:

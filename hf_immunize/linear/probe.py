@@ -51,12 +51,9 @@ def line_search_probe(
     Args:
         features_ND: N×D features, through θ if there is one.
         labels_N: N targets.
-        steps: T.
-        seeds: S; heads are Gaussian with standard deviation ``initial_scale``, from ``first_seed`` on.
-        initial_scale: 0 starts every seed from w = 0.
-        first_seed: seed of the first head.
+        seeds: S; heads are Gaussian with standard deviation ``initial_scale`` (0: all start from w = 0), seeded
+            ``first_seed`` and on.
         whitened: give the attacker whitened features.
-        tolerance: rank tolerance of Φ.
 
     Raises:
         DataError: labels that do not match the rows, or that the features cannot reduce the loss on.
@@ -73,12 +70,13 @@ def line_search_probe(
     baseline = float((lam_R * solution_R.square()).sum())
     if not baseline > 0:
         raise DataError("expected labels that correlate with some feature, got none: the zero head is already best.")
-    start = [
-        initial_scale * torch.randn(factor.width, generator=torch.Generator().manual_seed(first_seed + s)).double()
-        for s in range(seeds)
-    ]
-    error_SR = torch.stack([factor.right_DR.T @ w for w in start]) - solution_R
+    start_SD = torch.stack([_gaussian_head(factor.width, first_seed + index) for index in range(seeds)])
+    error_SR = initial_scale * start_SD @ factor.right_DR - solution_R
     return _descend(error_SR, lam_R, baseline, steps)
+
+
+def _gaussian_head(width: int, seed: int) -> Tensor:
+    return torch.randn(width, generator=torch.Generator().manual_seed(seed)).double()
 
 
 def _descend(error_SR: Tensor, lam_R: Tensor, baseline: float, steps: int) -> ProbeCurves:
