@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from hf_immunize.data import StepBatchSampler, labels_of
+from hf_immunize.data import StepBatchSampler
 
 
 class HarmfulStream:
@@ -20,6 +20,7 @@ class HarmfulStream:
     def __init__(
         self,
         dataset: Any,
+        labels: Sequence[int],
         collate: Callable[..., Any],
         *,
         rows_per_device: int,
@@ -30,7 +31,7 @@ class HarmfulStream:
         workers: int = 0,
     ):
         self._dataset, self._collate, self._workers = dataset, collate, workers
-        self._labels = labels_of(dataset, "harmful_dataset")
+        self._labels = labels
         self._options = {
             "rows_per_batch": rows_per_device * world_size,
             "seed": seed,

@@ -77,7 +77,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
         self.site = args.feature_module or find_classifier(model)
         with capture_inputs(model, [self.site]):
             pass  # raises for a name the model does not have
-        self._check_data(model, train_dataset, harmful_dataset)
+        harmful_labels = self._check_data(model, train_dataset, harmful_dataset)
         if args.max_primary_drop is not None and eval_dataset is None:
             raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out primary rows.")
         self.harmful_dataset = harmful_dataset
@@ -87,6 +87,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
         self.meter = Meter()
         self._settings = TermSettings(args.horizon, args.memorization, args.harmful_group_rows)
         self._planned: list[dict[str, Tensor]] | None = None
+        self._place = 0
         self._progress: dict[str, list[float]] = {}
         super().__init__(
             model=model,
@@ -108,6 +109,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
         self.teacher = self._frozen_copy() if args.distillation > 0 else None
         self._harmful = HarmfulStream(
             harmful_dataset,
+            harmful_labels,
             self.data_collator,
             rows_per_device=args.per_device_harmful_batch_size,
             classes_per_batch=args.harmful_classes_per_batch,
@@ -118,7 +120,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
         )
 
     @staticmethod
-    def _check_data(model: nn.Module, primary: Any, harmful: Any) -> None:
+    def _check_data(model: nn.Module, primary: Any, harmful: Any) -> list[int]:
+        """The harmful labels, once everything about both datasets that can be checked beforehand has been."""
         if primary is None or harmful is None:
             missing = "train_dataset" if primary is None else "harmful_dataset"
             raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
@@ -131,6 +134,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
                 f"expected harmful images of the primary images' size {tuple(shapes[0])}, got {tuple(shapes[1])}: "
                 "preprocess both with the same image processor."
             )
+        return harmful_labels
 
     def _frozen_copy(self) -> nn.Module:
         teacher = copy.deepcopy(self.accelerator.unwrap_model(self.model))
@@ -282,10 +286,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
         """Which micro-batch of the current optimizer step this is, counting from 0."""
         if self._planned is None:
             return 0
-        self._place = getattr(self, "_place", -1) + 1
-        place, count = self._place, len(self._planned)
-        if place == count - 1:
-            self._place = -1
+        place = self._place
+        self._place = (place + 1) % len(self._planned)
         return place
 
     def _inject(self, features: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
