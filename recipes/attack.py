@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from accelerate import PartialState
@@ -74,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     task_arguments, arguments = parse_options((TaskArguments, AttackArguments), words, description=__doc__)
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about each other
     state = PartialState(cpu=arguments.device == "cpu")
     if state.num_processes > 1:
         raise ConfigError(

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import transformers
 from accelerate import PartialState
 from rich.console import Console
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Judge, write, and print."""
     task_arguments, arguments = parse_options((TaskArguments, CertifyArguments), argv, description=__doc__)
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' own, about each other
     state = PartialState(cpu=arguments.device == "cpu")
     if not state.is_main_process:
         return

@@ -170,6 +170,7 @@ def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, s
         trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = False
         trainer.loss_is_scaled_for_ga = False
+        trainer.floating_point_ops = lambda inputs: 0  # an estimate nobody reads here, 5 % of a small model's step
         loss = trainer.train().training_loss
     seconds = time.perf_counter() - started
     if exam.note is None and not math.isfinite(loss):

@@ -61,8 +61,9 @@ class Protocol:
     rule: Rule = Rule()
 
 
-_SPINE = (
-    "linear_probe_gd", "linear_probe_adam", "standardized_probe_adam", "ridge_probe", "lora", "full_finetune",
+_QUICK = (
+    "linear_probe_gd", "linear_probe_adam", "standardized_probe_adam", "whitened_probe_gd", "ridge_probe",
+    "earlier_layer_probe", "lora", "full_finetune",
 )
 
 _PROBES = (
@@ -83,7 +84,7 @@ def _steps(count: int) -> tuple[str, ...]:
 
 PROTOCOLS: dict[str, Protocol] = {
     "quick": Protocol(
-        attacks=_SPINE,
+        attacks=_QUICK,
         seeds=(0, 1, 2),
         settings=("linear_probe_gd.steps=10000", "lora.steps=60", "full_finetune.steps=60"),
     ),

@@ -18,7 +18,7 @@ SETTINGS = {
     "ridge_probe": {},
     "earlier_layer_probe": {},
     "lora": {"steps": (240,), "learning_rate": (1e-2,)},
-    "ridge_head_finetune": {"steps": (60,), "learning_rate": (1e-3,)},
+    "ridge_head_finetune": {"steps": (60,), "learning_rate": (1e-4,)},
     "full_finetune": {"steps": (240,), "learning_rate": (1e-3,)},
 }
 SEEDS = (0, 1, 2)
