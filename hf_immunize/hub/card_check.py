@@ -18,15 +18,7 @@ _REPOSITORY = re.compile(r'^model_id = ("(?:[^"\\]|\\.)*")$', re.M)
 _PLACEHOLDER = "your-name/your-model"
 _EXAMINED = re.compile(r"^- Examined on (\d{4}-\d{2}-\d{2});", re.M)
 _SECTION = "## What it is"
-
-
-class _NoAliases(yaml.SafeLoader):
-    """Aliases can make a short text expand without bound; a card has no use for them."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias, which a card does not need")
-        return super().compose_node(parent, index)
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def split_card(source: str) -> tuple[dict[str, Any], str]:
@@ -35,7 +27,9 @@ def split_card(source: str) -> tuple[dict[str, Any], str]:
     if not source.startswith("---\n") or len(parts) != 2:
         raise RecordError("expected metadata between two '---' lines, got none: render the card again.")
     try:
-        metadata = yaml.load(parts[0][4:], Loader=_NoAliases)  # noqa: S506  (a SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(parts[0][4:], Loader=_LOADER)):
+            raise yaml.YAMLError("an alias, which can make a short text expand without bound")
+        metadata = yaml.load(parts[0][4:], Loader=_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecordError(f"expected YAML metadata, got {' '.join(str(error).split())}: render it again.") from error
     if not isinstance(metadata, dict):
@@ -43,9 +37,8 @@ def split_card(source: str) -> tuple[dict[str, Any], str]:
     return metadata, parts[1]
 
 
-def options_of(source: str) -> CardOptions:
-    """The options a card was rendered with, read back from it. Raises RecordError as ``split_card``."""
-    metadata, body = split_card(source)
+def options_of(metadata: dict[str, Any], body: str) -> CardOptions:
+    """The options that a card with this metadata and body was rendered with."""
     named = _REPOSITORY.search(body)
     repository = json.loads(named[1]) if named else None
     datasets = metadata.get("datasets")
@@ -79,7 +72,7 @@ def check_card(inventory: Inventory, findings: Findings) -> None:
     try:
         source = inventory.read(CARD).decode("utf-8")
         metadata, body = split_card(source)
-        rendered = render_card(inventory.root, options_of(source))
+        rendered = render_card(inventory.root, options_of(metadata, body))
     except (ImmunizeError, ValueError, RecursionError) as error:
         findings.fail("card", CARD, f"the card cannot be compared with the certificate: {error}")
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hf_immunize.errors import ImmunizeError, PolicyUnmetError, PublishRefusedError, RecordError
 from hf_immunize.hub.card import CardOptions, render_card
-from hf_immunize.hub.card_check import options_of
+from hf_immunize.hub.card_check import options_of, split_card
 from hf_immunize.hub.findings import Findings, Verification
 from hf_immunize.hub.inventory import Inventory, scan
 from hf_immunize.hub.names import CARD, CERTIFICATE, SEAL, SIGNATURE, kind_of
@@ -137,7 +137,7 @@ def card_options(folder: str | Path) -> CardOptions:
     """What the card in a folder says beyond the records; nothing where there is no card of this package's making."""
     inventory = scan(folder, Findings())
     try:
-        return options_of(inventory.read(CARD).decode("utf-8")) if CARD in inventory else CardOptions()
+        return options_of(*split_card(inventory.read(CARD).decode("utf-8"))) if CARD in inventory else CardOptions()
     except (ImmunizeError, ValueError):  # a card of somebody else's making is replaced
         return CardOptions()
 

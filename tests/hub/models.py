@@ -9,7 +9,7 @@ import torch
 from published import EXPIRES, RESISTING, provenance
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
-from hf_immunize.records import Certificate, ModelFingerprint, loading_files
+from hf_immunize.records import ModelFingerprint, loading_files
 
 
 def tiny_config() -> ViTConfig:

@@ -1,0 +1,90 @@
+"""The two pages of documentation, executed: every bash and Python block, in order, against the loopback Hub."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import yaml
+from published import TOKEN, client
+
+from hf_immunize.hub import publish
+from hf_immunize.hub.signature import make_key
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(page, *languages):
+    found = re.findall(r"^```(\w+)\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
+    return [(language, text) for language, text in found if language in languages]
+
+
+@pytest.fixture
+def reader(hub, tmp_path):
+    """Runs a block as a reader would, in ``tmp_path``, with the console script on the path."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin/hf-immunize"
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m hf_immunize.cli "$@"\n')
+    script.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(DOCS.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(language, text):
+        command = ["bash", "-euc", text] if language == "bash" else [sys.executable, "-c", text]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+def test_publish_in_five_minutes(hub, tmp_path, reader):
+    models.certified_vit(tmp_path)
+    policy = next(text for language, text in blocks("publish.md", "yaml") if "overall" in text)
+    (tmp_path / "policy.yaml").write_text(policy)
+    steps = blocks("publish.md", "bash", "python")
+    assert [language for language, _ in steps] == ["bash"] * 5 + ["python"]
+    outputs = []
+    for number, (language, text) in enumerate(steps):
+        outputs.append(reader(language, text))
+        assert ("commit" in hub.requests) == (number >= 4), "something was sent before its step"
+    assert "VERIFIED" in outputs[0] and "nothing was sent" in outputs[3] and "Published: " in outputs[4]
+    assert outputs[5].split() == [hub.head("owner/model").oid, "True"]
+    assert {"certificate.sig", "SHA256SUMS", "README.md"} <= set(hub.head("owner/model").files)
+    workflow = next(yaml.safe_load(text) for language, text in blocks("publish.md", "yaml") if "jobs" in text)
+    runs = [step["run"] for step in workflow["jobs"]["publish"]["steps"] if "run" in step]
+    for line in runs[1:]:
+        reader("bash", line.replace("hf-immunize publish", "hf-immunize publish --dry-run"))
+
+
+def test_what_to_believe(hub, tmp_path, reader):
+    key = make_key(tmp_path / "key.pem")
+    publish(models.certified_vit(tmp_path), "owner/model", api=client(hub), signing_key=tmp_path / "key.pem")
+    steps = blocks("downloaded.md", "bash", "python")
+    assert [language for language, _ in steps] == ["bash", "python", "python", "bash"]
+    for language, text in steps:
+        reader(language, text.replace("KEY", key))
+    (tmp_path / "policy.yaml").write_text("overall: RESISTS")
+    (job,) = (yaml.safe_load(text) for _, text in blocks("downloaded.md", "yaml"))
+    reader("bash", job[1]["run"].replace("$PUBLISHER_KEY", key))
+    folder = client(hub).snapshot_download("owner/model", local_dir=tmp_path / "plain")
+    done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=folder)
+    assert done.returncode == 0
+    hub.put_revision("owner/model", hub.head("owner/model").files | {"model.safetensors": b"swapped"})
+    for language, text in steps[:2]:
+        with pytest.raises(AssertionError, match="model.safetensors"):
+            reader(language, text.replace("KEY", key))
+
+
+def test_the_citation_is_one_that_tools_read():
+    citation = yaml.safe_load((DOCS.parent / "CITATION.cff").read_text(encoding="utf-8"))
+    from hf_immunize.version import __version__
+
+    assert citation["version"] == __version__ and citation["cff-version"] == "1.2.0" and citation["authors"]
+    assert citation["license"] == "Apache-2.0"
