@@ -91,18 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings([*protocol.settings, *(arguments.settings or [])], ATTACKS)
     planned = sum(len(plan_runs(find_attack(name, ATTACKS), seeds, settings.get(name))) for name in names)
 
-    processor = load_processor(arguments.model_path)
-    task = Task(task_arguments, "harmful")
-    splits = {role: task.pixels(role, processor) for role in ("attack", "validation", "test")}
-    context = AttackContext(
-        folder=Path(arguments.model_path),
-        role=arguments.role,
-        **splits,
-        data=tuple(task.fingerprint(split, role) for role, split in splits.items()),
-        feature_module=arguments.feature_module,
-        device=str(state.device) if arguments.device == "auto" else arguments.device,
-        attack_fraction=arguments.attack_fraction,
-    )
+    context = make_context(task_arguments, arguments, str(state.device))
     output = Path(arguments.output_path or arguments.model_path)
     with tqdm(total=planned, desc=f"attacks on {output.name} ({arguments.role})", unit="run", disable=None) as bar:
 
@@ -116,6 +105,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"{output / 'traces' / arguments.role}: {summary.made} runs made, {summary.kept} kept from before, "
         f"{summary.diverged} diverged (failed tries of the attacker)."
+    )
+
+
+def make_context(task_arguments: TaskArguments, arguments: AttackArguments, device: str) -> AttackContext:
+    """The attacked model and the attacker's three splits."""
+    processor = load_processor(arguments.model_path)
+    task = Task(task_arguments, "harmful")
+    splits = {role: task.pixels(role, processor) for role in ("attack", "validation", "test")}
+    return AttackContext(
+        folder=Path(arguments.model_path),
+        role=arguments.role,
+        **splits,
+        data=tuple(task.fingerprint(split, role) for role, split in splits.items()),
+        feature_module=arguments.feature_module,
+        device=device if arguments.device == "auto" else arguments.device,
+        attack_fraction=arguments.attack_fraction,
     )
 
 

@@ -14,6 +14,8 @@ from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.errors import RunMismatchError
 from hf_immunize.records import AttackTrace, Provenance
 
+_NOT_RUN = Result([], 1, 0.0, "diverged", "not run")
+
 
 @dataclasses.dataclass(frozen=True)
 class SuiteSummary:
@@ -47,30 +49,43 @@ def run_suite(
     """
     target = Path(folder) / "traces" / context.role
     provenance = Provenance.here(context.device)
-    kept, missing = [], {}
+    kept: list[AttackTrace] = []
+    missing: dict[str, list[Run]] = {}
     for name in names:
         attack = find_attack(name, table)
         for run in plan_runs(attack, seeds, (settings or {}).get(name)):
             # What a run would write, with an empty result: everything that must agree with a file already there.
-            blank = trace_of(context, name, attack, run, Result([], 1, 0.0, "diverged", "not run"), provenance)
+            blank = trace_of(context, name, attack, run, _NOT_RUN, provenance)
             path = target / blank.file_name
             if path.exists() and not overwrite:
                 kept.append(_check_same(AttackTrace.read(path), blank, path))
             else:
                 missing.setdefault(name, []).append(run)
-    diverged = sum(trace.outcome == "diverged" for trace in kept)
-    for trace in kept:
-        if progress:
-            progress(trace, False)
-    made = 0
+    for trace in kept if progress else ():
+        progress(trace, False)
+    made = _make(context, table, missing, target, provenance, progress)
+    diverged = sum(trace.outcome == "diverged" for trace in [*kept, *made])
+    return SuiteSummary(len(made), len(kept), diverged)
+
+
+def _make(
+    context: AttackContext,
+    table: Mapping[str, Attack],
+    missing: Mapping[str, Sequence[Run]],
+    target: Path,
+    provenance: Provenance,
+    progress: Callable[[AttackTrace, bool], None] | None,
+) -> list[AttackTrace]:
+    """Run what is missing and write each trace as soon as it is there."""
+    made = []
     for name, runs in missing.items():
         for run, result in table[name].run(context, runs):
             trace = trace_of(context, name, table[name], run, result, provenance)
             trace.write(target / trace.file_name)
-            made, diverged = made + 1, diverged + (trace.outcome == "diverged")
+            made.append(trace)
             if progress:
                 progress(trace, True)
-    return SuiteSummary(made, len(kept), diverged)
+    return made
 
 
 def trace_of(

@@ -53,6 +53,10 @@ def unmeasured_cell(name: str, attack: Attack, verdict: Any, reason: str, thresh
     )
 
 
+_NO_SUBJECT = "the exam has this attack, but it was not run"
+_NO_CONTROL = "run on this model but not on its base: without a control there is nothing to compare with"
+
+
 def build_cell(name: str, attack: Attack, traces: Traces, threshold: float, test_rows: int, rule: Rule) -> Cell:
     """Judge one attack.
 
@@ -60,11 +64,8 @@ def build_cell(name: str, attack: Attack, traces: Traces, threshold: float, test
         IncompleteExamError: subject and control were not given the same trials, seeds and settings.
     """
     subject, control, scratch = (traces.get(role, ()) for role in ("subject", "control", "scratch"))
-    if not subject:
-        return unmeasured_cell(name, attack, "NOT RUN", "the exam has this attack, but it was not run", threshold)
-    if not control:
-        reason = "run on this model but not on its base: without a control there is nothing to compare with"
-        return unmeasured_cell(name, attack, "NOT RUN", reason, threshold)
+    if not subject or not control:
+        return unmeasured_cell(name, attack, "NOT RUN", _NO_CONTROL if subject else _NO_SUBJECT, threshold)
     check_same_exam(name, subject, control, "control")
     if scratch:
         check_same_exam(name, subject, scratch, "scratch")
@@ -75,17 +76,18 @@ def build_cell(name: str, attack: Attack, traces: Traces, threshold: float, test
     steps = {
         role: {seed: steps_to_threshold(run, threshold) for seed, run in found.items()} for role, found in runs.items()
     }
-    nothing = Interval(estimate=None, low=None, high=None, level=rule.level, samples=0)
-    takes_steps = attack.unit == "step"
-    slow = slow_down(steps["subject"], steps["control"], rule.level) if takes_steps else nothing
-    budget = subject[0].budget
-    if takes_steps:
-        verdict, reason = judge_steps(sides["subject"], sides["control"], slow, budget, rule)
-    else:
-        verdict, reason = judge_solve(sides["subject"], sides["control"], threshold, test_rows, rule)
-    resistance = None
-    if takes_steps and scratch:
-        resistance = normalized_resistance(steps["subject"], steps["control"], steps["scratch"], rule.level)
+    takes_steps, budget = attack.unit == "step", subject[0].budget
+    slow = slow_down(steps["subject"] if takes_steps else {}, steps["control"], rule.level)
+    verdict, reason = (
+        judge_steps(sides["subject"], sides["control"], slow, budget, rule)
+        if takes_steps
+        else judge_solve(sides["subject"], sides["control"], threshold, test_rows, rule)
+    )
+    resistance = (
+        normalized_resistance(steps["subject"], steps["control"], steps["scratch"], rule.level)
+        if takes_steps and scratch
+        else None
+    )
     return Cell(
         attack=name, family=attack.family, unit=attack.unit, budget=budget, threshold=threshold,
         seeds=sorted({trace.seed for trace in subject}), subject=sides["subject"], control=sides["control"],

@@ -67,39 +67,43 @@ def build_certificate(
         ModelError: a base of another architecture.
         RecordError: traces that are broken, of other weights, or of other data.
     """
-    folder, base_folder = Path(folder), Path(base_folder)
-    if not base_folder.is_dir():
-        raise IncompleteExamError(
-            f"expected the un-immunized base model in {base_folder}, got no such folder: a certificate compares with "
-            "the base, so save it with save_pretrained, attack it with --role control, and pass it as --base_path."
-        )
+    folder, base_folder, rule = Path(folder), Path(base_folder), protocol.rule
+    _check_base(base_folder)
     base, immunized = load_classifier(base_folder), load_classifier(folder)
     control, subject = describe_model(base_folder, base), describe_model(folder, immunized)
     _check_comparable(control, subject)
     traces = {"subject": read_traces(folder, "subject", subject, ATTACKS)}
     traces |= control_traces(folder, base_folder, control, ATTACKS)
     _check_data(traces, data)
-    rule = protocol.rule
     level_of_success = reference_threshold(traces["control"], rule) if threshold is None else threshold
     cells = _cells(traces, protocol, level_of_success, data.harmful[-1].rows)
     utility = measure_utility(base.to(device), immunized.to(device), data.primary_test, rule.level)
-    spectra = {
-        "base": _spectra(base, data, feature_module),
-        "immunized": _spectra(immunized, data, feature_module),
-    }
+    models = {"base": base, "immunized": immunized}
+    spectra = {name: _spectra(model, data, feature_module) for name, model in models.items()}
     ratio, parts = immunization_ratio(spectra["base"], spectra["immunized"])
-    everything = [trace for found in traces.values() for trace in found]
-    expires = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=rule.valid_days)
     return Certificate(
         subject=subject, control=control, primary_data=list(data.primary), harmful_data=list(data.harmful),
         utility=utility, cells=cells, families=family_verdicts(cells), overall=overall_verdict(cells, utility, rule),
         statement=statement(cells, utility, rule, subject.name), rule=rule.in_words(),
         threshold_rule=rule.threshold_in_words() if threshold is None else "Given by hand.",
         spectra=spectra, immunization_ratio=ratio, immunization_ratio_parts=parts,
-        not_run=lines_not_run(everything, protocol.attacks), traces=trace_hashes(folder, traces),
-        files=loading_files(folder),
-        provenance=Provenance.here(device), expires=expires.isoformat(),
+        not_run=lines_not_run(sum(traces.values(), []), protocol.attacks),
+        traces=trace_hashes(folder, traces), files=loading_files(folder),
+        provenance=Provenance.here(device), expires=_expiry(rule.valid_days),
     )
+
+
+def _expiry(days: int) -> str:
+    return (datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=days)).isoformat()
+
+
+def _check_base(folder: Path) -> None:
+    """Raise IncompleteExamError unless the base's folder is there."""
+    if not folder.is_dir():
+        raise IncompleteExamError(
+            f"expected the un-immunized base model in {folder}, got no such folder: a certificate compares with the "
+            "base, so save it with save_pretrained, attack it with --role control, and pass it as --base_path."
+        )
 
 
 def _check_comparable(control: ModelFingerprint, subject: ModelFingerprint) -> None:
