@@ -59,8 +59,7 @@ def build_certificate(
 ) -> Certificate:
     """Judge the model in ``folder`` against its base. Control traces are copied into ``folder``.
 
-    Args:
-        threshold: harmful accuracy that counts as success; by default the protocol's share of the reference attack.
+    ``threshold`` is the harmful accuracy that counts as success; by default the protocol's share of its reference.
 
     Raises:
         IncompleteExamError: no base, no control traces, or a control that sat another exam.
@@ -75,11 +74,11 @@ def build_certificate(
     traces = {"subject": read_traces(folder, "subject", subject, ATTACKS)}
     traces |= control_traces(folder, base_folder, control, ATTACKS)
     _check_data(traces, data)
-    level_of_success = reference_threshold(traces["control"], rule) if threshold is None else threshold
-    cells = _cells(traces, protocol, level_of_success, data.harmful[-1].rows)
+    cells = _cells(traces, protocol, threshold, data.harmful[-1].rows)
     utility = measure_utility(base.to(device), immunized.to(device), data.primary_test, rule.level)
-    models = {"base": base, "immunized": immunized}
-    spectra = {name: _spectra(model, data, feature_module) for name, model in models.items()}
+    spectra = {
+        name: _spectra(model, data, feature_module) for name, model in (("base", base), ("immunized", immunized))
+    }
     ratio, parts = immunization_ratio(spectra["base"], spectra["immunized"])
     return Certificate(
         subject=subject, control=control, primary_data=list(data.primary), harmful_data=list(data.harmful),
@@ -87,9 +86,8 @@ def build_certificate(
         statement=statement(cells, utility, rule, subject.name), rule=rule.in_words(),
         threshold_rule=rule.threshold_in_words() if threshold is None else "Given by hand.",
         spectra=spectra, immunization_ratio=ratio, immunization_ratio_parts=parts,
-        not_run=lines_not_run(sum(traces.values(), []), protocol.attacks),
-        traces=trace_hashes(folder, traces), files=loading_files(folder),
-        provenance=Provenance.here(device), expires=_expiry(rule.valid_days),
+        not_run=lines_not_run(sum(traces.values(), []), protocol.attacks), files=loading_files(folder),
+        traces=trace_hashes(folder, traces), provenance=Provenance.here(device), expires=_expiry(rule.valid_days),
     )
 
 
@@ -116,9 +114,11 @@ def _check_comparable(control: ModelFingerprint, subject: ModelFingerprint) -> N
 
 
 def _cells(
-    traces: Mapping[str, Sequence[AttackTrace]], protocol: Protocol, threshold: float, test_rows: int
+    traces: Mapping[str, Sequence[AttackTrace]], protocol: Protocol, threshold: float | None, test_rows: int
 ) -> list[Cell]:
     """One cell for every attack that is planned or was run on any side; none can be left out."""
+    if threshold is None:
+        threshold = reference_threshold(traces["control"], protocol.rule)
     run = {trace.attack for found in traces.values() for trace in found}
     names = [name for name in ATTACKS if name in run or name in protocol.attacks]
     return [
