@@ -97,13 +97,14 @@ def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
 def test_two_cpu_processes_run_through_accelerate_launch(tmp_path):
     script = tmp_path / "count.py"
     script.write_text(
-        "from accelerate import PartialState\nstate = PartialState(cpu=True)\n"
-        "print('processes', state.num_processes, flush=True)\n"
+        "import sys\nfrom pathlib import Path\nfrom accelerate import PartialState\nstate = PartialState(cpu=True)\n"
+        "Path(sys.argv[1], f'rank{state.process_index}').write_text(str(state.num_processes))\n"
         "state.wait_for_everyone()\nstate.destroy_process_group()\n"
     )
     words = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(RECIPES / "accelerate" / "cpu-2.yaml"), "--main_process_port", "0", str(script),
+        str(RECIPES / "accelerate" / "cpu-2.yaml"), "--main_process_port", "0", str(script), str(tmp_path),
     ]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.stdout.count("processes 2") == 2, done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
