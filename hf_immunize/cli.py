@@ -68,7 +68,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 
 @app.command(epilog=f"""Examples:\n
-    hf-immunize verify owner/model --revision main\n
+    hf-immunize verify owner/model --revision main --rejudge\n
     hf-immunize verify ./model --policy policy.yaml --trusted-key 3b6a... --json\n
 {_CODES}""")
 def verify(
@@ -78,6 +78,7 @@ def verify(
     trusted_key: Annotated[
         str | None, typer.Option(help="Publisher's public key, hexadecimal or a file; its signature is required.")
     ] = None,
+    rejudge: Annotated[bool, typer.Option("--rejudge", help="Also recompute every verdict from the traces.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check hashes, schema, expiry, signature, card and policy of a published model."""
@@ -85,7 +86,8 @@ def verify(
     from hf_immunize.hub.tables import findings_table
 
     wanted = None if policy is None else Policy.read(policy)
-    _, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key)
+    _, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key,
+                            rejudge=rejudge)
     _print(found.as_json() if as_json else findings_table(found))
     if not found.ok:
         raise typer.Exit(UNMET if found.sound else UNSOUND)
@@ -120,7 +122,6 @@ def publish(
     """Publish a certified model in one commit. The token is the one of 'hf auth login' or HF_TOKEN."""
     from hf_immunize.hub import Policy
     from hf_immunize.hub.publish import publish as send
-    from hf_immunize.hub.tables import files_table
 
     done = send(
         folder, repo_id, policy=None if policy is None else Policy.read(policy), allow_failed=allow_failed,
@@ -129,17 +130,24 @@ def publish(
     )
     if as_json:
         _print(done.as_json())
-        return
+    else:
+        _tell(done)
+
+
+def _tell(done: Any) -> None:
+    """What was published, file by file."""
+    from hf_immunize.hub.tables import files_table
+
     what = "would go" if done.dry_run else "published"
     rows = [(name, size, what) for name, size in done.files.items()]
     _print(files_table([*rows, *((name, -1, "stays here") for name in done.left_out),
                         *((name, -1, "deleted there") for name in done.deleted)]))
     if done.dry_run:
-        _print(f"Dry run: {len(done.files)} files would go to {repo_id}; nothing was sent.")
+        _print(f"Dry run: {len(done.files)} files would go to {done.repo_id}; nothing was sent.")
         return
     _print(f"Published: {done.pull_request or done.url}")
     if not done.confirmed:
-        _print(f"The commit stands, but could not be read back: run hf-immunize verify {repo_id} "
+        _print(f"The commit stands, but could not be read back: run hf-immunize verify {done.repo_id} "
                f"--revision {done.revision}")
 
 

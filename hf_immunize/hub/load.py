@@ -75,6 +75,7 @@ def verify_model(
     revision: str | None = None,
     trusted_key: str | Path | None = None,
     today: datetime.date | None = None,
+    rejudge: bool = False,
     **fetching: Any,
 ) -> tuple[Path, Verification]:
     """Verify a local folder or a Hub repository; the folder with its files, and the outcome."""
@@ -85,7 +86,7 @@ def verify_model(
         folder = fetch(str(target), revision=revision, **fetching)
     elif revision is not None:
         raise ConfigError(f"expected a revision only with a Hub repository, got one with {folder}: leave it.")
-    return folder, verify_folder(folder, policy=policy, trusted_key=trusted_key, today=today)
+    return folder, verify_folder(folder, policy=policy, trusted_key=trusted_key, today=today, rejudge=rejudge)
 
 
 def load_verified(
@@ -116,21 +117,24 @@ def load_verified(
 
     Raises:
         VerificationError: files that are not what the certificate says, or an unmet policy; nothing was loaded.
-        HubError: the Hub did not answer.
         ConfigError: an option that could make loading read something else.
     """
     if unknown := sorted(set(model_options) - set(_PASSED_ON)):
         raise ConfigError(f"expected options out of {', '.join(_PASSED_ON)}, got {unknown}: load by hand for others.")
-    fetching = {
-        "token": token, "api": api, "cache_dir": cache_dir, "local_files_only": local_files_only,
-        "with_code": trust_remote_code,
-    }
     folder, found = verify_model(
-        repo_id_or_path, policy=policy, revision=revision, trusted_key=trusted_key, today=today, **fetching
+        repo_id_or_path, policy=policy, revision=revision, trusted_key=trusted_key, today=today, token=token, api=api,
+        cache_dir=cache_dir, local_files_only=local_files_only, with_code=trust_remote_code,
     )
     certificate = found.require().certificate
     assert certificate is not None  # required above
     options = {"local_files_only": True, "use_safetensors": True, **model_options}
+    return _load(folder, certificate, base, trust_remote_code, options)
+
+
+def _load(
+    folder: Path, certificate: Certificate, base: str | Path | None, trust_remote_code: bool, options: dict[str, Any]
+) -> Any:
+    """A verified folder by what it holds: an adapter, a pipeline, or a model."""
     if (folder / "adapter_config.json").is_file():
         return _load_adapter(folder, certificate, base, options)
     if (folder / "model_index.json").is_file():

@@ -13,7 +13,7 @@ from hf_immunize.hub.card import CardOptions
 from hf_immunize.hub.findings import Verification
 from hf_immunize.hub.names import is_harmless
 from hf_immunize.hub.policy import Policy
-from hf_immunize.hub.release import Release, prepare
+from hf_immunize.hub.release import CHANGED, Release, prepare
 from hf_immunize.hub.remote import asked, careful, differences, may_have_arrived
 
 MAIN = "main"
@@ -65,37 +65,25 @@ def publish(
     api: HfApi | None = None,
     timeout: float | None = 120.0,
 ) -> Publication:
-    """Publish a certified model in one commit.
+    """Publish a certified model in one commit to ``repo_id``, which is created when it does not exist.
 
     Args:
-        folder: the model with ``certificate.json`` and ``traces/``; it is not changed.
-        repo_id: ``owner/name`` on the Hub; created when it does not exist.
-        policy: what the certificate has to say, ``PUBLISHING`` by default.
-        allow_failed: publish a model that does not meet the policy; its card opens with what failed.
+        allow_failed: publish a model that does not meet the policy (``PUBLISHING`` by default).
         private: visibility of a new repository; with True, an existing public one is refused.
-        branch: branch to commit to; created from the main one when it does not exist.
-        create_pr: open a pull request instead of committing.
         dry_run: run the gate and list what would go; nothing is asked of the network.
-        card: licence, base, data and task for the card; by default what the folder's own card says.
-        signing_key: Ed25519 private key to sign the certificate with.
-        message: title of the commit.
-        token: access token; by default the one of this machine.
-        api: client to use, with its endpoint and token.
+        card: what the records do not know; by default what the folder's own card says.
         timeout: seconds of silence after which an answer is given up.
 
     Raises:
-        PublishRefusedError: the gate: no certificate, other files than certified, an unmet policy, a secret.
-        ConfigError: a branch together with a pull request, or options the card cannot use.
+        PublishRefusedError: the gate, see ``release.prepare``.
         HubError: the Hub did not do it. Unless the message says otherwise, nothing was published.
     """
     if branch is not None and create_pr:
         raise ConfigError("expected a branch or a pull request, got both: leave one out.")
     api = api or HfApi(token=token)
     secret = token or (api.token if isinstance(api.token, str) else get_token())
-    release = prepare(
-        folder, policy=policy, allow_failed=allow_failed, card=card, repo_id=repo_id, signing_key=signing_key,
-        token=secret,
-    )
+    gate = {"policy": policy, "allow_failed": allow_failed, "signing_key": signing_key, "token": secret}
+    release = prepare(folder, card=card, repo_id=repo_id, **gate)
     if dry_run:
         return Publication(repo_id, release.sizes, release.left_out, (), release.verification, dry_run=True)
     with careful(timeout, secret):
@@ -141,10 +129,7 @@ class _Sending:
         for name, path in self.release.weights.items():
             addition = CommitOperationAdd(name, str(path.resolve()))
             if addition.upload_info.sha256.hex() != self.release.digests[name]:
-                raise PublishRefusedError(
-                    f"expected {name} to stay as it was verified, got a change while publishing: stop what writes to "
-                    "the folder, then try again."
-                )
+                raise PublishRefusedError(CHANGED.format(name=name))
             found.append(addition)
         return found
 

@@ -23,6 +23,14 @@ from hf_immunize.records import Certificate
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _SHORTEST_TOKEN = 12  # a shorter one may be an ordinary word
+_NO_CERTIFICATE = (
+    f"expected {CERTIFICATE} in {{folder}}, got none: no model is published without a certificate for exactly its "
+    "weights. Attack it and certify it first; there is no option that skips this."
+)
+CHANGED = (
+    "expected {name} to stay as it was verified, got a change while publishing: stop what writes to the folder, then "
+    "try again."
+)
 _WRITTEN_HERE = (CARD, SEAL)
 
 
@@ -58,42 +66,44 @@ def prepare(
     """The gate. Nothing is written and nothing is sent.
 
     Args:
-        policy: what the certificate has to say; ``PUBLISHING`` by default.
-        allow_failed: let a model out whose certificate does not meet the policy. Files that are not what the
-            certificate says are never let out, nor is an expired certificate.
-        card: what the records do not know; read from the folder's own card by default.
-        repo_id: where it goes; shown in the card.
-        signing_key: file with an Ed25519 private key.
+        allow_failed: let a model out that does not meet the policy (``PUBLISHING`` by default). Files that are not
+            what the certificate says are never let out, nor is an expired certificate.
         token: refused in any file, beside everything else that looks like one.
 
     Raises:
-        PublishRefusedError: no certificate, files that differ from it, an unmet policy, or a secret in a file.
+        PublishRefusedError: no certificate, other files than certified, an unmet policy, or a secret in a file.
     """
     findings = Findings()
     everything = scan(folder, findings)
     if CERTIFICATE not in everything:
-        raise PublishRefusedError(
-            f"expected {CERTIFICATE} in {folder}, got none: no model is published without a certificate for exactly "
-            "its weights. Attack it and certify it first; there is no option that skips this."
-        )
-    policy = policy or PUBLISHING
-    chosen = _choose(everything)
+        raise PublishRefusedError(_NO_CERTIFICATE.format(folder=folder))
+    chosen, policy = _choose(everything), policy or PUBLISHING
     if signing_key is not None:  # the signature is made below, over the bytes that go out
         chosen = chosen.only(set(chosen.files) - {SIGNATURE})
         policy = dataclasses.replace(policy, signed=False)
     verification = examine(chosen, findings, policy=policy, published=False)
     _gate(verification, str(folder), allow_failed)
-    weights = {name: path for name, path in chosen.files.items() if kind_of(name) == "weights"}
-    small = {name: chosen.read(name) for name in chosen.files if name not in weights}
-    _refuse_remote_code(small)
+    rendered = _card(everything, card, repo_id).encode()
+    small, weights = _contents(chosen, verification)
+    small[CARD] = rendered
     if signing_key is not None:
         small[SIGNATURE] = sign(small[CERTIFICATE], signing_key)
-    small[CARD] = _card(everything, card, repo_id).encode()
     digests = {name: chosen.digest(name) for name in chosen.files} | _digests_of(small)
     small[SEAL] = write_seal(digests)
     _refuse_secrets(small, token)
-    left_out = tuple(sorted(set(everything.files) - set(chosen.files) - set(_WRITTEN_HERE)))
-    return Release(weights, small, digests | _digests_of({SEAL: small[SEAL]}), left_out, verification)
+    left_out = sorted(set(everything.files) - set(chosen.files) - set(_WRITTEN_HERE))
+    return Release(weights, small, digests | _digests_of({SEAL: small[SEAL]}), tuple(left_out), verification)
+
+
+def _contents(chosen: Inventory, verified: Verification) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """What goes up from memory, the same bytes that were verified, and the weights, which go up from disk."""
+    weights = {name: path for name, path in chosen.files.items() if kind_of(name) == "weights"}
+    small = {name: chosen.read(name) for name in chosen.files if name not in weights}
+    for name in small:
+        if verified.digests.get(name, chosen.digest(name)) != chosen.digest(name):
+            raise PublishRefusedError(CHANGED.format(name=name))
+    _refuse_remote_code(small)
+    return small, weights
 
 
 def _choose(everything: Inventory) -> Inventory:

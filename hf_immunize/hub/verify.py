@@ -13,6 +13,7 @@ from hf_immunize.hub.findings import Finding, Findings, Verification
 from hf_immunize.hub.inventory import Inventory, find_pickles, scan
 from hf_immunize.hub.names import CERTIFICATE, SEAL, SIGNATURE, is_harmless, kind_of, problem_with
 from hf_immunize.hub.policy import Policy, judge
+from hf_immunize.hub.rejudge import check_verdicts
 from hf_immunize.hub.seal import read_seal
 from hf_immunize.hub.signature import SignatureRecord, is_valid, trusted
 from hf_immunize.hub.untrusted import AnyRecord, parse_record
@@ -27,6 +28,7 @@ def verify_folder(
     policy: Policy | None = None,
     trusted_key: str | Path | None = None,
     today: datetime.date | None = None,
+    rejudge: bool = False,
 ) -> Verification:
     """Check a model's folder against the certificate in it. Each file is read once; none is executed or unpickled.
 
@@ -35,6 +37,7 @@ def verify_folder(
         policy: what the certificate has to say; without one, only that the files are what it says.
         trusted_key: public key (hexadecimal, or a file) whose signature is required.
         today: the date that expiry is judged by; the current one (UTC) by default.
+        rejudge: also recompute every verdict from the traces. Needs torch, which nothing else here does.
 
     Raises:
         RecordError: there is no such folder.
@@ -43,7 +46,7 @@ def verify_folder(
     key = None if trusted_key is None else trusted(trusted_key)
     findings = Findings()
     inventory = scan(folder, findings)
-    return examine(inventory, findings, policy=policy, key=key, today=today, published=True)
+    return examine(inventory, findings, policy=policy, key=key, today=today, rejudge=rejudge, published=True)
 
 
 def examine(
@@ -53,6 +56,7 @@ def examine(
     policy: Policy | None = None,
     key: str | None = None,
     today: datetime.date | None = None,
+    rejudge: bool = False,
     published: bool,
 ) -> Verification:
     """As ``verify_folder``, over files already listed. Before publishing, seal and card are not looked at."""
@@ -70,6 +74,8 @@ def examine(
         signed_by = _check_signature(key, inventory, findings)
         if published:
             check_card(inventory, findings)
+        if rejudge and not any(item.level == "fail" for item in findings.found):
+            check_verdicts(certificate, inventory, findings)
         if policy is not None:
             judge(policy, certificate, signed_by is not None, findings)
     name = inventory.root.resolve().name

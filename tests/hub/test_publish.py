@@ -97,18 +97,21 @@ def test_a_model_that_fails_needs_the_flag_and_its_card_opens_with_it(hub, tmp_p
     assert "failed its immunization exam" in opening and "`ridge_probe`" in opening and "`lora`" in opening
 
 
-def test_weights_that_change_while_publishing(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["model.safetensors", "certificate.json",
+                                  "traces/subject/adam_probe__learning_rate=0.1__seed0.json"])
+def test_files_that_change_while_publishing(hub, tmp_path, monkeypatch, name):
     folder = certified(tmp_path)
     from hf_immunize.hub import release as room
 
     honest = room.render_card
 
     def meddling(*given):
-        (folder / "model.safetensors").write_bytes(b"swapped after the check")
-        return honest(*given)
+        card = honest(*given)
+        (folder / name).write_bytes(b"{}")
+        return card
 
     monkeypatch.setattr(room, "render_card", meddling)
-    with pytest.raises(PublishRefusedError, match="got a change while publishing"):
+    with pytest.raises(PublishRefusedError, match=f"expected {name} to stay as it was verified"):
         publish(folder, "me/model", api=client(hub))
     assert hub.requests == []
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 from loopback import UPLOAD, Fault
@@ -75,6 +76,16 @@ def test_connections_that_break(hub, folder, whole, endpoint, kind):
     else:  # the answer to the commit was lost, not the commit
         assert (endpoint, kind) == ("commit", "cut-after") and done.confirmed
         assert done.revision == hub.head("me/model").oid and complete_or_none(hub, whole)
+    second_attempt(hub, folder, whole)
+
+
+def test_silence_is_not_waited_for(hub, folder, whole):
+    hub.hang = 8.0
+    hub.faults = [Fault("commit", "hang")]
+    start = time.monotonic()
+    with pytest.raises(HubError, match="ReadTimeout"):
+        publish(folder, "me/model", api=client(hub), timeout=0.15)
+    assert time.monotonic() - start < 6
     second_attempt(hub, folder, whole)
 
 

@@ -182,6 +182,14 @@ def test_an_expired_certificate(folder):
     assert failures(found) == {("expired", "certificate.json")} and f"expired on {last}" in message(found, "expired")
 
 
+def test_changed_evidence_under_a_new_seal(folder):
+    name = "traces/subject/adam_probe__learning_rate=0.1__seed1.json"
+    (folder / name).write_text((folder / name).read_text().replace('"seconds": 0.1', '"seconds": 0.2'))
+    reseal(folder)
+    found = verify_folder(folder)
+    assert failures(found) == {("trace", name)} and "not the trace that was certified" in message(found, "trace")
+
+
 def test_a_certificate_from_the_future(folder):
     found = verify_folder(folder, today=datetime.date.fromisoformat(CREATED) - datetime.timedelta(days=3))
     assert ("future", "certificate.json") in failures(found)

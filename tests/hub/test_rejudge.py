@@ -1,0 +1,84 @@
+"""Verdicts recomputed from published traces; the traces are formulas, the judge is the real one."""
+
+import dataclasses
+
+import pytest
+import record_builders as build
+from published import certified
+
+from hf_immunize.certification import Rule, family_verdicts, overall_verdict
+from hf_immunize.certification.cells import build_cell
+from hf_immunize.hub import verify_folder
+from hf_immunize.records import AttackTrace, Certificate
+
+ATTACKS = tuple(attack for attack in build.ATTACKS if attack.ran)
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """A folder whose certificate follows from its traces."""
+    attacks = [dataclasses.replace(attack, diverged=0) for attack in ATTACKS]
+    folder = certified(tmp_path, "judged", attacks)
+    certificate = Certificate.read(folder / "certificate.json")
+    traces = [AttackTrace.read(folder / name) for name in certificate.traces]
+    cells = []
+    for attack, cell in zip(attacks, certificate.cells, strict=True):
+        sides = {role: [trace for trace in traces if (trace.attack, trace.role) == (attack.name, role)]
+                 for role in ("subject", "control", "scratch")}
+        cells.append(build_cell(attack.name, attack, sides, cell.threshold, certificate.harmful_data[-1].rows, Rule()))
+    certificate.model_copy(update={
+        "cells": cells, "families": family_verdicts(cells), "rule": Rule().in_words(),
+        "overall": overall_verdict(cells, certificate.utility, Rule()),
+    }).write(folder / "certificate.json")
+    return folder
+
+
+def failed(folder):
+    return [item.message for item in verify_folder(folder, rejudge=True).findings if item.level == "fail"]
+
+
+def change(folder, **fields):
+    certificate = Certificate.read(folder / "certificate.json")
+    certificate.model_copy(update=fields).write(folder / "certificate.json")
+
+
+def test_a_certificate_that_follows_from_its_traces(judged):
+    found = verify_folder(judged, rejudge=True)
+    assert found.ok and "rejudge" not in {item.code for item in found.findings}
+    assert {cell.verdict for cell in found.certificate.cells} == {"RESISTS", "FAILS", "INCONCLUSIVE"}
+
+
+def test_a_verdict_that_was_written_in(judged):
+    cells = Certificate.read(judged / "certificate.json").cells
+    bent = [cell.model_copy(update={"verdict": "RESISTS"}) if cell.attack == "lora" else cell for cell in cells]
+    change(judged, cells=bent)
+    assert verify_folder(judged).ok, "without rejudging there is nothing to see in an unsealed folder"
+    (told,) = failed(judged)
+    assert "the cell of 'lora' is not what its traces give: verdict (verdict written RESISTS, judged FAILS)" in told
+
+
+def test_a_figure_that_was_written_in(judged):
+    cells = Certificate.read(judged / "certificate.json").cells
+    side = cells[1].subject.model_copy(update={"accuracy": [0.1, 0.1, 0.1]})
+    change(judged, cells=[cells[0], cells[1].model_copy(update={"subject": side}), *cells[2:]])
+    (told,) = failed(judged)
+    assert "'adam_probe' is not what its traces give: subject" in told
+
+
+def test_family_and_overall_verdicts_that_were_written_in(judged):
+    families = Certificate.read(judged / "certificate.json").families
+    change(judged, overall="RESISTS", families=[item.model_copy(update={"verdict": "RESISTS"}) for item in families])
+    told = " ".join(failed(judged))
+    assert "by family are not those of its cells" in told and "overall verdict is written RESISTS, judged FAILS" in told
+
+
+def test_traces_that_were_left_out(judged):
+    certificate = Certificate.read(judged / "certificate.json")
+    kept = {name: digest for name, digest in certificate.traces.items() if "control/lora" not in name}
+    change(judged, traces=kept)
+    assert any("'lora'" in told for told in failed(judged))
+
+
+def test_a_rule_of_another_release_is_noted(tmp_path):
+    found = verify_folder(certified(tmp_path), rejudge=True)
+    assert found.ok and "rejudge" in {item.code for item in found.findings}
