@@ -13,12 +13,15 @@ from hf_immunize.hub.card import CardOptions, render_card
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import Inventory
 from hf_immunize.hub.names import CARD
+from hf_immunize.hub.untrusted import unique_keys
 
 _REPOSITORY = re.compile(r'^model_id = ("(?:[^"\\]|\\.)*")$', re.M)
 _PLACEHOLDER = "your-name/your-model"
 _EXAMINED = re.compile(r"^- Examined on (\d{4}-\d{2}-\d{2});", re.M)
 _SECTION = "## What it is"
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER = unique_keys(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+_STRUCTURE = re.compile(r"[|<]|^\s*>|```|~~~|!\[|^\s*\[[^\]]*\]:|\$\$|\\[(\[]")
+"""What draws a table, a quote, HTML, a picture or a link's target, or turns tables that are there into code or math."""
 
 
 def split_card(source: str) -> tuple[dict[str, Any], str]:
@@ -91,8 +94,8 @@ def check_card(inventory: Inventory, findings: Findings) -> None:
 
 
 def _structure(body: str) -> list[str]:
-    """Lines that can be rows of a table, quotes or HTML; names and reasons cannot, for their signs are escaped."""
-    return [line for line in body.split("\n") if "|" in line or "<" in line or line.lstrip().startswith(">")]
+    """Lines with structure that a reader may take for evidence; names and reasons have none, for it is escaped."""
+    return [line for line in body.split("\n") if _STRUCTURE.search(line)]
 
 
 def _first(ours: list[str], theirs: list[str]) -> str:

@@ -17,6 +17,7 @@ CERTIFICATE = "certificate.json"
 SIGNATURE = "certificate.sig"
 SEAL = "SHA256SUMS"
 CARD = "README.md"
+REPORT = "report.html"
 RECORDS = (CERTIFICATE, SIGNATURE, SEAL, "immunization.json")
 UNSEALED = (SEAL, CARD, ".gitattributes")
 """What ``SHA256SUMS`` does not list: itself, the card, whose tables are checked against the certificate, and git's."""
@@ -77,7 +78,7 @@ def kind_of(name: str) -> Kind:
         return "trace"
     if last.lower().endswith(".safetensors"):
         return "weights"
-    if any(part in _PICKLES for part in (inner.lower() for inner in path.suffixes[-2:])):
+    if any(part in _PICKLES for part in (inner.lower() for inner in path.suffixes[-3:])):
         return "pickle"
     if any(fnmatchcase(last, pattern) for pattern in LOADING_FILES):
         return "loading"
