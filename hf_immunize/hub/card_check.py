@@ -58,9 +58,10 @@ def options_of(metadata: dict[str, Any], body: str) -> CardOptions:
 
 def examined_on(inventory: Inventory) -> str | None:
     """The date of the exam that the card tells of; None where it tells none."""
-    if CARD not in inventory:
+    try:
+        found = _EXAMINED.search(inventory.read(CARD).decode("utf-8", "replace"))
+    except RecordError:  # no card, or one that ``check_card`` refuses
         return None
-    found = _EXAMINED.search(inventory.read(CARD).decode("utf-8", "replace"))
     return found[1] if found else None
 
 

@@ -57,15 +57,19 @@ def problem_with(name: str) -> str | None:
 
 
 def twins(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of names that a file system without case would take for one."""
+    """Pairs of names, of files or of the folders above them, that a file system without case would take for one."""
     seen: dict[str, str] = {}
     found = []
-    for name in names:
+    for name in dict.fromkeys(path for whole in names for path in (*_folders(whole), whole)):
         folded = unicodedata.normalize("NFKC", name).casefold()
         if folded in seen and seen[folded] != name:
             found.append((seen[folded], name))
         seen.setdefault(folded, name)
     return found
+
+
+def _folders(name: str) -> list[str]:
+    return [parent.as_posix() for parent in reversed(PurePosixPath(name).parents[:-1])]
 
 
 def kind_of(name: str) -> Kind:

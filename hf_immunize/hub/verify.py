@@ -23,6 +23,8 @@ from hf_immunize.records import AttackTrace, Certificate
 
 __all__ = ["Finding", "Verification", "examine", "verify_folder"]
 
+_LONGEST_VALID = 366
+
 
 def verify_folder(
     folder: str | Path,
@@ -216,6 +218,9 @@ def _check_expiry(certificate: Certificate, today: datetime.date, findings: Find
         return
     if last < today:
         findings.fail("expired", CERTIFICATE, f"expired on {last}: attackers improve; ask for a new exam.")
+    if (last - created).days > _LONGEST_VALID:
+        findings.fail("expiry", CERTIFICATE, f"valid from {created} until {last}, longer than {_LONGEST_VALID} days: "
+                      "no exam speaks for attackers of that day. Certify again.")
     if created > today + datetime.timedelta(days=1):
         findings.fail("future", CERTIFICATE, f"its exam is dated {created}, which has not come: check both clocks.")
 
