@@ -5,6 +5,7 @@ from hf_immunize.hub.findings import Finding, Verification
 from hf_immunize.hub.load import load_verified, verify_model
 from hf_immunize.hub.policy import Policy
 from hf_immunize.hub.publish import Publication, publish
+from hf_immunize.hub.recheck import repeat_attacks
 from hf_immunize.hub.verify import verify_folder
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "load_verified",
     "publish",
     "render_card",
+    "repeat_attacks",
     "verify_folder",
     "verify_model",
     "write_card",

@@ -160,14 +160,14 @@ def _load_adapter(folder: Path, certificate: Certificate, base: str | Path | Non
             "alone does not say which weights it changes. Download the base and pass base=."
         )
     root = Path(base)
-    _check_base(root, certificate)
+    check_base(root, certificate)
     from peft import PeftModel
 
     model = _auto_class(certificate).from_pretrained(root, **options)
     return PeftModel.from_pretrained(model, folder, local_files_only=True)
 
 
-def _check_base(root: Path, certificate: Certificate) -> None:
+def check_base(root: Path, certificate: Certificate) -> None:
     """The base an adapter is put on: the certified weights, and nothing that loads anything else in their place."""
     findings = Findings()
     held = scan(root, findings)
