@@ -60,3 +60,9 @@ def test_it_holds_no_path_of_the_machine_it_was_made_on(folder):
     for path in folder.rglob("*"):
         if path.is_file():
             assert not re.search(r"/(home|root|tmp|work|Users)/", path.read_text(encoding="utf-8")), path
+
+
+def test_the_table_of_the_folder_names_every_card_with_its_verdict():
+    table = (ROOT / "model_cards/README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| \[(\S+)\]\(.*\| ([A-Z ]+) \|$", table, re.M))
+    assert told == {name_of(folder): Certificate.read(folder / "certificate.json").overall for folder in FOLDERS}
