@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,9 +17,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.hub.demands import code_in, is_configuration
-from hf_immunize.hub.library import LOADERS, Library, library_of
+from hf_immunize.hub.library import ADAPTER_FILE, LOADERS, PIPELINE_FILE, Library, library_of
 from hf_immunize.hub.markdown import Safe, code, listed, prose
-from hf_immunize.hub.names import problem_with
+from hf_immunize.hub.names import CERTIFICATE, IMMUNIZATION, problem_with
 from hf_immunize.records import Cell, Certificate, DatasetFingerprint, ImmunizationRecord, Interval, atomic_write
 from hf_immunize.report import curve_pictures, picture_names, text
 from hf_immunize.report.text import clean
@@ -68,12 +68,36 @@ def render_card(folder: str | Path, options: CardOptions | None = None) -> str:
     options = options or CardOptions()
     _check(options)
     root = Path(folder)
-    certificate = Certificate.read(root / "certificate.json")
-    record = root / "immunization.json"
+    certificate = Certificate.read(root / CERTIFICATE)
+    record = root / IMMUNIZATION
     immunization = ImmunizationRecord.read(record) if record.exists() else None
-    library = library_of(certificate, root)
+    files = {name: root / name for name in configurations(certificate)}
+    return compose_card(
+        certificate, immunization, {name: path.read_bytes() for name, path in files.items() if path.is_file()}, options
+    )
+
+
+def configurations(certificate: Certificate) -> list[str]:
+    """Files that say what loads the model and whether that runs code, whether or not they are there."""
+    names = {*certificate.files, "config.json", ADAPTER_FILE, PIPELINE_FILE}
+    return sorted(name for name in names if problem_with(name) is None and is_configuration(name))
+
+
+def compose_card(
+    certificate: Certificate, immunization: ImmunizationRecord | None, files: Mapping[str, bytes], options: CardOptions
+) -> str:
+    """As ``render_card``, from what was read: ``files`` holds those of ``configurations`` that are there.
+
+    Raises:
+        ConfigError: as ``render_card``.
+    """
+    _check(options)
+    library = library_of(certificate, files)
     options = dataclasses.replace(options, pipeline_tag=options.pipeline_tag or library.tag)
-    context = _context(certificate, immunization, options) | {"library": library, "runs": _code_of(certificate, root)}
+    runs = [what for name, data in files.items() for what in code_in(name, data)]
+    context = _context(certificate, immunization, options) | {
+        "library": library, "runs": listed(runs) if runs else None,
+    }
     body = _environment().get_template("card_template.md.jinja").render(**context)
     return f"---\n{_metadata(certificate, options, library).to_yaml()}\n---\n\n{body}"
 
@@ -96,14 +120,6 @@ def _is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return "/" in name
-
-
-def _code_of(certificate: Certificate, root: Path) -> Safe | None:
-    """What makes loading this model run code of its repository; None where nothing does."""
-    names = sorted(set(certificate.files) | {"config.json"})
-    files = [(name, root / name) for name in names if problem_with(name) is None and is_configuration(name)]
-    found = [what for name, path in files if path.is_file() for what in code_in(name, path.read_bytes())]
-    return listed(found) if found else None
 
 
 def _metadata(certificate: Certificate, options: CardOptions, library: Library) -> ModelCardData:

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from hf_immunize.errors import ImmunizeError, RecordError
-from hf_immunize.hub.card import CardOptions, render_card
+from hf_immunize.hub.card import CardOptions, compose_card, configurations
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import Inventory
-from hf_immunize.hub.names import CARD
-from hf_immunize.hub.untrusted import unique_keys
+from hf_immunize.hub.names import CARD, IMMUNIZATION
+from hf_immunize.hub.untrusted import parse_record, unique_keys
+from hf_immunize.records import Certificate, ImmunizationRecord
 
 _REPOSITORY = re.compile(r'^model_id = ("(?:[^"\\]|\\.)*")$', re.M)
 _PLACEHOLDER = "your-name/your-model"
@@ -65,7 +66,7 @@ def examined_on(inventory: Inventory) -> str | None:
     return found[1] if found else None
 
 
-def check_card(inventory: Inventory, findings: Findings) -> None:
+def check_card(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
     """Compare the card with one rendered from the certificate beside it.
 
     Tables, quotes, the opening and the rendered metadata must agree; prose that somebody added is noted.
@@ -76,7 +77,7 @@ def check_card(inventory: Inventory, findings: Findings) -> None:
     try:
         source = inventory.read(CARD).decode("utf-8")
         metadata, body = split_card(source)
-        rendered = render_card(inventory.root, options_of(metadata, body))
+        rendered = _rendered(certificate, inventory, options_of(metadata, body))
     except (ImmunizeError, ValueError, RecursionError) as error:
         findings.fail("card", CARD, f"the card cannot be compared with the certificate: {error}")
         return
@@ -92,6 +93,13 @@ def check_card(inventory: Inventory, findings: Findings) -> None:
             findings.fail("card", CARD, f"its {what} are not what the certificate says: {_first(ours, theirs)}")
     if body.strip() != text.strip() and not findings.failed("card", CARD):
         findings.note("card-text", CARD, "it holds text that the template did not write; only its tables are checked.")
+
+
+def _rendered(certificate: Certificate, inventory: Inventory, options: CardOptions) -> str:
+    """The card as it has to be, from files that were listed as safe, each read within its bounds."""
+    record = parse_record(ImmunizationRecord, inventory.read(IMMUNIZATION)) if IMMUNIZATION in inventory else None
+    files = {name: inventory.read(name) for name in configurations(certificate) if name in inventory}
+    return compose_card(certificate, record, files, options)
 
 
 def _structure(body: str) -> list[str]:

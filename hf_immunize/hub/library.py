@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from hf_immunize.records import Certificate
@@ -30,11 +30,11 @@ class Library:
     """The pipeline tag where none was given."""
 
 
-def library_of(certificate: Certificate, folder: Path) -> Library:
-    """What the certified files make of a folder; the folder itself decides where the certificate covers none."""
+def library_of(certificate: Certificate, names: Container[str]) -> Library:
+    """What the certified files make of a folder; its own ``names`` decide where the certificate covers none."""
 
     def holds(name: str) -> bool:
-        return name in certificate.files if certificate.files else (folder / name).is_file()
+        return name in (certificate.files or names)
 
     if holds(PIPELINE_FILE):
         reads_text = any(name.startswith("text_encoder/") for name in certificate.subject.weights)

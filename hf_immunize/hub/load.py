@@ -137,7 +137,7 @@ def _load(
     folder: Path, certificate: Certificate, base: str | Path | None, trust_remote_code: bool, options: dict[str, Any]
 ) -> Any:
     """A verified folder by what it holds: an adapter, a pipeline, or a model."""
-    library = library_of(certificate, folder).name
+    library = library_of(certificate, {path.name for path in folder.iterdir()}).name
     if library == "peft":
         return _load_adapter(folder, certificate, base, options)
     if library == "diffusers":

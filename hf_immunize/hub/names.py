@@ -18,7 +18,8 @@ SIGNATURE = "certificate.sig"
 SEAL = "SHA256SUMS"
 CARD = "README.md"
 REPORT = "report.html"
-RECORDS = (CERTIFICATE, SIGNATURE, SEAL, "immunization.json")
+IMMUNIZATION = "immunization.json"
+RECORDS = (CERTIFICATE, SIGNATURE, SEAL, IMMUNIZATION)
 UNSEALED = (SEAL, CARD, ".gitattributes")
 """What ``SHA256SUMS`` does not list: itself, the card, whose tables are checked against the certificate, and git's."""
 

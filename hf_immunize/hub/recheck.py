@@ -43,7 +43,7 @@ def repeat_attacks(
     certificate = found.certificate
     if certificate is None or not found.sound:
         return found
-    if library_of(certificate, folder).name != "transformers":
+    if library_of(certificate, {path.name for path in folder.iterdir()}).name != "transformers":
         raise ModelError("expected an image classifier to attack again, got an adapter or a pipeline: use its recipe.")
     root = Path(base)
     if not root.is_dir():

@@ -77,7 +77,7 @@ def examine(
         _check_expiry(certificate, today or datetime.datetime.now(datetime.UTC).date(), findings)
         signed_by = _check_signature(key, sealed if published else None, inventory, findings)
         if published:
-            check_card(inventory, findings)
+            check_card(certificate, inventory, findings)
         if rejudge and not any(item.level == "fail" for item in findings.found):
             check_verdicts(certificate, inventory, findings)
         if policy is not None:

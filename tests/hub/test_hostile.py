@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import models
@@ -152,6 +153,22 @@ def test_records_too_large_to_be_any(folder, name):
     assert name in {file for _, file in failures(verify_folder(folder))}
 
 
+@pytest.mark.parametrize("name", ["immunization.json", "config.json", "README.md"])
+def test_a_file_that_is_none_is_not_waited_for_nor_read_when_the_card_is_compared(folder, tmp_path, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert ("special", name) in failures(verify_folder(folder))
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert ("link", name) in failures(verify_folder(folder))
+
+
+def test_an_immunization_record_too_large_to_be_one(folder):
+    with open(folder / "immunization.json", "r+b") as stream:
+        stream.truncate(LARGEST_TEXT + 1)
+    assert "below 16 MiB" in message(verify_folder(folder), "card")
+
+
 def test_a_folder_that_becomes_a_link_while_it_is_read(folder, tmp_path, monkeypatch):
     """Between listing and opening: the link is not followed."""
     from hf_immunize.hub import verify as room
@@ -241,6 +258,8 @@ def test_a_report_of_another_exam_is_never_published(tmp_path):
     """The page in the folder may be of any models; the one that goes out is drawn from this certificate."""
     folder = certified(tmp_path)
     (folder / "report.html").write_text("<h1>RESISTS everything</h1>")
+    (folder / "plots").mkdir()
+    (folder / "plots/09-of-an-older-exam.svg").write_text("<svg/>")
     out = write_release(folder, tmp_path / "out")
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "RESISTS everything" not in page and "condition_number" in page

@@ -1,7 +1,10 @@
 """Attacks run again from the command line: a real, tiny exam on real digits; the model is its own base."""
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -62,6 +65,14 @@ def test_a_sound_certificate_holds(root):
     assert done.exit_code == 0 and found["ok"] and all(line.endswith("it holds.") for line in lines), told
     assert {line.split(":")[0] for line in lines} == {
         "attacked again with linear_probe_gd", "attacked again with ridge_probe"}
+
+
+def test_the_command_of_the_documentation(root, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs/downloaded.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^hf-immunize (.*--recheck.*)$", page, re.M)
+    monkeypatch.chdir(root)
+    done = CliRunner().invoke(app, shlex.split(command))
+    assert done.exit_code == 0 and "it holds" in done.output, done.output + done.stderr
 
 
 def test_a_figure_that_was_written_in_is_found_out(root):
