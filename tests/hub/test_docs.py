@@ -9,6 +9,7 @@ from pathlib import Path
 import models
 import pytest
 import yaml
+from huggingface_hub import constants
 from loopback import Loopback
 from published import TOKEN, client
 from zygote import Zygote
@@ -38,9 +39,10 @@ def machine(tmp_path_factory):
 
 
 @pytest.fixture
-def hub(machine):
+def hub(machine, monkeypatch):
     """The Hub, empty."""
     server, _, home = machine
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     for held in (server.repositories, server.objects, server.requests):
         held.clear()
     shutil.rmtree(home, ignore_errors=True)
