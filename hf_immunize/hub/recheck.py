@@ -53,13 +53,18 @@ def repeat_attacks(
 
     again = Findings()
     for line in sit_again(folder, root, read_task(task), cells, seed, device):
-        new = "no figure" if line.found is None else f"{line.found:.3g}"
-        told = f"attacked again with {line.attack}: {line.measure} {new}, certified {_interval(line.stored)}"
-        if line.agrees:
-            again.note("recheck", CERTIFICATE, f"{told}: it holds.")
-        else:
-            again.fail("recheck", CERTIFICATE, f"{told}: it does not hold here. Do not rely on this certificate.")
+        _tell(line, again)
     return dataclasses.replace(found, findings=(*found.findings, *again.found))
+
+
+def _tell(line: Any, again: Findings) -> None:
+    """One measure of one cell (a ``certification.Recheck``) as a finding."""
+    new = "no figure" if line.found is None else f"{line.found:.3g}"
+    told = f"attacked again with {line.attack}: {line.measure} {new}, certified {_interval(line.stored)}"
+    if line.agrees:
+        again.note("recheck", CERTIFICATE, f"{told}: it holds.")
+    else:
+        again.fail("recheck", CERTIFICATE, f"{told}: it does not hold here. Do not rely on this certificate.")
 
 
 def _interval(stored: Interval) -> str:
