@@ -17,11 +17,12 @@ from hf_immunize.records import AttackTrace, Cell, Certificate
 
 def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
     """Recompute every cell, the families and the overall verdict from traces that were found unchanged."""
-    rule = _find_rule(certificate)
+    from hf_immunize.certification import family_verdicts, find_rule, overall_verdict
+
+    rule = find_rule(certificate)
     if rule is None:
         findings.note("rejudge", CERTIFICATE, "its rule is not one of this release: its verdicts were not recomputed.")
         return
-    from hf_immunize.certification import family_verdicts, overall_verdict
 
     traces = [parse_record(AttackTrace, inventory.read(name)) for name in certificate.traces if name in inventory]
     cells = []
@@ -40,14 +41,6 @@ def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Fin
     overall = overall_verdict(cells, certificate.utility, rule)
     if overall != certificate.overall:
         findings.fail("rejudge", CERTIFICATE, f"its overall verdict is written {certificate.overall}, judged {overall}")
-
-
-def _find_rule(certificate: Certificate) -> Any:
-    """The rule of this release whose words the certificate repeats."""
-    from hf_immunize.certification import PROTOCOLS, Rule
-
-    rules = [Rule(), *(protocol.rule for protocol in PROTOCOLS.values())]
-    return next((rule for rule in rules if rule.in_words() == certificate.rule), None)
 
 
 def _judge(cell: Cell, traces: Sequence[AttackTrace], certificate: Certificate, rule: Any) -> Cell:
