@@ -1,10 +1,13 @@
 """Adversaries: one file each, one plain table. None of them knows how a model was defended."""
 
 from hf_immunize.attacks import (
+    augmented_finetune,
     batchnorm_probe,
+    distil_fresh,
     dora,
     earlier_layer_probe,
     few_shot_finetune,
+    fold_linear_map,
     full_finetune,
     ia3,
     lbfgs_probe,
@@ -14,6 +17,7 @@ from hf_immunize.attacks import (
     loha,
     lokr,
     lora,
+    mixed_finetune,
     muon_finetune,
     noisy_finetune,
     oft,
@@ -22,6 +26,7 @@ from hf_immunize.attacks import (
     ridge_head_finetune,
     ridge_probe,
     standardized_probe_adam,
+    subtract_difference,
     vera,
     whitened_probe_gd,
 )
@@ -52,7 +57,14 @@ ATTACKS: dict[str, Attack] = {
     "ridge_head_finetune": ridge_head_finetune.ATTACK,
     "muon_finetune": muon_finetune.ATTACK,
     "reset_last_blocks": reset_last_blocks.ATTACK,
+    "fold_linear_map": fold_linear_map.ATTACK,
+    "subtract_difference": subtract_difference.ATTACK,
+    "distil_fresh": distil_fresh.ATTACK,
     "few_shot_finetune": few_shot_finetune.ATTACK,
+    "five_shot_finetune": few_shot_finetune.FIVE,
+    "one_shot_finetune": few_shot_finetune.ONE,
+    "mixed_finetune": mixed_finetune.ATTACK,
+    "augmented_finetune": augmented_finetune.ATTACK,
     "noisy_finetune": noisy_finetune.ATTACK,
 }
 

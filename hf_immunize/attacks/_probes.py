@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_immunize.attacks._cost import probe_flops
 from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
 from hf_immunize.linalg import to_double
@@ -148,22 +149,30 @@ def judge(weights: Tensor, data: ProbeData, trials: int) -> tuple[Tensor, Tensor
 
 
 def run_probes(
-    context: AttackContext, runs: Sequence[Run], optimizer: Callable[[], Update]
+    context: AttackContext,
+    runs: Sequence[Run],
+    optimizer: Callable[[], Update],
+    features_of: FeaturesOf | None = None,
 ) -> Iterator[tuple[Run, Result]]:
-    """Train all runs, one batched program per group of configs that differ in nothing but the learning rate."""
+    """Train all runs, one batched program per group of configs that differ in nothing but the learning rate.
+
+    ``features_of`` gives a seed's features where they are not simply the head's.
+    """
     groups: dict[object, list[Run]] = {}
     for run in runs:
         groups.setdefault(replace(run.config, learning_rate=0.0), []).append(run)
     for group in groups.values():
-        yield from _run_group(context, group, optimizer())
+        yield from _run_group(context, group, optimizer(), features_of)
 
 
-def _run_group(context: AttackContext, group: Sequence[Run], update: Update) -> Iterator[tuple[Run, Result]]:
+def _run_group(
+    context: AttackContext, group: Sequence[Run], update: Update, features_of: FeaturesOf | None
+) -> Iterator[tuple[Run, Result]]:
     started = time.perf_counter()
     config = group[0].config
     seeds = sorted({run.seed for run in group})
     rates = sorted({run.config.learning_rate for run in group})
-    data = probe_data(context, seeds, config.features)
+    data = probe_data(context, seeds, config.features, features_of)
     points: dict[tuple[int, float], list[Evaluation]] = {(seed, rate): [] for seed in seeds for rate in rates}
     diverged: dict[tuple[int, float], int] = {}
     weights = initial_weights(data, seeds, len(rates))
@@ -176,10 +185,10 @@ def _run_group(context: AttackContext, group: Sequence[Run], update: Update) -> 
                 if (seed, rate) not in diverged:
                     points[seed, rate].append(Evaluation(step=step, validation=held, test=judged))
     seconds = (time.perf_counter() - started) / len(points)
+    _, rows, width = data.train_SND.shape
+    cost = probe_flops(rows, width, data.classes, config.steps)
     for run in group:
         key = (run.seed, run.config.learning_rate)
-        if key in diverged:
-            note = f"logits were not finite at step {diverged[key]}"
-            yield run, Result(points[key], config.steps, seconds, "diverged", note)
-        else:
-            yield run, Result(points[key], config.steps, seconds)
+        note = f"logits were not finite at step {diverged[key]}" if key in diverged else None
+        outcome = "diverged" if note else "completed"
+        yield run, Result(points[key], config.steps, seconds, outcome, note, rows * config.steps, cost)

@@ -98,7 +98,8 @@ def trace_of(
         family=attack.family,
         trial=run.trial,
         config=dataclasses.asdict(run.config)
-        | {"attack_fraction": context.attack_fraction, "feature_module": context.head},
+        | {"attack_fraction": context.attack_fraction, "feature_module": context.head}
+        | holdings(context, attack),
         seed=run.seed,
         role=context.role,
         model=context.fingerprint,
@@ -109,8 +110,21 @@ def trace_of(
         outcome=result.outcome,
         note=result.note,
         seconds=round(result.seconds, 4),
+        samples=result.samples,
+        flops=result.flops,
         provenance=provenance.model_copy(update={"created": now}),
     )
+
+
+def holdings(context: AttackContext, attack: Attack) -> dict[str, str | None]:
+    """Digests of what the attacker needs beside model and harmful data, so that both sides are given the same."""
+    held: dict[str, str | None] = {}
+    for need in attack.needs:
+        if getattr(context, need) is None:
+            held[need] = None
+        else:
+            held[need] = context.base_digest if need == "base" else context.benign_digest
+    return held
 
 
 def _check_same(found: AttackTrace, wanted: AttackTrace, path: Path) -> AttackTrace:
