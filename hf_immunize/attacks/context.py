@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -150,8 +151,9 @@ class AttackContext:
         """
         return self.with_new_head(self.model(seed), seed)
 
-    def with_new_head(self, model: nn.Module, seed: int, classes: int | None = None) -> nn.Module:
-        """Any model of this architecture, its head drawn anew for the harmful classes (or for ``classes``)."""
+    def with_new_head(self, model: nn.Module, seed: int, also: Sequence[str] = ()) -> nn.Module:
+        """Any model of this architecture, its head drawn anew for the harmful classes, and for those named ``also``."""
+        names = [*self.attack.label_names, *also]
         old = model.get_submodule(self.head)
         if not isinstance(old, nn.Linear):
             raise ModelError(
@@ -160,13 +162,13 @@ class AttackContext:
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            new = nn.Linear(old.in_features, classes or self.classes, device=old.weight.device, dtype=old.weight.dtype)
+            new = nn.Linear(old.in_features, len(names), device=old.weight.device, dtype=old.weight.dtype)
         model.set_submodule(self.head, new)
-        model.config.id2label = dict(enumerate(self.attack.label_names))
-        model.config.label2id = {name: label for label, name in enumerate(self.attack.label_names)}
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: label for label, name in enumerate(names)}
         model.config.problem_type = "single_label_classification"
         if hasattr(model, "num_labels"):
-            model.num_labels = new.out_features
+            model.num_labels = len(names)
         return model
 
     def draw_rows(self, seed: int) -> Tensor:

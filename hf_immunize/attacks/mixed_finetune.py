@@ -33,8 +33,8 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
 
 def _prepare(context: AttackContext, planned: Run) -> nn.Module:
     assert context.benign is not None
-    classes = context.classes + len(context.benign.label_names)
-    return context.with_new_head(context.model(planned.seed), planned.seed, classes).requires_grad_(True)
+    also = [f"benign {name}" for name in context.benign.label_names]
+    return context.with_new_head(context.model(planned.seed), planned.seed, also).requires_grad_(True)
 
 
 ATTACK = Attack(config=MixedFinetune, run=run, family="data", needs=NEEDS)
