@@ -263,6 +263,7 @@ def certificate(
     judged = families(cells)
     overall = exam.overall or min((item.verdict for item in judged), key=STRONGEST_FIRST.index, default="NOT RUN")
     fields: dict[str, object] = dict(
+        protocol="quick", planned=[cell.attack for cell in cells],
         subject=subject, control=control,
         primary_data=[dataset("primary/test", source, ("zero", "one", "two")) for source in exam.sources],
         harmful_data=[dataset("harmful/train", source, exam.labels) for source in exam.sources]

@@ -1,5 +1,7 @@
 """Adversaries: one file each, one plain table. None of them knows how a model was defended."""
 
+from dataclasses import replace
+
 from hf_immunize.attacks import (
     augmented_finetune,
     batchnorm_probe,
@@ -31,9 +33,9 @@ from hf_immunize.attacks import (
     whitened_probe_gd,
 )
 from hf_immunize.attacks.context import AttackContext, Role, describe_model, load_classifier, load_processor
-from hf_immunize.attacks.plan import parse_settings, plan_runs
+from hf_immunize.attacks.plan import parse_settings, plan_runs, plan_trials
 from hf_immunize.attacks.shape import Attack, Result, Run, evaluation_steps
-from hf_immunize.attacks.suite import SuiteSummary, run_suite
+from hf_immunize.attacks.suite import SuiteSummary, count_runs, run_suite
 
 ATTACKS: dict[str, Attack] = {
     "linear_probe_gd": linear_probe_gd.ATTACK,
@@ -68,19 +70,28 @@ ATTACKS: dict[str, Attack] = {
     "noisy_finetune": noisy_finetune.ATTACK,
 }
 
+TRAINABILITY: dict[str, Attack] = {
+    f"benign_{name}": replace(ATTACKS[key], family="benign trainability", needs=())
+    for name, key in (("probe", "linear_probe_adam"), ("lora", "lora"), ("full_finetune", "full_finetune"))
+}
+"""No attacks: how a benign third task would be learned, which immunization must not hinder."""
+
 __all__ = [
     "ATTACKS",
+    "TRAINABILITY",
     "Attack",
     "AttackContext",
     "Result",
     "Role",
     "Run",
     "SuiteSummary",
+    "count_runs",
     "describe_model",
     "evaluation_steps",
     "load_classifier",
     "load_processor",
     "parse_settings",
     "plan_runs",
+    "plan_trials",
     "run_suite",
 ]

@@ -20,6 +20,8 @@ class Run:
     config: Any
     trial: str
     seed: int
+    tuning: tuple[int, ...] = ()
+    """Seeds on which the trials were compared before the best one was run on the others; empty: on all of them."""
 
 
 @dataclass(frozen=True)
