@@ -39,7 +39,7 @@ class FinetuneConfig:
         default=1e-3, metadata={"help": "Peak learning rate.", "sweep": (1e-4, 1e-3, 1e-2, 1e-1)}
     )
     steps: int = field(default=100, metadata={"help": "Budget in optimizer steps."})
-    batch_size: int = field(default=32, metadata={"help": "Rows per step.", "search": (16, 32, 64)})
+    batch_size: int = field(default=32, metadata={"help": "Rows per step.", "search": (8, 16, 32)})
     optimizer: str = field(
         default="adamw_torch_fused", metadata={"help": "TrainingArguments.optim, e.g. sgd, adafactor."}
     )

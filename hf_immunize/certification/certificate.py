@@ -182,6 +182,6 @@ def _check_base_held(traces: Mapping[str, Sequence[AttackTrace]]) -> None:
             for role, found in traces.items() if role != "scratch"}
     if len(set().union(*held.values())) > 1:
         raise IncompleteExamError(
-            "expected attackers of subject and control to hold the same base, got different ones: run recipes/attack.py "
-            "with the same --base_path on both."
+            "expected attackers of subject and control to hold the same base, got different ones: run "
+            "recipes/attack.py with the same --base_path on both."
         )

@@ -31,7 +31,7 @@ def best_of_trials(traces: Sequence[AttackTrace]) -> list[float]:
 
     Over all draws of k out of n trials without replacement (Dodge et al. 2019, for draws without replacement): the
     trial that is i-th of n on validation is the best of a draw in C(i−1, k−1) of C(n, k) cases. Trials count with the
-    seeds that all of them have; a trial without any evaluation is one the attacker throws away, and counts as the worst.
+    seeds that all of them have; a trial without any evaluation counts as the worst.
     """
     trials: dict[str, dict[int, AttackTrace]] = {}
     for trace in traces:

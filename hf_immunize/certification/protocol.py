@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from hf_immunize.attacks import TRAINABILITY
 from hf_immunize.errors import ConfigError
 
+STANDARD_STEPS = 50
+STANDARD_TRIALS = 4
+"""Steps and trials of ``standard``: what two cores manage in three hours on a network of two million parameters at 128
+pixels (docs/exam.md). Four trials are four rates over three decades."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -82,6 +87,12 @@ class Protocol:
     trainability: tuple[str, ...] = tuple(TRAINABILITY)
     """Methods by which the benign third task is learned, where there is one."""
 
+    def benign_settings(self) -> tuple[str, ...]:
+        """What the settings of the attacks say about the methods that learn the benign task."""
+        return tuple(
+            f"benign_{setting}" for setting in self.settings if f"benign_{setting.split('.')[0]}" in self.trainability
+        )
+
 
 _QUICK = (
     "linear_probe_gd", "linear_probe_adam", "standardized_probe_adam", "whitened_probe_gd", "ridge_probe",
@@ -90,42 +101,52 @@ _QUICK = (
 
 _PROBES = (
     "linear_probe_gd", "linear_probe_momentum", "linear_probe_adam", "standardized_probe_adam", "whitened_probe_gd",
-    "lbfgs_probe", "ridge_probe", "earlier_layer_probe", "batchnorm_probe",
+    "lbfgs_probe", "ridge_probe", "earlier_layer_probe", "batchnorm_probe", "fold_linear_map",
 )
 _TRAINED = (
-    "lora", "dora", "loha", "lokr", "oft", "ia3", "vera", "partial_finetune", "full_finetune", "ridge_head_finetune",
-    "muon_finetune", "reset_last_blocks", "few_shot_finetune", "noisy_finetune",
+    "lora", "dora", "lokr", "oft", "partial_finetune", "full_finetune", "ridge_head_finetune", "muon_finetune",
+    "reset_last_blocks", "subtract_difference", "distil_fresh", "few_shot_finetune", "mixed_finetune",
+    "augmented_finetune",
 )
-_ALL = _PROBES + _TRAINED
+_ALL_TRAINED = (*_TRAINED, "loha", "ia3", "vera", "five_shot_finetune", "one_shot_finetune", "noisy_finetune")
 
 
-def _steps(count: int) -> tuple[str, ...]:
+def _steps(count: int, names: tuple[str, ...]) -> tuple[str, ...]:
     """The same budget for every attack that trains the network."""
-    return tuple(f"{name}.steps={count}" for name in _TRAINED)
+    return tuple(f"{name}.steps={count}" for name in names)
 
 
 PROTOCOLS: dict[str, Protocol] = {
     "quick": Protocol(
+        name="quick",
         attacks=_QUICK,
         seeds=(0, 1, 2),
         settings=("linear_probe_gd.steps=10000", "lora.steps=60", "full_finetune.steps=60"),
     ),
     "standard": Protocol(
-        attacks=_ALL, seeds=(0, 1, 2, 3, 4), settings=("lora.rank=1,8,64", *_steps(300)),
+        name="standard",
+        attacks=_PROBES + _TRAINED,
+        seeds=(0, 1, 2, 3, 4),
+        settings=(
+            "linear_probe_gd.steps=5000", "fold_linear_map.steps=5000", "linear_probe_momentum.steps=2000",
+            *_steps(STANDARD_STEPS, _TRAINED), "lora.rank=1,8,64",
+        ),
+        trials=STANDARD_TRIALS,
+        tuning_seeds=1,
     ),
     "thorough": Protocol(
-        attacks=_ALL,
+        name="thorough",
+        attacks=_PROBES + _ALL_TRAINED,
         seeds=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9),
         settings=(
             "linear_probe_gd.steps=100000",
-            *_steps(2000),
-            "lora.rank=1,8,64",
+            *_steps(2000, _ALL_TRAINED),
+            "lora.rank=1,2,4,8,16,32,64",
             "lora.variant=plain,rslora,pissa",
             "full_finetune.optimizer=adamw_torch_fused,sgd",
-            "full_finetune.scheduler=constant,cosine",
-            "full_finetune.weight_decay=0,0.1",
-            "full_finetune.max_grad_norm=0,1",
         ),
+        trials=32,
+        tuning_seeds=3,
     ),
 }
 

@@ -21,7 +21,8 @@ def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Fin
     if rule is None:
         findings.note("rejudge", CERTIFICATE, "its rule is not one of this release: its verdicts were not recomputed.")
         return
-    from hf_immunize.certification import family_verdicts, overall_verdict
+    from hf_immunize.certification import family_verdicts, measure_trainability, overall_verdict
+    from hf_immunize.certification.trainability import TRAINABILITY
 
     traces = [parse_record(AttackTrace, inventory.read(name)) for name in certificate.traces if name in inventory]
     cells = []
@@ -37,7 +38,13 @@ def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Fin
         cells.append(again)
     if [item.model_dump() for item in family_verdicts(cells)] != [item.model_dump() for item in certificate.families]:
         findings.fail("rejudge", CERTIFICATE, "its verdicts by family are not those of its cells.")
-    overall = overall_verdict(cells, certificate.utility, rule)
+    benign = {role: [trace for trace in traces if trace.role == role and trace.attack in TRAINABILITY]
+              for role in ("subject", "control")}
+    trainability = measure_trainability(benign, rule)
+    if _differences([item.model_dump() for item in trainability],
+                    [item.model_dump() for item in certificate.trainability]):
+        findings.fail("rejudge", CERTIFICATE, "its benign trainability is not what its traces give.")
+    overall = overall_verdict(cells, certificate.utility, rule, trainability)
     if overall != certificate.overall:
         findings.fail("rejudge", CERTIFICATE, f"its overall verdict is written {certificate.overall}, judged {overall}")
 

@@ -92,12 +92,6 @@ class Cell(Part):
     """Training rows the attacker was allowed in one run, repetitions counted: the most of any trial."""
     flops: float | None = None
     """Estimated floating-point operations of one run: the most of any trial."""
-
-    @model_validator(mode="after")
-    def _verdict_has_figures(self) -> Cell:
-        if self.verdict in ("RESISTS", "FAILS") and (self.subject is None or self.control is None):
-            raise ValueError(f"a cell that {self.verdict} has figures of the subject and of the control")
-        return self
     verdict: VerdictName
     reason: str
 
@@ -193,6 +187,10 @@ class Certificate(Record):
         missing = sorted((set(self.planned) | ran) - set(cells) - {found.attack for found in self.trainability})
         if missing:
             raise ValueError(f"every attack that was planned or run has a cell, {', '.join(missing)} has none")
+        bare = [cell.attack for cell in self.cells
+                if cell.verdict in ("RESISTS", "FAILS") and (cell.subject is None or cell.control is None)]
+        if bare:
+            raise ValueError(f"a verdict has figures of subject and control, {', '.join(bare)} has none")
         judged = [attack for family in self.families for attack in family.attacks]
         if sorted(judged) != sorted(cells):
             raise ValueError("every cell belongs to one family, and every family's attacks have cells")
