@@ -183,8 +183,11 @@ class Certificate(Record):
         cells = [cell.attack for cell in self.cells]
         if len(set(cells)) < len(cells):
             raise ValueError("an attack has one cell")
-        ran = {name.split("/")[-1].split("__")[0] for name in self.traces}
-        missing = sorted((set(self.planned) | ran) - set(cells) - {found.attack for found in self.trainability})
+        known = {*cells, *(found.attack for found in self.trainability)}
+        files = [name.split("/", 2)[-1] for name in self.traces]
+        strange = [file for file in files if "__" in file and not any(file.startswith(f"{name}__") for name in known)]
+        lost = {file.split("__")[0] for file in strange}
+        missing = sorted(lost | (set(self.planned) - set(cells)))
         if missing:
             raise ValueError(f"every attack that was planned or run has a cell, {', '.join(missing)} has none")
         bare = [cell.attack for cell in self.cells
