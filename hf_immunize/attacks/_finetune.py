@@ -55,6 +55,9 @@ class FinetuneConfig:
     max_grad_norm: float = field(
         default=1.0, metadata={"help": "Gradient clipping; 0 switches it off.", "search": (0.0, 1.0)}
     )
+    evaluation_ratio: float = field(
+        default=_EVALUATION_RATIO, metadata={"help": "Consecutive evaluations are about this factor of steps apart."}
+    )
 
 
 class _Exam(TrainerCallback):
@@ -151,7 +154,7 @@ def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, s
     """
     started = time.perf_counter()
     steps = config.steps - before
-    exam = _Exam(context, evaluation_steps(steps, _EVALUATION_RATIO))
+    exam = _Exam(context, evaluation_steps(steps, config.evaluation_ratio))
     data = training_rows(context, config, seed)
     cost = forward_flops(model, data.pixel_values.shape[1:])
     loss = train(model, data, replace(config, steps=steps), seed, context.device, collator(config, seed), [exam])

@@ -130,6 +130,7 @@ PROTOCOLS: dict[str, Protocol] = {
         settings=(
             "linear_probe_gd.steps=5000", "fold_linear_map.steps=5000", "linear_probe_momentum.steps=2000",
             *_steps(STANDARD_STEPS, _TRAINED), "lora.rank=1,8,64",
+            *(f"{name}.evaluation_ratio=2" for name in _TRAINED),
         ),
         trials=STANDARD_TRIALS,
         tuning_seeds=1,

@@ -84,7 +84,8 @@ def trainability_rows(found: Sequence[Trainability]) -> list[dict[str, str]]:
             "method": item.attack.removeprefix("benign_").replace("_", " ").replace("lora", "LoRA"),
             "verdict": item.verdict,
             "css": _WORDS[item.verdict],
-            "accuracy": f"{text.percent(text.mean(item.base))} → {text.percent(text.mean(item.immunized))}",
+            "accuracy": f"{text.percent(text.mean(item.base))} → {text.percent(text.mean(item.immunized))}"
+            if item.base else text.NONE,
             "lost": text.points(item.drop),
             "slow_down": text.slow_down(item.slow_down) if item.base else text.NONE,
             "margin": f"±{100 * item.margin:g}",
