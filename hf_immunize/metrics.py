@@ -68,7 +68,8 @@ def best_trial(traces: Sequence[AttackTrace], threshold: float | None = None) ->
         held = fmean(point.validation for point in map(chosen_evaluation, runs) if point is not None)
         return diverged, steps, -held, name
 
-    measured = [name for name, runs in trials.items() if all(run.curve for run in runs)]
+    seeds = max(map(len, trials.values()), default=0)  # trials that were only compared, on fewer seeds, are no choice
+    measured = [name for name, runs in trials.items() if len(runs) == seeds and all(run.curve for run in runs)]
     return min(measured, key=key, default=None)
 
 

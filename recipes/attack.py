@@ -18,9 +18,18 @@ import transformers
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from hf_immunize.attacks import ATTACKS, AttackContext, load_processor, parse_settings, plan_runs, run_suite
+from hf_immunize.attacks import (
+    ATTACKS,
+    TRAINABILITY,
+    AttackContext,
+    count_runs,
+    load_processor,
+    parse_settings,
+    plan_runs,
+    run_suite,
+)
 from hf_immunize.attacks.plan import describe_attacks, find_attack
-from hf_immunize.certification.protocol import PROTOCOLS, find_protocol
+from hf_immunize.certification.protocol import PROTOCOLS, Protocol, find_protocol
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ConfigError, ImmunizeError
 from hf_immunize.hub import local_folder, working_folder
@@ -56,6 +65,31 @@ class AttackArguments:
             "e.g. lora.learning_rate=1e-3,1e-2 lora.rank=4. --describe lists all fields and their values."
         },
     )
+    trials: int | None = field(
+        default=None,
+        metadata={
+            "help": "Random search instead of the grid: this many trials of every attack that trains the network, the "
+            "same for every model; 0 = the grid. The protocol's by default."
+        },
+    )
+    tuning_seeds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compare such trials on this many seeds and run the best one on the others; 0 = every trial on "
+            "every seed. The protocol's by default."
+        },
+    )
+    task: str = field(
+        default="harmful",
+        metadata={"help": "harmful: attack. benign: learn benign_dataset, which a good immunization does not hinder."},
+    )
+    base_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the base, where the attackers of this exam hold it too (it is public): attacks that "
+            "compare with it then run. Give it for every role or for none."
+        },
+    )
     attack_fraction: float = field(
         default=0.8, metadata={"help": "Share of each class of the attack split that one seed trains on."}
     )
@@ -78,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the attacks that are missing."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "--describe" in words:
-        print(describe_attacks(ATTACKS))
+        print(describe_attacks(ATTACKS | TRAINABILITY))
         return
     task_arguments, arguments = parse_options((TaskArguments, AttackArguments), words, description=__doc__)
     transformers.utils.logging.disable_progress_bar()
@@ -92,10 +126,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     torch.set_float32_matmul_precision("highest")
     protocol = find_protocol(arguments.protocol)
-    names = arguments.attacks or list(protocol.attacks)
+    table, presets, planned_names = choose_table(arguments.task, protocol)
+    names = arguments.attacks or list(planned_names)
     seeds = arguments.seeds or list(protocol.seeds)
-    settings = parse_settings([*protocol.settings, *(arguments.settings or [])], ATTACKS)
-    planned = sum(len(plan_runs(find_attack(name, ATTACKS), seeds, settings.get(name))) for name in names)
+    settings = parse_settings([*presets, *(arguments.settings or [])], table)
+    trials = (protocol.trials if arguments.trials is None else arguments.trials) or None
+    tuning = (protocol.tuning_seeds if arguments.tuning_seeds is None else arguments.tuning_seeds) or None
+    planned = 0
+    for name in names:
+        attack = find_attack(name, table)
+        planned += count_runs(attack, plan_runs(attack, seeds, settings.get(name), trials), seeds, tuning)
 
     folder, _ = local_folder(
         arguments.model_path,
@@ -111,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             bar.update()
 
         summary = run_suite(
-            context, ATTACKS, names, seeds, output, settings, overwrite=arguments.overwrite, progress=progress
+            context, table, names, seeds, output, settings, trials=trials, tuning_seeds=tuning,
+            overwrite=arguments.overwrite, progress=progress,
         )
     print(
         f"{output / 'traces' / arguments.role}: {summary.made} runs made, {summary.kept} kept from before, "
@@ -119,13 +160,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
+def choose_table(task: str, protocol: Protocol) -> tuple[dict, tuple[str, ...], tuple[str, ...]]:
+    """Attacks, the protocol's settings of them, and their planned names, for one of the two tasks."""
+    if task not in ("harmful", "benign"):
+        raise ConfigError(f"expected task harmful or benign, got {task!r}.")
+    if task == "benign":
+        return TRAINABILITY, protocol.benign_settings(), protocol.trainability
+    return ATTACKS, protocol.settings, protocol.attacks
+
+
 def make_context(
     task_arguments: TaskArguments, arguments: AttackArguments, folder: Path, device: str
 ) -> AttackContext:
     """The attacked model and the attacker's three splits."""
     processor = load_processor(folder)
-    task = Task(task_arguments, "harmful")
+    task = Task(task_arguments, arguments.task)
     splits = {role: task.pixels(role, processor) for role in ("attack", "validation", "test")}
+    mixed = arguments.task == "harmful" and task_arguments.benign_dataset is not None
     return AttackContext(
         folder=folder,
         role=arguments.role,
@@ -134,6 +185,8 @@ def make_context(
         feature_module=arguments.feature_module,
         device=device if arguments.device == "auto" else arguments.device,
         attack_fraction=arguments.attack_fraction,
+        base=None if arguments.base_path is None else Path(arguments.base_path),
+        benign=Task(task_arguments, "benign").pixels("attack", processor) if mixed else None,
     )
 
 

@@ -75,15 +75,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     primary, harmful = Task(task_arguments, "primary"), Task(task_arguments, "harmful")
     test = primary.pixels("test", processor)
     splits = {role: harmful.pixels(role, processor) for role in ("attack", "validation", "test")}
+    benign = benign_splits(task_arguments, processor)
     data = ExamData(
         primary_test=test,
         harmful_attack=splits["attack"],
         primary=(primary.fingerprint(test, "test"),),
         harmful=tuple(harmful.fingerprint(split, role) for role, split in splits.items()),
+        benign=tuple(task.fingerprint(split, role) for role, (task, split) in benign.items()),
     )
     device = str(state.device) if arguments.device == "auto" else arguments.device
     if arguments.recheck:
-        check_again(arguments, protocol.rule, data, splits, device)
+        mixed = benign["attack"][1] if benign else None
+        check_again(arguments, protocol.rule, data, splits | {"benign": mixed}, device)
         return
     certificate = build_certificate(
         arguments.model_path,
@@ -101,6 +104,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"certificate: {folder / 'certificate.json'}")
 
 
+def benign_splits(arguments: TaskArguments, processor) -> dict:
+    """Task and pixels of each split of the third task; nothing where there is none."""
+    if arguments.benign_dataset is None:
+        return {}
+    task = Task(arguments, "benign")
+    return {role: (task, task.pixels(role, processor)) for role in ("attack", "validation", "test")}
+
+
 def working_copy(named: str, revision: str | None) -> str:
     """The folder that attack.py worked in; a path that is not there is left to the judge to explain."""
     if revision is None and not is_hub_id(named):
@@ -111,6 +122,7 @@ def working_copy(named: str, revision: str | None) -> str:
 def check_again(arguments: CertifyArguments, rule: Rule, data: ExamData, splits: dict, device: str) -> None:
     """Sit random cells again; leave with an error when a stored interval does not hold."""
     options = {"data": data.harmful, "feature_module": arguments.feature_module, "device": device, **splits}
+    options["base"] = Path(arguments.base_path)
     contexts = {
         role: AttackContext(folder=Path(path), role=role, **options)
         for role, path in (("subject", arguments.model_path), ("control", arguments.base_path))
@@ -149,6 +161,8 @@ def print_verdicts(certificate: Certificate) -> None:
         f"primary {utility.metric} {utility.base:.2f} -> {utility.immunized:.2f} %, drop "
         f"{_interval(utility.drop, '{:.2f}')} points over {utility.rows} rows; RIR {ratio} (explains, does not certify)"
     )
+    for found in certificate.trainability:
+        console.print(f"benign trainability, {found.attack.removeprefix('benign_')}: {found.verdict}, {found.reason}")
     console.print(certificate.statement)
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_immunize.records import (
+    AtBudget,
     AttackTrace,
+    AtThreshold,
     Cell,
     Certificate,
     DatasetFingerprint,
@@ -23,6 +25,7 @@ from hf_immunize.records import (
     Provenance,
     Side,
     SpectrumRecord,
+    Trainability,
     Utility,
     UtilityGuardRecord,
     sha256_file,
@@ -171,7 +174,10 @@ def side(runs: Sequence[AttackTrace], trial: str, diverged: int, threshold: floa
         hits = [point.step for point in run.curve if point.test >= threshold]
         reached.append(hits[0] if hits else None)
     best = [max(point.test for point in run.curve) for run in runs]
-    return Side(trial=trial, steps_to_threshold=reached, accuracy=best, trials=7, diverged=diverged)
+    return Side(
+        trial=trial, steps_to_threshold=reached, accuracy=best, trials=7, diverged=diverged,
+        final=[run.curve[-1].test for run in runs], area=[0.6] * len(runs), best_of_trials=[0.5, 0.7, 0.8, best[0]],
+    )
 
 
 def measured_cell(attack: Attack, sides: dict[str, Side], seeds: Sequence[int]) -> Cell:
@@ -187,8 +193,35 @@ def measured_cell(attack: Attack, sides: dict[str, Side], seeds: Sequence[int]) 
         slow_down=slow, accuracy_drop=interval(drop, drop - 0.02, drop + 0.02),
         relative_fine_tuning_deviation=interval(None) if solve else interval(21.5, 17.0, 26.2),
         normalized_resistance=interval(0.4, 0.2, 0.7) if "scratch" in sides else None,
-        verdict=attack.verdict, reason=attack.reason,
+        verdict=attack.verdict, reason=attack.reason, budgets=budgets(attack, slow), samples=64_000, flops=2.5e12,
+        worst_seed_slow_down=None if solve else factor or floor,
+        thresholds=[] if solve else [AtThreshold(threshold=0.5, subject=[20], control=[10], slow_down=interval(2.0))],
     )
+
+
+def budgets(attack: Attack, slow: Interval) -> list[AtBudget]:
+    """Undecided on a hundredth of the budget, the cell's verdict on a tenth and on all of it."""
+    verdicts = ((0.01, attack.verdict if attack.unit == "solve" else "INCONCLUSIVE"), (0.1, attack.verdict),
+                (1.0, attack.verdict))
+    return [
+        AtBudget(share=share, budget=max(1, round(share * attack.budget)), slow_down=slow, verdict=verdict)
+        for share, verdict in verdicts
+    ]
+
+
+def trainability() -> list[Trainability]:
+    """A benign task that is learned as before by one method, worse by another, and not tried by the third."""
+    told = (("benign_probe", "EQUIVALENT", 0.01), ("benign_lora", "WORSE", 0.2),
+            ("benign_full_finetune", "NOT RUN", None))
+    return [
+        Trainability(
+            attack=name, budget=400, seeds=[] if lost is None else [0, 1, 2], margin=0.05,
+            base=[] if lost is None else [0.9, 0.91, 0.92], immunized=[] if lost is None else [0.9 - lost] * 3,
+            drop=interval(None) if lost is None else interval(lost, lost - 0.01, lost + 0.01),
+            slow_down=interval(None) if lost is None else interval(1.5, 1.1, 2.0), verdict=verdict, reason="synthetic",
+        )
+        for name, verdict, lost in told
+    ]
 
 
 def empty_cell(attack: Attack, seeds: Sequence[int]) -> Cell:
@@ -263,6 +296,7 @@ def certificate(
     judged = families(cells)
     overall = exam.overall or min((item.verdict for item in judged), key=STRONGEST_FIRST.index, default="NOT RUN")
     fields: dict[str, object] = dict(
+        protocol="quick", planned=[cell.attack for cell in cells],
         subject=subject, control=control,
         primary_data=[dataset("primary/test", source, ("zero", "one", "two")) for source in exam.sources],
         harmful_data=[dataset("harmful/train", source, exam.labels) for source in exam.sources]

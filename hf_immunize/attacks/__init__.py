@@ -1,10 +1,15 @@
 """Adversaries: one file each, one plain table. None of them knows how a model was defended."""
 
+from dataclasses import replace
+
 from hf_immunize.attacks import (
+    augmented_finetune,
     batchnorm_probe,
+    distil_fresh,
     dora,
     earlier_layer_probe,
     few_shot_finetune,
+    fold_linear_map,
     full_finetune,
     ia3,
     lbfgs_probe,
@@ -14,6 +19,7 @@ from hf_immunize.attacks import (
     loha,
     lokr,
     lora,
+    mixed_finetune,
     muon_finetune,
     noisy_finetune,
     oft,
@@ -22,13 +28,14 @@ from hf_immunize.attacks import (
     ridge_head_finetune,
     ridge_probe,
     standardized_probe_adam,
+    subtract_difference,
     vera,
     whitened_probe_gd,
 )
 from hf_immunize.attacks.context import AttackContext, Role, describe_model, load_classifier, load_processor
-from hf_immunize.attacks.plan import parse_settings, plan_runs
+from hf_immunize.attacks.plan import parse_settings, plan_runs, plan_trials
 from hf_immunize.attacks.shape import Attack, Result, Run, evaluation_steps
-from hf_immunize.attacks.suite import SuiteSummary, run_suite
+from hf_immunize.attacks.suite import SuiteSummary, count_runs, run_suite
 
 ATTACKS: dict[str, Attack] = {
     "linear_probe_gd": linear_probe_gd.ATTACK,
@@ -52,23 +59,39 @@ ATTACKS: dict[str, Attack] = {
     "ridge_head_finetune": ridge_head_finetune.ATTACK,
     "muon_finetune": muon_finetune.ATTACK,
     "reset_last_blocks": reset_last_blocks.ATTACK,
+    "fold_linear_map": fold_linear_map.ATTACK,
+    "subtract_difference": subtract_difference.ATTACK,
+    "distil_fresh": distil_fresh.ATTACK,
     "few_shot_finetune": few_shot_finetune.ATTACK,
+    "five_shot_finetune": few_shot_finetune.FIVE,
+    "one_shot_finetune": few_shot_finetune.ONE,
+    "mixed_finetune": mixed_finetune.ATTACK,
+    "augmented_finetune": augmented_finetune.ATTACK,
     "noisy_finetune": noisy_finetune.ATTACK,
 }
 
+TRAINABILITY: dict[str, Attack] = {
+    f"benign_{name}": replace(ATTACKS[key], family="benign trainability", needs=())
+    for name, key in (("probe", "linear_probe_adam"), ("lora", "lora"), ("full_finetune", "full_finetune"))
+}
+"""No attacks: how a benign third task would be learned, which immunization must not hinder."""
+
 __all__ = [
     "ATTACKS",
+    "TRAINABILITY",
     "Attack",
     "AttackContext",
     "Result",
     "Role",
     "Run",
     "SuiteSummary",
+    "count_runs",
     "describe_model",
     "evaluation_steps",
     "load_classifier",
     "load_processor",
     "parse_settings",
     "plan_runs",
+    "plan_trials",
     "run_suite",
 ]

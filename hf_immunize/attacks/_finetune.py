@@ -7,16 +7,19 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from hf_immunize.attacks._cost import BACKWARD, forward_flops, trained_samples
+from hf_immunize.attacks._rows import collator, training_rows
 from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
-from hf_immunize.data import PixelDataset, collate_pixels
 from hf_immunize.errors import ConfigError
 from hf_immunize.records import Evaluation
 
@@ -27,20 +30,34 @@ _EVALUATION_RATIO = 1.5
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What every network-training attack is told; the meaning is that of ``transformers.TrainingArguments``."""
+    """What every network-training attack is told; the meaning is that of ``transformers.TrainingArguments``.
+
+    ``sweep`` values are the default grid; ``search`` values are what a random search draws from instead.
+    """
 
     learning_rate: float = field(
         default=1e-3, metadata={"help": "Peak learning rate.", "sweep": (1e-4, 1e-3, 1e-2, 1e-1)}
     )
     steps: int = field(default=100, metadata={"help": "Budget in optimizer steps."})
-    batch_size: int = field(default=32, metadata={"help": "Rows per step."})
+    batch_size: int = field(default=32, metadata={"help": "Rows per step.", "search": (8, 16, 32)})
     optimizer: str = field(
         default="adamw_torch_fused", metadata={"help": "TrainingArguments.optim, e.g. sgd, adafactor."}
     )
-    scheduler: str = field(default="constant", metadata={"help": "TrainingArguments.lr_scheduler_type."})
-    warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 switches it off."})
+    scheduler: str = field(
+        default="constant",
+        metadata={
+            "help": "TrainingArguments.lr_scheduler_type; the ones with_warmup obey warmup_steps.",
+            "search": ("constant_with_warmup", "linear", "cosine"),
+        },
+    )
+    warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up.", "search": (0, 10)})
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay.", "search": (0.0, 0.01, 0.1)})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradient clipping; 0 switches it off.", "search": (0.0, 1.0)}
+    )
+    evaluation_ratio: float = field(
+        default=_EVALUATION_RATIO, metadata={"help": "Consecutive evaluations are about this factor of steps apart."}
+    )
 
 
 class _Exam(TrainerCallback):
@@ -104,26 +121,6 @@ def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: s
     )
 
 
-def training_rows(context: AttackContext, config: FinetuneConfig, seed: int) -> PixelDataset:
-    """This seed's rows; few of them, mislabelled or noisy where the attack's config says so."""
-    rows = context.draw_rows(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    shots, label_noise, pixel_noise = (getattr(config, name, None) for name in ("shots", "label_noise", "pixel_noise"))
-    if shots is not None:
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        labels = context.attack.labels[rows]
-        rows = torch.cat([rows[labels == label][:shots] for label in range(context.classes)])
-    data = context.attack.subset(rows)
-    if label_noise:
-        drawn = torch.randint(context.classes, (len(data),), generator=generator)
-        noisy = torch.rand(len(data), generator=generator) < label_noise
-        data.labels = torch.where(noisy, drawn, data.labels)
-    if pixel_noise:
-        noise = torch.randn(data.pixel_values.shape, generator=generator) * data.pixel_values.std()
-        data.pixel_values = data.pixel_values + pixel_noise * noise.to(data.pixel_values)
-    return data
-
-
 class MuonAdamW(torch.optim.Optimizer):
     """``torch.optim.Muon`` for weight matrices and AdamW for everything else, as one optimizer."""
 
@@ -150,47 +147,85 @@ def muon(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
     return MuonAdamW(trained, config.learning_rate, config.weight_decay)
 
 
-def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int) -> Result:
+def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int, before: int = 0) -> Result:
     """Train ``model`` on this seed's rows and return its learning curve on both held-out splits.
 
-    The loss is the model's own mean cross-entropy. Trainer would multiply it by the number of accumulation steps and
-    processes for models that swallow keyword arguments (transformers 5.23); the two flags below switch that off.
+    ``before`` steps of the budget were spent on preparing the model: they come first in the curve.
     """
     started = time.perf_counter()
-    exam = _Exam(context, evaluation_steps(config.steps, _EVALUATION_RATIO))
+    steps = config.steps - before
+    exam = _Exam(context, evaluation_steps(steps, config.evaluation_ratio))
+    data = training_rows(context, config, seed)
+    cost = forward_flops(model, data.pixel_values.shape[1:])
+    loss = train(model, data, replace(config, steps=steps), seed, context.device, collator(config, seed), [exam])
+    seconds = time.perf_counter() - started
+    if exam.note is None and not math.isfinite(loss):
+        exam.note = "the training loss was not finite"
+    curve = [point.model_copy(update={"step": point.step + before}) for point in exam.curve]
+    samples = trained_samples(len(data), config.batch_size, config.steps)
+    return Result(
+        curve, config.steps, seconds, "diverged" if exam.note else "completed", exam.note,
+        samples, None if cost is None else BACKWARD * cost * samples,
+    )
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    config: FinetuneConfig,
+    seed: int,
+    device: str,
+    collate: Callable[..., Any],
+    callbacks: Sequence[TrainerCallback] = (),
+) -> float:
+    """Train with the stock Trainer and return the mean training loss.
+
+    The loss is the model's own mean over the batch. Trainer would multiply it by the number of accumulation steps and
+    processes for models that swallow keyword arguments (transformers 5.23); the two flags below switch that off.
+    """
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        model.to(memory_format=torch.channels_last)  # a third off a convolutional network's step on a CPU
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
-            args=training_arguments(config, seed, context.device, folder),
-            train_dataset=training_rows(context, config, seed),
-            data_collator=collate_pixels,
-            callbacks=[exam],
+            args=training_arguments(config, seed, device, folder),
+            train_dataset=data,
+            data_collator=collate,
+            callbacks=list(callbacks),
             optimizers=(muon(model, config), None) if config.optimizer == "muon" else (None, None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = False
         trainer.loss_is_scaled_for_ga = False
-        trainer.floating_point_ops = lambda inputs: 0  # an estimate nobody reads here, 5 % of a small model's step
-        loss = trainer.train().training_loss
-    seconds = time.perf_counter() - started
-    if exam.note is None and not math.isfinite(loss):
-        exam.note = "the training loss was not finite"
-    outcome = "diverged" if exam.note else "completed"
-    return Result(exam.curve, config.steps, seconds, outcome, exam.note)
+        trainer.floating_point_ops = lambda inputs: 0  # counted once in _cost.py instead: 5 % of a small model's step
+        return float(trainer.train().training_loss)
+
+
+@contextmanager
+def settled_garbage() -> Iterator[None]:
+    """Trainer collects garbage once per run: half a second for what importing its libraries left behind."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def run_finetunes(
-    context: AttackContext, runs: Sequence[Run], prepare: Callable[[AttackContext, Run], nn.Module | str]
+    context: AttackContext,
+    runs: Sequence[Run],
+    prepare: Callable[[AttackContext, Run], nn.Module | str],
+    spent: Callable[[Any], int] = lambda config: 0,
 ) -> Iterator[tuple[Run, Result]]:
-    """Prepare and train one model per run; a ``prepare`` that returns words says why the attack does not apply."""
-    gc.collect()
-    gc.freeze()  # Trainer collects garbage once per run: half a second for what importing its libraries left behind.
-    try:
+    """Prepare and train one model per run; a ``prepare`` that returns words says why the attack does not apply.
+
+    ``spent`` tells how many steps of a config's budget its preparation takes.
+    """
+    with settled_garbage():
         for run in runs:
             model = prepare(context, run)
             if isinstance(model, str):
                 yield run, Result([], run.config.steps, 0.0, "not_applicable", model)
             else:
-                yield run, finetune(context, model, run.config, run.seed)
-    finally:
-        gc.unfreeze()
+                yield run, finetune(context, model, run.config, run.seed, spent(run.config))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_immunize.attacks._cost import probe_flops
 from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
 from hf_immunize.linalg import to_double
@@ -21,7 +22,10 @@ from hf_immunize.linalg.whitening import fit_feature_map
 from hf_immunize.records import Evaluation
 
 Update = Callable[[Tensor, Tensor, Tensor, int], None]
-"""In-place step: (weights S×CT×D, gradient, rate T×1 per trial repeated over classes, step from 1)."""
+"""In-place step: (weights S×C×T×D, gradient, rate T×1 per trial, step from 1)."""
+
+Rule = tuple[Sequence[float], Update]
+"""Trials that share an update rule, one rate each."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class ProbeData:
     judged_labels_M: Tensor
     validation_rows: int
     classes: int
+    offset_SCTM: Tensor | None = None
+    """What is added to every judged logit: the part of the weights that training cannot move (``compress``)."""
 
 
 FeaturesOf = Callable[[int], dict[str, Tensor]]
@@ -115,59 +121,110 @@ def adam(beta_1: float = 0.9, beta_2: float = 0.999, epsilon: float = 1e-8) -> U
     return update
 
 
+ROTATION_INVARIANT = (gradient_descent, momentum)
+"""Rules that commute with orthogonal changes of coordinates: they never leave start + row space of the features."""
+
+
+def compress(data: ProbeData, weights: Tensor) -> tuple[ProbeData, Tensor]:
+    """The same probes in the row space of the features, for rotation-invariant rules and fewer rows than columns.
+
+    With Φ = L·Q (Q's rows orthonormal), gradients are ΦᵀE = Qᵀ(LᵀE): in V = W·Qᵀ the program is the same on L, N×N
+    instead of N×D. What W has outside the row space stays as it was drawn and adds a constant to judged logits.
+    """
+    seeds, rows, width = data.train_SND.shape
+    if rows >= width:
+        return data, weights
+    basis_SDN, _ = torch.linalg.qr(data.train_SND.mT)
+    inside = torch.bmm(weights, basis_SDN)
+    outside = weights - torch.bmm(inside, basis_SDN.mT)
+    return replace(
+        data,
+        train_SND=torch.bmm(data.train_SND, basis_SDN),
+        judged_SMD=torch.bmm(data.judged_SMD, basis_SDN),
+        offset_SCTM=torch.bmm(outside, data.judged_SMD.mT).view(seeds, data.classes, -1, data.judged_SMD.shape[1]),
+    ), inside
+
+
 @torch.no_grad()
 def train_probes(
-    data: ProbeData, weights: Tensor, rates: Sequence[float], steps: int, update: Update
+    data: ProbeData, weights: Tensor, rules: Sequence[Rule], steps: int
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Full-batch training on mean cross-entropy; ``weights`` is changed in place.
+    """Full-batch training on mean cross-entropy; ``weights`` (S×CT×D) is changed in place.
+
+    Only differences of logits matter to the softmax and the gradients of all classes sum to zero, so both products are
+    taken for C − 1 classes: half the work for two classes. Buffers are kept between steps.
 
     Yields:
         (step, validation accuracy S×T, test accuracy S×T, finite S×T) at every evaluation step.
     """
-    seeds, rows, _ = data.train_SND.shape
-    shape = (seeds, data.classes, len(rates), -1)
+    seeds, rows, width = data.train_SND.shape
+    trials, free = sum(len(rates) for rates, _ in rules), data.classes - 1
     columns_SDN = data.train_SND.mT.contiguous()
     targets_SC1N = torch.nn.functional.one_hot(data.train_labels_SN, data.classes).permute(0, 2, 1).unsqueeze(2)
     targets_SC1N = targets_SC1N.to(weights).contiguous()
-    rate = torch.tensor(list(rates) * data.classes, dtype=weights.dtype, device=weights.device).unsqueeze(1)
+    rates = [torch.tensor(list(values), dtype=weights.dtype, device=weights.device)[:, None] for values, _ in rules]
+    weights_SCTD = weights.view(seeds, data.classes, trials, width)
+    logits_SCTN = weights.new_zeros(seeds, data.classes, trials, rows)  # the last class is the reference: zero
+    gradient_SCTD = torch.empty_like(weights_SCTD)
     due = set(evaluation_steps(steps))
     for step in tqdm(range(1, steps + 1), desc="probe steps", leave=False, disable=None, mininterval=1):
-        error_SCTN = torch.bmm(weights, columns_SDN).view(shape).softmax(dim=1).sub_(targets_SC1N)
-        gradient = torch.bmm(error_SCTN.view(seeds, -1, rows), data.train_SND).div_(rows)
-        update(weights, gradient, rate, step)
+        against_last = (weights_SCTD[:, :free] - weights_SCTD[:, free:]).view(seeds, free * trials, width)
+        logits_SCTN[:, :free] = torch.bmm(against_last, columns_SDN).view(seeds, free, trials, rows)
+        error_SCTN = logits_SCTN.softmax(dim=1).sub_(targets_SC1N)
+        part = torch.bmm(error_SCTN[:, :free].reshape(seeds, free * trials, rows), data.train_SND).div_(rows)
+        gradient_SCTD[:, :free] = part.view(seeds, free, trials, width)
+        gradient_SCTD[:, free] = -gradient_SCTD[:, :free].sum(dim=1)
+        start = 0
+        for rate, (values, update) in zip(rates, rules, strict=True):
+            mine = slice(start, start + len(values))
+            update(weights_SCTD[:, :, mine], gradient_SCTD[:, :, mine], rate, step)
+            start += len(values)
         if step in due:
-            yield step, *judge(weights, data, len(rates))
+            yield step, *judge(weights, data, trials)
 
 
 def judge(weights: Tensor, data: ProbeData, trials: int) -> tuple[Tensor, Tensor, Tensor]:
     """Validation accuracy, test accuracy, and whether all logits were finite, each S×T, of S×CT×D weights."""
     logits_SCTM = torch.bmm(weights, data.judged_SMD.mT).view(len(weights), data.classes, trials, -1)
+    if data.offset_SCTM is not None:
+        logits_SCTM = logits_SCTM + data.offset_SCTM
     hits = (logits_SCTM.argmax(dim=1) == data.judged_labels_M).double()
     finite = torch.isfinite(logits_SCTM).flatten(3).all(dim=3).all(dim=1)
     return hits[..., : data.validation_rows].mean(-1), hits[..., data.validation_rows :].mean(-1), finite
 
 
 def run_probes(
-    context: AttackContext, runs: Sequence[Run], optimizer: Callable[[], Update]
+    context: AttackContext,
+    runs: Sequence[Run],
+    optimizer: Callable[[], Update],
+    features_of: FeaturesOf | None = None,
 ) -> Iterator[tuple[Run, Result]]:
-    """Train all runs, one batched program per group of configs that differ in nothing but the learning rate."""
+    """Train all runs, one batched program per group of configs that differ in nothing but the learning rate.
+
+    ``features_of`` gives a seed's features where they are not simply the head's.
+    """
     groups: dict[object, list[Run]] = {}
     for run in runs:
         groups.setdefault(replace(run.config, learning_rate=0.0), []).append(run)
     for group in groups.values():
-        yield from _run_group(context, group, optimizer())
+        yield from _run_group(context, group, optimizer, features_of)
 
 
-def _run_group(context: AttackContext, group: Sequence[Run], update: Update) -> Iterator[tuple[Run, Result]]:
+def _run_group(
+    context: AttackContext, group: Sequence[Run], optimizer: Callable[[], Update], features_of: FeaturesOf | None
+) -> Iterator[tuple[Run, Result]]:
     started = time.perf_counter()
     config = group[0].config
     seeds = sorted({run.seed for run in group})
     rates = sorted({run.config.learning_rate for run in group})
-    data = probe_data(context, seeds, config.features)
+    data = probe_data(context, seeds, config.features, features_of)
     points: dict[tuple[int, float], list[Evaluation]] = {(seed, rate): [] for seed in seeds for rate in rates}
     diverged: dict[tuple[int, float], int] = {}
+    _, rows, width = data.train_SND.shape
     weights = initial_weights(data, seeds, len(rates))
-    for step, validation, test, finite in train_probes(data, weights, rates, config.steps, update):
+    if optimizer in ROTATION_INVARIANT:
+        data, weights = compress(data, weights)
+    for step, validation, test, finite in train_probes(data, weights, [(rates, optimizer())], config.steps):
         table = zip(validation.tolist(), test.tolist(), finite.tolist(), strict=True)
         for seed, row in zip(seeds, table, strict=True):
             for rate, held, judged, ok in zip(rates, *row, strict=True):
@@ -176,10 +233,9 @@ def _run_group(context: AttackContext, group: Sequence[Run], update: Update) -> 
                 if (seed, rate) not in diverged:
                     points[seed, rate].append(Evaluation(step=step, validation=held, test=judged))
     seconds = (time.perf_counter() - started) / len(points)
+    cost = probe_flops(rows, width, data.classes, config.steps)
     for run in group:
         key = (run.seed, run.config.learning_rate)
-        if key in diverged:
-            note = f"logits were not finite at step {diverged[key]}"
-            yield run, Result(points[key], config.steps, seconds, "diverged", note)
-        else:
-            yield run, Result(points[key], config.steps, seconds)
+        note = f"logits were not finite at step {diverged[key]}" if key in diverged else None
+        outcome = "diverged" if note else "completed"
+        yield run, Result(points[key], config.steps, seconds, outcome, note, rows * config.steps, cost)

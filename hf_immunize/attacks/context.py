@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from hf_immunize.data import PixelDataset, batches
+from hf_immunize.data import fingerprint as fingerprint_rows
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import extract_features, find_classifier
-from hf_immunize.records import DatasetFingerprint, ModelFingerprint
+from hf_immunize.records import DatasetFingerprint, ModelFingerprint, fingerprint_of, sha256_file, weight_files
 
 Role = Literal["subject", "control", "scratch"]
 
@@ -74,6 +76,8 @@ class AttackContext:
         feature_module: the head, i.e. the layer whose input is probed; found automatically when None.
         device: where models run.
         attack_fraction: share of each class of ``attack`` that one seed trains on.
+        base: the un-immunized model, where the attacker of this exam holds it too; given for every role or for none.
+        benign: benign data, where the attacker mixes some in.
     """
 
     folder: Path
@@ -85,6 +89,8 @@ class AttackContext:
     feature_module: str | None = None
     device: str = "cpu"
     attack_fraction: float = 0.8
+    base: Path | None = None
+    benign: PixelDataset | None = None
     _features: dict[tuple[int | None, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -114,6 +120,20 @@ class AttackContext:
         return describe_model(self.folder, self._saved, self.role)
 
     @cached_property
+    def base_digest(self) -> str:
+        """SHA-256 over the digests of the base's weight files."""
+        if self.base is None:
+            raise ModelError("expected a base model for an attack that compares with it, got none: pass --base_path.")
+        return fingerprint_of({path.name: sha256_file(path) for path in weight_files(self.base)})
+
+    @cached_property
+    def benign_digest(self) -> str:
+        """Content digest of the benign data."""
+        if self.benign is None:
+            raise DataError("expected benign data for an attack that mixes some in, got none: set benign_dataset.")
+        return fingerprint_rows(self.benign, source="", role="").sha256
+
+    @cached_property
     def head(self) -> str:
         """Module name of the classification head."""
         return self.feature_module or find_classifier(self._saved)
@@ -129,7 +149,11 @@ class AttackContext:
         Raises:
             ModelError: the head is not a linear layer.
         """
-        model = self.model(seed)
+        return self.with_new_head(self.model(seed), seed)
+
+    def with_new_head(self, model: nn.Module, seed: int, also: Sequence[str] = ()) -> nn.Module:
+        """Any model of this architecture, its head drawn anew for the harmful classes, and for those named ``also``."""
+        names = [*self.attack.label_names, *also]
         old = model.get_submodule(self.head)
         if not isinstance(old, nn.Linear):
             raise ModelError(
@@ -138,13 +162,13 @@ class AttackContext:
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            new = nn.Linear(old.in_features, self.classes, device=old.weight.device, dtype=old.weight.dtype)
+            new = nn.Linear(old.in_features, len(names), device=old.weight.device, dtype=old.weight.dtype)
         model.set_submodule(self.head, new)
-        model.config.id2label = dict(enumerate(self.attack.label_names))
-        model.config.label2id = {name: label for label, name in enumerate(self.attack.label_names)}
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: label for label, name in enumerate(names)}
         model.config.problem_type = "single_label_classification"
         if hasattr(model, "num_labels"):
-            model.num_labels = self.classes
+            model.num_labels = len(names)
         return model
 
     def draw_rows(self, seed: int) -> Tensor:

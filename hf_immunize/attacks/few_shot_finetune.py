@@ -26,4 +26,20 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
     yield from run_finetunes(context, runs, unfrozen)
 
 
-ATTACK = Attack(config=FewShotFinetune, run=run, family="data")
+@dataclass(frozen=True)
+class FiveShotFinetune(FewShotFinetune):
+    """AdamW on all weights and a new head, on five images per class."""
+
+    shots: int = field(default=5, metadata={"help": "Images per class."})
+
+
+@dataclass(frozen=True)
+class OneShotFinetune(FewShotFinetune):
+    """AdamW on all weights and a new head, on one image per class."""
+
+    shots: int = field(default=1, metadata={"help": "Images per class."})
+
+
+ATTACK = Attack(config=FewShotFinetune, run=run, family="data", own_threshold=True)
+FIVE = Attack(config=FiveShotFinetune, run=run, family="data", own_threshold=True)
+ONE = Attack(config=OneShotFinetune, run=run, family="data", own_threshold=True)

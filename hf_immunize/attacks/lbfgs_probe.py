@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hf_immunize.attacks._cost import probe_flops
 from hf_immunize.attacks._probes import ProbeData, initial_weights, judge, probe_data
 from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Attack, Result, Run, evaluation_steps
@@ -30,19 +31,24 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
     for planned in runs:
         started = time.perf_counter()
         data = probe_data(context, [planned.seed], planned.config.features)
-        curve = list(_train(data, planned))
+        passes: list[int] = []
+        curve = list(_train(data, planned, passes))
         finite = len(curve) == len(evaluation_steps(planned.config.steps))
         seconds = time.perf_counter() - started
         outcome, note = ("completed", None) if finite else ("diverged", "logits were not finite")
-        yield planned, Result(curve, planned.config.steps, seconds, outcome, note)
+        _, rows, width = data.train_SND.shape
+        cost = probe_flops(rows, width, data.classes, len(passes))
+        yield planned, Result(curve, planned.config.steps, seconds, outcome, note, rows * len(passes), cost)
 
 
-def _train(data: ProbeData, planned: Run) -> Iterator[Evaluation]:
+def _train(data: ProbeData, planned: Run, passes: list[int]) -> Iterator[Evaluation]:
+    """One evaluation per due step; ``passes`` grows by one entry per gradient, line searches counted."""
     weights = initial_weights(data, [planned.seed], 1).requires_grad_(True)
     features, labels = data.train_SND[0], data.train_labels_SN[0]
     optimizer = torch.optim.LBFGS([weights], max_iter=1, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
+        passes.append(1)
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(features @ weights[0].T, labels)
         loss = loss + 0.5 * planned.config.weight_decay * weights[..., :-1].square().sum()

@@ -1,4 +1,4 @@
-"""Full fine-tuning on mislabelled and flipped images: the attacker whose data is bad, and who augments it."""
+"""Full fine-tuning on mislabelled and noisy images: the attacker whose data is bad."""
 
 from __future__ import annotations
 

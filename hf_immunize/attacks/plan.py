@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -43,33 +45,75 @@ def find_attack(name: str, table: Mapping[str, Attack]) -> Attack:
     return table[name]
 
 
-def plan_runs(attack: Attack, seeds: Sequence[int], chosen: Mapping[str, Sequence[Any]] | None = None) -> list[Run]:
-    """Every combination of swept values, for every seed. ``chosen`` replaces the default values of some fields.
-
-    A trial is named after the fields that the attack sweeps by default and those that were given several values.
+def plan_runs(
+    attack: Attack,
+    seeds: Sequence[int],
+    chosen: Mapping[str, Sequence[Any]] | None = None,
+    trials: int | None = None,
+) -> list[Run]:
+    """Every trial for every seed. ``chosen`` replaces the default values of some fields.
 
     Raises:
         ConfigError: no seed, a repeated seed, or a repeated or missing value.
     """
-    chosen = chosen or {}
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"expected at least one seed and none twice, got {list(seeds)}.")
+    return [Run(config, trial, seed) for config, trial in plan_trials(attack, chosen, trials) for seed in seeds]
+
+
+def plan_trials(
+    attack: Attack, chosen: Mapping[str, Sequence[Any]] | None = None, trials: int | None = None
+) -> list[tuple[Any, str]]:
+    """Configs with the names of their trials: the whole grid of swept values, or ``trials`` of a wider one.
+
+    With ``trials``, attacks whose fields have ``search`` values are given that many combinations of these, drawn by a
+    Latin hypercube from a fixed seed: the same for every model, and every value of a field about equally often.
+    A trial is named after the fields that the attack sweeps by default and those that have several values.
+
+    Raises:
+        ConfigError: a repeated or missing value, or fewer than one trial.
+    """
+    chosen = chosen or {}
+    if trials is not None and trials < 1:
+        raise ConfigError(f"expected at least one trial, got {trials}.")
+    searches = trials is not None and is_searchable(attack)
     options: dict[str, tuple[Any, ...]] = {}
     swept = []
     for field in fields(attack.config):
         default = field.default if field.default is not MISSING else None
         sweep = field.metadata.get("sweep")
-        options[field.name] = tuple(chosen.get(field.name, sweep or (default,)))
+        wide = field.metadata.get("search") if searches else None
+        options[field.name] = tuple(chosen.get(field.name, wide or sweep or (default,)))
         if len(set(options[field.name])) < max(1, len(options[field.name])):
             raise ConfigError(f"expected different values of {field.name}, got {list(options[field.name])}.")
         if sweep or len(options[field.name]) > 1:
             swept.append(field.name)
-    runs = []
-    for values in itertools.product(*options.values()):
-        config = attack.config(**dict(zip(options, values, strict=True)))
-        trial = ",".join(f"{name}={_text(getattr(config, name))}" for name in swept) or "default"
-        runs += [Run(config, trial, seed) for seed in seeds]
-    return runs
+    columns = list(options.values())
+    drawn = _hypercube(columns, trials) if searches and trials is not None else list(itertools.product(*columns))
+    configs = [attack.config(**dict(zip(options, values, strict=True))) for values in drawn]
+    return [
+        (config, ",".join(f"{name}={_text(getattr(config, name))}" for name in swept) or "default")
+        for config in configs
+    ]
+
+
+def is_searchable(attack: Attack) -> bool:
+    """Whether a random search draws from more than this attack's default grid."""
+    return any("search" in field.metadata for field in fields(attack.config))
+
+
+def _hypercube(columns: Sequence[tuple[Any, ...]], trials: int) -> list[tuple[Any, ...]]:
+    """``trials`` different combinations in which every value of a column occurs about equally often."""
+    if math.prod(map(len, columns)) <= trials:
+        return list(itertools.product(*columns))
+    source = random.Random(0)
+    drawn: dict[tuple[Any, ...], None] = {}
+    while len(drawn) < trials:  # several values per column, so a second round finds what a collision left out
+        rounds = [source.sample(column * math.ceil(trials / len(column)), trials) for column in columns]
+        for values in zip(*rounds, strict=True):
+            if len(drawn) < trials:
+                drawn[values] = None
+    return list(drawn)
 
 
 def describe_attacks(table: Mapping[str, Attack]) -> str:

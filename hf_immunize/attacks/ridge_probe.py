@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from hf_immunize.attacks._cost import ridge_flops
 from hf_immunize.attacks._probes import ProbeData, probe_data
 from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Attack, Result, Run
@@ -69,7 +70,9 @@ def _solve(data: ProbeData, penalty: float, started: float) -> Result:
     hits = (((judged - mean) @ weights + label_mean).argmax(dim=1) == data.judged_labels_M).double()
     held = data.validation_rows
     point = Evaluation(step=1, validation=float(hits[:held].mean()), test=float(hits[held:].mean()))
-    return Result([point], 1, time.perf_counter() - started)
+    rows, width = phi.shape
+    cost = ridge_flops(rows, width, data.classes)
+    return Result([point], 1, time.perf_counter() - started, samples=rows, flops=cost)
 
 
 ATTACK = Attack(config=RidgeProbe, run=run, family="whitened probing", unit="solve")

@@ -20,6 +20,8 @@ class Run:
     config: Any
     trial: str
     seed: int
+    tuning: tuple[int, ...] = ()
+    """Seeds on which the trials were compared before the best one was run on the others; empty: on all of them."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,10 @@ class Result:
     seconds: float
     outcome: Literal["completed", "diverged", "not_applicable"] = "completed"
     note: str | None = None
+    samples: int | None = None
+    """Training rows seen within the budget, repetitions counted."""
+    flops: float | None = None
+    """Estimated floating-point operations within the budget (``_cost.py``)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,27 @@ class Attack:
     run: Callable[[AttackContext, Sequence[Run]], Iterator[tuple[Run, Result]]]
     family: str
     unit: Literal["step", "solve"] = "step"
+    needs: tuple[Literal["base", "benign"], ...] = ()
+    """What the attacker must hold beside the model and harmful data; written into every trace of the attack."""
+    own_threshold: bool = False
+    """Whether success is a share of what this attack itself reaches on the base: for attackers with hardly any data."""
+
+
+_LACKING = {
+    "base": "the attacker of this exam does not hold the base model (recipes/attack.py --base_path, on every side)",
+    "benign": "the attacker of this exam holds no benign data (benign_dataset)",
+}
+
+
+def lacking(attack_needs: Sequence[str], context: AttackContext) -> str | None:
+    """Why an attack with these needs does not apply, or None."""
+    return next((_LACKING[need] for need in attack_needs if getattr(context, need) is None), None)
+
+
+def not_applicable(runs: Sequence[Run], why: str) -> Iterator[tuple[Run, Result]]:
+    """Every run as one that does not apply: never resistance."""
+    for planned in runs:
+        yield planned, Result([], getattr(planned.config, "steps", 1), 0.0, "not_applicable", why)
 
 
 def evaluation_steps(budget: int, ratio: float = EVALUATION_RATIO) -> list[int]:

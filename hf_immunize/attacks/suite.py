@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_immunize.attacks.context import AttackContext
-from hf_immunize.attacks.plan import find_attack, plan_runs
+from hf_immunize.attacks.plan import find_attack, is_searchable, plan_runs
 from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.errors import RunMismatchError
 from hf_immunize.records import AttackTrace, Provenance
@@ -34,12 +34,17 @@ def run_suite(
     folder: str | Path,
     settings: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
     *,
+    trials: int | None = None,
+    tuning_seeds: int | None = None,
     overwrite: bool = False,
     progress: Callable[[AttackTrace, bool], None] | None = None,
 ) -> SuiteSummary:
     """Run every (attack, trial, seed) that has no valid trace yet and write its trace to ``folder/traces/<role>/``.
 
     Args:
+        trials: as in ``plan_trials``.
+        tuning_seeds: compare the trials of attacks that have a ``search`` on this many of the seeds, and run only the
+            one that does best on validation data on the others. None: every trial on every seed.
         progress: called once per run with its trace and whether it was made now.
 
     Raises:
@@ -47,45 +52,103 @@ def run_suite(
             off. Nothing is run in that case.
         RecordError: a trace file that cannot be read, and ``overwrite`` is off.
     """
-    target = Path(folder) / "traces" / context.role
-    provenance = Provenance.here(context.device)
-    kept: list[AttackTrace] = []
-    missing: dict[str, list[Run]] = {}
+    sitting = _Sitting(context, table, Path(folder) / "traces" / context.role, overwrite, progress)
+    first: dict[str, list[Run]] = {}
+    staged = []
     for name in names:
         attack = find_attack(name, table)
-        for run in plan_runs(attack, seeds, (settings or {}).get(name)):
-            # What a run would write, with an empty result: everything that must agree with a file already there.
-            blank = trace_of(context, name, attack, run, _NOT_RUN, provenance)
-            path = target / blank.file_name
-            if path.exists() and not overwrite:
-                kept.append(_check_same(AttackTrace.read(path), blank, path))
-            else:
-                missing.setdefault(name, []).append(run)
-    for trace in kept if progress else ():
-        progress(trace, False)
-    made = _make(context, table, missing, target, provenance, progress)
-    diverged = sum(trace.outcome == "diverged" for trace in [*kept, *made])
-    return SuiteSummary(len(made), len(kept), diverged)
+        runs = plan_runs(attack, seeds, (settings or {}).get(name), trials)
+        if is_staged(attack, runs, seeds, tuning_seeds):
+            staged.append(name)
+            tuning = tuple(seeds[:tuning_seeds])
+            runs = [dataclasses.replace(run, tuning=tuning) for run in runs if run.seed in tuning]
+        first[name] = runs
+    sitting.sit(first)
+    second = {}
+    for name in staged:
+        best = choose_trial([trace for trace in sitting.all if trace.attack == name])
+        config = next(run.config for run in first[name] if run.trial == best)
+        tuning = first[name][0].tuning
+        second[name] = [Run(config, best, seed, tuning) for seed in seeds if seed not in tuning]
+    sitting.sit(second)
+    diverged = sum(trace.outcome == "diverged" for trace in sitting.all)
+    return SuiteSummary(sitting.made, len(sitting.all) - sitting.made, diverged)
 
 
-def _make(
-    context: AttackContext,
-    table: Mapping[str, Attack],
-    missing: Mapping[str, Sequence[Run]],
-    target: Path,
-    provenance: Provenance,
-    progress: Callable[[AttackTrace, bool], None] | None,
-) -> list[AttackTrace]:
-    """Run what is missing and write each trace as soon as it is there."""
-    made = []
-    for name, runs in missing.items():
-        for run, result in table[name].run(context, runs):
-            trace = trace_of(context, name, table[name], run, result, provenance)
-            trace.write(target / trace.file_name)
-            made.append(trace)
-            if progress:
-                progress(trace, True)
-    return made
+def is_staged(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning_seeds: int | None) -> bool:
+    """Whether an attack's trials are compared on some of the seeds only."""
+    return (
+        tuning_seeds is not None
+        and is_searchable(attack)
+        and 0 < tuning_seeds < len(seeds)
+        and len({run.trial for run in runs}) > 1
+    )
+
+
+def count_runs(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning_seeds: int | None) -> int:
+    """How many of the planned runs a suite makes."""
+    if not is_staged(attack, runs, seeds, tuning_seeds) or tuning_seeds is None:
+        return len(runs)
+    return len({run.trial for run in runs}) * tuning_seeds + len(seeds) - tuning_seeds
+
+
+def choose_trial(traces: Sequence[AttackTrace]) -> str:
+    """The trial with the fewest diverged runs; of these, the best mean validation accuracy on a log scale of steps."""
+    runs: dict[str, list[AttackTrace]] = {}
+    for trace in traces:
+        runs.setdefault(trace.trial, []).append(trace)
+
+    def key(name: str) -> tuple[int, float, str]:
+        diverged = sum(trace.outcome == "diverged" for trace in runs[name])
+        return diverged, -sum(map(_validation_area, runs[name])), name
+
+    return min(runs, key=key)
+
+
+def _validation_area(trace: AttackTrace) -> float:
+    """Evaluations are about equally spaced on a log scale, so their sum stands for the area."""
+    return sum(point.validation for point in trace.curve)
+
+
+@dataclasses.dataclass
+class _Sitting:
+    """Makes runs whose trace is missing and keeps the others."""
+
+    context: AttackContext
+    table: Mapping[str, Attack]
+    target: Path
+    overwrite: bool
+    progress: Callable[[AttackTrace, bool], None] | None
+    all: list[AttackTrace] = dataclasses.field(default_factory=list)
+    made: int = 0
+
+    def sit(self, planned: Mapping[str, Sequence[Run]]) -> None:
+        """Check every trace on disk first, then run what is missing and write each trace as soon as it is there."""
+        provenance = Provenance.here(self.context.device)
+        missing: dict[str, list[Run]] = {}
+        kept = []
+        for name, runs in planned.items():
+            for run in runs:
+                # What a run would write, with an empty result: everything that must agree with a file already there.
+                blank = trace_of(self.context, name, self.table[name], run, _NOT_RUN, provenance)
+                path = self.target / blank.file_name
+                if path.exists() and not self.overwrite:
+                    kept.append(_check_same(AttackTrace.read(path), blank, path))
+                else:
+                    missing.setdefault(name, []).append(run)
+        for trace in kept:
+            self._note(trace, False)
+        for name, runs in missing.items():
+            for run, result in self.table[name].run(self.context, runs):
+                trace = trace_of(self.context, name, self.table[name], run, result, provenance)
+                trace.write(self.target / trace.file_name)
+                self._note(trace, True)
+
+    def _note(self, trace: AttackTrace, made: bool) -> None:
+        self.all.append(trace)
+        self.made += made
+        if self.progress:
+            self.progress(trace, made)
 
 
 def trace_of(
@@ -98,7 +161,9 @@ def trace_of(
         family=attack.family,
         trial=run.trial,
         config=dataclasses.asdict(run.config)
-        | {"attack_fraction": context.attack_fraction, "feature_module": context.head},
+        | {"attack_fraction": context.attack_fraction, "feature_module": context.head}
+        | holdings(context, attack)
+        | ({"tuning_seeds": list(run.tuning)} if run.tuning else {}),
         seed=run.seed,
         role=context.role,
         model=context.fingerprint,
@@ -109,8 +174,21 @@ def trace_of(
         outcome=result.outcome,
         note=result.note,
         seconds=round(result.seconds, 4),
+        samples=result.samples,
+        flops=result.flops,
         provenance=provenance.model_copy(update={"created": now}),
     )
+
+
+def holdings(context: AttackContext, attack: Attack) -> dict[str, str | None]:
+    """Digests of what the attacker needs beside model and harmful data, so that both sides are given the same."""
+    held: dict[str, str | None] = {}
+    for need in attack.needs:
+        if getattr(context, need) is None:
+            held[need] = None
+        else:
+            held[need] = context.base_digest if need == "base" else context.benign_digest
+    return held
 
 
 def _check_same(found: AttackTrace, wanted: AttackTrace, path: Path) -> AttackTrace:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from torch import nn
 
-from hf_immunize.attacks import ATTACKS, describe_model, load_classifier
-from hf_immunize.certification.cells import build_cell, reference_threshold
+from hf_immunize.attacks import ATTACKS, TRAINABILITY, describe_model, load_classifier
+from hf_immunize.certification.cells import build_cell, own_threshold, reference_threshold
 from hf_immunize.certification.checklist import lines_not_run
 from hf_immunize.certification.evidence import control_traces, read_traces, trace_hashes
 from hf_immunize.certification.protocol import Protocol
 from hf_immunize.certification.spectra import measure_spectrum
+from hf_immunize.certification.trainability import measure_trainability
 from hf_immunize.certification.utility import measure_utility
 from hf_immunize.certification.verdict import family_verdicts, overall_verdict, statement
 from hf_immunize.data import PixelDataset
@@ -45,6 +46,7 @@ class ExamData:
     harmful_attack: PixelDataset
     primary: tuple[DatasetFingerprint, ...]
     harmful: tuple[DatasetFingerprint, ...]
+    benign: tuple[DatasetFingerprint, ...] = ()
 
 
 def build_certificate(
@@ -71,23 +73,33 @@ def build_certificate(
     base, immunized = load_classifier(base_folder), load_classifier(folder)
     control, subject = describe_model(base_folder, base), describe_model(folder, immunized)
     _check_comparable(control, subject)
-    traces = {"subject": read_traces(folder, "subject", subject, ATTACKS)}
-    traces |= control_traces(folder, base_folder, control, ATTACKS)
-    _check_data(traces, data)
-    cells = _cells(traces, protocol, threshold, data.harmful[-1].rows)
+    everything = {"subject": read_traces(folder, "subject", subject, ATTACKS | TRAINABILITY)}
+    everything |= control_traces(folder, base_folder, control, ATTACKS | TRAINABILITY)
+    traces, benign = (
+        {role: [trace for trace in found if trace.attack in table] for role, found in everything.items()}
+        for table in (ATTACKS, TRAINABILITY)
+    )
+    _check_data(traces, data.harmful, "harmful")
+    _check_data(benign, data.benign, "benign")
+    _check_base_held(traces)
+    cells = _cells(traces, protocol, threshold, data.harmful[-1])
+    trainability = measure_trainability(benign, rule)
     utility = measure_utility(base.to(device), immunized.to(device), data.primary_test, rule.level)
     spectra = {
         name: _spectra(model, data, feature_module) for name, model in (("base", base), ("immunized", immunized))
     }
     ratio, parts = immunization_ratio(spectra["base"], spectra["immunized"])
     return Certificate(
+        protocol=protocol.name, planned=list(protocol.attacks),
         subject=subject, control=control, primary_data=list(data.primary), harmful_data=list(data.harmful),
-        utility=utility, cells=cells, families=family_verdicts(cells), overall=overall_verdict(cells, utility, rule),
-        statement=statement(cells, utility, rule, subject.name), rule=rule.in_words(),
+        utility=utility, cells=cells, families=family_verdicts(cells),
+        overall=overall_verdict(cells, utility, rule, trainability),
+        statement=statement(cells, utility, rule, subject.name, trainability), rule=rule.in_words(),
         threshold_rule=rule.threshold_in_words() if threshold is None else "Given by hand.",
         spectra=spectra, immunization_ratio=ratio, immunization_ratio_parts=parts,
-        not_run=lines_not_run(sum(traces.values(), []), protocol.attacks), files=loading_files(folder),
-        traces=trace_hashes(folder, traces), provenance=Provenance.here(device), expires=_expiry(rule.valid_days),
+        not_run=lines_not_run(sum(everything.values(), []), protocol.attacks), files=loading_files(folder),
+        benign_data=list(data.benign), trainability=trainability,
+        traces=trace_hashes(folder, everything), provenance=Provenance.here(device), expires=_expiry(rule.valid_days),
     )
 
 
@@ -114,11 +126,19 @@ def _check_comparable(control: ModelFingerprint, subject: ModelFingerprint) -> N
 
 
 def _cells(
-    traces: Mapping[str, Sequence[AttackTrace]], protocol: Protocol, threshold: float | None, test_rows: int
+    traces: Mapping[str, Sequence[AttackTrace]], protocol: Protocol, given: float | None, test: DatasetFingerprint
 ) -> list[Cell]:
     """One cell for every attack that is planned or was run on any side; none can be left out."""
-    if threshold is None:
-        threshold = reference_threshold(traces["control"], protocol.rule)
+    rule = protocol.rule
+    common = reference_threshold(traces["control"], rule) if given is None else given
+
+    def threshold(name: str) -> float:
+        if given is not None or not ATTACKS[name].own_threshold:
+            return common
+        control = [trace for trace in traces["control"] if trace.attack == name]
+        own = own_threshold(control, 1 / max(len(test.classes), 1), rule)
+        return common if own is None else own
+
     run = {trace.attack for found in traces.values() for trace in found}
     names = [name for name in ATTACKS if name in run or name in protocol.attacks]
     return [
@@ -126,9 +146,9 @@ def _cells(
             name,
             ATTACKS[name],
             {role: [trace for trace in found if trace.attack == name] for role, found in traces.items()},
-            threshold,
-            test_rows,
-            protocol.rule,
+            threshold(name),
+            test.rows,
+            rule,
         )
         for name in names
     ]
@@ -142,13 +162,26 @@ def _spectra(model: nn.Module, data: ExamData, feature_module: str | None) -> li
     ]
 
 
-def _check_data(traces: Mapping[str, Sequence[AttackTrace]], data: ExamData) -> None:
+def _check_data(
+    traces: Mapping[str, Sequence[AttackTrace]], splits: Sequence[DatasetFingerprint], task: str
+) -> None:
     """Raise RecordError for a trace of other data than the exam's."""
-    wanted = [fingerprint.sha256 for fingerprint in data.harmful]
+    wanted = [fingerprint.sha256 for fingerprint in splits]
     for role, found in traces.items():
         for trace in found:
             if [fingerprint.sha256 for fingerprint in trace.data] != wanted:
                 raise RecordError(
-                    f"expected traces on the harmful splits of this exam, got other rows in {role}/{trace.file_name}: "
+                    f"expected traces on the {task} splits of this exam, got other rows in {role}/{trace.file_name}: "
                     "certify with the task options (dataset, labels, splits, split_seed) the attacks were run with."
                 )
+
+
+def _check_base_held(traces: Mapping[str, Sequence[AttackTrace]]) -> None:
+    """Raise IncompleteExamError where the sides were given different bases: a wrong one weakens the attack."""
+    held = {role: {trace.config.get("base") for trace in found if ATTACKS[trace.attack].needs == ("base",)}
+            for role, found in traces.items() if role != "scratch"}
+    if len(set().union(*held.values())) > 1:
+        raise IncompleteExamError(
+            "expected attackers of subject and control to hold the same base, got different ones: run "
+            "recipes/attack.py with the same --base_path on both."
+        )

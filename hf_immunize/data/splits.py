@@ -12,6 +12,7 @@ from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.errors import DataError
 
 PRIMARY_SPLITS = {"train": 0.5, "validation": 0.2, "test": 0.3}
+BENIGN_SPLITS = {"attack": 0.5, "validation": 0.2, "test": 0.3}
 HARMFUL_SPLITS = {"defense": 0.35, "attack": 0.35, "validation": 0.1, "test": 0.2}
 
 

@@ -13,7 +13,14 @@ from torch.utils.data import DataLoader
 from hf_immunize.data.fingerprint import fingerprint
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.sources import describe_source, load_source
-from hf_immunize.data.splits import HARMFUL_SPLITS, PRIMARY_SPLITS, parse_fractions, select_classes, split_by_content
+from hf_immunize.data.splits import (
+    BENIGN_SPLITS,
+    HARMFUL_SPLITS,
+    PRIMARY_SPLITS,
+    parse_fractions,
+    select_classes,
+    split_by_content,
+)
 from hf_immunize.errors import DataError
 from hf_immunize.records import DatasetFingerprint
 
@@ -53,14 +60,32 @@ class TaskArguments:
             "and test belong to the attacker."
         },
     )
+    benign_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Third task, harmless and new to the model: the same kinds of source. It shows whether the model "
+            "can still be fine-tuned, and is what attackers mix with harmful data."
+        },
+    )
+    benign_config: str | None = field(default=None, metadata={"help": "Configuration name of the benign dataset."})
+    benign_split: str = field(default="train", metadata={"help": "Split of the benign dataset to load."})
+    benign_labels: str | None = field(
+        default=None, metadata={"help": "Comma-separated class ids of the benign task; all classes by default."}
+    )
+    benign_splits: str = field(
+        default=_fractions(BENIGN_SPLITS),
+        metadata={"help": "Content-hash splits of the benign task; names attack, validation and test are expected."},
+    )
     split_seed: int = field(default=0, metadata={"help": "Seed of the content-hash splits."})
 
 
 class Task:
-    """One side (``primary`` or ``harmful``) of TaskArguments, loaded and split, preprocessed on demand."""
+    """One side (``primary``, ``harmful`` or ``benign``) of TaskArguments, loaded and split, preprocessed on demand."""
 
     def __init__(self, arguments: TaskArguments, side: str):
         self.side = side
+        if getattr(arguments, f"{side}_dataset") is None:
+            raise DataError(f"expected a {side} task, got none: set {side}_dataset.")
         self.source: str = getattr(arguments, f"{side}_dataset")
         self._arguments = arguments
         dataset = load_source(

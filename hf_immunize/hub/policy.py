@@ -41,6 +41,9 @@ class Policy:
     complete_exam: bool = field(default=True, metadata={"help": "Refuse a certificate with an attack NOT RUN."})
     min_seeds: int = field(default=1, metadata={"help": "Seeds behind every attack that was run."})
     issued_after: str | None = field(default=None, metadata={"help": "ISO date; refuse older certificates."})
+    trainable: bool = field(
+        default=False, metadata={"help": "Refuse a certificate that does not show that a benign task is still learned."}
+    )
     signed: bool = field(default=False, metadata={"help": "Refuse a certificate without a valid signature."})
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class Policy:
             ("families", lambda value: isinstance(value, dict), "a mapping from family to verdict"),
             ("max_primary_drop", _is_number, "a number of points"),
             ("complete_exam", lambda value: isinstance(value, bool), "true or false"),
+            ("trainable", lambda value: isinstance(value, bool), "true or false"),
             ("signed", lambda value: isinstance(value, bool), "true or false"),
             ("min_seeds", lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
             ("issued_after", lambda value: isinstance(value, str), "an ISO date"),
@@ -137,6 +141,9 @@ def judge(policy: Policy, certificate: Certificate, signed: bool, findings: Find
     if policy.issued_after is not None and certificate.provenance.created[:10] < policy.issued_after[:10]:
         unmet(f"the policy asks for a certificate from {policy.issued_after} on, this one is of "
               f"{certificate.provenance.created[:10]}.")
+    hindered = [item.attack for item in certificate.trainability if item.verdict != "EQUIVALENT"]
+    if policy.trainable and (hindered or not certificate.trainability):
+        unmet(f"the policy asks for benign trainability, not shown for {', '.join(hindered) or 'any method'}.")
     if policy.signed and not signed:
         unmet("the policy asks for a signature, there is no valid one.")
 

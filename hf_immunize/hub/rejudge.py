@@ -17,7 +17,8 @@ from hf_immunize.records import AttackTrace, Cell, Certificate
 
 def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
     """Recompute every cell, the families and the overall verdict from traces that were found unchanged."""
-    from hf_immunize.certification import family_verdicts, find_rule, overall_verdict
+    from hf_immunize.certification import family_verdicts, find_rule, measure_trainability, overall_verdict
+    from hf_immunize.certification.trainability import TRAINABILITY
 
     rule = find_rule(certificate)
     if rule is None:
@@ -38,7 +39,13 @@ def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Fin
         cells.append(again)
     if [item.model_dump() for item in family_verdicts(cells)] != [item.model_dump() for item in certificate.families]:
         findings.fail("rejudge", CERTIFICATE, "its verdicts by family are not those of its cells.")
-    overall = overall_verdict(cells, certificate.utility, rule)
+    benign = {role: [trace for trace in traces if trace.role == role and trace.attack in TRAINABILITY]
+              for role in ("subject", "control")}
+    trainability = measure_trainability(benign, rule)
+    if _differences([item.model_dump() for item in trainability],
+                    [item.model_dump() for item in certificate.trainability]):
+        findings.fail("rejudge", CERTIFICATE, "its benign trainability is not what its traces give.")
+    overall = overall_verdict(cells, certificate.utility, rule, trainability)
     if overall != certificate.overall:
         findings.fail("rejudge", CERTIFICATE, f"its overall verdict is written {certificate.overall}, judged {overall}")
 

@@ -166,7 +166,7 @@ def _check_trace(name: str, certificate: Certificate, inventory: Inventory, find
     if subject is not None and trace.model.weights != subject.weights:
         findings.fail("trace-weights", name, f"an attack on other weights than the {trace.role} of the certificate: "
                       "the certificate cannot rest on it.")
-    if trace.attack not in {cell.attack for cell in certificate.cells}:
+    if trace.attack not in {entry.attack for entry in (*certificate.cells, *certificate.trainability)}:
         findings.fail("trace-omitted", name, f"the certificate leaves out the attack {trace.attack!r} that this trace "
                       "is of: no attack that was run may be omitted.")
 

@@ -1,5 +1,6 @@
 """Numerics of the package: dtype, rank floors, eigen-solvers and their gradients. Imports torch only."""
 
+from hf_immunize.linalg.linear_map import LinearMap, fit_linear_map, truncated
 from hf_immunize.linalg.ridge import r_squared, ridge_weights, spectral_adversary, spectral_steps
 from hf_immunize.linalg.spectrum import (
     Spectrum,
@@ -11,9 +12,11 @@ from hf_immunize.linalg.spectrum import (
 )
 
 __all__ = [
+    "LinearMap",
     "Spectrum",
     "SpectrumStatus",
     "check_features",
+    "fit_linear_map",
     "r_squared",
     "ridge_weights",
     "second_moment_spectrum",
@@ -21,4 +24,5 @@ __all__ = [
     "spectral_adversary",
     "spectral_steps",
     "to_double",
+    "truncated",
 ]

@@ -1,7 +1,18 @@
 """Everything that is written to disk, and how it is written: atomically, strictly, with provenance."""
 
 from hf_immunize.records.base import SCHEMA_VERSION, Part, Record
-from hf_immunize.records.certificate import Cell, Certificate, FamilyVerdict, Interval, Side, Utility, VerdictName
+from hf_immunize.records.certificate import (
+    AtBudget,
+    AtThreshold,
+    Cell,
+    Certificate,
+    FamilyVerdict,
+    Interval,
+    Side,
+    Trainability,
+    Utility,
+    VerdictName,
+)
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.immunization import ImmunizationRecord, UtilityGuardRecord
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
@@ -13,6 +24,8 @@ __all__ = [
     "HUB_SOURCE",
     "RUN_FILE",
     "SCHEMA_VERSION",
+    "AtBudget",
+    "AtThreshold",
     "AttackTrace",
     "Cell",
     "Certificate",
@@ -29,6 +42,7 @@ __all__ = [
     "RunRecord",
     "Side",
     "SpectrumRecord",
+    "Trainability",
     "Utility",
     "UtilityGuardRecord",
     "VerdictName",

@@ -43,8 +43,12 @@ class AttackTrace(Record):
     curve: list[Evaluation]
     outcome: Outcome
     note: str | None = None
-    """Why it diverged or does not apply; null for a completed run."""
+    """Why it diverged or does not apply; for a completed run, what it found on the way, or null."""
     seconds: float
+    samples: int | None = None
+    """Training rows seen within the budget, repetitions counted; null where nothing was trained."""
+    flops: float | None = None
+    """Estimated floating-point operations within the budget; null where nothing was trained."""
     provenance: Provenance
 
     @model_validator(mode="after")

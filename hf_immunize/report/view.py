@@ -12,6 +12,7 @@ from hf_immunize.records import Cell, FamilyVerdict, Side, SpectrumRecord
 from hf_immunize.report import charts, text
 from hf_immunize.report.charts import BASE, SCRATCH, Curves, SpectrumLine, Strip, Style, style_of
 from hf_immunize.report.evidence import Evidence, attacks_by_family
+from hf_immunize.report.exam import budget_matrix, further, trainability_rows
 
 BASE_LABEL = "Base"
 SCRATCH_LABEL = "From scratch"
@@ -36,6 +37,7 @@ def page(evidence: Sequence[Evidence]) -> dict[str, Any]:
         "legend": legend(evidence, _any_scratch(evidence)),
         "spectra_legend": legend(evidence, scratch=False),
         "matrix": matrix(evidence),
+        "budgets": budget_matrix(evidence),
         "utility": utility_chart(evidence),
         "figures": figures(evidence),
         "spectra": spectrum_figures(evidence),
@@ -43,7 +45,7 @@ def page(evidence: Sequence[Evidence]) -> dict[str, Any]:
         "rules": _distinct([(item.label, item.certificate.rule) for item in evidence]),
         "threshold_rules": _distinct([(item.label, item.certificate.threshold_rule) for item in evidence]),
         "not_run": _distinct([(item.label, tuple(item.certificate.not_run)) for item in evidence]),
-        "data": [*first.primary_data, *first.harmful_data],
+        "data": [*first.primary_data, *first.harmful_data, *first.benign_data],
         "control_differs": control_differs(evidence),
         "level": f"{100 * first.utility.drop.level:g}%",
         "words": words,
@@ -80,6 +82,7 @@ def _model(item: Evidence, index: int) -> dict[str, Any]:
         "guard": guard,
         "allowed": _allowance(guard.allowed if guard else None),
         "drop": text.points(certificate.utility.drop, 1.0),
+        "trainability": trainability_rows(certificate.trainability),
         "rows": [cell_row(cell) for cell in certificate.cells],
         "absent": [cell for cell in certificate.cells if cell.verdict in ("NOT RUN", "NOT APPLICABLE")],
         "has_resistance": any(cell.normalized_resistance or cell.scratch for cell in certificate.cells),
@@ -317,6 +320,7 @@ def cell_row(cell: Cell) -> dict[str, Any]:
         "deviation": text.points(cell.relative_fine_tuning_deviation, 1.0) if measured else text.NONE,
         "resistance": text.NONE if cell.normalized_resistance is None else text.points(cell.normalized_resistance, 1.0),
         "setting": _setting(cell),
+        "further": further(cell) if measured else "",
         "reason": sentence(cell.reason),
     }
 

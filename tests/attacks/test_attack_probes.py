@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_immunize.attacks import ATTACKS, Run, evaluation_steps, plan_runs
+from hf_immunize.attacks import ATTACKS, Run, _probes, evaluation_steps, plan_runs
 from hf_immunize.attacks._probes import initial_weights, probe_data
 from hf_immunize.attacks.linear_probe_adam import LinearProbeAdam
 from hf_immunize.attacks.linear_probe_gd import LinearProbeGD
@@ -64,6 +64,33 @@ def test_batched_probes_equal_torch_optim_one_by_one(make_context, name, config,
         found = results[run.trial, run.seed]
         wanted = one_by_one(context, run.seed, replace(config, learning_rate=run.config.learning_rate), optimizer)
         assert np.array(as_tuples(found.curve)) == pytest.approx(np.array(wanted), abs=1e-9), run.trial
+
+
+@pytest.mark.parametrize("name", ["linear_probe_gd", "linear_probe_momentum", "whitened_probe_gd"])
+def test_fewer_rows_than_columns_are_trained_in_the_row_space_and_nobody_sees_it(make_context, monkeypatch, name):
+    """9 rows of 16 columns: compressed and plain programs, and torch one by one, give the same curves."""
+    context = make_context(rows=12)
+    assert len(context.draw_rows(0)) < 16
+    runs = plan_runs(ATTACKS[name], [0, 1], {"steps": (40,)})
+    compressed = {(run.trial, run.seed): as_tuples(result.curve) for run, result in ATTACKS[name].run(context, runs)}
+    monkeypatch.setattr(_probes, "ROTATION_INVARIANT", ())
+    plain = {(run.trial, run.seed): as_tuples(result.curve) for run, result in ATTACKS[name].run(context, runs)}
+    assert compressed == plain and len({tuple(curve) for curve in plain.values()}) > 2
+
+
+def test_rules_that_share_a_program_are_those_that_run_alone(make_context):
+    data = _probes.probe_data(make_context(), [0, 1], "centered")
+    rules = {"gd": _probes.gradient_descent, "momentum": _probes.momentum, "adam": _probes.adam}
+    rates = [1.0, 0.1]
+    together = initial_weights(data, [0, 1], 6)
+    for _ in _probes.train_probes(data, together, [(rates, rule()) for rule in rules.values()], 20):
+        pass
+    for place, rule in enumerate(rules.values()):
+        alone = initial_weights(data, [0, 1], 2)
+        for _ in _probes.train_probes(data, alone, [(rates, rule())], 20):
+            pass
+        mine = together.view(2, 3, 6, -1)[:, :, 2 * place : 2 * place + 2]
+        assert torch.allclose(mine, alone.view(2, 3, 2, -1), atol=1e-12)
 
 
 def test_a_missing_run_alone_gives_the_curve_it_has_in_company(make_context):

@@ -49,6 +49,34 @@ def test_attack_twice_and_certify(models, capsys):
     assert not any(str(models) in file.read_text() for file in (models / "immunized").rglob("*.json"))
 
 
+def test_a_benign_task_and_a_public_base(models, capsys):
+    """The third task is learned on both sides; attackers who hold the base and benign data run."""
+    third = [*TASK, "--benign_dataset", "builder:digits", "--benign_labels", "0,1,2"]
+    few = ["--seeds", "0", "1", "--device", "cpu", "--tuning_seeds", "0", "--trials", "0"]
+    benign = [*few, "--task", "benign", "--settings", "benign_probe.steps=20", "benign_probe.learning_rate=0.1",
+              *(f"benign_{name}.{option}" for name in ("lora", "full_finetune")
+                for option in ("steps=2", "learning_rate=1e-3"))]
+    harmful = [*few, "--attacks", "ridge_probe", "fold_linear_map", "mixed_finetune", "--base_path",
+               str(models / "base"), "--settings", "fold_linear_map.steps=20", "mixed_finetune.steps=2",
+               "mixed_finetune.learning_rate=1e-3", "ridge_probe.penalty=1e-3", "fold_linear_map.learning_rate=4"]
+    for name, role in (("base", "control"), ("immunized", "subject")):
+        for words in (benign, harmful):
+            run("attack", *third, *words, "--model_path", str(models / name), "--role", role)
+            assert "6 runs made" in capsys.readouterr().out or words is harmful
+    run("certify", *third, "--model_path", str(models / "immunized"), "--base_path", str(models / "base"),
+        "--device", "cpu")
+    shown = capsys.readouterr().out
+    certificate = Certificate.read(models / "immunized" / "certificate.json")
+    assert "benign trainability, lora" in shown and len(certificate.trainability) == 3
+    cells = {cell.attack: cell for cell in certificate.cells}
+    assert cells["fold_linear_map"].subject and cells["mixed_finetune"].subject
+    run("certify", *third, "--model_path", str(models / "immunized"), "--base_path", str(models / "base"),
+        "--device", "cpu", "--recheck", "9")
+    assert "DOES NOT AGREE" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="expected task harmful or benign, got 'other'"):
+        run("attack", *third, "--task", "other", "--model_path", str(models / "base"))
+
+
 def test_yaml_of_the_demo_parses_and_plans(models, capsys):
     run("attack", "--describe")
     described = capsys.readouterr().out

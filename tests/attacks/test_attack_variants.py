@@ -11,6 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_immunize.attacks import ATTACKS, Run, plan_runs
 from hf_immunize.attacks import _finetune as engine
 from hf_immunize.attacks._blocks import block_sites, find_trunk, last_blocks
+from hf_immunize.attacks._rows import training_rows as rows_of
 from hf_immunize.attacks.batchnorm_probe import BatchNormProbe, reestimate
 from hf_immunize.attacks.earlier_layer_probe import EarlierLayerProbe
 from hf_immunize.attacks.few_shot_finetune import FewShotFinetune
@@ -64,10 +65,10 @@ def test_adapters_train_little_beside_the_head(make_context, name):
     seen = {}
     plain = engine.finetune
 
-    def spy(context, model, config, seed):
+    def spy(context, model, config, seed, before):
         seen["trained"] = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
         seen["whole"] = len(list(model.parameters()))
-        return plain(context, model, config, seed)
+        return plain(context, model, config, seed, before)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "finetune", spy)
@@ -165,9 +166,9 @@ def test_reset_draws_the_last_block_anew_and_keeps_the_rest(make_context):
 
 def test_few_shots_are_few_and_the_seeds(make_context):
     context = make_context()
-    data = engine.training_rows(context, FewShotFinetune(shots=3), 1)
+    data = rows_of(context, FewShotFinetune(shots=3), 1)
     assert torch.bincount(data.labels).tolist() == [3, 3, 3]
-    assert torch.equal(data.labels, engine.training_rows(context, FewShotFinetune(shots=3), 1).labels)
+    assert torch.equal(data.labels, rows_of(context, FewShotFinetune(shots=3), 1).labels)
     drawn = {tuple(row.flatten().tolist()) for row in context.attack.subset(context.draw_rows(1)).pixel_values}
     assert {tuple(row.flatten().tolist()) for row in data.pixel_values} <= drawn
 
@@ -176,7 +177,7 @@ def test_noise_changes_labels_and_pixels_by_as_much_as_it_says_and_not_the_attac
     context = make_context(rows=300)
     before = context.attack.pixel_values.clone(), context.attack.labels.clone()
     clean = context.attack.subset(context.draw_rows(0))
-    data = engine.training_rows(context, NoisyFinetune(label_noise=0.3, pixel_noise=0.5), 0)
+    data = rows_of(context, NoisyFinetune(label_noise=0.3, pixel_noise=0.5), 0)
     wrong = (data.labels != clean.labels).double().mean().item()
     assert 0.1 < wrong < 0.3  # a third of random labels are right by chance
     spread = (data.pixel_values - clean.pixel_values).std() / clean.pixel_values.std()
@@ -212,7 +213,8 @@ def test_every_attack_of_the_table_runs_on_a_tiny_model(make_context):
         run = plan_runs(attack, [0], chosen)[0]
         ((_, result),) = attack.run(context, [run])
         outcomes[name] = result.outcome
-    assert {name for name, outcome in outcomes.items() if outcome != "completed"} == {"batchnorm_probe"}
+    assert {name for name, outcome in outcomes.items() if outcome != "completed"} == {
+        "batchnorm_probe", "fold_linear_map", "subtract_difference", "mixed_finetune"}
 
 
 def test_the_ridge_head_is_the_ridge_probe_on_raw_features(make_context):

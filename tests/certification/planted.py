@@ -100,7 +100,7 @@ def train_base(folder: Path, steps: int = 400) -> Path:
 
 @torch.no_grad()
 def plant(base: Path, folder: Path, what: str) -> Path:
-    """A copy of the base with one planted property; all but ``masked`` keep the function on every image."""
+    """A copy of the base with one planted property; all but ``masked`` and ``ruined`` keep the function."""
     model = AutoModelForImageClassification.from_pretrained(base)
     norm, head = model.vit.layernorm, model.classifier
     if what == "scaled":
@@ -116,5 +116,8 @@ def plant(base: Path, folder: Path, what: str) -> Path:
         head.weight.copy_(head.weight.double() @ (right / sigma) @ left.T)
     elif what == "masked":
         model.mask[:, 0] = 0
+    elif what == "ruined":
+        for parameter in model.vit.parameters():
+            parameter.zero_()
     model.save_pretrained(folder)
     return folder

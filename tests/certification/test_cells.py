@@ -89,10 +89,23 @@ def test_the_checklist_names_what_is_missing_and_only_that():
     for words in ("at least 5 attack seeds (here 2)", "LoRA at several ranks", "three decades for lora", "from scratch",
                   "planned attack ridge_probe", "structural attackers", "benign trainability"):
         assert words in lines
+    for words in ("distillation into a fresh copy", "public base", "folding", "mixed with benign", "augmentation",
+                  "schedule", "warm-up", "weight decay", "batch sizes", "clipping", "50 epochs", "one image per class"):
+        assert words in lines
     wide = [
-        run for rate in (1e-4, 1e-1) for rank in (1, 64) for scheduler in ("constant", "cosine")
-        for run in side_of("subject", (10,) * 5, config={"learning_rate": rate, "rank": rank, "scheduler": scheduler})
-    ] + side_of("scratch", (10,) * 5)
+        run for rate in (1e-4, 1e-1) for rank in (1, 64)
+        for run in side_of("subject", (10,) * 5, samples=50 * 200, config={
+            "learning_rate": rate, "rank": rank, "scheduler": f"s{rank}", "warmup_steps": rank, "weight_decay": rank,
+            "batch_size": rank, "max_grad_norm": rank})
+    ] + side_of("scratch", (10,) * 5) + [
+        run.model_copy(update={"attack": name}) for name in ("distil_fresh", "fold_linear_map", "subtract_difference",
+                                                            "mixed_finetune", "augmented_finetune")
+        for run in side_of("subject", (10,), config={})
+    ]
     lines = " | ".join(lines_not_run(wide, ["lora"]))
-    for words in ("seeds", "LoRA at several ranks", "three decades", "from scratch", "planned attack", "schedules"):
-        assert words not in lines
+    for words in ("seeds", "LoRA at several ranks", "three decades", "from scratch", "planned attack", "schedule",
+                  "warm-up", "decay", "batch sizes", "clipping", "epochs", "distillation", "public base",
+                  "benign data"):
+        assert words not in lines, words
+    away = [run.model_copy(update={"outcome": "not_applicable", "note": "no base"}) for run in wide]
+    assert "distillation into a fresh copy" in " | ".join(lines_not_run(away, []))

@@ -27,8 +27,10 @@ def blobs(rows: int, seed: int, classes: int, spread: float = 0.4) -> PixelDatas
     return PixelDataset(pixels, labels, [f"class {index}" for index in range(classes)])
 
 
-def sit_exam(folder: Path, role: str, exam, seeds=(0, 1, 2), names=tuple(SETTINGS), settings=SETTINGS) -> None:
+def sit_exam(
+    folder: Path, role: str, exam, seeds=(0, 1, 2), names=tuple(SETTINGS), settings=SETTINGS, base: Path | None = None
+) -> None:
     """Attack ``folder`` in one role with the tiny exam."""
     data, splits = exam
-    context = AttackContext(folder=folder, role=role, data=data.harmful, **splits)
+    context = AttackContext(folder=folder, role=role, data=data.harmful, base=base, **splits)
     run_suite(context, ATTACKS, list(names), seeds, folder, settings)

@@ -87,7 +87,8 @@ class Loopback:
     def put_revision(self, repo_id: str, files: dict[str, bytes], branch: str = "main", title: str = "") -> str:
         """A new revision with exactly these files."""
         repository = self.repositories.setdefault(repo_id, Repository())
-        oid = hashlib.sha1(f"{repo_id}{len(repository.revisions)}{sorted(files)}".encode()).hexdigest()
+        held = sorted((name, hashlib.sha1(data).hexdigest()) for name, data in files.items())
+        oid = hashlib.sha1(f"{repo_id}{len(repository.revisions)}{held}".encode()).hexdigest()  # other bytes, other id
         repository.revisions[oid] = Revision(oid, dict(files), title)
         repository.branches[branch] = oid
         repository.branches.setdefault("main", oid)

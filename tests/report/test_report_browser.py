@@ -27,7 +27,9 @@ def browser():
 def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("pages")
     base = build.base_folder(root)
-    two = [build.exam_folder(root, build.Exam(scratch=True)), build.exam_folder(root, build.Exam(name="other_model"))]
+    learned = {"trainability": build.trainability()}
+    two = [build.exam_folder(root, build.Exam(scratch=True, extra=learned)),
+           build.exam_folder(root, build.Exam(name="other_model"))]
     wild_root = root / "wild"
     wild = build.exam_folder(wild_root, hostile_exam(HOSTILE))
     return {
