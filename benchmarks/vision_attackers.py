@@ -1,4 +1,4 @@
-"""The attackers of vision_transfer.py: the package's own probes on features of a split, and full fine-tuning of the tail."""
+"""The attackers of vision_transfer.py: the package's own probes on features, and full fine-tuning of the tail."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.attacks import ATTACKS, AttackContext, Run, plan_runs
-from hf_immunize.attacks._probes import ProbeData, Update, adam, gradient_descent, initial_weights, probe_data, train_probes
+from hf_immunize.attacks import ATTACKS, AttackContext, plan_runs
+from hf_immunize.attacks._probes import (
+    ProbeData,
+    Update,
+    adam,
+    gradient_descent,
+    initial_weights,
+    probe_data,
+    train_probes,
+)
 from hf_immunize.data import PixelDataset
 
 ROLES = ("attack", "validation", "test")
@@ -59,8 +67,8 @@ def probe(context: AttackContext, seed: int, kind: str) -> Found:
     }[kind]
     data = probe_data(context, [seed], mapped)
     data = _rotated(data) if kind == "gradient_descent" else data
-    return _best(replace(data, train_SND=data.train_SND.float(), judged_SMD=data.judged_SMD.float()), seed, rates, steps,
-                 update)  # fmt: skip
+    data = replace(data, train_SND=data.train_SND.float(), judged_SMD=data.judged_SMD.float())
+    return _best(data, seed, rates, steps, update)
 
 
 def _rotated(data: ProbeData) -> ProbeData:
@@ -135,4 +143,4 @@ def fine_tune(
     return curve
 
 
-__all__ = ["Found", "Run", "attack_all", "curve_rfd", "fine_tune", "signed_rfd", "strongest"]
+__all__ = ["Found", "attack_all", "curve_rfd", "fine_tune", "signed_rfd", "strongest"]

@@ -1,4 +1,4 @@
-"""Turn the archives of Tiny-ImageNet-200 and Stanford Cars into two parquet files that the recipes read as local datasets.
+"""Turn the archives of Tiny-ImageNet-200 and Stanford Cars into two parquet files, which the recipes read.
 
     python benchmarks/vision_data.py --tiny_imagenet tiny_imagenet_50.zip --stanford_cars stanford_cars_80_128.zip \
         --output runs/vision-data

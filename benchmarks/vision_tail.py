@@ -37,16 +37,20 @@ class Backbone:
     first: int
     after: tuple[str, ...]
     primary_splits: str
+    flipped: bool
+    """Whether the defender also sees its harmful images mirrored."""
 
 
 BACKBONES = {
     "mobilenetv2": Backbone(
-        "google/mobilenet_v2_1.0_224", 128, "layer", 13, ("conv_1x1",), "train=0.65,validation=0.1,test=0.25"
+        "google/mobilenet_v2_1.0_224", 128, "layer", 13, ("conv_1x1",),
+        "train=0.65,validation=0.1,test=0.25", True,
     ),
     "dinov2": Backbone(
-        "facebook/dinov2-small", 98, "encoder.layer", 11, ("layernorm",), "train=0.3,validation=0.08,test=0.15,unused=0.47"
+        "facebook/dinov2-small", 98, "encoder.layer", 11, ("layernorm",),
+        "train=0.3,validation=0.08,test=0.15,unused=0.47", False,
     ),
-}
+}  # fmt: skip
 
 
 class TailClassifier(nn.Module):
@@ -107,7 +111,7 @@ class _Cut(Exception):
     """Raised where the tail begins."""
 
 
-def _activations(backbone: Backbone, model: nn.Module, rows: Any, name: str) -> Tensor:
+def _activations(backbone: Backbone, model: nn.Module, rows: Any, name: str, *, mirrored: bool = False) -> Tensor:
     """float16 activations at the cut, images in the order of ``rows``."""
     caught: list[Tensor] = []
 
@@ -115,12 +119,14 @@ def _activations(backbone: Backbone, model: nn.Module, rows: Any, name: str) -> 
         caught.append((args[0] if args else kwargs["hidden_states"]).half())
         raise _Cut
 
-    handle = model.get_submodule(f"{backbone.blocks}.{backbone.first}").register_forward_pre_hook(stop, with_kwargs=True)
+    first = model.get_submodule(f"{backbone.blocks}.{backbone.first}")
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     with torch.inference_mode():
         for start in tqdm(range(0, len(rows), 32), desc=name, leave=False, disable=None):
             images = [square(rows[i]["image"], backbone.size) for i in range(start, min(start + 32, len(rows)))]
+            pixels = torch.stack(images)
             try:
-                model(torch.stack(images))
+                model(pixels.flip(-1) if mirrored else pixels)
             except _Cut:
                 continue
     handle.remove()
@@ -138,6 +144,8 @@ def _tasks(backbone: Backbone, primary: str, harmful: str) -> dict[str, Any]:
         kept, _ = select_classes(cars, list(labels), label_column="label", name=side)
         parts = split_by_content(kept, fractions)
         found |= {f"{side}_{role}": rows for role, rows in parts.items() if (side, role) != ("other", "defense")}
+    if backbone.flipped:
+        found["harmful_defense_mirrored"] = found["harmful_defense"]
     return found
 
 
@@ -150,7 +158,7 @@ def prepare(name: str, folder: Path, model_path: str | None, primary: str, harmf
         if path.exists():
             continue
         model = model or AutoModel.from_pretrained(model_path or backbone.model, dtype=torch.float32).eval()
-        activations = _activations(backbone, model, rows, role).contiguous()
+        activations = _activations(backbone, model, rows, role, mirrored=role.endswith("_mirrored")).contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"activations": activations, "labels": torch.tensor(rows["label"][:])}, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)

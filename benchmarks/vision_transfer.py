@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from vision_attackers import attack_all, fine_tune
-from vision_rows import FRONTIER, ROWS, options_of
+from vision_rows import FRONTIER, OURS, ROWS, options_of
 from vision_tail import BACKBONES, TailClassifier, features_of, load_split, load_tail, prepare
 
 from hf_immunize.data import PixelDataset
@@ -34,7 +34,7 @@ from hf_immunize.records import Provenance, atomic_write
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 
 HEAD_DECAYS = (3e-4, 1e-3, 3e-3, 1e-2)
-FINE_TUNED = ("init", "plain fine-tuning", "closed_form_adversary")
+FINE_TUNED = ("init", OURS)
 """Rows whose tail is also fine-tuned in full."""
 
 
@@ -78,6 +78,14 @@ def theta_0(name: str, folder: Path, model_path: str | None) -> TailClassifier:
     return tail
 
 
+def defender_rows(folder: Path) -> PixelDataset:
+    """Every harmful image the defender may see, mirrored ones included."""
+    names = ["harmful_defense", "harmful_defense_mirrored"]
+    parts = [load_split(folder, name) for name in names if (folder / f"{name}.safetensors").exists()]
+    pixels, labels = (torch.cat([getattr(part, key) for part in parts]) for key in ("pixel_values", "labels"))
+    return PixelDataset(pixels, labels, parts[0].label_names, "harmful defense")
+
+
 def immunize(tail: TailClassifier, folder: Path, options: dict[str, Any], seed: int, work: Path) -> float:
     """Train the tail in place with ImmunizationTrainer; returns seconds of processor time."""
     args = ImmunizationConfig(output_dir=str(work), seed=seed, report_to="none", save_strategy="no", use_cpu=True,
@@ -86,7 +94,7 @@ def immunize(tail: TailClassifier, folder: Path, options: dict[str, Any], seed: 
         model=tail.train(),
         args=args,
         train_dataset=load_split(folder, "primary_train"),
-        harmful_dataset=load_split(folder, "harmful_defense"),
+        harmful_dataset=defender_rows(folder),
     )
     started = time.process_time()
     trainer.train()

@@ -94,6 +94,13 @@ class ImmunizationConfig(TrainingArguments):
     distillation: float = field(
         default=0.0, metadata={"help": "Weight of KL(model before immunization || model) on primary rows. 0: off."}
     )
+    feature_distillation: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the mean of |phi - phi_0|^2 / |phi_0|^2 over primary rows, phi the head's input and "
+            "phi_0 that of the model before immunization. Holds what logits do not show. 0: off."
+        },
+    )
     primary_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the primary task's own loss; 0 trains on distillation alone."}
     )
@@ -182,7 +189,8 @@ class ImmunizationConfig(TrainingArguments):
         return found
 
     def _validate_immunization(self) -> None:
-        at_least = {name: 0 for name in ("strength", "distillation", "primary_loss_weight", "memorization")}
+        held = ("primary_loss_weight", "distillation", "feature_distillation")
+        at_least = {name: 0 for name in ("strength", "memorization", *held)}
         at_least |= {"harmful_group_rows": 3, "attacker_steps": 1, "feature_bank_rows": 0, "precondition_ridge": 0}
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
@@ -197,8 +205,11 @@ class ImmunizationConfig(TrainingArguments):
                 "expected max_primary_drop or ema_decay, or load_best_model_at_end, got both: guard and average "
                 "already choose the weights that are returned. Turn load_best_model_at_end off."
             )
-        if self.primary_loss_weight == 0 and self.distillation == 0:
-            raise ConfigError("expected something that keeps the primary task, got primary_loss_weight=distillation=0.")
+        if self.primary_loss_weight == self.distillation == self.feature_distillation == 0:
+            raise ConfigError(
+                "expected something that keeps the primary task, got primary_loss_weight=distillation="
+                "feature_distillation=0."
+            )
         if self.augmentation is not None:
             parse_augmentation(self.augmentation)
         refuse_unsupported(self)

@@ -47,6 +47,7 @@ class StepMixin:
     model: Any
     accelerator: Any
     kind: str
+    site: str
     frozen: FrozenPart
     objective: GlobalObjective
     preconditioner: Preconditioner | None
@@ -116,9 +117,10 @@ class StepMixin:
 
     @contextlib.contextmanager
     def _watched(self, bare: nn.Module) -> Iterator[Captured]:
-        """Capture what the objective and the preconditioner need of one forward."""
+        """Capture what the objective, the preconditioner and feature distillation need of one forward."""
         layers = list(self.preconditioner.layers) if self.preconditioner else []
-        with capture_inputs(bare, dict.fromkeys([*self.objective.sites, *layers])) as caught:
+        head = [self.site] if self.args.feature_distillation else []
+        with capture_inputs(bare, dict.fromkeys([*self.objective.sites, *layers, *head])) as caught:
             yield caught
 
     def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:

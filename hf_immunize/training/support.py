@@ -58,7 +58,7 @@ def refuse_sharded(args: Any, model: nn.Module) -> None:
         "cache_frozen_features": args.cache_frozen_features,
         "precondition_gradients": args.precondition_gradients is not None,
         "ema_decay": args.ema_decay > 0,
-        "distillation": args.distillation > 0,
+        "distillation": args.distillation + args.feature_distillation > 0,
         "max_primary_drop": args.max_primary_drop is not None,
     }
     asked = [name for name, on in needs_whole.items() if on]

@@ -14,10 +14,11 @@ from transformers.utils import logging
 
 from hf_immunize.data import check_label_range, check_sample, collate_pixels, labels_of
 from hf_immunize.errors import ConfigError, DataError, ModelError
-from hf_immunize.features import capture_inputs, find_classifier
+from hf_immunize.features import Captured, capture_inputs, find_classifier
 from hf_immunize.training.average import WeightAverage
 from hf_immunize.training.checkpointing import StrictCheckpointMixin
 from hf_immunize.training.config import ImmunizationConfig
+from hf_immunize.training.distillation import feature_distance
 from hf_immunize.training.distributed import mean_over_ranks
 from hf_immunize.training.frozen import BoundaryDataset, FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
 from hf_immunize.training.global_objective import GlobalObjective
@@ -126,7 +127,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))
         if args.cache_frozen_features:
             harmful_dataset = self._use_cache(model, data_collator, primary_labels, harmful_labels)
-        self.teacher = self._frozen_copy() if args.distillation > 0 and not args.cache_frozen_features else None
+        asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
+        self.teacher = self._frozen_copy() if asked else None
         self._harmful = self._stream(harmful_dataset, harmful_labels)
 
     def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
@@ -260,7 +262,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         caught = {"primary": caught_primary, "harmful": caught_harmful}
         plan = self._planned[place] if self._planned is not None else self._plan_of([self._micro(caught, inputs)])[0]
         self.meter.add({"primary_loss": mean_over_ranks(loss)})
-        total = self.args.primary_loss_weight * loss + self._distill(primary, outputs) + self._inject(caught, plan)
+        total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught_primary)
+        total = total + self._inject(caught, plan)
         return (total, outputs) if return_outputs else total
 
     @contextlib.contextmanager
@@ -271,18 +274,25 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
                 plain = plain | {"labels": plain["labels"].float()}
             yield plain
 
-    def _distill(self, primary: dict[str, Any], outputs: Any) -> Tensor | float:
-        if not self.args.distillation:
-            return 0.0
-        target = primary.get("teacher_logits")
-        if target is None:
-            assert self.teacher is not None
-            with torch.no_grad():
-                self.teacher.to(primary["pixel_values"].device)
-                target = self.teacher(pixel_values=primary["pixel_values"]).logits
-        distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind)
-        self.meter.add({"distillation": mean_over_ranks(distance)})
-        return self.args.distillation * distance
+    def _distill(self, primary: dict[str, Any], outputs: Any, caught: Captured) -> Tensor | float:
+        """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
+        target, features = primary.get("teacher_logits"), None
+        if self.teacher is not None:
+            self.teacher.to(outputs["logits"].device)
+            with torch.no_grad(), capture_inputs(self.teacher, [self.site]) as teacher:
+                with self.frozen.entered(self.teacher, primary) as plain:
+                    target = self.teacher(**{name: part for name, part in plain.items() if name != "labels"}).logits
+            features = teacher[self.site]
+        total: Tensor | float = 0.0
+        if self.args.distillation:
+            distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind)
+            self.meter.add({"distillation": mean_over_ranks(distance)})
+            total = total + self.args.distillation * distance
+        if features is not None and self.args.feature_distillation:
+            distance = feature_distance(caught[self.site], features)
+            self.meter.add({"feature_distillation": mean_over_ranks(distance)})
+            total = total + self.args.feature_distillation * distance
+        return total
 
 
 def _head_of(model: nn.Module, args: ImmunizationConfig) -> str:

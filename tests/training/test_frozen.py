@@ -30,7 +30,11 @@ def test_the_frozen_part_is_not_in_the_graph_and_does_not_move(make_trainer, mak
     assert moved and all(name.startswith(("vit.layers.2", "vit.layernorm", "classifier")) for name in moved)
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "ema_decay": 0.9}], ids=["plain", "more"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "feature_distillation": 2.0}],
+    ids=["plain", "more"],
+)
 def test_cached_and_uncached_training_end_at_the_same_weights(make_trainer, make_vit, make_pixels, tmp_path, options):
     def run(cached: bool, folder: str):
         trainer = make_trainer(
