@@ -33,7 +33,7 @@ from hf_immunize.linalg import second_moment_spectrum
 from hf_immunize.records import Provenance, atomic_write
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 
-HEAD_DECAYS = (3e-4, 1e-3, 3e-3, 1e-2)
+HEAD_DECAYS = (3e-3, 1e-2, 3e-2, 1e-1)
 FINE_TUNED = ("init", OURS)
 """Rows whose tail is also fine-tuned in full."""
 
