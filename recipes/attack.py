@@ -23,6 +23,7 @@ from hf_immunize.attacks.plan import describe_attacks, find_attack
 from hf_immunize.certification.protocol import PROTOCOLS, find_protocol
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ConfigError, ImmunizeError
+from hf_immunize.hub import local_folder, working_folder
 from hf_immunize.options import parse_options
 
 
@@ -30,7 +31,8 @@ from hf_immunize.options import parse_options
 class AttackArguments:
     """Which model is attacked, by whom, and how often."""
 
-    model_path: str = field(metadata={"help": "Folder (save_pretrained) of the model to attack."})
+    model_path: str = field(metadata={"help": "Folder (save_pretrained) or Hub id of the model to attack."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the Hub."})
     role: str = field(
         default="subject",
         metadata={
@@ -61,7 +63,11 @@ class AttackArguments:
         default=None, metadata={"help": "Head whose input is probed; found automatically by default."}
     )
     output_path: str | None = field(
-        default=None, metadata={"help": "Where traces/<role>/ is written; model_path by default."}
+        default=None,
+        metadata={
+            "help": "Where traces/<role>/ is written; model_path by default. A model from the Hub is copied there, by "
+            "default to runs/<owner>--<name>, so that certify.py finds weights and traces together."
+        },
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
     overwrite: bool = field(default=False, metadata={"help": "Make runs again whose trace tells of another run."})
@@ -91,8 +97,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings([*protocol.settings, *(arguments.settings or [])], ATTACKS)
     planned = sum(len(plan_runs(find_attack(name, ATTACKS), seeds, settings.get(name))) for name in names)
 
-    context = make_context(task_arguments, arguments, str(state.device))
-    output = Path(arguments.output_path or arguments.model_path)
+    folder, _ = local_folder(
+        arguments.model_path,
+        revision=arguments.revision,
+        into=arguments.output_path or working_folder(arguments.model_path),
+    )
+    context = make_context(task_arguments, arguments, folder, str(state.device))
+    output = Path(arguments.output_path or folder)
     with tqdm(total=planned, desc=f"attacks on {output.name} ({arguments.role})", unit="run", disable=None) as bar:
 
         def progress(trace, made):
@@ -108,13 +119,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def make_context(task_arguments: TaskArguments, arguments: AttackArguments, device: str) -> AttackContext:
+def make_context(
+    task_arguments: TaskArguments, arguments: AttackArguments, folder: Path, device: str
+) -> AttackContext:
     """The attacked model and the attacker's three splits."""
-    processor = load_processor(arguments.model_path)
+    processor = load_processor(folder)
     task = Task(task_arguments, "harmful")
     splits = {role: task.pixels(role, processor) for role in ("attack", "validation", "test")}
     return AttackContext(
-        folder=Path(arguments.model_path),
+        folder=folder,
         role=arguments.role,
         **splits,
         data=tuple(task.fingerprint(split, role) for role, split in splits.items()),

@@ -22,7 +22,7 @@ from hf_immunize.attacks import AttackContext, load_processor
 from hf_immunize.certification import PROTOCOLS, ExamData, Rule, build_certificate, find_protocol, recheck
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ImmunizeError
-from hf_immunize.hub import write_card
+from hf_immunize.hub import is_hub_id, local_folder, working_folder, write_card
 from hf_immunize.options import parse_options
 from hf_immunize.records import Certificate, Interval
 
@@ -31,8 +31,15 @@ from hf_immunize.records import Certificate, Interval
 class CertifyArguments:
     """Which model is judged against which base."""
 
-    model_path: str = field(metadata={"help": "Folder of the model under test, with traces/subject/."})
-    base_path: str = field(metadata={"help": "Folder of the un-immunized base, with traces/control/."})
+    model_path: str = field(
+        metadata={
+            "help": "Folder of the model under test, with traces/subject/; or the Hub id it was attacked by, which "
+            "stands for the folder attack.py copied it to."
+        }
+    )
+    base_path: str = field(metadata={"help": "The same for the un-immunized base, with traces/control/."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of a model_path on the Hub."})
+    base_revision: str | None = field(default=None, metadata={"help": "Revision of a base_path on the Hub."})
     protocol: str = field(
         default="quick",
         metadata={"help": f"Preset exam whose attacks must be there or are named NOT RUN: {', '.join(PROTOCOLS)}."},
@@ -61,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = PartialState(cpu=arguments.device == "cpu")
     if not state.is_main_process:
         return
+    arguments.model_path = working_copy(arguments.model_path, arguments.revision)
+    arguments.base_path = working_copy(arguments.base_path, arguments.base_revision)
     protocol = find_protocol(arguments.protocol)
     processor = load_processor(arguments.model_path)
     primary, harmful = Task(task_arguments, "primary"), Task(task_arguments, "harmful")
@@ -90,6 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_card(folder)
     print_verdicts(certificate)
     print(f"certificate: {folder / 'certificate.json'}")
+
+
+def working_copy(named: str, revision: str | None) -> str:
+    """The folder that attack.py worked in; a path that is not there is left to the judge to explain."""
+    if revision is None and not is_hub_id(named):
+        return named
+    return str(local_folder(named, revision=revision, into=working_folder(named))[0])
 
 
 def check_again(arguments: CertifyArguments, rule: Rule, data: ExamData, splits: dict, device: str) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, se
 
 from hf_immunize.data import Task, TaskArguments, describe_source
 from hf_immunize.errors import ImmunizeError, ModelError
+from hf_immunize.hub import local_folder
 from hf_immunize.options import parse_options
 from hf_immunize.records import ModelFingerprint, begin_run, fingerprint_of, finish_run, weight_files
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
@@ -28,24 +29,24 @@ class BaseArguments:
     """Which model to immunize."""
 
     base_path: str = field(metadata={"help": "Folder or Hub id of the trained classifier to immunize (theta_0)."})
+    base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a base on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
 
 
 def load_base(options: BaseArguments) -> tuple:
-    """Model, processor and fingerprint of the base."""
-    source = {"trust_remote_code": options.trust_remote_code}
-    processor = AutoImageProcessor.from_pretrained(options.base_path, backend="pil", **source)
-    model = AutoModelForImageClassification.from_pretrained(options.base_path, **source)
-    folder = Path(options.base_path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        folder = Path(snapshot_download(options.base_path, allow_patterns=["*.safetensors", "*.json"]))
+    """Model, processor and fingerprint of the base, from safetensors only."""
+    trusted = {"trust_remote_code": options.trust_remote_code}
+    folder, source = local_folder(
+        options.base_path, revision=options.base_revision, with_code=options.trust_remote_code
+    )
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **trusted)
+    model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **trusted)
     print_of = ModelFingerprint.of_folder(
         folder,
         name=describe_source(options.base_path),
         architecture=type(model).__name__,
         parameters=model.num_parameters(),
+        source=source,
     )
     return model, processor, print_of
 

@@ -128,7 +128,7 @@ def _check_same(found: AttackTrace, wanted: AttackTrace, path: Path) -> AttackTr
 def _identity(trace: AttackTrace, what: str) -> Any:
     """What makes two runs the same: content, not the names of folders and sources."""
     if what == "model":
-        return trace.model.model_dump(exclude={"name"})
+        return trace.model.model_dump(exclude={"name", "revision"})
     return [split.sha256 for split in trace.data] if what == "data" else getattr(trace, what)
 
 

@@ -3,6 +3,7 @@
 from hf_immunize.hub.card import CardOptions, render_card, write_card
 from hf_immunize.hub.findings import Finding, Verification
 from hf_immunize.hub.load import load_verified, verify_model
+from hf_immunize.hub.local import is_hub_id, local_folder, working_folder
 from hf_immunize.hub.policy import Policy
 from hf_immunize.hub.publish import Publication, publish
 from hf_immunize.hub.verify import verify_folder
@@ -13,10 +14,13 @@ __all__ = [
     "Policy",
     "Publication",
     "Verification",
+    "is_hub_id",
     "load_verified",
+    "local_folder",
     "publish",
     "render_card",
     "verify_folder",
     "verify_model",
+    "working_folder",
     "write_card",
 ]

@@ -4,12 +4,13 @@ from hf_immunize.records.base import SCHEMA_VERSION, Part, Record
 from hf_immunize.records.certificate import Cell, Certificate, FamilyVerdict, Interval, Side, Utility, VerdictName
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.immunization import ImmunizationRecord, UtilityGuardRecord
-from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint, Provenance
+from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
 from hf_immunize.records.spectrum import SpectrumRecord
 from hf_immunize.records.trace import AttackTrace, Evaluation
 
 __all__ = [
+    "HUB_SOURCE",
     "RUN_FILE",
     "SCHEMA_VERSION",
     "AttackTrace",
@@ -18,6 +19,7 @@ __all__ = [
     "DatasetFingerprint",
     "Evaluation",
     "FamilyVerdict",
+    "HubSource",
     "ImmunizationRecord",
     "Interval",
     "ModelFingerprint",

@@ -12,7 +12,7 @@ VerdictName = Literal["RESISTS", "FAILS", "INCONCLUSIVE", "NOT APPLICABLE", "NOT
 
 
 class Interval(Part):
-    """A point estimate with a bootstrap interval. A null bound is open: censored runs put no figure on it."""
+    """A point estimate with its interval. A null bound is open: censored runs put no figure on it."""
 
     estimate: float | None
     low: float | None
@@ -77,7 +77,7 @@ class Utility(Part):
     base: float
     immunized: float
     drop: Interval
-    """Base minus immunized, in points; bootstrap over paired test rows."""
+    """Base minus immunized, in points; interval for matched proportions over paired test rows."""
     rows: int
 
 

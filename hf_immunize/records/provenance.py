@@ -8,9 +8,10 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from hf_immunize.records.base import Part
+from hf_immunize.records.base import Part, Record
 from hf_immunize.records.files import sha256_file, weight_files
 
+HUB_SOURCE = "hub_source.json"
 _PACKAGES = (
     "hf_immunize", "torch", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy", "safetensors"
 )
@@ -78,6 +79,22 @@ class DatasetFingerprint(Part):
     """SHA-256 over the row digests in order."""
 
 
+class HubSource(Record):
+    """Where on the Hub the files of a working folder came from; written beside them."""
+
+    repo_id: str
+    revision: str
+    """Commit of the repository."""
+    asked: str | None = None
+    """Branch, tag or commit that was asked for; null for the main branch."""
+
+    @classmethod
+    def find(cls, folder: str | Path) -> HubSource | None:
+        """The source of a folder's files; None for a folder that did not come from the Hub."""
+        path = Path(folder) / HUB_SOURCE
+        return cls.read(path) if path.is_file() else None
+
+
 class ModelFingerprint(Part):
     """Identity of a saved model: its architecture, parameter count and the SHA-256 of each weight file."""
 
@@ -85,10 +102,25 @@ class ModelFingerprint(Part):
     architecture: str
     parameters: int
     weights: dict[str, str]
+    revision: str | None = None
+    """Commit on the Hub the weights came from; null for a local model."""
 
     @classmethod
-    def of_folder(cls, folder: str | Path, *, name: str, architecture: str, parameters: int) -> ModelFingerprint:
-        """Hash every safetensors file of ``folder``. Raises RecordError when there is none."""
+    def of_folder(
+        cls, folder: str | Path, *, name: str, architecture: str, parameters: int, source: HubSource | None = None
+    ) -> ModelFingerprint:
+        """Hash every safetensors file of ``folder``; a model from the Hub goes by its name there.
+
+        Raises:
+            RecordError: no safetensors file.
+        """
         root = Path(folder)
         weights = {path.relative_to(root).as_posix(): sha256_file(path) for path in weight_files(root)}
-        return cls(name=name, architecture=architecture, parameters=parameters, weights=weights)
+        source = source or HubSource.find(root)
+        return cls(
+            name=source.repo_id if source else name,
+            architecture=architecture,
+            parameters=parameters,
+            weights=weights,
+            revision=source.revision if source else None,
+        )
