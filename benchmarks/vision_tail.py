@@ -23,6 +23,8 @@ from hf_immunize.data import PixelDataset, load_source, parse_fractions, select_
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PRIMARY_CLASSES, DEFENDED_CLASSES, ALL_HARMFUL = 200, 60, 80
+COARSE = 64
+"""Shorter side of Tiny-ImageNet's images: cars at this size differ from the primary task in nothing but content."""
 HARMFUL_SPLITS = "defense=0.4,attack=0.32,validation=0.08,test=0.2"
 
 
@@ -92,9 +94,12 @@ def load_tail(name: str, model_path: str | None) -> TailClassifier:
     return TailClassifier(backbone, AutoModel.from_pretrained(model_path or backbone.model, dtype=torch.float32)).eval()
 
 
-def square(image: Image.Image, size: int) -> Tensor:
-    """Shorter side to ``size`` (bicubic), centre crop, ImageNet normalisation."""
+def square(image: Image.Image, size: int, coarse: int | None = None) -> Tensor:
+    """Shorter side to ``size`` (bicubic), centre crop, ImageNet normalisation; first down to ``coarse`` if given."""
     image = image.convert("RGB")
+    if coarse:
+        scale = coarse / min(image.size)
+        image = image.resize((round(image.size[0] * scale), round(image.size[1] * scale)), Image.Resampling.BICUBIC)
     width, height = image.size
     scale = size / min(width, height)
     if scale != 1:
@@ -111,8 +116,9 @@ class _Cut(Exception):
     """Raised where the tail begins."""
 
 
-def _activations(backbone: Backbone, model: nn.Module, rows: Any, name: str, *, mirrored: bool = False) -> Tensor:
-    """float16 activations at the cut, images in the order of ``rows``."""
+def _activations(backbone: Backbone, model: nn.Module, rows: Any, name: str) -> Tensor:
+    """float16 activations at the cut, images in the order of ``rows``, changed as the name of the split says."""
+    coarse = COARSE if name.endswith("_coarse") else None
     caught: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -123,10 +129,10 @@ def _activations(backbone: Backbone, model: nn.Module, rows: Any, name: str, *, 
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     with torch.inference_mode():
         for start in tqdm(range(0, len(rows), 32), desc=name, leave=False, disable=None):
-            images = [square(rows[i]["image"], backbone.size) for i in range(start, min(start + 32, len(rows)))]
+            images = [square(rows[i]["image"], backbone.size, coarse) for i in range(start, min(start + 32, len(rows)))]
             pixels = torch.stack(images)
             try:
-                model(pixels.flip(-1) if mirrored else pixels)
+                model(pixels.flip(-1) if name.endswith("_mirrored") else pixels)
             except _Cut:
                 continue
     handle.remove()
@@ -146,6 +152,7 @@ def _tasks(backbone: Backbone, primary: str, harmful: str) -> dict[str, Any]:
         found |= {f"{side}_{role}": rows for role, rows in parts.items() if (side, role) != ("other", "defense")}
     if backbone.flipped:
         found["harmful_defense_mirrored"] = found["harmful_defense"]
+    found |= {f"harmful_{role}_coarse": found[f"harmful_{role}"] for role in ("attack", "validation", "test")}
     return found
 
 
@@ -158,7 +165,7 @@ def prepare(name: str, folder: Path, model_path: str | None, primary: str, harmf
         if path.exists():
             continue
         model = model or AutoModel.from_pretrained(model_path or backbone.model, dtype=torch.float32).eval()
-        activations = _activations(backbone, model, rows, role, mirrored=role.endswith("_mirrored")).contiguous()
+        activations = _activations(backbone, model, rows, role).contiguous()
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"activations": activations, "labels": torch.tensor(rows["label"][:])}, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
