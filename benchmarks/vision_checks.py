@@ -2,9 +2,9 @@
 
     python benchmarks/vision_checks.py --backbone mobilenetv2 [--model_path ... as for vision_transfer.py]
 
-The primary images are 64 pixels wide and the cars 128, so that a model could tell the tasks apart by sharpness alone: here
-the attacker's images are brought down to 64 pixels first. And the frozen trunk still holds what the tail hides: the ridge
-attacker on the pooled activations at the cut. Writes <output>/<backbone>/checks.json.
+The primary images are 64 pixels wide and the cars 128, so that a model could tell the tasks apart by sharpness alone:
+here the attacker's images are first brought down to 64 pixels. And the frozen trunk still holds what the tail hides: a
+ridge attacker on the pooled activations at the cut. Writes <output>/<backbone>/checks.json.
 """
 
 from __future__ import annotations
