@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
-from hf_immunize.linalg import Spectrum, spectral_adversary
+from hf_immunize.linalg import Spectrum, softmax_descent, spectral_adversary, to_double
 
 
 def well_conditioned(spectrum: Spectrum) -> Tensor:
@@ -90,3 +90,32 @@ def alternate_within_classes(labels_N: Tensor) -> tuple[Tensor, Tensor]:
             "raise per_device_harmful_batch_size or lower harmful_classes_per_batch."
         )
     return order[paired & (place % 2 == 0)], order[paired & (place % 2 == 1)]
+
+
+def simulated_attacker(
+    features_ND: Tensor, labels_N: Tensor, start: tuple[Tensor, Tensor], *, rate: Tensor, steps: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """relu(1 − L/log C), L the query cross-entropy after an attacker's steps on the support; and its weights then.
+
+    IMMA (Zheng & Yeh 2024) on the classifier: the inner problem is descended from where the last step left the
+    attacker, and the harmful loss it reaches is raised through these steps. IMMA raises L without bound; here it is
+    raised to log C, chance level, beyond which nothing is gained and the primary task pays.
+
+    Args:
+        features_ND: N×D features of harmful rows.
+        labels_N: N integer class labels.
+        start: the attacker's weights (D×C) and bias (C).
+        rate: of descent, for features centred by the support mean.
+        steps: of descent.
+
+    Raises:
+        SpectrumError: fewer than two classes with at least two rows each.
+    """
+    support, query = alternate_within_classes(labels_N)
+    features = to_double(features_ND)
+    features = features - features[support].mean(dim=0, keepdim=True)
+    targets = torch.nn.functional.one_hot(labels_N.long(), start[1].shape[0]).to(features)
+    weights, bias = softmax_descent(features[support], targets[support], *start, rate=rate, steps=steps)
+    loss = torch.nn.functional.cross_entropy(features[query] @ weights + bias, targets[query])
+    chance = torch.log(loss.new_tensor(float(start[1].shape[0])))
+    return torch.relu(1 - loss / chance), (weights.detach(), bias.detach())

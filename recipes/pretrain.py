@@ -10,7 +10,9 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -21,10 +23,11 @@ from transformers import (
 )
 
 from hf_immunize.data import Task, TaskArguments, collate_pixels, describe_source
-from hf_immunize.errors import ImmunizeError
+from hf_immunize.errors import ConfigError, ImmunizeError
 from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run
 from hf_immunize.training.checkpoints import scientific_options
+from hf_immunize.training.frozen import FrozenPart, freeze_all_but
 from hf_immunize.training.trainer import accuracy
 
 
@@ -35,8 +38,42 @@ class PretrainArguments:
     model_name_or_path: str = field(
         metadata={"help": "Hub id or folder of the model, or of its config and processor for from_scratch."}
     )
+    processor_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the image processor. Default: the model's own."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Numbers of the config to change, e.g. 'classifier_dropout_prob=0', joined with commas."},
+    )
+    trainable_modules: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is trained, as in immunize.py, e.g. 'classifier' for a head on frozen features; the frozen "
+            "part is held in evaluation mode. Default: everything."
+        },
+    )
     from_scratch: bool = field(default=False, metadata={"help": "Start from random weights; only the config is read."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+
+
+class HeldTrainer(Trainer):
+    """A Trainer whose frozen part stays in evaluation mode: no dropout, BatchNorm statistics as they were."""
+
+    frozen: FrozenPart | None = None
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.frozen is not None:
+            self.frozen.hold(self.accelerator.unwrap_model(model))
+        return super().compute_loss(model, *args, **kwargs)
+
+
+def parse_overrides(text: str | None) -> dict[str, float]:
+    """``"a=0,b=1"`` as a dict of numbers."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")] if text else []
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError as error:
+        raise ConfigError(f"expected config_overrides like 'dropout=0', got {text!r}: {error}.") from error
 
 
 def main() -> None:
@@ -45,7 +82,9 @@ def main() -> None:
     )
     set_seed(args.seed)
     source = {"trust_remote_code": model_options.trust_remote_code}
-    processor = AutoImageProcessor.from_pretrained(model_options.model_name_or_path, backend="pil", **source)
+    processor = AutoImageProcessor.from_pretrained(
+        model_options.processor_name_or_path or model_options.model_name_or_path, backend="pil", **source
+    )
     task = Task(task_options, "primary")
     splits = {role: task.pixels(role, processor) for role in ("train", "validation")}
     prints = {role: task.fingerprint(dataset, role) for role, dataset in splits.items()}
@@ -53,6 +92,8 @@ def main() -> None:
     inputs = {
         "model": describe_source(model_options.model_name_or_path),
         "from_scratch": model_options.from_scratch,
+        "trainable_modules": model_options.trainable_modules,
+        "config_overrides": model_options.config_overrides,
         "task": {**asdict(task_options), "primary_dataset": describe_source(task_options.primary_dataset)},
         "data": {role: found.sha256 for role, found in prints.items()},
         "options": scientific_options(args),
@@ -62,14 +103,17 @@ def main() -> None:
         return
 
     labels = {"id2label": dict(enumerate(task.label_names)), "label2id": {n: i for i, n in enumerate(task.label_names)}}
-    config = AutoConfig.from_pretrained(model_options.model_name_or_path, **labels, **source)
+    overrides = parse_overrides(model_options.config_overrides)
+    config = AutoConfig.from_pretrained(model_options.model_name_or_path, **labels, **overrides, **source)
     if model_options.from_scratch:
         model = AutoModelForImageClassification.from_config(config, **source)
     else:
         model = AutoModelForImageClassification.from_pretrained(
-            model_options.model_name_or_path, config=config, ignore_mismatched_sizes=True, **source
+            model_options.model_name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, **source
         )
-    trainer = Trainer(
+    if model_options.trainable_modules:
+        freeze_all_but(model, model_options.trainable_modules)
+    trainer = HeldTrainer(
         model=model,
         args=args,
         train_dataset=splits["train"],
@@ -78,6 +122,8 @@ def main() -> None:
         compute_metrics=accuracy,
         processing_class=processor,
     )
+    if model_options.trainable_modules:
+        trainer.frozen = FrozenPart(model, splits["train"].pixel_values.shape[1:])
     trainer.model_accepts_loss_kwargs = False
     trainer.loss_is_scaled_for_ga = False
     trainer.train()

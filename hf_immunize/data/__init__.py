@@ -1,29 +1,36 @@
 """Data of both tasks: sources, content-hash splits, pixels, fingerprints, and the harmful stream."""
 
-from hf_immunize.data.fingerprint import fingerprint
+from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
+from hf_immunize.data.fingerprint import digest_rows, fingerprint
 from hf_immunize.data.labels import check_label_range, check_sample, labels_of
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
+from hf_immunize.data.row_store import RowStore
 from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import HARMFUL_SPLITS, PRIMARY_SPLITS, parse_fractions, select_classes, split_by_content
 from hf_immunize.data.streams import StepBatchSampler
 from hf_immunize.data.tasks import Task, TaskArguments, batches
 
 __all__ = [
+    "AUGMENTATIONS",
     "HARMFUL_SPLITS",
     "PRIMARY_SPLITS",
     "PixelDataset",
+    "RowStore",
     "StepBatchSampler",
     "Task",
     "TaskArguments",
+    "augment",
     "batches",
     "check_label_range",
     "check_sample",
     "collate_pixels",
     "describe_source",
+    "digest_rows",
     "fingerprint",
     "labels_of",
     "load_source",
     "parse_fractions",
+    "parse_augmentation",
     "preprocess",
     "select_classes",
     "split_by_content",

@@ -7,6 +7,8 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
 from hf_immunize.data.pixels import PixelDataset
 from hf_immunize.records import DatasetFingerprint
@@ -18,6 +20,18 @@ def digest_pixels(pixels: Any) -> bytes:
     digest = hashlib.sha256(f"{array.shape}{array.dtype}".encode())
     digest.update(array.tobytes())
     return digest.digest()
+
+
+def digest_rows(dataset: Any, name: str) -> str:
+    """Hex SHA-256 over the pixels of every row of any map-style dataset, in order; each row is read once."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, PixelDataset):
+        for pixels in dataset.pixel_values.numpy():
+            digest.update(digest_pixels(pixels))
+        return digest.hexdigest()
+    for row in tqdm(range(len(dataset)), desc=f"hash of {name}", leave=False, disable=None):
+        digest.update(digest_pixels(torch.as_tensor(dataset[row]["pixel_values"]).numpy()))
+    return digest.hexdigest()
 
 
 def fingerprint(dataset: PixelDataset, *, source: str, role: str) -> DatasetFingerprint:

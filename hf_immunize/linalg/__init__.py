@@ -1,5 +1,6 @@
 """Numerics of the package: dtype, rank floors, eigen-solvers and their gradients. Imports torch only."""
 
+from hf_immunize.linalg.attacker import softmax_descent
 from hf_immunize.linalg.linear_map import LinearMap, fit_linear_map, truncated
 from hf_immunize.linalg.ridge import r_squared, ridge_weights, spectral_adversary, spectral_steps
 from hf_immunize.linalg.spectrum import (
@@ -21,6 +22,7 @@ __all__ = [
     "ridge_weights",
     "second_moment_spectrum",
     "singular_value_floor",
+    "softmax_descent",
     "spectral_adversary",
     "spectral_steps",
     "to_double",

@@ -36,9 +36,11 @@ class TermWeights:
 
     DECAY = 0.9
 
-    def __init__(self, terms: tuple[Term, ...], weight: str, strength: float, shares: str | None):
+    def __init__(
+        self, terms: tuple[Term, ...], weight: str, strength: float, shares: str | None, site_share: float = 1.0
+    ):
         names = [term.name for term in terms]
-        self.strength = strength
+        self.strength, self.site_share = strength, site_share
         self.factor = 1.0
         """What the utility guard multiplies the strength with."""
         self.shares = {name: 1.0 for name in names} | parse_numbers(shares, names, "term_shares")
@@ -60,7 +62,7 @@ class TermWeights:
         """λ for this step, as zero-dimensional float64 tensors on the gradients' device."""
         lambdas = {}
         for name, gradient in gradients.items():
-            scale = self.strength * self.factor * self.shares[name]
+            scale = self.strength * self.factor * self.site_share * self.shares[name]
             if self.fixed is not None:
                 lambdas[name] = torch.tensor(scale * self.fixed[name]).to(gradient)
                 continue

@@ -12,14 +12,20 @@ from hf_immunize.training.state import load_state, save_state
 
 
 class StrictCheckpointMixin:
-    """Replaces how ``Trainer`` saves and loads; expects ``weights``, ``guard`` and ``_progress`` of the trainer."""
+    """Replaces how ``Trainer`` saves and loads; expects the attributes below."""
 
     args: Any
     state: Any
     model: Any
     accelerator: Any
-    weights: Any
+    objective: Any
+    average: Any
     guard: Any
+    _progress: dict[str, list[float]]
+
+    @property
+    def _stateful(self) -> dict[str, Any]:
+        return {"objective": self.objective} | ({"average": self.average} if self.average else {})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -30,13 +36,13 @@ class StrictCheckpointMixin:
         # Our state goes first: the Trainer's own state file is its last, and marks a complete checkpoint.
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self.weights, self.guard, self._progress)
+            save_state(folder, self._stateful, self.guard, self._progress)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._progress = load_state(Path(checkpoint), self.weights, self.guard)
+            self._progress = load_state(Path(checkpoint), self._stateful, self.guard)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_strictly(resume_from_checkpoint, model):

@@ -38,7 +38,7 @@ class UtilityGuard:
         self.history.append({"step": step, "metric": metric, "drop": drop, "progress": progress, "factor": factor})
         if self.allowed is None:
             return factor
-        if drop > self.allowed:
+        if not drop <= self.allowed:  # a metric that is not a number holds nothing
             return factor / 2
         if progress < self.best_progress:
             self.best_step, self.best_progress = step, progress

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.linalg import Spectrum, second_moment_spectrum, to_double
-from hf_immunize.regularizers import closed_form_adversary, ill_conditioned, log_condition, well_conditioned
+from hf_immunize.regularizers import (
+    closed_form_adversary,
+    ill_conditioned,
+    log_condition,
+    simulated_attacker,
+    well_conditioned,
+)
 
 Side = Literal["primary", "harmful"]
 
@@ -28,6 +34,8 @@ class Rows:
         self.features, self.labels = features, labels
         self.feature_dtype = feature_dtype or features.dtype
         """dtype the model computed the features in; it sets what counts as rounding noise."""
+        self.memory: dict[str, Tensor] = {}
+        """Tensors that a term keeps from step to step, its own at each site; saved in checkpoints."""
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -51,9 +59,12 @@ class Rows:
 class TermSettings:
     """The options a term may depend on (see ImmunizationConfig for their meaning)."""
 
-    horizon: float = 100.0
+    horizons: tuple[float, ...] = (100.0,)
     memorization: float = 0.0
     group_rows: int = 32
+    attacker_steps: int = 4
+    harmful_classes: int | None = None
+    """Classes of the harmful task; by default as many as the labels of a batch show."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,37 @@ class Term:
 
 
 def _adversary(rows: Rows, settings: TermSettings) -> Tensor:
-    return closed_form_adversary(
-        rows.features,
-        rows.labels,
-        horizon=settings.horizon,
-        memorization=settings.memorization,
-        feature_dtype=rows.feature_dtype,
+    at_horizons = [
+        closed_form_adversary(
+            rows.features,
+            rows.labels,
+            horizon=horizon,
+            memorization=settings.memorization,
+            feature_dtype=rows.feature_dtype,
+        )
+        for horizon in settings.horizons
+    ]
+    return torch.stack(at_horizons).mean()
+
+
+def _imma(rows: Rows, settings: TermSettings) -> Tensor:
+    """The attacker goes on from its last weights (zeros at first).
+
+    Features are divided by √λ₁, detached, so that the defender cannot win by rescaling: then curvature is at most 1
+    on half of the rows, bias included, and rate 1 is safe.
+    """
+    classes = settings.harmful_classes or int(rows.labels.max()) + 1
+    weights, bias = rows.memory.get("weights"), rows.memory.get("bias")
+    if weights is None or bias is None or weights.shape != (rows.features.shape[1], classes):
+        weights, bias = rows.features.new_zeros(rows.features.shape[1], classes), rows.features.new_zeros(classes)
+    start = weights.to(rows.features), bias.to(rows.features)
+    largest = rows.spectrum.largest.detach()
+    scaled = rows.features / largest.clamp(min=torch.finfo(largest.dtype).tiny).sqrt()
+    value, (weights, bias) = simulated_attacker(
+        scaled, rows.labels, start, rate=torch.ones_like(largest), steps=settings.attacker_steps
     )
+    rows.memory |= {"weights": weights, "bias": bias}
+    return value
 
 
 def _group_log_kappa(rows: Rows, settings: TermSettings) -> Tensor:
@@ -91,6 +126,7 @@ _LOG_KAPPA_H = Term("harmful_negative_log_kappa", "harmful", lambda rows, _: -lo
 _LOG_KAPPA_P = Term("primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum))
 _GROUP_KAPPA = Term("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
 _ADVERSARY = Term("harmful_adversary_r2", "harmful", _adversary)
+_IMMA = Term("harmful_attacker_gain", "harmful", _imma)
 
 OBJECTIVES: dict[str, tuple[Term, ...]] = {
     "condition_number": (_R_ILL, _R_WELL),
@@ -98,6 +134,7 @@ OBJECTIVES: dict[str, tuple[Term, ...]] = {
     "opt_kappa": (_LOG_KAPPA_H, _LOG_KAPPA_P),
     "group_kappa": (_GROUP_KAPPA,),
     "closed_form_adversary": (_ADVERSARY,),
+    "imma": (_IMMA,),
 }
 
 
@@ -130,25 +167,45 @@ class Evaluated:
     gradients: dict[str, Tensor]
     """Per term, d value / d features of its side, N×D float64 of the global batch."""
     rows: Mapping[Side, Rows]
+    """What was measured: the batch, then rows of earlier steps."""
 
 
-def evaluate_terms(terms: tuple[Term, ...], rows: Mapping[Side, Rows], settings: TermSettings) -> Evaluated:
+def evaluate_terms(
+    terms: tuple[Term, ...],
+    rows: Mapping[Side, Rows],
+    settings: TermSettings,
+    *,
+    past: Mapping[Side, Rows] | None = None,
+    memory: dict[str, dict[str, Tensor]] | None = None,
+) -> Evaluated:
     """Measure every term and its gradient at detached features of the global batch.
 
     Working on detached features keeps the graph of a d×d spectrum away from the model's, lets one set of features
     gathered from several ranks and micro-batches serve every term, and makes the gradient norm of each term known
     before anything is propagated.
+
+    Args:
+        past: rows of earlier steps that are measured together with the batch, without gradient.
+        memory: per term, tensors it keeps between calls; changed in place.
     """
-    leaves = {
-        side: Rows(to_double(part.features.detach()).requires_grad_(), part.labels, part.feature_dtype)
-        for side, part in rows.items()
-    }
+    memory = {} if memory is None else memory
+    leaves = {side: to_double(part.features.detach()).requires_grad_() for side, part in rows.items()}
+    measured = {side: _joined(leaves[side], part, (past or {}).get(side)) for side, part in rows.items()}
     values, gradients = {}, {}
     with torch.enable_grad():
         for term in terms:
-            value = term.measure(leaves[term.side], settings)
+            measured[term.side].memory = memory.setdefault(term.name, {})
+            value = term.measure(measured[term.side], settings)
             # retain: terms of one side share its spectrum; allow_unused: relu(A_t) may be constant.
-            (gradient,) = torch.autograd.grad(value, leaves[term.side].features, retain_graph=True, allow_unused=True)
+            (gradient,) = torch.autograd.grad(value, leaves[term.side], retain_graph=True, allow_unused=True)
             values[term.name] = value.detach()
-            gradients[term.name] = torch.zeros_like(leaves[term.side].features) if gradient is None else gradient
-    return Evaluated(values, gradients, leaves)
+            gradients[term.name] = torch.zeros_like(leaves[term.side]) if gradient is None else gradient
+    return Evaluated(values, gradients, measured)
+
+
+def _joined(leaf: Tensor, part: Rows, past: Rows | None) -> Rows:
+    if past is None or len(past.features) == 0:
+        return Rows(leaf, part.labels, part.feature_dtype)
+    with torch.enable_grad():
+        features = torch.cat([leaf, past.features.to(leaf)])
+    return Rows(features, torch.cat([part.labels, past.labels.to(part.labels)]), part.feature_dtype)

@@ -13,7 +13,7 @@ from hf_immunize.training.trainer import ImmunizationTrainer
 def training_spectra(trainer: ImmunizationTrainer) -> list[SpectrumRecord]:
     """Spectra of the trainer's current weights over its whole primary and harmful training sets."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    tasks = {"primary": trainer.train_dataset, "harmful": trainer.harmful_dataset}
+    tasks = {"primary": trainer.primary_dataset, "harmful": trainer.harmful_dataset}
     return model_spectra(model, trainer.site, tasks)
 
 

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
-from hf_immunize.training.balancing import TermWeights
 from hf_immunize.training.guard import UtilityGuard
 
 TENSORS, PLAIN = "immunization_state.safetensors", "immunization_state.json"
 
 
-def save_state(folder: Path, weights: TermWeights, guard: UtilityGuard, progress: dict[str, list[float]]) -> None:
+class Stateful(Protocol):
+    """Something whose whole state is tensors."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+
+
+def save_state(
+    folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, progress: dict[str, list[float]]
+) -> None:
     """Write what ``load_state`` needs into a checkpoint folder."""
     kept, plain = guard.state()
-    tensors = {f"weights.{name}": value for name, value in weights.state().items()}
-    tensors |= {f"guard.{name}": value.contiguous() for name, value in kept.items()}
-    atomic_write(folder / TENSORS, save({name: value.clone() for name, value in tensors.items()}))
+    tensors = {f"guard.{name}": value for name, value in kept.items()}
+    for part, stateful in parts.items():
+        tensors |= {f"{part}.{name}": value for name, value in stateful.state().items()}
+    atomic_write(folder / TENSORS, save({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}))
     recent = {name: values[-1:] for name, values in progress.items()}
     atomic_write(folder / PLAIN, json.dumps({"guard": plain, "progress": recent}))
 
 
-def load_state(folder: Path, weights: TermWeights, guard: UtilityGuard) -> dict[str, list[float]]:
-    """Restore weights and guard; return the progress of the terms.
+def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard) -> dict[str, list[float]]:
+    """Restore every part and the guard; return the progress of the terms.
 
     Raises:
-        RecordError: the checkpoint was not written by this trainer, or is incomplete.
+        RecordError: the checkpoint was not written by this trainer, is incomplete, or was written without one of the
+            parts (an option was changed).
     """
     try:
         tensors = load_file(folder / TENSORS)
@@ -39,7 +55,15 @@ def load_state(folder: Path, weights: TermWeights, guard: UtilityGuard) -> dict[
             f"expected {TENSORS} and {PLAIN} in {folder}, got {error}: resume from a checkpoint that "
             "ImmunizationTrainer wrote completely."
         ) from error
-    weights.load_state({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
+    for part, stateful in parts.items():
+        found = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        try:
+            stateful.load_state(found)
+        except KeyError as error:
+            raise RecordError(
+                f"expected {error.args[0]!r} of {part} in {folder / TENSORS}, got a checkpoint without: resume with "
+                "the options it was written with."
+            ) from error
     kept = {k.removeprefix("guard."): v for k, v in tensors.items() if k.startswith("guard.")}
     guard.load_state(kept, plain["guard"])
     return plain["progress"]

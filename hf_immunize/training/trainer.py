@@ -4,41 +4,60 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from hf_immunize.data import check_label_range, check_sample, collate_pixels, labels_of
-from hf_immunize.errors import ConfigError, DataError, TrainingDivergedError
-from hf_immunize.features import capture_inputs, find_classifier
-from hf_immunize.training.balancing import TermWeights
+from hf_immunize.errors import ConfigError, DataError, ModelError
+from hf_immunize.features import Captured, capture_inputs, find_classifier
+from hf_immunize.training.average import WeightAverage
 from hf_immunize.training.checkpointing import StrictCheckpointMixin
 from hf_immunize.training.config import ImmunizationConfig
-from hf_immunize.training.distributed import gather_rows, mean_over_ranks, world
+from hf_immunize.training.distillation import feature_distance
+from hf_immunize.training.distributed import mean_over_ranks
+from hf_immunize.training.frozen import BoundaryDataset, FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
+from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.guard import UtilityGuard
+from hf_immunize.training.guarding import GuardedMixin
 from hf_immunize.training.harmful_stream import HarmfulStream
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.norms import frozen_statistics
-from hf_immunize.training.objective import Evaluated, Rows, TermSettings, evaluate_terms, terms_of
+from hf_immunize.training.objective import TermSettings, terms_of
+from hf_immunize.training.preconditioning import Preconditioner
+from hf_immunize.training.primary import (
+    METRICS,
+    REGRESSION,
+    UNLABELLED,
+    check_primary_labels,
+    collate_with_labels,
+    divergence,
+    kind_of,
+)
 from hf_immunize.training.publishing import GatedPushMixin
+from hf_immunize.training.sites import choose_sites
+from hf_immunize.training.steps import StepMixin
+from hf_immunize.training.support import refuse_sharded
 
 logger = logging.get_logger(__name__)
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Default ``compute_metrics``: the share of rows whose largest logit is the label (0..1)."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}
+class _Averaging(TrainerCallback):
+    """Takes each optimizer step's weights into the moving average."""
+
+    def __init__(self, average: WeightAverage, bare: Callable[[], nn.Module]):
+        self._average, self._bare = average, bare
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After ``optimizer.step()``."""
+        self._average.update(self._bare())
 
 
-class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
+class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, StepMixin, Trainer):
     """A ``Trainer`` that immunizes: primary loss + λ·terms on features of primary and harmful rows.
 
     Used as any Trainer, plus ``harmful_dataset``. The model passed in is θ₀: distillation and the utility guard
@@ -50,17 +69,18 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
     of one large batch exactly.
 
     Args:
-        model: an image classifier of transformers with a linear head.
+        model: an image model of transformers that returns a loss: a classifier with a linear head, a regression or
+            multi-label head, or masked-image pre-training (then name ``sites``).
         args: ImmunizationConfig.
-        train_dataset: primary rows with ``pixel_values`` and ``labels``.
+        train_dataset: primary rows with ``pixel_values`` and the ``labels`` of the model's own task, if it has any.
         harmful_dataset: harmful rows of the same shape; labels are the attacker's classes.
         eval_dataset, processing_class, data_collator, compute_metrics, …: as in Trainer. ``compute_metrics`` defaults
-            to accuracy.
+            to accuracy, or R² for a regression head.
 
     Raises:
         DataError: an empty dataset, missing columns, images of another size, labels outside their range.
         ConfigError: options that contradict each other or the set-up.
-        ModelError: no linear head found.
+        ModelError: no linear head found, or patterns that fit no module.
     """
 
     def __init__(
@@ -74,28 +94,24 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
         compute_metrics: Callable[..., Any] | None = None,
         **kwargs: Any,
     ):
-        self.site = args.feature_module or find_classifier(model)
-        with capture_inputs(model, [self.site]):
-            pass  # raises for a name the model does not have
-        harmful_labels = self._check_data(model, train_dataset, harmful_dataset)
+        refuse_sharded(args, model)
         if args.max_primary_drop is not None and eval_dataset is None:
             raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out primary rows.")
-        self.harmful_dataset = harmful_dataset
-        self.terms = terms_of(args.objective)
-        self.weights = TermWeights(self.terms, args.weight, args.strength, args.term_shares)
-        self.guard = UtilityGuard(args.max_primary_drop, args.guard_metric, args.max_strength_factor)
-        self.meter = Meter()
-        self._settings = TermSettings(args.horizon, args.memorization, args.harmful_group_rows)
-        self._planned: list[dict[str, Tensor]] | None = None
-        self._place = 0
-        self._progress: dict[str, list[float]] = {}
+        if args.trainable_modules is not None:
+            freeze_all_but(model, args.trainable_modules)
+        self.site = _head_of(model, args)
+        primary_labels, harmful_labels = self._check_data(model, train_dataset, harmful_dataset)
+        sample = torch.as_tensor(train_dataset[0]["pixel_values"])
+        self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
+        self._set_up(model, args, sample, max(harmful_labels) + 1)
+        plain = data_collator or collate_with_labels(collate_pixels, self.kind)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            data_collator=data_collator or collate_pixels,
-            compute_metrics=compute_metrics or accuracy,
+            data_collator=collate_with_boundary(plain),
+            compute_metrics=compute_metrics or METRICS[self.kind],
             **kwargs,
         )
         # The loss is a per-batch mean; without both lines the stock Trainer multiplies it by world x accumulation
@@ -106,26 +122,54 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
             raise ConfigError("expected one device per process, got DataParallel: start with `accelerate launch`.")
         guarded = args.max_primary_drop is not None
         self._initial = {k: v.cpu().clone() for k, v in model.state_dict().items()} if guarded else None
-        self.teacher = self._frozen_copy() if args.distillation > 0 else None
-        self._harmful = HarmfulStream(
-            harmful_dataset,
-            harmful_labels,
-            self.data_collator,
-            rows_per_device=args.per_device_harmful_batch_size,
-            classes_per_batch=args.harmful_classes_per_batch,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            workers=args.dataloader_num_workers,
-        )
+        self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
+        if self.average:
+            self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))
+        if args.cache_frozen_features:
+            harmful_dataset = self._use_cache(model, data_collator, primary_labels, harmful_labels)
+        asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
+        self.teacher = self._frozen_copy() if asked else None
+        self._harmful = self._stream(harmful_dataset, harmful_labels)
 
-    @staticmethod
-    def _check_data(model: nn.Module, primary: Any, harmful: Any) -> list[int]:
-        """The harmful labels, once everything about both datasets that can be checked beforehand has been."""
+    def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
+        """Everything of ours that Trainer's own constructor does not need to have run for."""
+        metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
+        self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
+        self.meter = Meter()
+        self.frozen = FrozenPart(model, sample.shape)
+        self.objective = GlobalObjective(
+            terms_of(args.objective),
+            TermSettings(
+                horizons=args.horizons,
+                memorization=args.memorization,
+                group_rows=args.harmful_group_rows,
+                attacker_steps=args.attacker_steps,
+                harmful_classes=harmful_classes,
+            ),
+            choose_sites(model, args.sites, args.site_weights, self.site, sample),
+            weight=args.weight,
+            strength=args.strength,
+            shares=args.term_shares,
+            bank_rows=args.feature_bank_rows,
+            meter=self.meter,
+        )
+        self.preconditioner = (
+            Preconditioner(model, args.precondition_gradients, args.precondition_ridge)
+            if args.precondition_gradients
+            else None
+        )
+        self._planned = None
+        self._place = 0
+        self._progress: dict[str, list[float]] = {}
+        self.guard_record = None
+
+    def _check_data(self, model: nn.Module, primary: Any, harmful: Any) -> tuple[Any, list[int]]:
+        """Primary and harmful labels, once everything about both datasets that can be checked beforehand has been."""
         if primary is None or harmful is None:
             missing = "train_dataset" if primary is None else "harmful_dataset"
             raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
-        check_label_range(labels_of(primary, "train_dataset"), model.config.num_labels, "train_dataset")
+        self.kind = kind_of(model, primary)
+        primary_labels = check_primary_labels(model, primary, self.kind)
         harmful_labels = labels_of(harmful, "harmful_dataset")
         check_label_range(harmful_labels, max(harmful_labels) + 1, "harmful_dataset")
         shapes = check_sample(primary, "train_dataset"), check_sample(harmful, "harmful_dataset")
@@ -134,119 +178,64 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
                 f"expected harmful images of the primary images' size {tuple(shapes[0])}, got {tuple(shapes[1])}: "
                 "preprocess both with the same image processor."
             )
-        return harmful_labels
+        return primary_labels, harmful_labels
+
+    def _use_cache(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
+        """Put cached activations in the place of all images; returns the harmful rows."""
+        if collator is not None:
+            raise ConfigError(
+                "expected no data_collator of your own with cache_frozen_features, got one: it would be run once and "
+                "for all. Preprocess in the dataset, or turn the cache off."
+            )
+        if self.frozen.boundary is None:
+            raise ConfigError(
+                "expected a frozen part that can be skipped for cache_frozen_features, got none: name what is trained "
+                "with trainable_modules (e.g. 'last:1'), or turn the cache off."
+            )
+        self.args.remove_unused_columns = False  # the collator would drop activations: no forward has such an argument
+        cache = FeatureCache(
+            self.args.feature_cache_dir,
+            model,
+            self.frozen.boundary,
+            collate_with_labels(collate_pixels, self.kind),
+            str(self.accelerator.mixed_precision),
+            self.compute_loss_context_manager,
+        )
+        teacher = self.args.distillation > 0
+        self.train_dataset = cache.dataset(self.train_dataset, primary_labels, "train_dataset", teacher=teacher)
+        if self.eval_dataset is not None:
+            labels = check_primary_labels(model, self.eval_dataset, self.kind)
+            self.eval_dataset = cache.dataset(self.eval_dataset, labels, "eval_dataset")
+        return cache.dataset(self.harmful_dataset, harmful_labels, "harmful_dataset")
+
+    def _stream(self, dataset: Any, labels: list[int]) -> HarmfulStream:
+        args = self.args
+        return HarmfulStream(
+            dataset,
+            labels,
+            self.data_collator,
+            rows_per_device=args.per_device_harmful_batch_size,
+            classes_per_batch=args.harmful_classes_per_batch,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            workers=args.dataloader_num_workers,
+        )
 
     def _frozen_copy(self) -> nn.Module:
         teacher = copy.deepcopy(self.accelerator.unwrap_model(self.model))
         return teacher.requires_grad_(False).eval()
 
-    # ---- training -------------------------------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
         if not resume_from_checkpoint:
-            if self.eval_dataset is not None:
+            if self.eval_dataset is not None and self.kind != UNLABELLED:
                 self.guard.base = self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
-            if self.weights.needs_reference:
-                self.weights.reference = self._reference_gradient()
+            self._measure_references()
             set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self.guard.base is not None:
-            self._finish_guard()
+        self._finish()
         return output
-
-    def _reference_gradient(self, batches: int = 8) -> Tensor:
-        """G: norm of the primary loss's gradient at the features with every label wrong; mean over a few batches."""
-        model = self.accelerator.unwrap_model(self.model)
-        norms = []
-        for place, inputs in enumerate(self.get_train_dataloader()):
-            if place == batches:
-                break
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), capture_inputs(model, [self.site]) as caught:
-                model.eval()
-                model(pixel_values=inputs["pixel_values"])
-            features = caught[self.site].detach().requires_grad_()
-            head = model.get_submodule(self.site)
-            wrong = (inputs["labels"] + 1) % model.config.num_labels
-            with torch.enable_grad():
-                loss = functional.cross_entropy(head(features), wrong)
-            (gradient,) = torch.autograd.grad(loss, features)
-            everywhere, _ = gather_rows(gradient)
-            # Each rank's loss is a mean over its own rows; the global mean divides by the number of ranks as well.
-            norms.append(torch.linalg.vector_norm(everywhere.double()) / world()[1])
-        return torch.stack(norms).mean()
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        first = self.state.global_step * self.args.gradient_accumulation_steps
-        samples = [{**sample, "harmful": self._harmful.batch(first + i)} for i, sample in enumerate(samples)]
-        self._planned = self._plan(samples) if len(samples) > 1 else None
-        return samples, items
-
-    def _plan(self, samples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """Gradients at the features of every micro-batch, from one evaluation on all of them together."""
-        model = self.accelerator.unwrap_model(self.model)
-        model.train()
-        pairs = []
-        with torch.no_grad(), frozen_statistics(model, every=True):
-            for place, sample in enumerate(samples):
-                sample = self._prepare_inputs(sample)
-                with self._same_draws(place), self.compute_loss_context_manager():
-                    pairs.append(
-                        {
-                            "primary": (self._features(model, sample), sample["labels"]),
-                            "harmful": (self._features(model, sample["harmful"]), sample["harmful"]["labels"]),
-                        }
-                    )
-        return self._feature_gradients(pairs)
-
-    @contextlib.contextmanager
-    def _same_draws(self, place: int) -> Iterator[None]:
-        """Both passes over a micro-batch draw the same dropout masks: a generator state derived from the step."""
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            step = self.state.global_step * self.args.gradient_accumulation_steps + place
-            torch.manual_seed((self.args.seed * 1_000_003 + step) * 1_009 + self.args.process_index)
-            yield
-
-    def _features(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        with capture_inputs(self.accelerator.unwrap_model(self.model), [self.site]) as caught:
-            model(pixel_values=inputs["pixel_values"])
-        return caught[self.site]
-
-    def _feature_gradients(self, pairs: list[dict[str, tuple[Tensor, Tensor]]]) -> list[dict[str, Tensor]]:
-        """λ-weighted gradient at this rank's features, for each micro-batch and side."""
-        rows, places = {}, {}
-        for side in ("primary", "harmful"):
-            parts = [(gather_rows(pair[side][0]), gather_rows(pair[side][1])[0]) for pair in pairs]
-            starts = np.cumsum([0] + [len(labels) for _, labels in parts])
-            features = torch.cat([gathered for (gathered, _), _ in parts])
-            rows[side] = Rows(features, torch.cat([labels for _, labels in parts]))
-            places[side] = [mine + int(start) for ((_, mine), _), start in zip(parts, starts, strict=False)]
-        evaluated = evaluate_terms(self.terms, rows, self._settings)
-        lambdas = self.weights.update(evaluated.gradients)
-        self._observe(evaluated, lambdas)
-        summed = {side: torch.zeros_like(evaluated.rows[side].features) for side in rows}
-        for term in self.terms:
-            summed[term.side] = summed[term.side] + lambdas[term.name] * evaluated.gradients[term.name]
-        return [{side: summed[side][places[side][i]] for side in rows} for i in range(len(pairs))]
-
-    def _observe(self, evaluated: Evaluated, lambdas: dict[str, Tensor]) -> None:
-        """Keep values for the log; spectra are added on steps that will be logged."""
-        self.meter.add({f"{name}": value for name, value in evaluated.values.items()})
-        self.meter.add({f"lambda/{name}": value for name, value in lambdas.items()})
-        every = self.args.logging_steps
-        if every and (self.state.global_step + 1) % max(int(every), 1) == 0:
-            for side, rows in evaluated.rows.items():
-                spectrum = rows.spectrum
-                self.meter.add(
-                    {
-                        f"{side}_log_kappa": spectrum.log_condition.detach(),
-                        f"{side}_effective_rank": spectrum.effective_rank.detach(),
-                    }
-                )
 
     def compute_loss(
         self,
@@ -256,114 +245,70 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Primary loss + distillation + λ·terms while training; the plain loss during evaluation."""
+        bare = self.accelerator.unwrap_model(model)
         if not model.training or "harmful" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+            with self._entered(bare, inputs) as plain:
+                return super().compute_loss(model, plain, return_outputs=return_outputs)
         harmful = inputs["harmful"]
         primary = {name: value for name, value in inputs.items() if name != "harmful"}
-        bare = self.accelerator.unwrap_model(model)
+        self.frozen.hold(bare)
         place = self._micro_batch()
         with self._same_draws(place) if self._planned is not None else contextlib.nullcontext():
-            with frozen_statistics(bare, every=self.args.freeze_norm_statistics):
-                with capture_inputs(bare, [self.site]) as caught:
-                    loss, outputs = super().compute_loss(model, dict(primary), return_outputs=True)
-                features = {"primary": caught[self.site]}
-            with frozen_statistics(bare, every=True):
-                features["harmful"] = self._features(model, harmful)
-        total = self.args.primary_loss_weight * loss + self._distill(primary, outputs)
-        if self._planned is None:
-            pairs = {
-                "primary": (features["primary"], primary["labels"]),
-                "harmful": (features["harmful"], harmful["labels"]),
-            }
-            gradients = self._feature_gradients([pairs])[0]
-        else:
-            gradients = self._planned[place]
+            with frozen_statistics(bare, every=self.args.freeze_norm_statistics), self._watched(bare) as caught_primary:
+                with self._entered(bare, primary) as plain:
+                    loss, outputs = super().compute_loss(model, plain, return_outputs=True)
+            with frozen_statistics(bare, every=True), self._watched(bare) as caught_harmful:
+                self._forward(model, harmful)
+        caught = {"primary": caught_primary, "harmful": caught_harmful}
+        plan = self._planned[place] if self._planned is not None else self._plan_of([self._micro(caught, inputs)])[0]
         self.meter.add({"primary_loss": mean_over_ranks(loss)})
-        total = total + self._inject(features, gradients)
+        total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught_primary)
+        total = total + self._inject(caught, plan)
         return (total, outputs) if return_outputs else total
 
-    def _micro_batch(self) -> int:
-        """Which micro-batch of the current optimizer step this is, counting from 0."""
-        if self._planned is None:
-            return 0
-        place = self._place
-        self._place = (place + 1) % len(self._planned)
-        return place
+    @contextlib.contextmanager
+    def _entered(self, bare: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Inputs of a forward: pixels, or a placeholder where it starts at cached activations; float targets."""
+        with self.frozen.entered(bare, inputs) as plain:
+            if self.kind == REGRESSION and "labels" in plain:
+                plain = plain | {"labels": plain["labels"].float()}
+            yield plain
 
-    def _inject(self, features: dict[str, Tensor], gradients: dict[str, Tensor]) -> Tensor:
-        """A scalar of value zero whose gradient at the features is the objective's.
-
-        The Trainer divides by the number of micro-batches and DDP by the number of ranks, as suits a mean over rows.
-        The objective is one number of the whole global batch, so both are multiplied back.
-        """
-        scale = world()[1] * self.current_gradient_accumulation_steps
-        total: Tensor | int = 0
-        for side, captured in features.items():
-            product = (captured * (scale * gradients[side]).to(captured)).sum()
-            total = total + product - product.detach()
+    def _distill(self, primary: dict[str, Any], outputs: Any, caught: Captured) -> Tensor | float:
+        """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
+        target, features = primary.get("teacher_logits"), None
+        if self.teacher is not None:
+            self.teacher.to(outputs["logits"].device)
+            with torch.no_grad(), capture_inputs(self.teacher, [self.site]) as teacher:
+                with self.frozen.entered(self.teacher, primary) as plain:
+                    target = self.teacher(**{name: part for name, part in plain.items() if name != "labels"}).logits
+            features = teacher[self.site]
+        total: Tensor | float = 0.0
+        if self.args.distillation:
+            distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind)
+            self.meter.add({"distillation": mean_over_ranks(distance)})
+            total = total + self.args.distillation * distance
+        if features is not None and self.args.feature_distillation:
+            distance = feature_distance(caught[self.site], features)
+            self.meter.add({"feature_distillation": mean_over_ranks(distance)})
+            total = total + self.args.feature_distillation * distance
         return total
 
-    def _distill(self, primary: dict[str, Any], outputs: Any) -> Tensor | float:
-        if self.teacher is None:
-            return 0.0
-        with torch.no_grad():
-            self.teacher.to(primary["pixel_values"].device)
-            target = self.teacher(pixel_values=primary["pixel_values"]).logits
-        divergence = functional.kl_div(
-            outputs["logits"].log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
-        )
-        self.meter.add({"distillation": mean_over_ranks(divergence)})
-        return self.args.distillation * divergence
 
-    # ---- logging and the guard ------------------------------------------------------------------------------------
+def _head_of(model: nn.Module, args: ImmunizationConfig) -> str:
+    """The head's name; a model without one is measured at its sites, which then have to be named."""
+    if args.feature_module:
+        with capture_inputs(model, [args.feature_module]):
+            pass  # raises for a name the model does not have
+        return args.feature_module
+    try:
+        return find_classifier(model)
+    except ModelError:
+        if args.sites in ("head", "lora"):
+            raise
+        from hf_immunize.features import linear_sites
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of what was measured since the last log; stop on anything that is not finite."""
-        if "loss" in logs:
-            means = self.meter.drain()
-            for term in self.terms:
-                if term.name in means:
-                    self._progress.setdefault(term.name, []).append(means[term.name])
-            logs = {**logs, **means, "strength": self.weights.strength * self.weights.factor}
-            broken = sorted(key for key, value in logs.items() if isinstance(value, float) and not math.isfinite(value))
-            if broken and not self.args.logging_nan_inf_filter:
-                raise TrainingDivergedError(
-                    f"expected finite losses and spectra, got {broken} at step {self.state.global_step}: lower the "
-                    "learning rate or the strength, and check the images for constant or broken ones."
-                )
-        super().log(logs, start_time)
+        return linear_sites(model, args.sites)[-1]
 
-    def _metric_points(self, metrics: dict[str, float], prefix: str = "eval") -> float:
-        key = f"{prefix}_{self.args.guard_metric}"
-        if key not in metrics:
-            raise ConfigError(f"expected metric {self.args.guard_metric!r} in {sorted(metrics)}: set guard_metric.")
-        return 100.0 * metrics[key]
 
-    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = super()._evaluate(*args, **kwargs)
-        if self.guard.base is not None:
-            self._guard_step(metrics)
-        return metrics
-
-    def _guard_step(self, metrics: dict[str, float]) -> None:
-        recent = [term.progress(value[-1]) for term in self.terms if (value := self._progress.get(term.name))]
-        progress = sum(recent) if recent else float("inf")
-        bare = self.accelerator.unwrap_model(self.model)
-        points = self._metric_points(metrics)
-        self.weights.factor = self.guard.observe(
-            self.state.global_step, points, progress, self.weights.factor, bare
-        )
-        self.log({"primary_drop": self.guard.base - points, "strength_factor": self.weights.factor})
-
-    def _finish_guard(self) -> None:
-        if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
-            self._guard_step(self.evaluate())
-        bare = self.accelerator.unwrap_model(self.model)
-        if self.guard.allowed is not None and not self.guard.choose(bare):
-            bare.load_state_dict(self._initial, strict=True)
-            logger.warning(
-                f"max_primary_drop={self.guard.allowed} was not held at any evaluation: the weights from before "
-                "immunization are returned. Lower the strength, add distillation, or train longer."
-            )
-        final = self._metric_points(self.evaluate(metric_key_prefix="final"), "final")
-        self.guard_record = self.guard.record(final)
+__all__ = ["BoundaryDataset", "ImmunizationTrainer"]

@@ -79,21 +79,25 @@ def test_accumulating_with_dropout_uses_the_same_masks_in_both_passes(
     from hf_immunize.training import ImmunizationTrainer
 
     seen = []
-    original = ImmunizationTrainer._features
+    plan, inject = ImmunizationTrainer._micro, ImmunizationTrainer._inject
 
-    def watch(self, model, inputs):
-        features = original(self, model, inputs)
-        seen.append(features.detach().clone())
-        return features
+    def watch_first_pass(self, caught, inputs):
+        seen.extend(caught[side]["classifier"].clone() for side in ("primary", "harmful"))
+        return plan(self, caught, inputs)
 
-    monkeypatch.setattr(ImmunizationTrainer, "_features", watch)
+    def watch_second_pass(self, caught, found):
+        seen.extend(caught[side]["classifier"].detach().clone() for side in ("primary", "harmful"))
+        return inject(self, caught, found)
+
+    monkeypatch.setattr(ImmunizationTrainer, "_micro", watch_first_pass)
+    monkeypatch.setattr(ImmunizationTrainer, "_inject", watch_second_pass)
     trainer = make_trainer(
         model=make_vit(dropout=0.3), gradient_accumulation_steps=2, max_steps=1, callbacks=[keep_gradients]
     )
     trainer.train()
-    planned = [seen[1], seen[3]]  # primary, harmful, primary, harmful of the first pass
-    assert torch.equal(planned[0], seen[4]) and torch.equal(planned[1], seen[5])
-    assert not torch.equal(planned[0][: len(planned[1])], planned[1])
+    assert len(seen) == 8  # primary and harmful of two micro-batches, in two passes
+    assert all(torch.equal(first, second) for first, second in zip(seen[:4], seen[4:], strict=True))
+    assert not torch.equal(seen[1], seen[3])
 
 
 def test_the_reported_loss_is_the_primary_loss_and_not_scaled_by_accumulation(make_trainer, make_vit, make_pixels):

@@ -96,3 +96,29 @@ def test_a_trainer_that_would_ruin_the_primary_task_returns_weights_within_the_a
     assert max(row["drop"] for row in record.history) > 2.0
     restored = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert restored is ruined and (record.returned_step == 0) is ruined
+
+
+def test_a_metric_that_is_not_a_number_holds_nothing():
+    guard = UtilityGuard(1.0, "accuracy", 8.0)
+    guard.base = 90.0
+    assert guard.observe(1, float("nan"), -5.0, 1.0, weight(1)) == 0.5
+    assert not guard.choose(weight(0))
+
+
+def test_weights_that_do_not_hold_when_measured_again_are_not_returned(make_trainer, make_vit, make_pixels):
+    """An evaluation is one draw where it is not deterministic; the last word has the one of what is returned."""
+    model = make_vit()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make_trainer(model=model, evaluation=make_pixels(12), max_primary_drop=1.0, eval_steps=2, max_steps=2)
+    measured = trainer.evaluate
+
+    def evaluate(*args, metric_key_prefix="eval", **kwargs):
+        metrics = measured(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        same = all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+        drop = 0.5 if metric_key_prefix == "final" and not same else 0.0
+        return metrics | {f"{metric_key_prefix}_accuracy": 0.9 - drop}
+
+    trainer.evaluate = evaluate
+    trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert trainer.guard_record.held and trainer.guard_record.returned_step == 0

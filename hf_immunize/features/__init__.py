@@ -1,0 +1,20 @@
+"""What a network computes inside: its head, its blocks, the inputs of named layers, and where its frozen part ends."""
+
+from hf_immunize.features.blocks import find_trunk
+from hf_immunize.features.boundary import Boundary, find_boundary
+from hf_immunize.features.capture import Captured, capture_inputs, extract_features, find_classifier, pool_rows
+from hf_immunize.features.patterns import linear_sites, match_modules, trainable_modules
+
+__all__ = [
+    "Boundary",
+    "Captured",
+    "capture_inputs",
+    "extract_features",
+    "find_boundary",
+    "find_classifier",
+    "find_trunk",
+    "linear_sites",
+    "match_modules",
+    "pool_rows",
+    "trainable_modules",
+]

@@ -1,0 +1,95 @@
+"""Modules by name: what is trained, and which linear layers are sites, chosen as PEFT chooses ``target_modules``."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from hf_immunize.errors import ModelError
+from hf_immunize.features.blocks import find_trunk
+from hf_immunize.features.capture import find_classifier
+
+ATTENTION = r".*attention.*\.(q_proj|v_proj|query|value)"
+"""Query and value projections, under their present and their former names: what LoRA trains by default."""
+
+
+def match_modules(model: nn.Module, patterns: str) -> list[str]:
+    """Names of the modules that ``patterns`` means, in the order of registration.
+
+    A text with one of ``*+?[]()|^$\\`` is one regular expression over whole names; anything else is a comma-separated
+    list of names or dotted ends of names.
+
+    Raises:
+        ModelError: a pattern that fits no module, or an expression that is none.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if re.search(r"[*+?\[\]()|^$\\]", patterns):
+        try:
+            found = [name for name in names if re.fullmatch(patterns, name)]
+        except re.error as error:
+            raise ModelError(f"expected a regular expression over module names, got {patterns!r}: {error}.") from error
+        if not found:
+            raise _nothing(model, patterns)
+        return found
+    chosen = set()
+    for part in (part.strip() for part in patterns.split(",")):
+        fitting = {name for name in names if part and (name == part or name.endswith(f".{part}"))}
+        if not fitting:
+            raise _nothing(model, part)
+        chosen |= fitting
+    return [name for name in names if name in chosen]
+
+
+def _nothing(model: nn.Module, pattern: str) -> ModelError:
+    last = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-5:]
+    return ModelError(
+        f"expected a pattern that fits modules of {type(model).__name__}, got {pattern!r} which fits none: print "
+        f"dict(model.named_modules()); its last linear layers are {last}."
+    )
+
+
+def trainable_modules(model: nn.Module, patterns: str) -> list[str]:
+    """Modules that ``patterns`` leaves trainable; ``last:N`` means the trunk's last N blocks and all that follows it.
+
+    ``last:0`` is what follows the trunk alone. Everything else is as in ``match_modules``.
+
+    Raises:
+        ModelError: nothing fits, or more blocks were asked for than the trunk has.
+    """
+    if not (wanted := re.fullmatch(r"last:(\d+)", patterns.strip())):
+        return match_modules(model, patterns)
+    count = int(wanted.group(1))
+    trunk, container = find_trunk(model)
+    blocks = [f"{trunk}.{name}" for name, _ in container.named_children()]
+    if count > len(blocks):
+        raise ModelError(
+            f"expected at most {len(blocks)} blocks after 'last:', got {count}: the trunk '{trunk}' has no more."
+        )
+    names = [name for name, _ in model.named_modules()]
+    after = [name for name in names[names.index(trunk) + 1 :] if not name.startswith(f"{trunk}.")]
+    return blocks[len(blocks) - count :] + after
+
+
+def linear_sites(model: nn.Module, patterns: str, head: str | None = None) -> list[str]:
+    """Layers whose inputs are measured: ``head``, ``lora`` (what LoRA would train), or ``match_modules`` patterns.
+
+    ``lora`` takes query and value projections of attention; where there are none, every linear layer but the head.
+
+    Raises:
+        ModelError: nothing fits.
+    """
+    head = head or (find_classifier(model) if patterns in ("head", "lora") else None)
+    if patterns == "head":
+        assert head is not None
+        return [head]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]
+    if patterns == "lora":
+        found = [name for name in linear if re.fullmatch(ATTENTION, name)] or linear
+        if not found:
+            raise ModelError(
+                f"expected linear layers besides the head in {type(model).__name__} for 'lora', got none: name the "
+                "modules whose inputs are to be measured."
+            )
+        return found
+    return match_modules(model, patterns)

@@ -1,0 +1,182 @@
+"""What is trained and what is frozen; activations where the frozen part ends, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from hf_immunize.data import RowStore, digest_rows
+from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.features import Boundary, find_boundary, trainable_modules
+
+_FORMAT = 1
+"""Part of every cache key; raised when what is stored changes its meaning."""
+
+
+def freeze_all_but(model: nn.Module, patterns: str) -> list[str]:
+    """Leave only the parameters under the matching modules trainable; returns these modules' names.
+
+    Raises:
+        ModelError: a pattern that fits nothing.
+        ConfigError: modules without parameters.
+    """
+    names = trainable_modules(model, patterns)
+    model.requires_grad_(False)
+    for name in names:
+        model.get_submodule(name).requires_grad_(True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"expected modules with parameters for trainable_modules, got {names}: choose others.")
+    return names
+
+
+class FrozenPart:
+    """The part of a model that runs before anything trainable: always in evaluation mode, and skipped when cached.
+
+    ``boundary`` is None when everything trains or the network has no such point; then nothing is skipped.
+    """
+
+    def __init__(self, model: nn.Module, image: torch.Size):
+        frozen = any(not parameter.requires_grad for parameter in model.parameters())
+        dtype = next(model.parameters()).dtype
+        self.boundary: Boundary | None = find_boundary(model, image, dtype=dtype) if frozen else None
+
+    def hold(self, model: nn.Module) -> None:
+        """Put the frozen part into evaluation mode: cached or not, it computes the same."""
+        for name in self.boundary.skipped if self.boundary else ():
+            model.get_submodule(name).eval()
+
+    @contextmanager
+    def entered(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What to call the model with: inputs as they are, or such that the forward starts at cached activations."""
+        if "boundary" not in inputs:
+            yield inputs
+            return
+        assert self.boundary is not None
+        rest = {name: value for name, value in inputs.items() if name not in ("boundary", "teacher_logits")}
+        with self.boundary.replay(model, inputs["boundary"]) as pixels:
+            yield {"pixel_values": pixels, **rest}
+
+
+class BoundaryDataset(Dataset):
+    """Cached activations and labels in the place of images; ``teacher`` adds θ₀'s logits."""
+
+    def __init__(self, store: RowStore, labels: Sequence[int] | Tensor, teacher: RowStore | None = None):
+        self.store, self.teacher = store, teacher
+        self.labels = torch.as_tensor(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        found = {"boundary": self.store[row], "labels": self.labels[row]}
+        return found if self.teacher is None else found | {"teacher_logits": self.teacher[row][0]}
+
+
+def collate_with_boundary(collate: Callable[..., Any]) -> Callable[..., Any]:
+    """A collator that stacks cached rows, and leaves rows with images to ``collate``."""
+
+    def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if "boundary" not in rows[0]:
+            return collate(rows)
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "boundary"}
+        activations = [row["boundary"] for row in rows]
+        return batch | {"boundary": tuple(torch.stack(parts) for parts in zip(*activations, strict=True))}
+
+    return collated
+
+
+class FeatureCache:
+    """Boundary activations of whole datasets under one folder, keyed by weights, boundary, precision and pixels."""
+
+    def __init__(
+        self,
+        folder: str | None,
+        model: nn.Module,
+        boundary: Boundary,
+        collate: Callable[..., Any],
+        precision: str,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        batch_size: int = 64,
+    ):
+        self._folder = Path(folder) if folder else default_folder()
+        self._model, self._boundary, self._collate = model, boundary, collate
+        self._autocast, self._batch = autocast, batch_size
+        digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision}".encode())
+        for name, value in sorted(model.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._key = digest.hexdigest()
+
+    def dataset(
+        self, rows: Any, labels: Sequence[int] | Tensor, name: str, *, teacher: bool = False
+    ) -> BoundaryDataset:
+        """The cached form of a dataset of ``{"pixel_values", "labels"}`` rows; computed if it is not there.
+
+        Raises:
+            DataError: rows with other columns, or that are not the same when read twice.
+            RecordError: no space on disk, or a damaged cache.
+        """
+        check_repeatable(rows, name)
+        key = hashlib.sha256(f"{self._key} {digest_rows(rows, name)}".encode()).hexdigest()[:32]
+        store = RowStore.open_or_write(self._folder / key, self._activations(rows, name), len(rows))
+        logits = None
+        if teacher:
+            logits = RowStore.open_or_write(self._folder / f"{key}-logits", self._logits(store, name), len(rows))
+        return BoundaryDataset(store, labels, logits)
+
+    def _activations(self, rows: Any, name: str) -> Iterator[tuple[Tensor, ...]]:
+        loader = DataLoader(rows, batch_size=self._batch, collate_fn=self._collate)
+        device = next(self._model.parameters()).device
+        for batch in self._evaluating(loader, f"frozen features of {name}"):
+            yield self._boundary.rows(self._model, batch["pixel_values"].to(device))
+
+    def _logits(self, store: RowStore, name: str) -> Iterator[tuple[Tensor, ...]]:
+        device = next(self._model.parameters()).device
+        starts = range(0, len(store), self._batch)
+        for start in self._evaluating(starts, f"logits of {name}"):
+            rows = [store[row] for row in range(start, min(start + self._batch, len(store)))]
+            stacked = tuple(torch.stack(parts).to(device) for parts in zip(*rows, strict=True))
+            with self._boundary.replay(self._model, stacked) as pixels:
+                yield (self._model(pixel_values=pixels).logits.float(),)
+
+    def _evaluating(self, parts: Any, words: str) -> Iterator[Any]:
+        """Each of ``parts`` under no_grad, autocast and evaluation mode, with a progress bar."""
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            for part in tqdm(parts, desc=words, leave=False, disable=None):
+                with torch.no_grad(), self._autocast():
+                    yield part
+        finally:
+            self._model.train(was_training)
+
+
+def default_folder() -> Path:
+    """``hf_immunize/features`` under the Hugging Face cache."""
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("HF_IMMUNIZE_CACHE", Path(constants.HF_HOME) / "hf_immunize")) / "features"
+
+
+def check_repeatable(rows: Any, name: str) -> None:
+    """Raise DataError for columns a cache would drop, or for a first row that changes when it is read again."""
+    first, again = rows[0], rows[0]
+    extra = sorted(set(first) - {"pixel_values", "labels", "label"})
+    if extra:
+        raise DataError(
+            f"expected only pixel_values and labels in {name}, got {extra} as well: set cache_frozen_features to false."
+        )
+    if not torch.equal(torch.as_tensor(first["pixel_values"]), torch.as_tensor(again["pixel_values"])):
+        raise DataError(
+            f"expected rows of {name} that stay the same, got another image when row 0 was read again: a random "
+            "transform cannot be cached. Remove it, or set cache_frozen_features to false."
+        )

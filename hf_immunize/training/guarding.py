@@ -1,0 +1,102 @@
+"""What the trainer measures, logs and finally returns: the utility guard and the average of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_immunize.errors import ConfigError, TrainingDivergedError
+from hf_immunize.training.average import WeightAverage
+from hf_immunize.training.global_objective import GlobalObjective
+from hf_immunize.training.guard import UtilityGuard
+from hf_immunize.training.meter import Meter
+
+logger = logging.get_logger(__name__)
+
+
+class GuardedMixin:
+    """Logging, evaluation with averaged weights, and the guard's decisions; expects the attributes below."""
+
+    args: Any
+    state: Any
+    model: Any
+    accelerator: Any
+    guard: UtilityGuard
+    meter: Meter
+    objective: GlobalObjective
+    average: WeightAverage | None
+    _initial: dict[str, Tensor] | None
+    _progress: dict[str, list[float]]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of what was measured since the last log; stop on anything that is not finite."""
+        if "loss" in logs:
+            means = self.meter.drain()
+            for term in self.objective.terms:
+                if term.name in means:
+                    self._progress.setdefault(term.name, []).append(means[term.name])
+            logs = {**logs, **means, "strength": self.objective.strength}
+            broken = sorted(key for key, value in logs.items() if isinstance(value, float) and not math.isfinite(value))
+            if broken and not self.args.logging_nan_inf_filter:
+                raise TrainingDivergedError(
+                    f"expected finite losses and spectra, got {broken} at step {self.state.global_step}: lower the "
+                    "learning rate or the strength, and check the images for constant or broken ones."
+                )
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _metric_points(self, metrics: dict[str, float], prefix: str = "eval") -> float:
+        key = f"{prefix}_{self.guard.metric}"
+        if key not in metrics:
+            raise ConfigError(f"expected metric {self.guard.metric!r} in {sorted(metrics)}: set guard_metric.")
+        return 100.0 * metrics[key]
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """An evaluation during training, of the averaged weights where there are such: they are what is returned."""
+        bare = self.accelerator.unwrap_model(self.model)
+        with self.average.swapped(bare) if self.average else contextlib.nullcontext():
+            metrics = super()._evaluate(*args, **kwargs)  # type: ignore[misc]
+            if self.guard.base is not None:
+                self._guard_step(metrics)
+        return metrics
+
+    def _guard_step(self, metrics: dict[str, float]) -> None:
+        recent = [
+            term.progress(value[-1]) for term in self.objective.terms if (value := self._progress.get(term.name))
+        ]
+        progress = sum(recent) if recent else float("inf")
+        bare = self.accelerator.unwrap_model(self.model)
+        points = self._metric_points(metrics)
+        self.objective.factor = self.guard.observe(
+            self.state.global_step, points, progress, self.objective.factor, bare
+        )
+        assert self.guard.base is not None
+        self.log({"primary_drop": self.guard.base - points, "strength_factor": self.objective.factor})
+
+    def _finish(self) -> None:
+        """Give the model the weights that are returned: averaged, and within the allowance or those of before."""
+        bare = self.accelerator.unwrap_model(self.model)
+        if self.average:
+            self.average.copy_to(bare)
+        if self.guard.base is None:
+            return
+        if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
+            self._guard_step(self.evaluate())  # type: ignore[attr-defined]
+        if self.guard.allowed is not None and not self.guard.choose(bare):
+            self._return_initial("was not held at any evaluation")
+        final = self._metric_points(self.evaluate(metric_key_prefix="final"), "final")  # type: ignore[attr-defined]
+        if self.guard.allowed is not None and not self.guard.base - final <= self.guard.allowed:
+            self._return_initial(f"was not held when the chosen weights were measured again ({final:.2f} points)")
+            self.guard.best_step = 0
+            final = self._metric_points(self.evaluate(metric_key_prefix="final"), "final")  # type: ignore[attr-defined]
+        self.guard_record = self.guard.record(final)
+
+    def _return_initial(self, why: str) -> None:
+        self.accelerator.unwrap_model(self.model).load_state_dict(self._initial, strict=True)
+        logger.warning(
+            f"max_primary_drop={self.guard.allowed} {why}: the weights from before immunization are returned. Lower "
+            "the strength, add distillation, or train longer."
+        )

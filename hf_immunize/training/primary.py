@@ -1,0 +1,137 @@
+"""The primary task's own loss by kind of head: wrong labels, distillation, and the metric that guards it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_immunize.data import check_label_range, labels_of
+from hf_immunize.errors import DataError
+
+SINGLE, MULTI, REGRESSION, UNLABELLED = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+    "unlabelled",
+)
+
+
+def kind_of(model: Any, primary: Any) -> str:
+    """What the primary head is trained on: the config's problem_type, or no labels at all, else single labels."""
+    first = primary[0] if len(primary) else {}
+    if isinstance(first, dict) and len(first) and not {"labels", "label"} & set(first):
+        if "ForImageClassification" not in type(model).__name__:
+            return UNLABELLED
+    return getattr(model.config, "problem_type", None) or SINGLE
+
+
+def check_primary_labels(model: Any, primary: Any, kind: str) -> list[int] | Tensor:
+    """The labels of every primary row, checked against the head before training.
+
+    Raises:
+        DataError: a row whose label the head cannot be trained on; the row is named.
+    """
+    if kind == UNLABELLED:
+        return torch.zeros(len(primary), dtype=torch.long)
+    if kind == SINGLE:
+        labels = labels_of(primary, "train_dataset")
+        check_label_range(labels, model.config.num_labels, "train_dataset")
+        return labels
+    found = _float_labels(primary)
+    wanted = (model.config.num_labels,) if kind == MULTI or model.config.num_labels > 1 else ()
+    for row, label in enumerate(found):
+        if tuple(label.shape) != wanted:
+            raise DataError(
+                f"expected labels of shape {wanted} in train_dataset for a {kind} head with "
+                f"{model.config.num_labels} outputs, got {tuple(label.shape)} in row {row}: fix the label column or "
+                "the model's num_labels."
+            )
+        if not bool(torch.isfinite(label).all()):
+            raise DataError(f"expected finite labels in train_dataset, got {label.tolist()} in row {row}: remove it.")
+    return torch.stack(found)
+
+
+def _float_labels(dataset: Any) -> list[Tensor]:
+    whole = getattr(dataset, "labels", None)
+    if isinstance(whole, Tensor):
+        return list(whole.float())
+    key = "labels" if "labels" in dataset[0] else "label"
+    return [torch.as_tensor(dataset[row][key]).float() for row in range(len(dataset))]
+
+
+def wrong_labels(labels: Tensor, kind: str, classes: int) -> Tensor:
+    """Labels that are all wrong: the next class, every bit flipped, or another row's target."""
+    if kind == SINGLE:
+        return (labels + 1) % classes
+    return 1 - labels if kind == MULTI else labels.roll(1, dims=0)
+
+
+def divergence(outputs: Tensor, target: Tensor, kind: str) -> Tensor:
+    """How far outputs are from θ₀'s: KL(softmax ‖ softmax) per row, KL of independent bits, or mean squared error."""
+    if kind == REGRESSION:
+        return functional.mse_loss(outputs, target)
+    if kind == MULTI:
+        cross = functional.binary_cross_entropy_with_logits(outputs, target.sigmoid(), reduction="sum")
+        own = functional.binary_cross_entropy_with_logits(target, target.sigmoid(), reduction="sum")
+        return (cross - own) / len(outputs)
+    return functional.kl_div(
+        outputs.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+
+
+def _predicted(prediction: Any) -> np.ndarray:
+    found = prediction.predictions
+    return found[0] if isinstance(found, tuple) else found
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """The share of rows whose largest logit is the label (0..1)."""
+    return {"accuracy": float(np.mean(np.argmax(_predicted(prediction), axis=-1) == prediction.label_ids))}
+
+
+def bit_accuracy(prediction: Any) -> dict[str, float]:
+    """The share of bits whose logit has the right sign (0..1)."""
+    return {"accuracy": float(np.mean((_predicted(prediction) > 0) == (prediction.label_ids > 0.5)))}
+
+
+def r2(prediction: Any) -> dict[str, float]:
+    """1 − squared residual over the targets' squared deviation from their mean."""
+    targets = np.asarray(prediction.label_ids, dtype=np.float64)
+    outputs = np.asarray(_predicted(prediction), dtype=np.float64).reshape(targets.shape)
+    return {"r2": float(1 - np.square(outputs - targets).sum() / np.square(targets - targets.mean(axis=0)).sum())}
+
+
+METRICS: dict[str, Callable[[Any], dict[str, float]] | None] = {
+    SINGLE: accuracy,
+    MULTI: bit_accuracy,
+    REGRESSION: r2,
+    UNLABELLED: None,
+}
+
+
+def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """``collate`` for a primary task whose labels are vectors or real numbers, or are not there."""
+    if kind == SINGLE:
+        return collate
+
+    def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        key = "label" if "label" in rows[0] else "labels"
+        images = collate([{"pixel_values": row["pixel_values"], "labels": 0} for row in rows])
+        rest = {
+            name: torch.stack([torch.as_tensor(row[name]) for row in rows])
+            for name in rows[0]
+            if name not in ("pixel_values", key)
+        }
+        found = {"pixel_values": images["pixel_values"], **rest}
+        if key not in rows[0]:
+            return found
+        labels = torch.stack([torch.as_tensor(row[key]) for row in rows])
+        # The harmful stream shares this collator, and its labels are classes.
+        return found | {"labels": labels if labels.dtype == torch.long and labels.dim() == 1 else labels.float()}
+
+    return collated

@@ -1,0 +1,149 @@
+"""Only what is trainable is in the graph, and cached activations train as images do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_immunize.errors import ConfigError, DataError, ModelError
+from hf_immunize.features import find_boundary, trainable_modules
+
+IMAGE = torch.Size([3, 8, 8])
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def test_the_frozen_part_is_not_in_the_graph_and_does_not_move(make_trainer, make_vit, keep_gradients):
+    model = make_vit(dropout=0.3, layers=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = []
+    model.vit.layers[2].register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad))
+    model.vit.layers[1].dropout.register_forward_hook(lambda module, *_: seen.append(module.training))
+    trainer = make_trainer(model=model, trainable_modules="last:1", callbacks=[keep_gradients])
+    trainer.train()
+    assert seen and not any(seen)  # the boundary carries no graph, and frozen dropout is off
+    assert all(name.startswith(("vit.layers.2", "vit.layernorm", "classifier")) for name in keep_gradients.steps[0])
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith(("vit.layers.2", "vit.layernorm", "classifier")) for name in moved)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "ema_decay": 0.9, "feature_distillation": 2.0}],
+    ids=["plain", "more"],
+)
+def test_cached_and_uncached_training_end_at_the_same_weights(make_trainer, make_vit, make_pixels, tmp_path, options):
+    def run(cached: bool, folder: str):
+        trainer = make_trainer(
+            model=make_vit(dropout=0.2, layers=3),
+            evaluation=make_pixels(12, seed=3),
+            trainable_modules="last:1",
+            cache_frozen_features=cached,
+            feature_cache_dir=str(tmp_path / "cache"),
+            output_dir=str(tmp_path / folder),
+            distillation=1.0,
+            max_primary_drop=50.0,
+            eval_steps=2,
+            **options,
+        )
+        trainer.train()
+        return trainer
+
+    plain, cached, again = run(False, "plain"), run(True, "cached"), run(True, "again")
+    for name, value in weights(plain).items():
+        assert torch.allclose(value, weights(cached)[name], atol=1e-6), name
+        assert torch.equal(weights(cached)[name], weights(again)[name])
+    assert cached.guard.history[0]["metric"] == plain.guard.history[0]["metric"]
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 4  # 3 datasets and logits
+
+
+def test_the_trunk_is_not_run_again(make_trainer, make_vit, tmp_path):
+    model = make_vit(layers=3)
+    trainer = make_trainer(
+        model=model, trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c")
+    )
+    calls = []
+    model.vit.layers[0].layernorm_before.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert not calls
+    with torch.no_grad():
+        model(pixel_values=torch.zeros(2, *IMAGE))
+    assert calls  # outside of training the model is whole
+
+
+def test_other_weights_or_images_are_another_cache(make_trainer, make_vit, make_pixels, tmp_path):
+    def folders(**options) -> int:
+        make_trainer(
+            trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c"), **options
+        )
+        return len([path for path in (tmp_path / "c").iterdir() if path.is_dir()])
+
+    assert (folders(), folders()) == (2, 2)
+    assert (folders(primary=make_pixels(24, seed=5)), folders(model=make_vit(seed=2))) == (3, 5)
+
+
+class Shaky(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        return {"pixel_values": torch.randn(3, 8, 8), "labels": row % 3}
+
+
+@pytest.mark.parametrize(
+    "options,error,message",
+    [
+        ({"trainable_modules": "vit"}, ConfigError, "a frozen part that can be skipped"),
+        ({"trainable_modules": "last:1", "primary": Shaky()}, DataError, "random transform cannot be cached"),
+        ({"trainable_modules": "last:1", "augmentation": "flip"}, ConfigError, "got both"),
+        ({"trainable_modules": "last:1", "gradient_checkpointing": True}, ConfigError, "got both"),
+        ({"trainable_modules": "last:9"}, ModelError, "at most 2 blocks after 'last:', got 9"),
+        ({"trainable_modules": "nothing"}, ModelError, "a pattern that fits modules"),
+        ({"trainable_modules": "vit.layers.0.dropout"}, ConfigError, "modules with parameters"),
+        ({"trainable_modules": "classifier"}, ConfigError, "inputs depend on what is trained"),
+    ],
+)
+def test_what_cannot_be_frozen_or_cached_is_refused(make_trainer, tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        make_trainer(cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c"), **options).train()
+
+
+class Skipping(nn.Module):
+    """The last layer looks back past the boundary: only the whole network determines its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(192, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, pixel_values):
+        first = self.first(pixel_values.flatten(1))
+        return (self.third(self.second(first) + first),)
+
+
+def test_a_connection_past_the_boundary_moves_the_boundary_or_leaves_none():
+    torch.manual_seed(0)
+    model = Skipping()
+    model.first.requires_grad_(False)
+    assert find_boundary(model, IMAGE) is None
+    model.second.requires_grad_(False)
+    boundary = find_boundary(model, IMAGE)
+    assert (boundary.name, boundary.skipped) == ("third", ("first", "second"))
+
+
+def test_nothing_frozen_has_no_boundary_and_nothing_trainable_is_an_error(make_vit):
+    model = make_vit()
+    assert find_boundary(model, IMAGE) is None
+    with pytest.raises(ModelError, match="expected trainable parameters, got none"):
+        find_boundary(model.requires_grad_(False), IMAGE)
+
+
+def test_patterns_are_names_ends_of_names_or_one_expression(make_vit):
+    model = make_vit(layers=3)
+    assert trainable_modules(model, "last:2")[:2] == ["vit.layers.1", "vit.layers.2"]
+    assert trainable_modules(model, "layers.2,classifier") == ["vit.layers.2", "classifier"]
+    assert trainable_modules(model, r"vit\.layers\.[01]") == ["vit.layers.0", "vit.layers.1"]
+    with pytest.raises(ModelError, match="expected a regular expression"):
+        trainable_modules(model, "vit.layers.[")
