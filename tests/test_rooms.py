@@ -19,11 +19,12 @@ MAY_IMPORT = {
     "features": set(),
     "data": set(),
     "options": set(),
+    "diffusion": {"data"},
     "regularizers": {"linalg"},
     "linear": {"linalg", "regularizers"},
     "spectra": {"features", "data", "linalg"},
-    "training": {"regularizers", "linalg", "features", "data", "spectra", "hub"},
-    "attacks": {"features", "data", "linalg"},
+    "training": {"regularizers", "linalg", "features", "data", "spectra", "hub", "diffusion"},
+    "attacks": {"features", "data", "linalg", "diffusion"},
     "metrics": set(),
     "certification": {"attacks", "metrics", "linalg", "features", "data", "spectra"},
     "report": {"metrics", "certification"},
@@ -82,6 +83,7 @@ def test_the_defender_never_sees_the_exam_and_the_judge_has_no_stake():
     for room in ("attacks", "certification", "metrics"):
         assert not MAY_IMPORT[room] & {"training", "regularizers"}
     assert not MAY_IMPORT["training"] & {"attacks", "certification"}
+    assert not MAY_IMPORT["diffusion"] & {"training", "regularizers", "attacks", "certification"}
 
 
 def imported_modules(path: Path, modules: set[str]) -> set[str]:

@@ -1,0 +1,27 @@
+"""What defender and attacker of a diffusion model share: noise, denoisers, cached examples, pipelines, a fixed exam."""
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError("expected diffusers: pip install hf_immunize[diffusers].") from error
+
+from hf_immunize.diffusion.denoisers import DENOISERS, Denoiser, denoiser_of
+from hf_immunize.diffusion.exam import DenoisingExam, ExamResult
+from hf_immunize.diffusion.examples import LatentBatch, LatentDataset
+from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
+from hf_immunize.diffusion.pipelines import component_of, fresh_denoiser, load_pipeline
+
+__all__ = [
+    "DENOISERS",
+    "Denoiser",
+    "DenoisingExam",
+    "ExamResult",
+    "LatentBatch",
+    "LatentDataset",
+    "NoiseProcess",
+    "component_of",
+    "denoiser_of",
+    "denoising_losses",
+    "fresh_denoiser",
+    "load_pipeline",
+]

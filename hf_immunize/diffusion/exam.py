@@ -1,0 +1,71 @@
+"""Denoising loss on held-out examples with noise and noise levels that never change: comparable across models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.diffusion.denoisers import Denoiser
+from hf_immunize.diffusion.examples import LatentDataset
+from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
+
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class ExamResult:
+    """Loss of every example, and the energy of what was to be answered."""
+
+    losses_N: Tensor
+    energies_N: Tensor
+    """Mean square of the target: the loss of a model that answers zero."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over examples and levels."""
+        return float(self.losses_N.mean())
+
+    @property
+    def explained(self) -> float:
+        """R² = 1 − loss / energy: the share of the target that the model explains; 1 is perfect, 0 is answering zero.
+
+        Higher is better, like an accuracy, and its denominator does not depend on the model.
+        """
+        return 1.0 - float(self.losses_N.mean() / self.energies_N.mean())
+
+
+class DenoisingExam:
+    """Each example at ``levels`` noise levels, stratified over the whole range, with noise drawn from ``seed``.
+
+    Example i gets one level from each of ``levels`` equal parts of the range, so that the mean over examples covers
+    all of it. The same examples and seed give the same questions to every model, dtype and device.
+    """
+
+    def __init__(self, process: NoiseProcess, dataset: LatentDataset, *, levels: int = 4, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        count = len(dataset)
+        part = torch.arange(levels).repeat_interleave(count)
+        place = (part + torch.rand(levels * count, generator=generator, dtype=torch.float64)) / levels
+        self._levels = (place * process.levels).long().clamp(max=process.levels - 1)
+        self._noise = torch.randn((levels * count, *dataset.latents.shape[1:]), generator=generator)
+        self._process, self._dataset = process, dataset
+
+    @torch.no_grad()
+    def ask(self, denoiser: Denoiser, model: nn.Module) -> ExamResult:
+        """Answers of a bare model, in evaluation mode; its mode is restored."""
+        was_training, device, dtype = model.training, next(model.parameters()).device, next(model.parameters()).dtype
+        model.eval()
+        losses, energies = [], []
+        count = len(self._dataset)
+        for rows in torch.arange(len(self._levels)).split(_ROWS):
+            batch = self._dataset.batch(rows % count).to(device, dtype)
+            noise, levels = self._noise[rows].to(device, dtype), self._levels[rows].to(device)
+            noisy = self._process.noisy(batch.latents, noise, levels)
+            answer = denoiser.call(model, noisy, self._process.timesteps(levels), batch.conditions)
+            target = self._process.target(batch.latents, noise, levels)
+            losses.append(denoising_losses(answer, target).cpu())
+            energies.append(denoising_losses(torch.zeros_like(target), target).cpu())
+        model.train(was_training)
+        return ExamResult(*(torch.cat(found).reshape(-1, count).mean(dim=0) for found in (losses, energies)))

@@ -1,0 +1,92 @@
+"""Examples as a denoiser sees them: latents and conditions that were encoded once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_immunize.data.fingerprint import digest_pixels
+from hf_immunize.errors import DataError
+from hf_immunize.records import DatasetFingerprint
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Some rows of a LatentDataset."""
+
+    latents: Tensor
+    conditions: Mapping[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LatentBatch:
+        """The batch on a device, floating-point tensors in ``dtype``."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        conditions = {name: move(value) for name, value in self.conditions.items()}
+        return LatentBatch(move(self.latents), conditions, self.labels.to(device))
+
+
+class LatentDataset:
+    """Latents (N×C×H×W; pixels in −1..1 for a model without a VAE), one row of each condition, and a concept label.
+
+    Raises:
+        DataError: no rows, rows that do not match, values that are not finite, or a label without a name.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,
+        conditions: Mapping[str, Tensor],
+        labels: Tensor,
+        label_names: Sequence[str],
+        name: str = "",
+    ):
+        where = f" in {name}" if name else ""
+        if latents.dim() != 4 or len(latents) == 0:
+            raise DataError(f"expected N x C x H x W latents, N at least 1{where}, got {tuple(latents.shape)}.")
+        lengths = {key: len(value) for key, value in {**conditions, "labels": labels}.items()}
+        if set(lengths.values()) != {len(latents)}:
+            raise DataError(f"expected {len(latents)} rows of every condition{where}, got {lengths}: check captions.")
+        for key, value in {"latents": latents, **conditions}.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise DataError(f"expected finite {key}{where}, got NaN or infinity: check the images and the VAE.")
+        if int(labels.min()) < 0 or int(labels.max()) >= len(label_names):
+            raise DataError(f"expected labels in 0..{len(label_names) - 1}{where}, got {int(labels.max())}.")
+        self.latents, self.conditions, self.labels = latents, dict(conditions), labels
+        self.label_names = list(label_names)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, rows: Tensor) -> LatentBatch:
+        """Rows by index."""
+        conditions = {name: value[rows] for name, value in self.conditions.items()}
+        return LatentBatch(self.latents[rows], conditions, self.labels[rows])
+
+    def subset(self, rows: Tensor) -> LatentDataset:
+        """A dataset of some rows."""
+        batch = self.batch(rows)
+        return LatentDataset(batch.latents, batch.conditions, batch.labels, self.label_names)
+
+    def fingerprint(self, *, source: str, role: str) -> DatasetFingerprint:
+        """Identity by content: latents, conditions and label of every row, in order."""
+        digest = hashlib.sha256()
+        names = sorted(self.conditions)
+        for row in range(len(self)):
+            digest.update(digest_pixels(self.latents[row].numpy()))
+            for name in names:
+                digest.update(name.encode() + digest_pixels(self.conditions[name][row].numpy()))
+            digest.update(str(int(self.labels[row])).encode())
+        counts = Counter(self.labels.tolist())
+        classes = {name: counts[label] for label, name in enumerate(self.label_names) if counts[label]}
+        return DatasetFingerprint(source=source, role=role, rows=len(self), classes=classes, sha256=digest.hexdigest())
