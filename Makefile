@@ -6,7 +6,7 @@ PRESET ?= digits-vit
 # torch is named in the same pip command as the rest: an open range would pull gigabytes of CUDA packages.
 PIN := -c constraints.txt torch==2.13.0
 
-.PHONY: demo test lint types slow gpu clean
+.PHONY: demo cards test lint types slow gpu clean
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,11 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt
 
 demo: $(VENV)/demo.stamp
 	$(RUN) recipes/pipeline.py recipes/$(PRESET)/pipeline.yaml
+
+# The cards in model_cards/ are those of the demo's models; finished stages of the demo are not run again.
+cards: demo
+	$(RUN) recipes/cards.py --output model_cards/digits-vit \
+		--model_paths runs/digits-vit/condition_number runs/digits-vit/closed_form_adversary
 
 test: $(VENV)/dev.stamp
 	$(RUN) -m ruff check .

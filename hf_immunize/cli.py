@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import webbrowser
 from pathlib import Path
@@ -12,7 +13,14 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from hf_immunize.errors import HubError, ImmunizeError, PolicyUnmetError, PublishRefusedError, VerificationError
+from hf_immunize.errors import (
+    ConfigError,
+    HubError,
+    ImmunizeError,
+    PolicyUnmetError,
+    PublishRefusedError,
+    VerificationError,
+)
 
 UNSOUND, UNMET, NO_HUB = 3, 4, 5
 
@@ -70,6 +78,8 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 @app.command(epilog=f"""Examples:\n
     hf-immunize verify owner/model --revision main --rejudge\n
     hf-immunize verify ./model --policy policy.yaml --trusted-key 3b6a... --json\n
+    hf-immunize verify runs/digits-vit/condition_number --recheck 1 --base runs/digits-vit/base
+    --task recipes/digits-vit/task.yaml\n
 {_CODES}""")
 def verify(
     target: Target,
@@ -79,15 +89,31 @@ def verify(
         str | None, typer.Option(help="Publisher's public key, hexadecimal or a file; its signature is required.")
     ] = None,
     rejudge: Annotated[bool, typer.Option("--rejudge", help="Also recompute every verdict from the traces.")] = False,
+    recheck: Annotated[
+        int, typer.Option(help="Attack again: this many random cells, whose results are compared with the stored "
+                          "intervals. Needs --base and --task; takes as long as these attacks.", min=0)
+    ] = 0,
+    base: Annotated[str | None, typer.Option(help="For --recheck: folder or Hub id of the base.")] = None,
+    task: Annotated[Path | None, typer.Option(help="For --recheck: YAML file with the exam's data options.")] = None,
+    recheck_seed: Annotated[int | None, typer.Option(help="Which cells are drawn; another draw by default.")] = None,
+    device: Annotated[str, typer.Option(help="For --recheck: cpu, cuda or mps.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Check hashes, schema, expiry, signature, card and policy of a published model."""
-    from hf_immunize.hub import Policy, verify_model
+    """Check hashes, schema, expiry, signature, card and policy of a published model; on request, its attacks too."""
+    from hf_immunize.hub import Policy, repeat_attacks, verify_model
     from hf_immunize.hub.tables import findings_table
 
     wanted = None if policy is None else Policy.read(policy)
-    _, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key,
-                            rejudge=rejudge)
+    folder, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key,
+                                 rejudge=rejudge)
+    if recheck:
+        if base is None or task is None:
+            raise ConfigError("expected --base and --task with --recheck, got one or none: a certificate names its "
+                              "base and its data, but holds neither.")
+        seed = secrets.randbelow(2**31) if recheck_seed is None else recheck_seed
+        _hush()
+        with _errors().status(f"attacking again, {recheck} cell(s), seed {seed}"):
+            found = repeat_attacks(folder, found, base=base, task=task, cells=recheck, seed=seed, device=device)
     _print(found.as_json() if as_json else findings_table(found))
     if not found.ok:
         raise typer.Exit(UNMET if found.sound else UNSOUND)
@@ -195,10 +221,12 @@ def show(
 
 @app.command(epilog="""Examples:\n
     hf-immunize report runs/a runs/b --base runs/base --output report.html\n
-    hf-immunize report ./model --base ./base --open""")
+    hf-immunize report ./model --open""")
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders with certificate.json, one column each.")],
-    base: Annotated[Path, typer.Option(help="Folder of the base they were examined against.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of the base they were examined against, whose weights are compared.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", help="Page to write; report.html in the first folder.")] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
@@ -255,6 +283,18 @@ def _card_options(
     }
     chosen = {key: value for key, value in given.items() if value is not None}
     return dataclasses.replace(card_options(folder), **chosen)
+
+
+def _hush() -> None:
+    """The libraries' own progress bars and warnings about each other."""
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def _print(what: Any) -> None:

@@ -3,7 +3,6 @@
 import datetime
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "hub")]
 
 from loopback import Loopback  # noqa: E402
 from published import EXPIRES, TOKEN, certified, failing, write_release  # noqa: E402
+from zygote import Zygote  # noqa: E402
 
 from hf_immunize.cli import app  # noqa: E402
 from hf_immunize.records import Certificate  # noqa: E402
@@ -23,14 +23,6 @@ COMMANDS = ("publish", "verify", "card", "show", "report", "diff", "keygen")
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def run_apart(hub, *arguments):
-    """The console script's own process, with its Hub on this machine."""
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
-                                "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run([sys.executable, "-m", "hf_immunize.cli", *map(str, arguments)], env=environment,
-                          capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -148,21 +140,28 @@ def test_diff(tmp_path):
 def test_publish_from_the_command_line(tmp_path):
     folder = failing(tmp_path)
     with Loopback(token=TOKEN) as hub:
-        dry = run_apart(hub, "publish", folder, "me/model", "--dry-run", "--allow-failed")
+        zygote = Zygote(os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
+                                      "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HOME": str(tmp_path / "home")})
+
+        def run_apart(*arguments):
+            return zygote.run(["hf-immunize", *map(str, arguments)], tmp_path)
+
+        dry = run_apart("publish", folder, "me/model", "--dry-run", "--allow-failed")
         assert dry.returncode == 0 and "nothing was sent" in dry.stdout and hub.requests == []
-        refused = run_apart(hub, "publish", folder, "me/model")
+        refused = run_apart("publish", folder, "me/model")
         assert refused.returncode == 4 and "the policy asks for RESISTS overall" in refused.stderr
         assert hub.requests == []
-        done = run_apart(hub, "publish", folder, "me/model", "--allow-failed", "--private", "--license", "mit",
+        done = run_apart("publish", folder, "me/model", "--allow-failed", "--private", "--license", "mit",
                          "--json")
         data = json.loads(done.stdout)
         assert done.returncode == 0 and data["confirmed"] and data["revision"] == hub.head("me/model").oid
         assert hub.repositories["me/model"].private
         assert b"license: mit" in hub.head("me/model").files["README.md"]
-        checked = run_apart(hub, "verify", "me/model", "--revision", data["revision"])
+        checked = run_apart("verify", "me/model", "--revision", data["revision"])
         assert checked.returncode == 0 and "It says: FAILS" in checked.stdout
-        gone = run_apart(hub, "verify", "me/nothing")
+        gone = run_apart("verify", "me/nothing")
         assert gone.returncode == 5 and "HTTP 404" in gone.stderr
+        zygote.close()
     assert TOKEN not in "".join(done.stdout + done.stderr for done in (dry, refused, done, checked, gone))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,16 +16,13 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.hub.demands import code_in, is_configuration
+from hf_immunize.hub.library import ADAPTER_FILE, LOADERS, PIPELINE_FILE, Library, library_of
 from hf_immunize.hub.markdown import Safe, code, listed, prose
+from hf_immunize.hub.names import CERTIFICATE, IMMUNIZATION, problem_with
 from hf_immunize.records import Cell, Certificate, DatasetFingerprint, ImmunizationRecord, Interval, atomic_write
-from hf_immunize.report import text
+from hf_immunize.report import curve_pictures, picture_names, text
 from hf_immunize.report.text import clean
-
-LOADERS = {
-    "image-classification": "AutoModelForImageClassification",
-    "image-feature-extraction": "AutoModel",
-}
-"""``transformers`` class of the loading snippet, by pipeline tag."""
 
 _UNTRIED = ("NOT RUN", "NOT APPLICABLE")
 FAILURES_FIRST = ("FAILS", "INCONCLUSIVE", "NOT RUN", "NOT APPLICABLE", "RESISTS")
@@ -42,12 +40,22 @@ class CardOptions:
     """Hub ids of the data; taken from the certificate where the sources there are Hub ids."""
     license: str | None = None
     """Licence identifier of the Hub, e.g. ``apache-2.0``."""
-    pipeline_tag: str = "image-classification"
+    pipeline_tag: str | None = None
+    """Task of the model on the Hub; by default that of its kind (see ``library_of``)."""
 
 
 def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
-    """Write ``README.md`` beside the certificate in ``folder``. Raises what ``render_card`` raises."""
-    return atomic_write(Path(folder) / "README.md", render_card(folder, options))
+    """Write ``README.md`` beside the certificate in ``folder``, and its pictures where the traces are there.
+
+    Raises:
+        RecordError: as ``render_card``, or a trace that is not the certified one.
+    """
+    root = Path(folder)
+    rendered = render_card(root, options)
+    if (root / "traces").is_dir():
+        for name, picture in curve_pictures(root).items():
+            atomic_write(root / name, picture)
+    return atomic_write(root / "README.md", rendered)
 
 
 def render_card(folder: str | Path, options: CardOptions | None = None) -> str:
@@ -60,15 +68,42 @@ def render_card(folder: str | Path, options: CardOptions | None = None) -> str:
     options = options or CardOptions()
     _check(options)
     root = Path(folder)
-    certificate = Certificate.read(root / "certificate.json")
-    record = root / "immunization.json"
+    certificate = Certificate.read(root / CERTIFICATE)
+    record = root / IMMUNIZATION
     immunization = ImmunizationRecord.read(record) if record.exists() else None
-    body = _environment().get_template("card_template.md.jinja").render(**_context(certificate, immunization, options))
-    return f"---\n{_metadata(certificate, options).to_yaml()}\n---\n\n{body}"
+    files = {name: root / name for name in configurations(certificate)}
+    return compose_card(
+        certificate, immunization, {name: path.read_bytes() for name, path in files.items() if path.is_file()}, options
+    )
+
+
+def configurations(certificate: Certificate) -> list[str]:
+    """Files that say what loads the model and whether that runs code, whether or not they are there."""
+    names = {*certificate.files, "config.json", ADAPTER_FILE, PIPELINE_FILE}
+    return sorted(name for name in names if problem_with(name) is None and is_configuration(name))
+
+
+def compose_card(
+    certificate: Certificate, immunization: ImmunizationRecord | None, files: Mapping[str, bytes], options: CardOptions
+) -> str:
+    """As ``render_card``, from what was read: ``files`` holds those of ``configurations`` that are there.
+
+    Raises:
+        ConfigError: as ``render_card``.
+    """
+    _check(options)
+    library = library_of(certificate, files)
+    options = dataclasses.replace(options, pipeline_tag=options.pipeline_tag or library.tag)
+    runs = [what for name, data in files.items() for what in code_in(name, data)]
+    context = _context(certificate, immunization, options) | {
+        "library": library, "runs": listed(runs) if runs else None,
+    }
+    body = _environment().get_template("card_template.md.jinja").render(**context)
+    return f"---\n{_metadata(certificate, options, library).to_yaml()}\n---\n\n{body}"
 
 
 def _check(options: CardOptions) -> None:
-    if options.pipeline_tag not in LOADERS:
+    if options.pipeline_tag not in (None, *LOADERS):
         raise ConfigError(
             f"expected a pipeline tag out of {', '.join(LOADERS)}, got {options.pipeline_tag!r}: choose one of them."
         )
@@ -87,22 +122,40 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name
 
 
-def _metadata(certificate: Certificate, options: CardOptions) -> ModelCardData:
-    name = certificate.control.name
-    base = options.base_model or (name if _is_hub_id(name) else None)
+def _metadata(certificate: Certificate, options: CardOptions, library: Library) -> ModelCardData:
+    base = _base_of(certificate, options)
     sources = [part.source for part in (*certificate.primary_data, *certificate.harmful_data)]
     datasets = list(options.datasets or dict.fromkeys(source for source in sources if _is_hub_id(source)))
+    results = _results(certificate, options.pipeline_tag or library.tag)
     return ModelCardData(
-        library_name="transformers",
+        library_name=library.name,
         pipeline_tag=options.pipeline_tag,
         license=options.license,
         base_model=base,
         datasets=datasets or None,
         tags=["immunized", "model-immunization", "hf_immunize"],
         model_name=_line(certificate.subject.name) or "unnamed",
-        eval_results=_results(certificate, options.pipeline_tag),
-        **({"base_model_relation": "finetune"} if base else {}),
+        eval_results=[dataclasses.replace(result, **_source(options.repo_id)) for result in results],
+        **({"base_model_relation": library.relation} if base else {}),
     )
+
+
+def _base_of(certificate: Certificate, options: CardOptions) -> str | None:
+    """Hub id of the base, where one is known."""
+    name = certificate.control.name
+    return options.base_model or (name if _is_hub_id(name) else None)
+
+
+def _source(repo_id: str | None) -> dict[str, str]:
+    """Where a figure can be checked. ``verified`` and ``verifyToken`` are left to the Hub's own evaluation service:
+    only it can sign them, and filling them here would claim an evaluation that nobody else has made.
+    """
+    if repo_id is None:
+        return {}
+    return {
+        "source_name": "certificate.json, checked by hf-immunize verify",
+        "source_url": f"https://huggingface.co/{repo_id}/blob/main/certificate.json",
+    }
 
 
 def _line(name: str) -> str:
@@ -173,8 +226,10 @@ def _context(
         "allowed": _allowance(immunization),
         "drop": Safe(text.points(certificate.utility.drop, 1.0)),
         "ratio": Safe(text.number(certificate.immunization_ratio)),
-        "loader": Safe(LOADERS[options.pipeline_tag]),
+        "loader": Safe(LOADERS[options.pipeline_tag or "image-classification"]),
         "repository": Safe(json.dumps(options.repo_id or "your-name/your-model")),
+        "base": Safe(json.dumps(_base_of(certificate, options) or "folder-or-id-of-the-base")),
+        "pictures": [(attack, Safe(name)) for attack, name in picture_names(certificate).items()],
         "data": [*certificate.primary_data, *certificate.harmful_data],
     }
 

@@ -9,16 +9,20 @@ from typing import Any
 import yaml
 
 from hf_immunize.errors import ImmunizeError, RecordError
-from hf_immunize.hub.card import CardOptions, render_card
+from hf_immunize.hub.card import CardOptions, compose_card, configurations
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import Inventory
-from hf_immunize.hub.names import CARD
+from hf_immunize.hub.names import CARD, IMMUNIZATION
+from hf_immunize.hub.untrusted import parse_record, unique_keys
+from hf_immunize.records import Certificate, ImmunizationRecord
 
 _REPOSITORY = re.compile(r'^model_id = ("(?:[^"\\]|\\.)*")$', re.M)
 _PLACEHOLDER = "your-name/your-model"
 _EXAMINED = re.compile(r"^- Examined on (\d{4}-\d{2}-\d{2});", re.M)
 _SECTION = "## What it is"
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LOADER = unique_keys(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+_STRUCTURE = re.compile(r"[|<]|^\s*>|```|~~~|!\[|^\s*\[[^\]]*\]:|\$\$|\\[(\[]")
+"""What draws a table, a quote, HTML, a picture or a link's target, or turns tables that are there into code or math."""
 
 
 def split_card(source: str) -> tuple[dict[str, Any], str]:
@@ -55,13 +59,14 @@ def options_of(metadata: dict[str, Any], body: str) -> CardOptions:
 
 def examined_on(inventory: Inventory) -> str | None:
     """The date of the exam that the card tells of; None where it tells none."""
-    if CARD not in inventory:
+    try:
+        found = _EXAMINED.search(inventory.read(CARD).decode("utf-8", "replace"))
+    except RecordError:  # no card, or one that ``check_card`` refuses
         return None
-    found = _EXAMINED.search(inventory.read(CARD).decode("utf-8", "replace"))
     return found[1] if found else None
 
 
-def check_card(inventory: Inventory, findings: Findings) -> None:
+def check_card(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
     """Compare the card with one rendered from the certificate beside it.
 
     Tables, quotes, the opening and the rendered metadata must agree; prose that somebody added is noted.
@@ -72,7 +77,7 @@ def check_card(inventory: Inventory, findings: Findings) -> None:
     try:
         source = inventory.read(CARD).decode("utf-8")
         metadata, body = split_card(source)
-        rendered = render_card(inventory.root, options_of(metadata, body))
+        rendered = _rendered(certificate, inventory, options_of(metadata, body))
     except (ImmunizeError, ValueError, RecursionError) as error:
         findings.fail("card", CARD, f"the card cannot be compared with the certificate: {error}")
         return
@@ -90,9 +95,16 @@ def check_card(inventory: Inventory, findings: Findings) -> None:
         findings.note("card-text", CARD, "it holds text that the template did not write; only its tables are checked.")
 
 
+def _rendered(certificate: Certificate, inventory: Inventory, options: CardOptions) -> str:
+    """The card as it has to be, from files that were listed as safe, each read within its bounds."""
+    record = parse_record(ImmunizationRecord, inventory.read(IMMUNIZATION)) if IMMUNIZATION in inventory else None
+    files = {name: inventory.read(name) for name in configurations(certificate) if name in inventory}
+    return compose_card(certificate, record, files, options)
+
+
 def _structure(body: str) -> list[str]:
-    """Lines that can be rows of a table, quotes or HTML; names and reasons cannot, for their signs are escaped."""
-    return [line for line in body.split("\n") if "|" in line or "<" in line or line.lstrip().startswith(">")]
+    """Lines with structure that a reader may take for evidence; names and reasons have none, for it is escaped."""
+    return [line for line in body.split("\n") if _STRUCTURE.search(line)]
 
 
 def _first(ours: list[str], theirs: list[str]) -> str:

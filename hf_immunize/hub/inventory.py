@@ -15,8 +15,10 @@ from hf_immunize.hub.names import SEAL, kind_of, looks_pickled, problem_with, tw
 
 _BLOCK = 1 << 20
 _MOST_FILES = 100_000
-LARGEST_TEXT = 64 << 20
-"""No record, card or list of hashes is read beyond this many bytes."""
+LARGEST_TEXT = 16 << 20
+"""No record, card or list of hashes is read beyond this many bytes: parsed JSON can take twenty times its size."""
+LARGEST_FILE = 64 << 20
+"""No other file than weights is published beyond this many bytes."""
 
 
 @dataclass
@@ -45,16 +47,16 @@ class Inventory:
             self.digests[name] = digest.hexdigest()
         return self.digests[name]
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = LARGEST_TEXT) -> bytes:
         """A small file as bytes; what is returned is also what ``digest`` answers for.
 
         Raises:
             RecordError: the file is not there, cannot be read, or is too large to be what it claims.
         """
         with self._open(name) as stream:
-            data = stream.read(LARGEST_TEXT + 1)
-        if len(data) > LARGEST_TEXT:
-            raise RecordError(f"expected {name} below {LARGEST_TEXT >> 20} MiB, got more: this is not a record.")
+            data = stream.read(limit + 1)
+        if len(data) > limit:
+            raise RecordError(f"expected {name} below {limit >> 20} MiB, got more: this is not what it claims to be.")
         self.digests[name] = hashlib.sha256(data).hexdigest()
         return data
 

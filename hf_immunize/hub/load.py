@@ -10,13 +10,15 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 
 from hf_immunize.errors import ConfigError, ModelError, VerificationError
-from hf_immunize.hub.findings import Verification
-from hf_immunize.hub.inventory import Inventory
+from hf_immunize.hub.demands import elsewhere_in, is_configuration
+from hf_immunize.hub.findings import Findings, Verification
+from hf_immunize.hub.inventory import find_pickles, scan
+from hf_immunize.hub.library import ADAPTER_FILE, library_of
 from hf_immunize.hub.names import kind_of, problem_with
 from hf_immunize.hub.policy import Policy
 from hf_immunize.hub.remote import asked, careful
 from hf_immunize.hub.verify import verify_folder
-from hf_immunize.records import Certificate, weight_files
+from hf_immunize.records import Certificate
 
 _PATTERNS = (
     "*.safetensors", "*.json", "*.txt", "*.md", "*.html", "*.png", "*.svg", "*.jpg", "*.jpeg", "*.gif", "*.webp",
@@ -135,9 +137,10 @@ def _load(
     folder: Path, certificate: Certificate, base: str | Path | None, trust_remote_code: bool, options: dict[str, Any]
 ) -> Any:
     """A verified folder by what it holds: an adapter, a pipeline, or a model."""
-    if (folder / "adapter_config.json").is_file():
+    library = library_of(certificate, {path.name for path in folder.iterdir()}).name
+    if library == "peft":
         return _load_adapter(folder, certificate, base, options)
-    if (folder / "model_index.json").is_file():
+    if library == "diffusers":
         return _diffusers().DiffusionPipeline.from_pretrained(folder, **options)
     return _auto_class(certificate).from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
 
@@ -157,16 +160,33 @@ def _load_adapter(folder: Path, certificate: Certificate, base: str | Path | Non
             "alone does not say which weights it changes. Download the base and pass base=."
         )
     root = Path(base)
-    held = Inventory(root, {path.relative_to(root).as_posix(): path for path in weight_files(root)})
-    if {name: held.digest(name) for name in held.files} != certificate.control.weights:
-        raise VerificationError(
-            f"expected in {root.name} the base weights that the certificate names ({certificate.control.name!r}), got "
-            "others: an adapter on another base is another model."
-        )
+    check_base(root, certificate)
     from peft import PeftModel
 
     model = _auto_class(certificate).from_pretrained(root, **options)
     return PeftModel.from_pretrained(model, folder, local_files_only=True)
+
+
+def check_base(root: Path, certificate: Certificate) -> None:
+    """The base an adapter is put on: the certified weights, and nothing that loads anything else in their place."""
+    findings = Findings()
+    held = scan(root, findings)
+    find_pickles(held, findings)
+    for name in held.files:
+        if name.rpartition("/")[2] == ADAPTER_FILE:
+            findings.fail("file-extra", name, "an adapter of its own, which would be loaded with the base: delete it.")
+        elif is_configuration(name):
+            for what in elsewhere_in(held.read(name)):
+                findings.fail("elsewhere", name, f"it makes the loader go elsewhere: {what}.")
+    if findings.found:
+        told = "\n".join(f"  {item}" for item in findings.found)
+        raise VerificationError(f"expected a plain base in {root.name}, got files that may not be loaded:\n{told}")
+    weights = {name: held.digest(name) for name in held.files if kind_of(name) == "weights"}
+    if weights != certificate.control.weights:
+        raise VerificationError(
+            f"expected in {root.name} the base weights that the certificate names ({certificate.control.name!r}), got "
+            "others: an adapter on another base is another model."
+        )
 
 
 def _diffusers() -> Any:

@@ -17,7 +17,9 @@ CERTIFICATE = "certificate.json"
 SIGNATURE = "certificate.sig"
 SEAL = "SHA256SUMS"
 CARD = "README.md"
-RECORDS = (CERTIFICATE, SIGNATURE, SEAL, "immunization.json")
+REPORT = "report.html"
+IMMUNIZATION = "immunization.json"
+RECORDS = (CERTIFICATE, SIGNATURE, SEAL, IMMUNIZATION)
 UNSEALED = (SEAL, CARD, ".gitattributes")
 """What ``SHA256SUMS`` does not list: itself, the card, whose tables are checked against the certificate, and git's."""
 
@@ -56,15 +58,19 @@ def problem_with(name: str) -> str | None:
 
 
 def twins(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of names that a file system without case would take for one."""
+    """Pairs of names, of files or of the folders above them, that a file system without case would take for one."""
     seen: dict[str, str] = {}
     found = []
-    for name in names:
+    for name in dict.fromkeys(path for whole in names for path in (*_folders(whole), whole)):
         folded = unicodedata.normalize("NFKC", name).casefold()
         if folded in seen and seen[folded] != name:
             found.append((seen[folded], name))
         seen.setdefault(folded, name)
     return found
+
+
+def _folders(name: str) -> list[str]:
+    return [parent.as_posix() for parent in reversed(PurePosixPath(name).parents[:-1])]
 
 
 def kind_of(name: str) -> Kind:
@@ -77,7 +83,7 @@ def kind_of(name: str) -> Kind:
         return "trace"
     if last.lower().endswith(".safetensors"):
         return "weights"
-    if any(part in _PICKLES for part in (inner.lower() for inner in path.suffixes[-2:])):
+    if any(part in _PICKLES for part in (inner.lower() for inner in path.suffixes[-3:])):
         return "pickle"
     if any(fnmatchcase(last, pattern) for pattern in LOADING_FILES):
         return "loading"

@@ -14,6 +14,7 @@ import yaml
 from hf_immunize.errors import ConfigError
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.names import CERTIFICATE
+from hf_immunize.hub.untrusted import unique_keys
 from hf_immunize.records import Certificate, VerdictName
 from hf_immunize.report import text
 
@@ -33,6 +34,9 @@ class Policy:
     )
     max_primary_drop: float | None = field(
         default=None, metadata={"help": "Points of the primary metric that the upper bound of the drop may reach."}
+    )
+    exam: str | None = field(
+        default=None, metadata={"help": "Preset (quick, standard, thorough) whose every attack has to be run."}
     )
     complete_exam: bool = field(default=True, metadata={"help": "Refuse a certificate with an attack NOT RUN."})
     min_seeds: int = field(default=1, metadata={"help": "Seeds behind every attack that was run."})
@@ -57,7 +61,7 @@ class Policy:
             ConfigError: not readable, not a mapping, or with unknown keys or values.
         """
         try:
-            loaded: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            loaded: Any = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=unique_keys(yaml.SafeLoader))  # noqa: S506
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"expected a policy in {path}, got {error}: see 'hf-immunize verify --help'.") from error
         return cls.parse({} if loaded is None else loaded)
@@ -80,10 +84,11 @@ class Policy:
             ("signed", lambda value: isinstance(value, bool), "true or false"),
             ("min_seeds", lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
             ("issued_after", lambda value: isinstance(value, str), "an ISO date"),
+            ("exam", lambda value: isinstance(value, str), "the name of a preset"),
         ):
             if values.get(name) is not None and not fits(values[name]):
                 raise ConfigError(f"expected {name} as {what}, got {values[name]!r}.")
-            if name in values and values[name] is None and name not in ("max_primary_drop", "issued_after"):
+            if name in values and values[name] is None and name not in ("max_primary_drop", "issued_after", "exam"):
                 del values[name]
         return cls(**values)
 
@@ -128,6 +133,8 @@ def judge(policy: Policy, certificate: Certificate, signed: bool, findings: Find
     missing = [cell.attack for cell in certificate.cells if cell.verdict == "NOT RUN"]
     if policy.complete_exam and (missing or not certificate.cells):
         unmet(f"the policy asks for a complete exam, not run: {', '.join(missing) or 'every attack'}.")
+    if policy.exam is not None and (absent := _absent(policy.exam, certificate)):
+        unmet(f"the policy asks for every attack of the exam {policy.exam!r}, not run: {', '.join(absent)}.")
     thin = [cell.attack for cell in certificate.cells if cell.subject and len(cell.seeds) < policy.min_seeds]
     if thin:
         unmet(f"the policy asks for {policy.min_seeds} seeds, fewer behind {', '.join(thin)}.")
@@ -139,6 +146,14 @@ def judge(policy: Policy, certificate: Certificate, signed: bool, findings: Find
         unmet(f"the policy asks for benign trainability, not shown for {', '.join(hindered) or 'any method'}.")
     if policy.signed and not signed:
         unmet("the policy asks for a signature, there is no valid one.")
+
+
+def _absent(exam: str, certificate: Certificate) -> list[str]:
+    """Attacks of a preset that the certificate holds no result of. Raises ConfigError for an unknown preset."""
+    from hf_immunize.certification import find_protocol  # loads torch, which nothing else here needs
+
+    run = {cell.attack for cell in certificate.cells if cell.verdict not in ("NOT RUN", "NOT APPLICABLE")}
+    return [attack for attack in find_protocol(exam).attacks if attack not in run]
 
 
 def _reaches(verdict: str, minimum: str) -> bool:

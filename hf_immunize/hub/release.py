@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,18 @@ from pathlib import Path
 from hf_immunize.errors import ImmunizeError, PolicyUnmetError, PublishRefusedError, RecordError
 from hf_immunize.hub.card import CardOptions, render_card
 from hf_immunize.hub.card_check import options_of, split_card
+from hf_immunize.hub.demands import code_in, custom_components, is_configuration
 from hf_immunize.hub.findings import Findings, Verification
-from hf_immunize.hub.inventory import Inventory, scan
-from hf_immunize.hub.names import CARD, CERTIFICATE, SEAL, SIGNATURE, kind_of
+from hf_immunize.hub.inventory import LARGEST_FILE, Inventory, scan
+from hf_immunize.hub.library import PIPELINE_FILE
+from hf_immunize.hub.names import CARD, CERTIFICATE, REPORT, SEAL, SIGNATURE, kind_of
 from hf_immunize.hub.policy import PUBLISHING, Policy
 from hf_immunize.hub.seal import write_seal
-from hf_immunize.hub.signature import sign
+from hf_immunize.hub.signature import SignatureRecord, is_valid, sign
+from hf_immunize.hub.untrusted import parse_record
 from hf_immunize.hub.verify import examine
 from hf_immunize.records import Certificate
+from hf_immunize.report import curve_pictures, report_html
 
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _SHORTEST_TOKEN = 12  # a shorter one may be an ordinary word
@@ -31,7 +34,8 @@ CHANGED = (
     "expected {name} to stay as it was verified, got a change while publishing: stop what writes to the folder, then "
     "try again."
 )
-_WRITTEN_HERE = (CARD, SEAL)
+_WRITTEN_HERE = (CARD, SEAL, REPORT)
+_PICTURE = re.compile(r"plots/\d+-[a-z0-9-]+\.svg")
 
 
 @dataclass(frozen=True)
@@ -83,26 +87,46 @@ def prepare(
         policy = dataclasses.replace(policy, signed=False)
     verification = examine(chosen, findings, policy=policy, published=False)
     _gate(verification, str(folder), allow_failed)
-    rendered = _card(everything, card, repo_id).encode()
+    rendered = _rendered(everything, card, repo_id)
     small, weights = _contents(chosen, verification)
-    small[CARD] = rendered
-    if signing_key is not None:
-        small[SIGNATURE] = sign(small[CERTIFICATE], signing_key)
+    _refuse_remote_code(small, everything)
+    small |= rendered
     digests = {name: chosen.digest(name) for name in chosen.files} | _digests_of(small)
+    digests |= _digests_of(_signed(small, digests, signing_key))
     small[SEAL] = write_seal(digests)
     _refuse_secrets(small, token)
-    left_out = sorted(set(everything.files) - set(chosen.files) - set(_WRITTEN_HERE))
+    left_out = sorted(name for name in set(everything.files) - set(chosen.files) if not _is_written_here(name))
     return Release(weights, small, digests | _digests_of({SEAL: small[SEAL]}), tuple(left_out), verification)
+
+
+def _rendered(folder: Inventory, card: CardOptions | None, repo_id: str | None) -> dict[str, bytes]:
+    """Card, pictures and page, drawn at this moment from the records: none of them can be of another exam."""
+    drawn = {REPORT: report_html([folder.root]).encode()} | curve_pictures(folder.root)
+    return drawn | {CARD: _card(folder, card, repo_id).encode()}
+
+
+def _signed(small: dict[str, bytes], digests: dict[str, str], key: str | Path | None) -> dict[str, bytes]:
+    """The signature, made here or found in the folder, over the certificate and over what goes out with it."""
+    sealed = write_seal({name: digest for name, digest in digests.items() if name != SIGNATURE})
+    if key is not None:
+        small[SIGNATURE] = sign(small[CERTIFICATE], sealed, key)
+    elif SIGNATURE in small:
+        found = parse_record(SignatureRecord, small[SIGNATURE])
+        if not is_valid(found, small[CERTIFICATE], sealed):
+            raise PublishRefusedError(
+                f"expected {SIGNATURE} to sign the files that go out now, got a signature over others: sign again with "
+                "--sign-key, or delete it."
+            )
+    return {SIGNATURE: small[SIGNATURE]} if SIGNATURE in small else {}
 
 
 def _contents(chosen: Inventory, verified: Verification) -> tuple[dict[str, bytes], dict[str, Path]]:
     """What goes up from memory, the same bytes that were verified, and the weights, which go up from disk."""
     weights = {name: path for name, path in chosen.files.items() if kind_of(name) == "weights"}
-    small = {name: chosen.read(name) for name in chosen.files if name not in weights}
+    small = {name: chosen.read(name, LARGEST_FILE) for name in chosen.files if name not in weights}
     for name in small:
         if verified.digests.get(name, chosen.digest(name)) != chosen.digest(name):
             raise PublishRefusedError(CHANGED.format(name=name))
-    _refuse_remote_code(small)
     return small, weights
 
 
@@ -118,13 +142,17 @@ def _choose(everything: Inventory) -> Inventory:
         kind = kind_of(name)
         if kind in ("weights", "trace"):
             return name in listed
-        return name not in _WRITTEN_HERE and (kind in ("loading", "record") or _is_page(name))
+        return not _is_written_here(name) and (kind in ("loading", "record") or _is_page(name))
 
     return everything.only(name for name in everything.files if goes(name))
 
 
+def _is_written_here(name: str) -> bool:
+    return name in _WRITTEN_HERE or _PICTURE.fullmatch(name) is not None
+
+
 def _is_page(name: str) -> bool:
-    return kind_of(name) == "page" and (not name.endswith((".html", ".md")) or name == "report.html")
+    return kind_of(name) == "page" and not name.lower().endswith((".html", ".md"))
 
 
 def _gate(verification: Verification, folder: str, allow_failed: bool) -> None:
@@ -163,20 +191,15 @@ def _digests_of(files: dict[str, bytes]) -> dict[str, str]:
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
-def _refuse_remote_code(small: dict[str, bytes]) -> None:
+def _refuse_remote_code(small: dict[str, bytes], folder: Inventory) -> None:
     """A model whose configuration runs code from the repository: no check here covers what that code does."""
-    for name, data in small.items():
-        if kind_of(name) != "loading":
-            continue
-        try:
-            loaded = json.loads(data)
-        except ValueError:
-            continue
-        if isinstance(loaded, dict) and loaded.get("auto_map"):
-            raise PublishRefusedError(
-                f"expected a model that loads without remote code, got 'auto_map' in {name}: its certificate would not "
-                "cover the code that runs. Save the model with a class of transformers or diffusers."
-            )
+    found = [what for name, data in small.items() if is_configuration(name) for what in code_in(name, data)]
+    found += custom_components(small.get(PIPELINE_FILE, b"{}"), folder.files)
+    if found:
+        raise PublishRefusedError(
+            f"expected a model that loads without remote code, got {found[0]}: its certificate would not cover the "
+            "code that runs. Save the model with a class of transformers or diffusers."
+        )
 
 
 def _refuse_secrets(small: dict[str, bytes], token: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Detached Ed25519 signatures over the exact bytes of a certificate."""
+"""Detached Ed25519 signatures over the bytes of a certificate, and over the list of what was published with it."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ class SignatureRecord(Record):
     signature: str = Field(pattern=r"^[0-9a-f]{128}$")
     """Over the bytes of ``certificate.json`` as they are, hexadecimal."""
     certificate_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    seal_signature: str = Field(pattern=r"^[0-9a-f]{128}$")
+    """Over ``SHA256SUMS`` without the line of ``certificate.sig``, hexadecimal: page, pictures and records too."""
 
 
 def make_key(path: str | Path) -> str:
@@ -49,8 +51,8 @@ def make_key(path: str | Path) -> str:
     return _hexadecimal(private.public_key())
 
 
-def sign(certificate: bytes, key_file: str | Path) -> bytes:
-    """The text of ``certificate.sig`` for these bytes.
+def sign(certificate: bytes, sealed: bytes, key_file: str | Path) -> bytes:
+    """The text of ``certificate.sig`` for a certificate and for the seal, its own line left out.
 
     Raises:
         ConfigError: no Ed25519 private key in PEM form in ``key_file``.
@@ -70,15 +72,18 @@ def sign(certificate: bytes, key_file: str | Path) -> bytes:
         public_key=_hexadecimal(private.public_key()),
         signature=private.sign(certificate).hex(),
         certificate_sha256=hashlib.sha256(certificate).hexdigest(),
+        seal_signature=private.sign(sealed).hex(),
     ).dumps().encode()
 
 
-def is_valid(record: SignatureRecord, certificate: bytes) -> bool:
-    """Whether the signature in the record is one over these bytes by the key in the record."""
+def is_valid(record: SignatureRecord, certificate: bytes, sealed: bytes | None = None) -> bool:
+    """Whether the signatures in the record are ones by its key over these bytes; the seal is left out when None."""
     primitives = _primitives()
     public = primitives.ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(record.public_key))
     try:
         public.verify(bytes.fromhex(record.signature), certificate)
+        if sealed is not None:
+            public.verify(bytes.fromhex(record.seal_signature), sealed)
     except primitives.InvalidSignature:
         return False
     return True

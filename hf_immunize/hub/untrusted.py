@@ -1,10 +1,11 @@
-"""JSON that nobody vouches for: strict, unambiguous, bounded."""
+"""JSON and YAML that nobody vouches for: strict, unambiguous, bounded."""
 
 from __future__ import annotations
 
 import json
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import ValidationError
 
 from hf_immunize.errors import RecordError
@@ -46,6 +47,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("the same key twice in one object")
     return found
+
+
+def unique_keys(loader: type) -> type:
+    """A YAML loader that refuses a mapping with the same key twice, of which readers take either."""
+
+    class Unique(loader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if len({repr(key) for key in keys}) != len(keys):
+                raise yaml.YAMLError("the same key twice in one mapping")
+            return super().construct_mapping(node, deep)
+
+    return Unique
 
 
 def _no_constant(name: str) -> None:

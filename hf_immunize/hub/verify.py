@@ -9,18 +9,22 @@ from pathlib import Path
 
 from hf_immunize.errors import RecordError
 from hf_immunize.hub.card_check import check_card, examined_on
+from hf_immunize.hub.demands import code_in, elsewhere_in, is_configuration
 from hf_immunize.hub.findings import Finding, Findings, Verification
 from hf_immunize.hub.inventory import Inventory, find_pickles, scan
 from hf_immunize.hub.names import CERTIFICATE, SEAL, SIGNATURE, is_harmless, kind_of, problem_with
 from hf_immunize.hub.policy import Policy, judge
 from hf_immunize.hub.rejudge import check_verdicts
-from hf_immunize.hub.seal import read_seal
+from hf_immunize.hub.seal import read_seal, write_seal
 from hf_immunize.hub.signature import SignatureRecord, is_valid, trusted
 from hf_immunize.hub.untrusted import AnyRecord, parse_record
 from hf_immunize.hub.weights import check_weights
 from hf_immunize.records import AttackTrace, Certificate
 
 __all__ = ["Finding", "Verification", "examine", "verify_folder"]
+
+_LONGEST_VALID = 366
+
 
 def verify_folder(
     folder: str | Path,
@@ -71,9 +75,9 @@ def examine(
         _check_traces(certificate, inventory, findings)
         _check_loading(certificate, inventory, findings)
         _check_expiry(certificate, today or datetime.datetime.now(datetime.UTC).date(), findings)
-        signed_by = _check_signature(key, inventory, findings)
+        signed_by = _check_signature(key, sealed if published else None, inventory, findings)
         if published:
-            check_card(inventory, findings)
+            check_card(certificate, inventory, findings)
         if rejudge and not any(item.level == "fail" for item in findings.found):
             check_verdicts(certificate, inventory, findings)
         if policy is not None:
@@ -182,8 +186,26 @@ def _check_loading(certificate: Certificate, inventory: Inventory, findings: Fin
         findings.fail("file-extra", loose[0], "the exam did not load this file, but a user would: delete it.")
     elif loose:
         findings.note("file", loose[0], f"the certificate does not cover {', '.join(loose)}: only {SEAL} does.")
-    if code := [name for name in inventory.files if kind_of(name) == "code"]:
-        findings.note("code", code[0], f"{len(code)} file(s) of code; it is run only if you ask for it with "
+    _check_demands(inventory, findings)
+
+
+def _check_demands(inventory: Inventory, findings: Findings) -> None:
+    """Code that loading could run, and other files that it could read."""
+    code = [name for name in inventory.files if kind_of(name) == "code"]
+    named = []
+    for name in inventory.files:
+        if kind_of(name) == "loading" and is_configuration(name):
+            try:
+                data = inventory.read(name)
+            except RecordError as error:
+                findings.fail("file", name, str(error))
+                continue
+            named += code_in(name, data)
+            for what in elsewhere_in(data):
+                findings.fail("elsewhere", name, f"it makes the loader go elsewhere: {what}. Do not load this model.")
+    if code or named:
+        told = "; ".join([*named, *([f"{len(code)} file(s) of code"] if code else [])])
+        findings.note("code", (code or [CERTIFICATE])[0], f"{told}; code is run only if you ask for it with "
                       "trust_remote_code, and no check here covers what it does.")
 
 
@@ -196,12 +218,17 @@ def _check_expiry(certificate: Certificate, today: datetime.date, findings: Find
         return
     if last < today:
         findings.fail("expired", CERTIFICATE, f"expired on {last}: attackers improve; ask for a new exam.")
+    if (last - created).days > _LONGEST_VALID:
+        findings.fail("expiry", CERTIFICATE, f"valid from {created} until {last}, longer than {_LONGEST_VALID} days: "
+                      "no exam speaks for attackers of that day. Certify again.")
     if created > today + datetime.timedelta(days=1):
         findings.fail("future", CERTIFICATE, f"its exam is dated {created}, which has not come: check both clocks.")
 
 
-def _check_signature(key: str | None, inventory: Inventory, findings: Findings) -> str | None:
-    """The public key of a valid signature over this certificate."""
+def _check_signature(
+    key: str | None, sealed: Mapping[str, str] | None, inventory: Inventory, findings: Findings
+) -> str | None:
+    """The public key of a valid signature over this certificate and, once published, over its seal."""
     if SIGNATURE not in inventory:
         if key is not None:
             findings.fail("signature", SIGNATURE, "expected a signature by the trusted key, got no signature at all.")
@@ -216,12 +243,15 @@ def _check_signature(key: str | None, inventory: Inventory, findings: Findings) 
     if not is_valid(record, certificate):
         findings.fail("signature-invalid", SIGNATURE, "the signature does not fit the certificate and its key.")
         return None
-    if key is None:
-        findings.note("signature", SIGNATURE, f"valid, by key {record.public_key}; whose that is, you have to know.")
-    elif record.public_key != key:
+    if key is not None and record.public_key != key:
         findings.fail("signature-key", SIGNATURE, f"signed by another key: {record.public_key} instead of the trusted "
                       f"{key}.")
         return None
+    covered = None if sealed is None else write_seal({name: sealed[name] for name in sealed if name != SIGNATURE})
+    if covered is not None and not is_valid(record, certificate, covered):
+        findings.fail("signature-seal", SEAL, f"not the list of files that {SIGNATURE} signs: one was changed, added "
+                      "or taken away after it was signed, and sealed again. Download the revision again.")
+        return None
+    if key is None:
+        findings.note("signature", SIGNATURE, f"valid, by key {record.public_key}; whose that is, you have to know.")
     return record.public_key
-
-

@@ -1,5 +1,6 @@
-"""One self-contained page that compares a base with its immunized models, drawn from records on disk."""
+"""One self-contained page that compares a base with its immunized models, and pictures, drawn from records on disk."""
 
-from hf_immunize.report.page import render_report
+from hf_immunize.report.page import render_report, report_html
+from hf_immunize.report.pictures import curve_pictures, picture_names
 
-__all__ = ["render_report"]
+__all__ = ["curve_pictures", "picture_names", "render_report", "report_html"]

@@ -51,8 +51,10 @@ class Evidence:
         return sorted(chosen, key=lambda run: run.seed)
 
 
-def read_evidence(folders: Sequence[Path], base: Path) -> list[Evidence]:
+def read_evidence(folders: Sequence[Path], base: Path | None) -> list[Evidence]:
     """Read every folder and check that all of them were examined against the same base on the same data.
+
+    Without ``base`` the base is the one that the certificates name; its weights are not at hand to be compared.
 
     Raises:
         RecordError: no folder, a record that is missing or does not fit, a trace file that is not the certified one,
@@ -62,7 +64,8 @@ def read_evidence(folders: Sequence[Path], base: Path) -> list[Evidence]:
         raise RecordError("expected at least one folder with a certificate.json, got none: name an immunized model.")
     read = [_read_folder(Path(folder)) for folder in folders]
     _check_one_exam(read, [Path(folder) for folder in folders])
-    _check_base(read[0].certificate.control, Path(base))
+    if base is not None:
+        _check_base(read[0].certificate.control, Path(base))
     names = [item.label for item in read]
     return [
         Evidence(
@@ -92,11 +95,13 @@ def _read_folder(folder: Path) -> Evidence:
 def _read_traces(folder: Path, certificate: Certificate) -> tuple[tuple[AttackTrace, ...], int]:
     """The certified traces, hashes checked. Only files below the folder's own ``traces`` are ever opened."""
     root = folder.resolve()
+    blobs = root.parent.parent / "blobs"  # a snapshot of the Hub client's cache is a folder of links into this one
+    roots = (root, blobs) if root.parent.name == "snapshots" else (root,)
     found = {path.relative_to(folder).as_posix(): path for path in sorted((folder / "traces").rglob("*.json"))}
     traces = []
     for name, expected in certificate.traces.items():
         path = found.pop(name, None)
-        if path is None or not path.resolve().is_relative_to(root):
+        if path is None or not any(path.resolve().is_relative_to(allowed) for allowed in roots):
             raise RecordError(
                 f"expected the certified trace {name!r} in {folder}, got no such file below its traces folder: "
                 "restore the traces or certify again."

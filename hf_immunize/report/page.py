@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,29 @@ from hf_immunize.report.text import clean
 _JOINTS = re.compile(r"([_/.])(?=\w)")
 
 
-def render_report(folders: Sequence[Path], base: Path, output: Path) -> Path:
-    """Write one self-contained page that compares ``base`` with the immunized models in ``folders``.
+def render_report(folders: Sequence[Path], base: Path | None, output: Path) -> Path:
+    """Write the page of ``report_html`` to ``output``, which is replaced atomically."""
+    return atomic_write(output, report_html(folders, base))
+
+
+def report_html(folders: Sequence[Path], base: Path | None = None) -> str:
+    """One self-contained page that compares a base with the immunized models in ``folders``.
 
     Each folder holds ``certificate.json``, the traces it certifies below ``traces/`` and, where the model was made by
     this package, ``immunization.json``. The page asks nothing of the network and runs no script.
 
     Args:
         folders: immunized models, in the order of the columns.
-        base: the base model's folder; its weights must be those the certificates name as control.
-        output: the file to write; replaced atomically.
+        base: the base model's folder, whose weights must be those the certificates name as control; without it they
+            are not compared.
 
     Raises:
         RecordError: a record is missing, changed, or about another base or other data than its neighbours.
     """
-    context = view.page(read_evidence(folders, base))
-    return atomic_write(output, _environment().get_template("page.html.jinja").render(**context))
+    return _environment().get_template("page.html.jinja").render(**view.page(read_evidence(folders, base)))
 
 
+@cache
 def _environment() -> Environment:
     """Autoescape on; invisible and control characters removed from every plain string."""
 

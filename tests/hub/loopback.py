@@ -61,6 +61,8 @@ class Loopback:
         self.requests: list[str] = []
         self.tokens: set[str] = set()
         self.token, self.hang = token, hang
+        self.released = threading.Event()
+        """Ends every hanging request before its time."""
         self.lock = threading.RLock()
         self.on_request: Callable[[int, str, str], None] | None = None
         """Called with the request's number, its endpoint, and ``before`` or ``after`` its handling."""
@@ -74,6 +76,7 @@ class Loopback:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -184,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.kind == "cut":
             self._cut()
         elif fault.kind == "hang":
-            time.sleep(hub.hang)
+            hub.released.wait(hub.hang)
             self._cut()
         elif fault.kind.isdigit():
             self._body()

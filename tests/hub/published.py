@@ -61,13 +61,21 @@ def write_release(folder: Path, target: Path, **options) -> Path:
     return target
 
 
-def reseal(folder: Path) -> None:
-    """What an attacker without the publisher's key can do: make the seal fit the files again."""
+def reseal(folder: Path, key: Path | None = None) -> None:
+    """What an attacker without the publisher's key can do: make the seal fit again, without a signature or by another
+    key."""
     from hf_immunize.hub.seal import write_seal
+    from hf_immunize.hub.signature import sign
     from hf_immunize.records import sha256_file
 
+    (folder / "certificate.sig").unlink(missing_ok=True)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    (folder / "SHA256SUMS").write_bytes(write_seal({name: sha256_file(path) for name, path in files.items()}))
+    digests = {name: sha256_file(path) for name, path in files.items()}
+    if key is not None:
+        (folder / "certificate.sig").write_bytes(
+            sign((folder / "certificate.json").read_bytes(), write_seal(digests), key))
+        digests["certificate.sig"] = sha256_file(folder / "certificate.sig")
+    (folder / "SHA256SUMS").write_bytes(write_seal(digests))
 
 
 def publish_in_child(folder: str, url: str) -> None:

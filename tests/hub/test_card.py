@@ -1,6 +1,8 @@
 import ast
 import re
+import shutil
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import pytest
 import record_builders as build
@@ -12,7 +14,8 @@ from markdown_it import MarkdownIt
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.hub import CardOptions, render_card, write_card
 from hf_immunize.hub.markdown import code, prose
-from hf_immunize.records import Certificate
+from hf_immunize.records import AttackTrace, Certificate
+from hf_immunize.report import curve_pictures
 
 HOSTILES = [
     "</h1><script>alert(1)</script><img src=x onerror=alert(1)>",
@@ -36,6 +39,12 @@ def parse(source):
         for block in MarkdownIt("commonmark").enable("table").parse(body)
         for token in [block, *(block.children or [])]
     ]
+
+
+def pictures(source):
+    """Addresses of the card's pictures."""
+    blocks = MarkdownIt("commonmark").enable("table").parse(source.split("\n---\n", 1)[1])
+    return [inner.attrs["src"] for block in blocks for inner in block.children or [] if inner.type == "image"]
 
 
 def hostile_folder(root, evil):
@@ -139,7 +148,9 @@ def test_names_cannot_change_the_structure(tmp_path, evil):
     tame = render_card(hostile_folder(tmp_path / "tame", "plain"))
     source = render_card(hostile_folder(tmp_path / "wild", evil))
     assert parse(source) == parse(tame)
-    assert not {"html_block", "html_inline", "link_open", "image"} & {kind for kind, _ in parse(source)}
+    assert not {"html_block", "html_inline", "link_open"} & {kind for kind, _ in parse(source)}
+    names = pictures(source)
+    assert len(names) == 3 and all(re.fullmatch(r"plots/0\d-[a-z0-9-]+\.svg", name) for name in names)
     metadata, expected = ModelCard(source).data.to_dict(), ModelCard(tame).data.to_dict()
     assert set(metadata) == set(expected) and metadata["tags"] == expected["tags"]
     assert len(table(source, "Verdicts")) == len(table(tame, "Verdicts"))
@@ -211,3 +222,91 @@ def test_a_card_needs_a_certificate(tmp_path):
     with pytest.raises(RecordError, match="expected a Certificate"):
         render_card(tmp_path)
     assert not (tmp_path / "README.md").exists()
+
+
+# ---- curves, and other kinds of models
+
+
+def test_every_attack_that_left_a_result_has_its_curve(tmp_path):
+    folder = build.exam_folder(tmp_path)
+    source = write_card(folder).read_text(encoding="utf-8")
+    names = pictures(source)
+    assert names == [path.relative_to(folder).as_posix() for path in sorted((folder / "plots").iterdir())]
+    assert len(names) == sum(attack.ran for attack in build.ATTACKS)
+    for name in names:
+        root = ElementTree.parse(folder / name).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and "Harmful accuracy" in "".join(root.itertext())
+        assert not [part.tag for part in root.iter() if part.tag.rpartition("}")[2] in ("script", "image", "a", "use")]
+
+
+def test_a_curve_is_that_of_the_traces(tmp_path):
+    """Pixels of the mean line, back to steps and accuracies."""
+    folder = build.exam_folder(tmp_path)
+    root = ElementTree.fromstring(curve_pictures(folder)["plots/02-adam-probe.svg"])
+    polylines = root.iter("{http://www.w3.org/2000/svg}polyline")
+    (_, line) = [part for part in polylines if part.get("class") == "line m1"]  # the first is the legend's
+    heights = [float(point.split(",")[1]) for point in line.get("points").split()]
+    traces = [AttackTrace.read(path) for path in folder.glob("traces/subject/adam_probe__learning_rate=0.1*")]
+    means = [sum(point.test for point in points) / len(points)
+             for points in zip(*(trace.curve for trace in traces), strict=True)]
+    assert heights == pytest.approx([186 - 160 * mean for mean in means], abs=0.06)
+
+
+def test_a_folder_without_traces_still_gets_its_card(tmp_path):
+    folder = build.exam_folder(tmp_path)
+    shutil.rmtree(folder / "traces")
+    assert write_card(folder).is_file() and not (folder / "plots").exists()
+
+
+def certified_as(root, files, architecture="ViTForImageClassification", weights=("model.safetensors",)):
+    folder = build.exam_folder(root)
+    certificate = Certificate.read(folder / "certificate.json")
+    subject = certificate.subject.model_copy(update={"architecture": architecture,
+                                                     "weights": dict.fromkeys(weights, "0" * 64)})
+    for name in files:
+        (folder / name).write_text("{}")
+    certificate.model_copy(update={"subject": subject, "files": dict.fromkeys(files, "0" * 64)}).write(
+        folder / "certificate.json")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "architecture", "weights", "expected"),
+    [
+        (["config.json"], "ViTForImageClassification", ["model.safetensors"],
+         ("transformers", "finetune", "image-classification", "AutoModelForImageClassification.from_pretrained(model")),
+        (["config.json"], "ViTModel", ["model.safetensors"],
+         ("transformers", "finetune", "image-feature-extraction", "AutoModel.from_pretrained(model_id)")),
+        (["adapter_config.json"], "ViTForImageClassification", ["adapter_model.safetensors"],
+         ("peft", "adapter", "image-classification", 'base_id = "owner/base"')),
+        (["model_index.json"], "DDPMPipeline", ["unet/x.safetensors"],
+         ("diffusers", "finetune", "unconditional-image-generation", "DiffusionPipeline.from_pretrained(model_id")),
+        (["model_index.json"], "StableDiffusionPipeline", ["text_encoder/x.safetensors"],
+         ("diffusers", "finetune", "text-to-image", "DiffusionPipeline.from_pretrained(model_id")),
+    ],
+    ids=["model", "backbone", "adapter", "pipeline", "text pipeline"],
+)
+def test_every_kind_of_model_has_its_metadata_and_its_snippet(tmp_path, files, architecture, weights, expected):
+    card = ModelCard(render_card(certified_as(tmp_path, files, architecture, weights),
+                                 CardOptions(base_model="owner/base", repo_id="me/model")))
+    data = card.data
+    assert (data.library_name, data.base_model_relation, data.pipeline_tag) == expected[:3]
+    snippet = re.findall(r"```python\n(.*?)```", card.text, re.S)[0]
+    ast.parse(snippet)
+    assert expected[3] in snippet and 'model_id = "me/model"' in snippet
+
+
+def test_the_card_says_when_a_model_runs_code(tmp_path):
+    folder = certified_as(tmp_path, ["config.json"])
+    assert "trust_remote_code" not in render_card(folder)
+    (folder / "config.json").write_text('{"vision_config": {"auto_map": {"AutoModel": "modeling.Mine"}}}')
+    source = render_card(folder)
+    assert "'auto&#95;map' in config.json" in source
+    assert source.index("> [!WARNING]\n> **Loading this model") < source.index("```python")
+
+
+def test_figures_name_their_source_and_claim_no_verification_by_the_hub(tmp_path):
+    results = ModelCard(render_card(build.exam_folder(tmp_path), CardOptions(repo_id="me/model"))).data.eval_results
+    assert {result.source_url for result in results} == {
+        "https://huggingface.co/me/model/blob/main/certificate.json"}
+    assert {(result.verified, result.verify_token) for result in results} == {(None, None)}

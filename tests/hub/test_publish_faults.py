@@ -1,9 +1,10 @@
 """Whatever the Hub does: a complete publication or none, a clear message, and a second attempt that succeeds."""
 
+import functools
 import multiprocessing
 import os
 import signal
-import time
+import sys
 
 import pytest
 from loopback import UPLOAD, Fault
@@ -11,6 +12,7 @@ from published import certified, client, publish_in_child, write_release
 
 from hf_immunize.errors import HubError
 from hf_immunize.hub import publish, verify_folder, verify_model
+from hf_immunize.hub.release import prepare
 
 STATUSES = ("401", "403", "404", "409", "412", "429", "500", "503")
 ADVICE = {
@@ -22,6 +24,17 @@ ADVICE = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return certified(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(autouse=True)
+def gate_passed_once(monkeypatch):
+    """The gate is not what these tests are about: its outcome for the same folder is kept. Killed processes run it."""
+    monkeypatch.setattr(sys.modules["hf_immunize.hub.publish"], "prepare", prepared)
+
+
+@functools.cache
+def prepared(folder, **gate):
+    return prepare(folder, **gate)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +81,8 @@ def test_statuses_at_every_endpoint(hub, folder, whole, endpoint, status):
 def test_connections_that_break(hub, folder, whole, endpoint, kind):
     hub.hang = 0.4
     hub.faults = [Fault(endpoint, kind)]
-    try:
-        done = publish(folder, "me/model", api=client(hub), timeout=0.15)
+    try:  # only silence needs a short limit; a slow machine must not be taken for a broken connection
+        done = publish(folder, "me/model", api=client(hub), timeout=0.15 if kind == "hang" else 60.0)
     except HubError as error:
         assert "the Hub has trouble or cannot be reached: try again later" in str(error)
         assert not complete_or_none(hub, whole)
@@ -80,19 +93,18 @@ def test_connections_that_break(hub, folder, whole, endpoint, kind):
 
 
 def test_silence_is_not_waited_for(hub, folder, whole):
-    hub.hang = 8.0
+    hub.hang = 300.0  # far longer than any machine is slow: who waits for it gets a reset, not a time-out
     hub.faults = [Fault("commit", "hang")]
-    start = time.monotonic()
     with pytest.raises(HubError, match="ReadTimeout"):
-        publish(folder, "me/model", api=client(hub), timeout=0.15)
-    assert time.monotonic() - start < 6
+        publish(folder, "me/model", api=client(hub), timeout=2.0)
+    assert "commit" in hub.requests and not complete_or_none(hub, whole)
     second_attempt(hub, folder, whole)
 
 
 @pytest.mark.parametrize("endpoint", UPLOAD)
 def test_a_slow_drip_is_waited_for(hub, folder, whole, endpoint):
     hub.faults = [Fault(endpoint, "drip")]
-    assert publish(folder, "me/model", api=client(hub), timeout=1.0).confirmed
+    assert publish(folder, "me/model", api=client(hub), timeout=60.0).confirmed
     second_attempt(hub, folder, whole)
 
 
@@ -151,7 +163,7 @@ def kill_at(hub, folder, spawner, at, phase):
 
     hub.on_request = strike
     child.start()
-    child.join(60)
+    child.join(300)
     hub.on_request = None
     return child.exitcode
 

@@ -34,11 +34,24 @@ def test_vision(hub, tmp_path, saving):
     assert not same(loaded, base)
 
 
-def test_the_metadata_parses_back_to_the_numbers_of_the_certificate(hub, tmp_path):
-    publish(models.certified_vit(tmp_path), "me/model", api=client(hub))
+KINDS = {
+    "transformers": models.certified_vit,
+    "peft": lambda root: models.certified_adapter(root)[0],
+    "diffusers": models.certified_pipeline,
+}
+
+
+@pytest.mark.parametrize("library", KINDS)
+def test_the_metadata_parses_back_to_the_numbers_of_the_certificate(hub, tmp_path, library):
+    pytest.importorskip(library, reason=f"the package {library} is not installed")
+    folder = KINDS[library](tmp_path)
+    publish(folder, "me/model", api=client(hub))
+    assert "validate" in hub.requests, "the card was not put before the Hub's own validation"
     path = client(hub).hf_hub_download("me/model", "README.md", cache_dir=tmp_path / "cache")
-    results = {result.metric_name: result for result in ModelCard.load(path).data.eval_results}
-    certificate = Certificate.read(tmp_path / "model/certificate.json")
+    card = ModelCard.load(path)
+    assert card.data.library_name == library
+    results = {result.metric_name: result for result in card.data.eval_results}
+    certificate = Certificate.read(folder / "certificate.json")
     assert results["Primary metric, percent"].metric_value == certificate.utility.immunized
     cells = {cell.attack: cell for cell in certificate.cells}
     assert results["Slow-down under adam_probe"].metric_value == cells["adam_probe"].slow_down.estimate

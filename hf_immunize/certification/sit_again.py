@@ -1,0 +1,77 @@
+"""Everything a recheck needs, from folders and a task file: for somebody who has only what was published."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_immunize.attacks import AttackContext, load_processor
+from hf_immunize.certification.protocol import PROTOCOLS, Rule
+from hf_immunize.certification.recheck import Recheck, recheck
+from hf_immunize.data import Task, TaskArguments
+from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.records import Certificate
+
+_SPLITS = ("attack", "validation", "test")
+
+
+def find_rule(certificate: Certificate) -> Rule | None:
+    """The rule of this release whose words the certificate repeats; None for one of another release."""
+    rules = [Rule(), *(protocol.rule for protocol in PROTOCOLS.values())]
+    return next((rule for rule in rules if rule.in_words() == certificate.rule), None)
+
+
+def read_task(path: str | Path) -> TaskArguments:
+    """The tasks of an exam from the YAML file that its recipes were given. Raises ConfigError."""
+    known = {field.name: field for field in dataclasses.fields(TaskArguments)}
+    try:
+        loaded: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"expected a task file such as recipes/digits-vit/task.yaml, got {path}: {error}") from error
+    if not isinstance(loaded, dict) or not set(loaded) <= set(known):
+        got = sorted(map(str, set(loaded) - set(known))) if isinstance(loaded, dict) else type(loaded).__name__
+        raise ConfigError(f"expected task options out of {', '.join(known)} in {path}, got {got}.")
+    missing = [name for name in ("primary_dataset", "harmful_dataset") if name not in loaded]
+    if missing:
+        raise ConfigError(f"expected {' and '.join(missing)} in {path}, got neither path nor Hub id: name the data.")
+    whole = {"split_seed"}
+    return TaskArguments(**{
+        name: value if name in whole or value is None else str(value) for name, value in loaded.items()
+    })
+
+
+def sit_again(
+    folder: str | Path, base: str | Path, task: TaskArguments, cells: int, seed: int = 0, device: str = "cpu"
+) -> list[Recheck]:
+    """Load the harmful data, the model and its base, and run ``cells`` random cells of the certificate again.
+
+    Args:
+        task: the same options that the exam was sat with; the rows are compared by content.
+        seed: which cells are drawn.
+
+    Raises:
+        ConfigError: no cell asked for.
+        RecordError: a rule of another release, or other rows, weights or traces than the certificate's.
+    """
+    if cells < 1:
+        raise ConfigError(f"expected at least one cell to sit again, got {cells}.")
+    certificate = Certificate.read(Path(folder) / "certificate.json")
+    rule = find_rule(certificate)
+    if rule is None:
+        raise RecordError("expected a rule of this release, got another: recheck with the release that wrote it.")
+    harmful, processor = Task(task, "harmful"), load_processor(folder)
+    splits = {role: harmful.pixels(role, processor) for role in _SPLITS}
+    data = tuple(harmful.fingerprint(split, role) for role, split in splits.items())
+    if [part.sha256 for part in data] != [part.sha256 for part in certificate.harmful_data]:
+        raise RecordError(
+            "expected the harmful rows that the certificate names, got others: give the task file of the exam "
+            "(dataset, labels, splits, split_seed)."
+        )
+    contexts = {
+        role: AttackContext(folder=Path(path), role=role, data=data, device=device, **splits)
+        for role, path in (("subject", folder), ("control", base))
+    }
+    return recheck(folder, contexts, cells, seed, rule)
