@@ -17,14 +17,12 @@ from hf_immunize.records import AttackTrace, Cell, Certificate
 
 def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
     """Recompute every cell, the families and the overall verdict from traces that were found unchanged."""
-    from hf_immunize.certification import family_verdicts, find_rule, measure_trainability, overall_verdict
-    from hf_immunize.certification.trainability import TRAINABILITY
+    from hf_immunize.certification import family_verdicts, find_rule, overall_verdict
 
     rule = find_rule(certificate)
     if rule is None:
         findings.note("rejudge", CERTIFICATE, "its rule is not one of this release: its verdicts were not recomputed.")
         return
-
     traces = [parse_record(AttackTrace, inventory.read(name)) for name in certificate.traces if name in inventory]
     cells = []
     for cell in certificate.cells:
@@ -39,15 +37,27 @@ def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Fin
         cells.append(again)
     if [item.model_dump() for item in family_verdicts(cells)] != [item.model_dump() for item in certificate.families]:
         findings.fail("rejudge", CERTIFICATE, "its verdicts by family are not those of its cells.")
-    benign = {role: [trace for trace in traces if trace.role == role and trace.attack in TRAINABILITY]
-              for role in ("subject", "control")}
-    trainability = measure_trainability(benign, rule)
-    if _differences([item.model_dump() for item in trainability],
-                    [item.model_dump() for item in certificate.trainability]):
-        findings.fail("rejudge", CERTIFICATE, "its benign trainability is not what its traces give.")
-    overall = overall_verdict(cells, certificate.utility, rule, trainability)
+    _check_trainability(certificate, traces, rule, findings)
+    overall = overall_verdict(cells, certificate.utility, rule, certificate.trainability)
     if overall != certificate.overall:
         findings.fail("rejudge", CERTIFICATE, f"its overall verdict is written {certificate.overall}, judged {overall}")
+
+
+def _check_trainability(
+    certificate: Certificate, traces: Sequence[AttackTrace], rule: Any, findings: Findings
+) -> None:
+    """Recompute what the benign runs say."""
+    from hf_immunize.certification.trainability import TRAINABILITY, measure_trainability
+
+    benign = {role: [trace for trace in traces if trace.role == role and trace.attack in TRAINABILITY]
+              for role in ("subject", "control")}
+    try:
+        again = [item.model_dump() for item in measure_trainability(benign, rule)]
+    except (ImmunizeError, ValueError, ArithmeticError, LookupError) as error:
+        findings.fail("rejudge", CERTIFICATE, f"its benign trainability does not follow from traces: {error}")
+        return
+    if _differences(again, [item.model_dump() for item in certificate.trainability]):
+        findings.fail("rejudge", CERTIFICATE, "its benign trainability is not what its traces give.")
 
 
 def _judge(cell: Cell, traces: Sequence[AttackTrace], certificate: Certificate, rule: Any) -> Cell:
