@@ -4,7 +4,6 @@ from hf_immunize.certification.certificate import ExamData, build_certificate
 from hf_immunize.certification.protocol import PROTOCOLS, Protocol, Rule, find_protocol
 from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.certification.sit_again import find_rule, read_task, sit_again
-from hf_immunize.certification.spectra import measure_spectrum
 from hf_immunize.certification.trainability import measure_trainability
 from hf_immunize.certification.utility import correct_rows, measure_utility
 from hf_immunize.certification.verdict import family_verdicts, judge_solve, judge_steps, overall_verdict, strongest
@@ -22,7 +21,6 @@ __all__ = [
     "find_rule",
     "judge_solve",
     "judge_steps",
-    "measure_spectrum",
     "measure_trainability",
     "measure_utility",
     "overall_verdict",

@@ -14,7 +14,6 @@ from hf_immunize.certification.cells import build_cell, own_threshold, reference
 from hf_immunize.certification.checklist import lines_not_run
 from hf_immunize.certification.evidence import control_traces, read_traces, trace_hashes
 from hf_immunize.certification.protocol import Protocol
-from hf_immunize.certification.spectra import measure_spectrum
 from hf_immunize.certification.trainability import measure_trainability
 from hf_immunize.certification.utility import measure_utility
 from hf_immunize.certification.verdict import family_verdicts, overall_verdict, statement
@@ -32,6 +31,7 @@ from hf_immunize.records import (
     SpectrumRecord,
     loading_files,
 )
+from hf_immunize.spectra import model_spectra
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,7 @@ def _cells(
 
 def _spectra(model: nn.Module, data: ExamData, feature_module: str | None) -> list[SpectrumRecord]:
     site = feature_module or find_classifier(model)
-    return [
-        measure_spectrum(model, data.harmful_attack, site, "harmful"),
-        measure_spectrum(model, data.primary_test, site, "primary"),
-    ]
+    return model_spectra(model, site, {"harmful": data.harmful_attack, "primary": data.primary_test})
 
 
 def _check_data(
