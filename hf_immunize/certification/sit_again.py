@@ -70,8 +70,10 @@ def sit_again(
             "expected the harmful rows that the certificate names, got others: give the task file of the exam "
             "(dataset, labels, splits, split_seed)."
         )
+    benign = None if task.benign_dataset is None else Task(task, "benign").pixels("attack", processor)
+    held = {"base": Path(base), "benign": benign}  # what attacks of the exam may have needed, if any did
     contexts = {
-        role: AttackContext(folder=Path(path), role=role, data=data, device=device, **splits)
+        role: AttackContext(folder=Path(path), role=role, data=data, device=device, **held, **splits)
         for role, path in (("subject", folder), ("control", base))
     }
     return recheck(folder, contexts, cells, seed, rule)

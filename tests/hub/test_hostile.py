@@ -247,7 +247,10 @@ def test_a_policy_for_a_whole_preset(tmp_path):
     from hf_immunize.certification import PROTOCOLS
 
     sat = [cells[0].model_copy(update={"attack": attack}) for attack in PROTOCOLS["quick"].attacks]
-    certificate = Certificate.read(folder / "certificate.json").model_copy(update={"cells": sat, "traces": {}})
+    certificate = Certificate.read(folder / "certificate.json")
+    family = certificate.families[0].model_copy(update={"attacks": [cell.attack for cell in sat]})
+    certificate = certificate.model_copy(update={
+        "cells": sat, "traces": {}, "planned": [cell.attack for cell in sat], "families": [family]})
     certificate.write(folder / "certificate.json")
     assert "policy" not in {item.code for item in verify_folder(folder, policy=policy).findings}
     with pytest.raises(ConfigError, match="expected a protocol in"):
