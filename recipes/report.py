@@ -44,7 +44,7 @@ def verdict_table(certificates: list[Certificate]) -> Table:
                 detail = "-" if factor is None else f"{sign}{factor:.3g}x slower"
             else:
                 drop = cell.accuracy_drop.estimate
-                detail = "-" if drop is None else f"accuracy -{drop:.2f}"
+                detail = "-" if drop is None else f"accuracy {-drop:+.2f}"
             words.append(f"[{colours.get(cell.verdict, 'dim')}]{cell.verdict}[/] {detail}")
         table.add_row(cells[0].attack, *words)
     drops = [f"{c.utility.base:.2f} -> {c.utility.immunized:.2f} %" for c in certificates]
