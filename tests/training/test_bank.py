@@ -56,7 +56,8 @@ def error(make_trainer, make_vit, make_pixels, what, **options) -> float:
     watch = WholeSet(primary)
     trainer = make_trainer(
         model=make_vit(dtype=torch.float64), primary=primary, harmful=make_pixels(30, seed=1, dtype=torch.float64),
-        callbacks=[watch], per_device_train_batch_size=6, max_steps=4, objective="condition_number+opt_kappa", **options,
+        callbacks=[watch], per_device_train_batch_size=6, max_steps=4, objective="condition_number+opt_kappa",
+        **options,
     )  # fmt: skip
     trainer.train()
     seen = [entry[f"primary_{what}"] for entry in trainer.state.log_history if "loss" in entry]
@@ -66,8 +67,9 @@ def error(make_trainer, make_vit, make_pixels, what, **options) -> float:
 def test_with_weights_at_rest_the_bank_gives_the_value_of_the_whole_dataset(make_trainer, make_vit, make_pixels):
     """24 rows of 16 features, 6 at a time: the fourth step of an epoch has all of them before it."""
     for what in ("log_kappa", "r_well"):
-        assert error(make_trainer, make_vit, make_pixels, what, learning_rate=0.0, feature_bank_rows=18) < 1e-7
-        assert error(make_trainer, make_vit, make_pixels, what, learning_rate=0.0) > 0.1
+        exact = error(make_trainer, make_vit, make_pixels, what, learning_rate=0.0, feature_bank_rows=18)
+        without = error(make_trainer, make_vit, make_pixels, what, learning_rate=0.0)
+        assert exact < 1e-7 and exact < 1e-4 * without
 
 
 def test_the_bias_of_stale_rows_vanishes_with_the_learning_rate(make_trainer, make_vit, make_pixels):
