@@ -15,7 +15,10 @@ class FeatureBank:
 
     A term measures the batch together with these rows; only the batch carries a gradient, so a term that is a mean
     over rows has its gradient shrunk by n/(n + bank), which auto weights undo. The past rows are stale: they are
-    features of the weights of their step, off by about learning rate × age. Whole steps are dropped, oldest first, so
+    features of the weights of their step, off by about learning rate × age. That bias is of first order for smooth
+    quantities (R_well, the adversary); the smallest eigenvalue comes out too large by about the squared
+    drift, so that κ is underestimated where features have directions smaller than that (a LayerNorm's constant
+    direction). Whole steps are dropped, oldest first, so
     that what is kept does not depend on the order of rows within a step, nor on the number of processes.
 
     Memory: capacity × width in the features' own dtype, per side and site, on every rank.

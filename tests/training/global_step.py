@@ -33,20 +33,21 @@ def pixels(rows: int, seed: int) -> PixelDataset:
     return PixelDataset(images + labels[:, None, None, None], labels, ["a", "b", "c"])
 
 
-def step(objective: str, accumulation: int, weight: str, processes: int) -> None:
+def step(objective: str, accumulation: int, weight: str, processes: int, what: str = "", **options) -> None:
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )
-    args = ImmunizationConfig(
-        tempfile.mkdtemp(), objective=objective, weight=weight, strength=1.0, max_steps=1, max_grad_norm=0.0,
+    settings = dict(
+        objective=objective, weight=weight, strength=1.0, max_steps=1, max_grad_norm=0.0, optim="sgd",
         distillation=0.5, harmful_group_rows=9, gradient_accumulation_steps=accumulation,
         per_device_train_batch_size=24 // accumulation // processes, per_device_harmful_batch_size=24 // processes,
         report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
     )
+    args = ImmunizationConfig(tempfile.mkdtemp(), **settings | options)
     model = ViTForImageClassification(config).double()
-    name = f"{objective}/{accumulation}/{weight}"
+    name = f"{objective}{what}/{accumulation}/{weight}"
     trainer = ImmunizationTrainer(
         model, args, train_dataset=pixels(48, 0), harmful_dataset=pixels(40, 1), callbacks=[Keep(name)]
     )
@@ -60,6 +61,16 @@ for objective in OBJECTIVES:
     for accumulation in (1, 2):
         for weight in ("1", "auto"):
             step(objective, accumulation, weight, processes)
+VARIANTS = {
+    "+sites": ("closed_form_adversary", {"sites": "lora", "site_weights": "q_proj=0.7", "horizon": "30,1000"}),
+    "+bank": ("condition_number", {"feature_bank_rows": 30, "max_steps": 2}),
+    "+memory": ("imma", {"max_steps": 2}),
+    "+inverse": ("condition_number", {"precondition_gradients": "layers.1.mlp.fc2"}),
+    "+changed": ("opt_kappa", {"augmentation": "flip,crop,color,erase"}),
+}
+for what, (objective, options) in VARIANTS.items():
+    for accumulation in (1, 2):
+        step(objective, accumulation, "auto", processes, what, **options)
 rank, size = world()
 assert size == processes
 if rank == 0:
