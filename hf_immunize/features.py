@@ -70,6 +70,10 @@ class Captured:
 
     def __getitem__(self, name: str) -> Tensor:
         """Pooled N×D input of module ``name``. Raises CaptureError when nothing, or two things, were caught."""
+        return pool_rows(self.raw(name))
+
+    def raw(self, name: str) -> Tensor:
+        """The input of module ``name`` as it was. Raises CaptureError when nothing, or two things, were caught."""
         if name in self._twice:
             raise CaptureError(
                 f"expected one forward through '{name}' while capturing, got two or more: open a new capture_inputs "
@@ -80,7 +84,7 @@ class Captured:
                 f"expected a forward through '{name}' while capturing, got none: check that the model uses this layer "
                 "and that it was not compiled before the capture."
             )
-        return pool_rows(self._caught[name])
+        return self._caught[name]
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Pairs of module name and pooled features."""
@@ -104,9 +108,10 @@ def capture_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[Captured]
     caught = Captured(names)
 
     def hook(name: str):
-        return lambda _, args: caught._catch(name, args[0])
+        # A module called with keywords only (Swin's decoders) gets its first one.
+        return lambda _, args, named: caught._catch(name, args[0] if args else next(iter(named.values())))
 
-    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in names]
+    handles = [modules[name].register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
     try:
         yield caught
     finally:
