@@ -97,8 +97,7 @@ def trace_of(
         attack=name,
         family=attack.family,
         trial=run.trial,
-        config=dataclasses.asdict(run.config)
-        | {"attack_fraction": context.attack_fraction, "feature_module": context.head},
+        config=dataclasses.asdict(run.config) | context.described,
         seed=run.seed,
         role=context.role,
         model=context.fingerprint,
