@@ -43,6 +43,10 @@ class TrainingDivergedError(ImmunizeError, RuntimeError):
     """A loss or a spectrum that stopped being finite during training."""
 
 
+class DeviceMemoryError(ImmunizeError, RuntimeError):
+    """The device ran out of memory; the message names the options that need less."""
+
+
 class VerificationError(ImmunizeError, ValueError):
     """Published files that are not what their certificate says, or a certificate that a policy does not accept."""
 

@@ -71,7 +71,7 @@ def build_denoiser(family: str, seed: int = 0, dtype: torch.dtype = torch.float3
         for parameter in model.parameters():
             if not bool(parameter.any()):
                 torch.nn.init.normal_(parameter, std=0.05)
-    return model.to(dtype)
+    return model if dtype == torch.float32 else model.to(dtype)
 
 
 def build_scheduler(family: str, **options):

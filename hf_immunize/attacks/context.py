@@ -138,6 +138,11 @@ class AttackContext:
         """Module name of the classification head."""
         return self.feature_module or find_classifier(self._saved)
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a trace says about the exam beside the attack's own settings."""
+        return {"attack_fraction": self.attack_fraction, "feature_module": self.head}
+
     def model(self, seed: int) -> nn.Module:
         """A fresh copy of the attacked model on ``device``; ``seed`` matters only for random weights."""
         made = random_classifier(self.folder, seed) if self.role == "scratch" else copy.deepcopy(self._saved)

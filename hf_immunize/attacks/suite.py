@@ -161,7 +161,7 @@ def trace_of(
         family=attack.family,
         trial=run.trial,
         config=dataclasses.asdict(run.config)
-        | {"attack_fraction": context.attack_fraction, "feature_module": context.head}
+        | context.described
         | holdings(context, attack)
         | ({"tuning_seeds": list(run.tuning)} if run.tuning else {}),
         seed=run.seed,

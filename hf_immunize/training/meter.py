@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +27,13 @@ class Meter:
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums and counts since the last drain, as tensors."""
+        sums = {f"sum.{name}": torch.as_tensor(value) for name, value in self._sums.items()}
+        return sums | {f"count.{name}": torch.tensor(count) for name, count in self._counts.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        self._sums = {k.removeprefix("sum."): v for k, v in state.items() if k.startswith("sum.")}
+        self._counts = {k.removeprefix("count."): int(v) for k, v in state.items() if k.startswith("count.")}

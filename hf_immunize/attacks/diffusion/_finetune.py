@@ -1,0 +1,105 @@
+"""The training loop of diffusers' own examples, on a concept's images, judged on images it has not seen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
+from hf_immunize.attacks.shape import Result, Run, evaluation_steps
+from hf_immunize.diffusion import denoising_losses
+from hf_immunize.records import Evaluation
+
+_EVALUATION_RATIO = 1.5
+
+
+@dataclass(frozen=True)
+class DiffusionFinetune:
+    """What every attack that trains a denoiser is told."""
+
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Peak learning rate of AdamW.", "sweep": (1e-5, 1e-4, 1e-3, 1e-2)}
+    )
+    steps: int = field(default=200, metadata={"help": "Budget in optimizer steps."})
+    batch_size: int = field(default=16, metadata={"help": "Images per step."})
+    scheduler: str = field(default="constant", metadata={"help": "Name of a diffusers.optimization schedule."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
+    weight_decay: float = field(default=1e-2, metadata={"help": "Decoupled weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 switches it off."})
+    min_snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting with this gamma."})
+
+
+def judge(context: DiffusionAttackContext, model: nn.Module, step: int) -> Evaluation | None:
+    """R² on both held-out splits; None when an answer is not finite."""
+    validation, test = (exam.ask(context.denoiser, model).explained for exam in context.exams)
+    if not (math.isfinite(validation) and math.isfinite(test)):
+        return None
+    return Evaluation(step=step, validation=validation, test=test)
+
+
+def finetune(context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int) -> Result:
+    """Train the parameters of ``model`` that ask for gradients; return the learning curve, from step 0 on.
+
+    Images, noise and levels are drawn from the seed alone, so that every model sees the same attack.
+    """
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
+    data = context.attack.subset(context.draw_rows(seed))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_scheduler(
+        config.scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+    )
+    due = {0, *evaluation_steps(config.steps, _EVALUATION_RATIO)}
+    curve: list[Evaluation] = []
+    note = None
+    for step in range(config.steps + 1):
+        if step > 0 and not math.isfinite(_step(context, model, data, config, generator, optimizer, schedule)):
+            note = f"the training loss was not finite at step {step}"
+        elif step in due and (point := judge(context, model, step)) is not None:
+            curve.append(point)
+        elif step in due:
+            note = f"answers were not finite at step {step}"
+        if note:
+            break
+    outcome = "diverged" if note else "completed"
+    return Result(curve, config.steps, time.perf_counter() - started, outcome, note)
+
+
+def _step(context, model, data, config, generator, optimizer, schedule) -> float:
+    """One optimizer step; its loss."""
+    process, place = context.process, next(model.parameters())
+    rows = torch.randint(len(data), (config.batch_size,), generator=generator)
+    levels = process.draw_levels(len(rows), generator, logit_normal=process.prediction == "flow").to(place.device)
+    noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=generator).to(place.device, place.dtype)
+    batch = data.batch(rows).to(place.device, place.dtype)
+    model.train()
+    with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # dropout
+        noisy = process.noisy(batch.latents, noise, levels)
+        answer = context.denoiser.call(model, noisy, process.timesteps(levels), batch.conditions)
+        losses = denoising_losses(answer, process.target(batch.latents, noise, levels))
+        if config.min_snr_gamma is not None:
+            losses = losses * process.min_snr_weight(levels, config.min_snr_gamma).to(losses)
+        loss = losses.mean()
+        loss.backward()
+    if config.max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def run_finetunes(
+    context: DiffusionAttackContext, runs: Sequence[Run], prepare: Callable[[DiffusionAttackContext, Run], nn.Module]
+) -> Iterator[tuple[Run, Result]]:
+    """Prepare and train one denoiser per run."""
+    for run in runs:
+        yield run, finetune(context, prepare(context, run), run.config, run.seed)

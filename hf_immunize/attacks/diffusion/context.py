@@ -1,0 +1,131 @@
+"""What an attacker of a diffusion model holds: a saved pipeline, images of a concept, and paired seeded draws."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.attacks.context import Role
+from hf_immunize.diffusion import (
+    Denoiser,
+    DenoisingExam,
+    LatentDataset,
+    NoiseProcess,
+    component_of,
+    denoiser_of,
+    fresh_denoiser,
+    load_pipeline,
+)
+from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.records import DatasetFingerprint, ModelFingerprint
+
+METRIC = "R2 of the denoising target on held-out concept images (1 - loss / energy; higher is better)"
+
+
+@dataclass(frozen=True)
+class DiffusionAttackContext:
+    """One attacked pipeline and the attacker's three splits of one concept.
+
+    Args:
+        folder: a pipeline saved with save_pretrained (for role ``scratch`` only the denoiser's config counts).
+        role: which side of the exam the model is.
+        attack, validation, test: concept images to train on, to choose hyperparameters on, and to be judged on.
+        data: fingerprints of these three splits, in that order.
+        device: where models run.
+        attack_fraction: share of ``attack`` that one seed trains on.
+        exam_levels, exam_seed: questions of the fixed exam (see DenoisingExam).
+    """
+
+    folder: Path
+    role: Role
+    attack: LatentDataset
+    validation: LatentDataset
+    test: LatentDataset
+    data: tuple[DatasetFingerprint, ...]
+    device: str = "cpu"
+    attack_fraction: float = 0.8
+    exam_levels: int = 8
+    exam_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.role not in ("subject", "control", "scratch"):
+            raise ConfigError(f"expected role 'subject', 'control' or 'scratch', got {self.role!r}.")
+        if not 0 < self.attack_fraction <= 1:
+            raise ConfigError(f"expected attack_fraction in (0, 1], got {self.attack_fraction}.")
+        if len({fingerprint.sha256 for fingerprint in self.data}) < len(self.data):
+            raise DataError(
+                "expected different attack, validation and test splits, got one split twice: an attacker who trains "
+                "on the test images measures nothing. Check concept_splits."
+            )
+        for split in (self.attack, self.validation, self.test):
+            self.denoiser.check(self._saved, split.latents, split.conditions)
+
+    @cached_property
+    def _pipeline(self) -> Any:
+        return load_pipeline(self.folder)
+
+    @cached_property
+    def component(self) -> str:
+        """Name of the denoiser in the pipeline."""
+        return component_of(self._pipeline)
+
+    @cached_property
+    def _saved(self) -> nn.Module:
+        return getattr(self._pipeline, self.component)
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """How the attacked model is called."""
+        return denoiser_of(self._saved)
+
+    @cached_property
+    def process(self) -> NoiseProcess:
+        """The noise process of the pipeline's scheduler."""
+        return NoiseProcess.from_scheduler(self._pipeline.scheduler)
+
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        """Identity of the attacked weights, as they lie on disk now; random weights have no files."""
+        name = Path(self.folder).resolve().name
+        parameters = sum(parameter.numel() for parameter in self._saved.parameters())
+        kind = type(self._saved).__name__
+        if self.role == "scratch":
+            name = f"{name} architecture, random weights"
+            return ModelFingerprint(name=name, architecture=kind, parameters=parameters, weights={})
+        return ModelFingerprint.of_folder(self.folder, name=name, architecture=kind, parameters=parameters)
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a trace says about the exam beside the attack's own settings."""
+        return {
+            "attack_fraction": self.attack_fraction,
+            "denoiser": self.component,
+            "metric": METRIC,
+            "exam_levels": self.exam_levels,
+            "exam_seed": self.exam_seed,
+        }
+
+    def model(self, seed: int) -> nn.Module:
+        """A fresh copy of the attacked denoiser; ``seed`` matters only for random weights."""
+        made = fresh_denoiser(self._saved, seed) if self.role == "scratch" else copy.deepcopy(self._saved)
+        return made.to(self.device)
+
+    def draw_rows(self, seed: int) -> Tensor:
+        """Rows of ``attack`` that this seed trains on, at least one."""
+        count = len(self.attack)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return order[: max(1, round(self.attack_fraction * count))].sort().values
+
+    @cached_property
+    def exams(self) -> tuple[DenoisingExam, DenoisingExam]:
+        """Fixed exams on the validation and the test images."""
+        return tuple(
+            DenoisingExam(self.process, split, levels=self.exam_levels, seed=self.exam_seed + place)
+            for place, split in enumerate((self.validation, self.test))
+        )

@@ -1,0 +1,154 @@
+"""Class-conditional tasks in pixel space: retained classes, a harmful concept and a benign one, from one source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_immunize.data import describe_source, load_source, parse_fractions, split_by_content
+from hf_immunize.diffusion.examples import LatentDataset
+from hf_immunize.errors import DataError
+
+_NPZ_KEYS = (("x_train", "y_train"), ("images", "labels"))
+
+
+@dataclass
+class ConceptArguments:
+    """Which classes a model keeps, and which it shall not learn. The same values belong in every stage."""
+
+    dataset: str = field(
+        metadata={
+            "help": "Labelled images: an .npz file with x_train and y_train (or images and labels), or what "
+            "recipes/attack.py takes (Hub id, image folder, parquet file, builder:digits)."
+        }
+    )
+    retain_labels: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "Classes the model draws and must keep."})
+    harmful_labels: str = field(default="9", metadata={"help": "The concept it shall not learn."})
+    benign_labels: str = field(default="8", metadata={"help": "A concept it should learn as easily as the base."})
+    image_size: int = field(default=28, metadata={"help": "Height and width in pixels."})
+    channels: int = field(default=1, metadata={"help": "1 for grey images, 3 for colour."})
+    rows_per_class: int | None = field(
+        default=None, metadata={"help": "First rows of each class to use; all by default."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
+    label_column: str = field(default="label", metadata={"help": "Column that holds integer labels."})
+    retain_splits: str = field(
+        default="train=0.8,validation=0.1,test=0.1", metadata={"help": "Content-hash splits of the retained classes."}
+    )
+    concept_splits: str = field(
+        default="defense=0.35,attack=0.35,validation=0.1,test=0.2",
+        metadata={"help": "Content-hash splits of a concept: defense is all that the immunizer may see."},
+    )
+    split_seed: int = field(default=0, metadata={"help": "Seed of the content-hash splits."})
+
+
+class ArrayImages:
+    """Images and labels in memory, with as much of a ``datasets.Dataset`` as ``split_by_content`` asks for."""
+
+    column_names = ("image", "label")
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"image": Image.fromarray(self.images[row])}
+
+    def select(self, rows: Sequence[int]) -> ArrayImages:
+        """Some rows."""
+        return ArrayImages(self.images[rows], self.labels[rows])
+
+
+def read_images(arguments: ConceptArguments) -> ArrayImages:
+    """All images as uint8 N×H×W (or N×H×W×3) of the asked size. Raises DataError for what cannot be read."""
+    path = Path(arguments.dataset)
+    if path.suffix == ".npz":
+        images, labels = _read_npz(path)
+    else:
+        images, labels = _read_dataset(arguments)
+    mode, size = "L" if arguments.channels == 1 else "RGB", (arguments.image_size, arguments.image_size)
+    if images.shape[1:3] != size or (images.ndim == 4) != (mode == "RGB"):
+        raise DataError(
+            f"expected images of size {size} in mode {mode}, got {images.shape[1:]}: set image_size and channels."
+        )
+    return ArrayImages(images, labels)
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            for image_key, label_key in _NPZ_KEYS:
+                if image_key in held and label_key in held:
+                    return held[image_key].astype(np.uint8), held[label_key].astype(np.int64)
+            found = sorted(held.keys())
+    except (OSError, ValueError) as error:
+        raise DataError(f"expected a readable .npz file, got {path.name}: {error}.") from error
+    raise DataError(f"expected x_train and y_train, or images and labels, in {path.name}, got {found}.")
+
+
+def _read_dataset(arguments: ConceptArguments) -> tuple[np.ndarray, np.ndarray]:
+    held = load_source(arguments.dataset)
+    for column in (arguments.image_column, arguments.label_column):
+        if column not in held.column_names:
+            raise DataError(f"expected column '{column}', got {held.column_names}: set image_column and label_column.")
+    mode, size = "L" if arguments.channels == 1 else "RGB", (arguments.image_size, arguments.image_size)
+    images = []
+    for row in range(len(held)):
+        try:
+            images.append(np.asarray(held[row][arguments.image_column].convert(mode).resize(size)))
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f"expected a readable image in row {row}, got {error}: remove or replace it.") from error
+    return np.stack(images), np.asarray(held[arguments.label_column][:])
+
+
+class ConceptTask:
+    """The three groups of classes, split by content and turned into examples on demand."""
+
+    def __init__(self, arguments: ConceptArguments):
+        self.source = describe_source(arguments.dataset)
+        everything = read_images(arguments)
+        self.label_names = [str(label) for label in range(int(everything.labels.max()) + 1)]
+        self._splits: dict[str, dict[str, ArrayImages]] = {}
+        chosen: list[int] = []
+        for side in ("retain", "harmful", "benign"):
+            labels = _label_ids(getattr(arguments, f"{side}_labels"))
+            if repeated := set(labels) & set(chosen):
+                raise DataError(f"expected each class on one side, got {sorted(repeated)} twice: check the labels.")
+            chosen += labels
+            rows = _rows_of(everything.labels, labels, arguments.rows_per_class, side)
+            splits = arguments.retain_splits if side == "retain" else arguments.concept_splits
+            self._splits[side] = split_by_content(
+                everything.select(rows), parse_fractions(splits), seed=arguments.split_seed
+            )
+
+    def examples(self, side: str, split: str) -> LatentDataset:
+        """Pixels in −1..1 with the class label as condition. Raises DataError for a split that is not there."""
+        if split not in self._splits[side]:
+            raise DataError(f"expected a split of {side} in {sorted(self._splits[side])}, got {split!r}.")
+        held = self._splits[side][split]
+        pixels = torch.from_numpy(held.images.astype(np.float32)) / 127.5 - 1
+        pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+        labels = torch.from_numpy(held.labels.astype(np.int64))
+        return LatentDataset(pixels, {"class_labels": labels}, labels, self.label_names, f"{side} {split}")
+
+
+def _rows_of(labels: np.ndarray, wanted: Sequence[int], limit: int | None, side: str) -> np.ndarray:
+    parts = [np.flatnonzero(labels == label)[:limit] for label in wanted]
+    if empty := [label for label, rows in zip(wanted, parts, strict=True) if len(rows) == 0]:
+        raise DataError(f"expected images of every {side} class, got none of {empty}: check {side}_labels.")
+    return np.concatenate(parts)
+
+
+def _label_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in str(text).split(",")]
+    except ValueError as error:
+        raise DataError(f"expected comma-separated class ids like '0,1,2', got {text!r}.") from error

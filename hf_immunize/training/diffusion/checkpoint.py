@@ -1,0 +1,114 @@
+"""Checkpoints of the loop: safetensors and JSON, each file whole; ``trainer_state.json`` comes last and marks it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from hf_immunize.errors import RecordError
+from hf_immunize.records import atomic_write
+from hf_immunize.training.diffusion.setup import Terms
+from hf_immunize.training.meter import Meter
+
+_MODEL, _OPTIMIZER, _AVERAGE, _MARK = (
+    "model.safetensors", "optimizer.safetensors", "average.safetensors", "trainer_state.json",
+)
+
+
+class LoopState:
+    """Balance of the terms and running means, as one thing with tensors for a state."""
+
+    def __init__(self, terms: Terms, meter: Meter):
+        self._parts = {"terms": terms, "meter": meter}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as tensors."""
+        return {f"{part}.{name}": v for part, held in self._parts.items() for name, v in held.state().items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        for part, held in self._parts.items():
+            start = f"{part}."
+            held.load_state({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, atomically."""
+    atomic_write(path, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
+
+
+def save_loop(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    average: Any | None,
+    log: list[dict[str, float]],
+) -> None:
+    """Write weights, optimizer, schedule and moving average; the mark last."""
+    write_tensors(folder / _MODEL, model.state_dict())
+    moments = optimizer.state_dict()["state"]
+    write_tensors(
+        folder / _OPTIMIZER,
+        {f"{index}.{name}": torch.as_tensor(value) for index, kept in moments.items() for name, value in kept.items()},
+    )
+    plain: dict[str, Any] = {"step": step, "log": log, "schedule": scheduler.state_dict()}
+    if average is not None:
+        write_tensors(folder / _AVERAGE, {str(i): value for i, value in enumerate(average.shadow_params)})
+        plain["average_step"] = average.optimization_step
+    atomic_write(folder / _MARK, json.dumps(plain))
+
+
+def load_loop(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, average: Any | None
+) -> tuple[int, list[dict[str, float]]]:
+    """Take back what ``save_loop`` wrote, strictly; return the step and the log.
+
+    Raises:
+        RecordError: a file is missing or does not fit the model and options.
+    """
+    try:
+        plain = json.loads((folder / _MARK).read_text(encoding="utf-8"))
+        model.load_state_dict(load_file(folder / _MODEL), strict=True)
+        _load_moments(optimizer, load_file(folder / _OPTIMIZER))
+        scheduler.load_state_dict(plain["schedule"])
+        for group, rate in zip(optimizer.param_groups, plain["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        if average is not None:
+            kept = load_file(folder / _AVERAGE)
+            for index, parameter in enumerate(average.shadow_params):
+                parameter.copy_(kept[str(index)])
+            average.optimization_step = plain["average_step"]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise RecordError(
+            f"expected a whole checkpoint of this model and these options in {folder}, got {error}: resume from a "
+            "checkpoint that DiffusionImmunizationTrainer wrote, with the options it was written with."
+        ) from error
+    return plain["step"], plain["log"]
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints."""
+    numbered = sorted(
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    )
+    for _, path in numbered[: max(0, len(numbered) - keep)]:
+        shutil.rmtree(path)

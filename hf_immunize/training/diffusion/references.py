@@ -1,0 +1,55 @@
+"""G: how hard the retain task can pull back, at every site and at the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_immunize.diffusion import Denoiser, denoising_losses
+from hf_immunize.features import capture_inputs, pool_rows
+from hf_immunize.training.diffusion.stream import NoisyBatch
+from hf_immunize.training.distributed import gather_rows, world
+
+
+def wrong_target_gradients(
+    denoiser: Denoiser, model: nn.Module, batch: NoisyBatch, sites: Sequence[str]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradient norms of the retain loss when every row is asked for the next row's answer.
+
+    The counterpart of a classifier's loss with every label wrong (see ``TermWeights``): at a trained model the
+    gradient of the true loss is close to nothing and would balance the terms away.
+
+    Returns:
+        the norm over the global batch at the pooled features of each site, and at the trained weights.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.enable_grad(), capture_inputs(model, sites) as caught:
+        # The input asks for a gradient so that every site has one, whatever is trained before it.
+        noisy = batch.noisy.detach().requires_grad_()
+        answer = denoiser.call(model, noisy, batch.timesteps, batch.conditions)
+    everyone, mine = gather_rows(batch.target)
+    loss = denoising_losses(answer, everyone.roll(1, 0)[mine]).mean()
+    found = torch.autograd.grad(loss, [*(caught.raw(site) for site in sites), *trained], allow_unused=True)
+    norms = {site: _pooled_norm(gradient) for site, gradient in zip(sites, found, strict=False)}
+    return norms, _mean_norm(found[len(sites) :])
+
+
+def _pooled_norm(gradient: Tensor) -> Tensor:
+    """Norm over all ranks of the gradient at pooled features, that is of a shift of all tokens of a row at once.
+
+    Each rank's loss is a mean over its own rows; the global mean divides by the number of ranks as well.
+    """
+    tokens = gradient[0].numel() // pool_rows(gradient)[0].numel()
+    everywhere, _ = gather_rows(pool_rows(gradient) * tokens)
+    return torch.linalg.vector_norm(everywhere.double()) / world()[1]
+
+
+def _mean_norm(gradients: Sequence[Tensor | None]) -> Tensor:
+    """Norm of the ranks' mean gradient."""
+    flat = torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None])
+    if world()[1] > 1:
+        dist.all_reduce(flat)
+    return torch.linalg.vector_norm(flat / world()[1])

@@ -1,0 +1,173 @@
+"""What a run needs before its first step: checked data, trained weights, streams of noised rows, and terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
+from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.training.balancing import TermWeights, parse_numbers
+from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
+from hf_immunize.training.diffusion.simulated import SIMULATED_TERM, SimulatedAttack
+from hf_immunize.training.diffusion.site_objective import SiteObjective
+from hf_immunize.training.diffusion.sites import attention_projections, choose_sites
+from hf_immunize.training.diffusion.stream import NoisyStream
+from hf_immunize.training.distributed import world
+from hf_immunize.training.meter import Meter
+from hf_immunize.training.objective import Term, TermSettings, terms_of
+
+
+def check_data(
+    denoiser: Denoiser,
+    model: nn.Module,
+    args: DiffusionImmunizationConfig,
+    train: LatentDataset | None,
+    harmful: LatentDataset | None,
+    evaluation: LatentDataset | None,
+) -> None:
+    """Raise DataError or ConfigError for data that this run cannot use."""
+    if train is None or harmful is None:
+        missing = "train_dataset" if train is None else "harmful_dataset"
+        raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
+    for dataset in (train, harmful, *([evaluation] if evaluation is not None else [])):
+        denoiser.check(model, dataset.latents, dataset.conditions)
+    if len(harmful) < 2:
+        raise DataError(
+            f"expected at least two images of the concept in harmful_dataset, got {len(harmful)}: one image has no "
+            "spectrum, and an attack on it is memorisation."
+        )
+    if args.max_loss_factor is not None and evaluation is None:
+        raise ConfigError("expected an eval_dataset for max_loss_factor, got none: pass held-out retain rows.")
+    if train.latents.shape[1:] != harmful.latents.shape[1:]:
+        raise DataError(
+            f"expected harmful latents of the retain latents' shape {tuple(train.latents.shape[1:])}, got "
+            f"{tuple(harmful.latents.shape[1:])}: encode both at one resolution with one VAE."
+        )
+
+
+def choose_trainable(denoiser: Denoiser, model: nn.Module, trainable: str) -> None:
+    """Leave gradients on for ``all`` weights, or for ``attention`` projections only."""
+    model.requires_grad_(trainable == "all")
+    if trainable == "attention":
+        for name in attention_projections(denoiser, model):
+            model.get_submodule(name).requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Noised rows of this rank: retain rows, rows for the feature terms, rows for simulated attacks."""
+
+    retain: NoisyStream
+    harmful: NoisyStream
+    attack: NoisyStream
+
+    @classmethod
+    def of(
+        cls, args: DiffusionImmunizationConfig, process: NoiseProcess, train: LatentDataset, harmful: LatentDataset
+    ) -> Streams:
+        """The streams of a run."""
+        rank, size = world()
+        share = {"seed": args.seed, "rank": rank, "world_size": size}
+        low, high = args.level_range
+        rows = args.per_device_harmful_batch_size * size
+        concept = {"low": low, "high": high, **share}
+        return cls(
+            NoisyStream(
+                train, process, args.per_device_train_batch_size * size, name="retain", logit_normal=args.logit_normal,
+                **share,
+            ),
+            NoisyStream(harmful, process, rows, name="harmful", **concept),
+            NoisyStream(harmful, process, rows, name="attack", **concept),
+        )
+
+
+@dataclass
+class Terms:
+    """Feature terms, the simulated attack and its weight; each None where the objective has none."""
+
+    objective: SiteObjective | None
+    attack: SimulatedAttack | None
+    attack_weights: TermWeights | None
+
+    @classmethod
+    def of(
+        cls, args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, streams: Streams, meter: Meter
+    ) -> Terms:
+        """The terms that ``args.objective`` names."""
+        terms = terms_of(args.feature_objective) if args.feature_objective else ()
+        names = [term.name for term in (*terms, *((SIMULATED_TERM,) if args.simulates else ()))]
+        if "=" in args.weight:
+            parse_numbers(args.weight, names, "weight")
+        parse_numbers(args.term_shares, names, "term_shares")
+        place = next(model.parameters())
+        objective, attack, weights = None, None, None
+        if terms:
+            sample = streams.harmful.batch(0, place.device, place.dtype)
+            objective = SiteObjective(
+                terms,
+                TermSettings(horizon=args.horizon, group_rows=args.harmful_group_rows),
+                choose_sites(denoiser, model, args.sites, sample),
+                strength=args.strength,
+                meter=meter,
+                **_numbers_of(args, terms),
+            )
+        if args.simulates:
+            attack = SimulatedAttack.of(args, denoiser, model, streams.attack)
+            weights = TermWeights((SIMULATED_TERM,), strength=args.strength, **_numbers_of(args, (SIMULATED_TERM,)))
+        return cls(objective, attack, weights)
+
+    @property
+    def all(self) -> tuple[Term, ...]:
+        """Every term."""
+        of_features = self.objective.terms if self.objective is not None else ()
+        return (*of_features, *((SIMULATED_TERM,) if self.attack is not None else ()))
+
+    @property
+    def sites(self) -> list[str]:
+        """Where features are measured; empty without feature terms."""
+        return self.objective.sites if self.objective is not None else []
+
+    @property
+    def weights(self) -> dict[str, TermWeights]:
+        """Every balance, by site; that of the simulated attack under the empty name."""
+        found = dict(self.objective.weights) if self.objective is not None else {}
+        return found | ({"": self.attack_weights} if self.attack_weights is not None else {})
+
+    @property
+    def factor(self) -> float:
+        """What the utility guard multiplies the strength with, everywhere."""
+        return next(iter(self.weights.values())).factor
+
+    @factor.setter
+    def factor(self, value: float) -> None:
+        for weights in self.weights.values():
+            weights.factor = value
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything a resumed run needs, as tensors."""
+        kept = {f"{site}|{name}": v for site, weights in self.weights.items() for name, v in weights.state().items()}
+        return kept | ({"ceiling": torch.tensor(self.attack.ceiling).double()} if self.attack is not None else {})
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        for site, weights in self.weights.items():
+            start = f"{site}|"
+            weights.load_state({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
+        if self.attack is not None:
+            self.attack.ceiling = float(state["ceiling"])
+
+
+def _numbers_of(args: DiffusionImmunizationConfig, terms: tuple[Term, ...]) -> dict[str, Any]:
+    """``weight`` and ``shares`` as far as they name these terms."""
+    names = {term.name for term in terms}
+
+    def own(text: str | None) -> str | None:
+        if not text or "=" not in text:
+            return text
+        return ",".join(part for part in text.split(",") if part.partition("=")[0].strip() in names) or None
+
+    return {"weight": own(args.weight) or "1", "shares": own(args.term_shares)}

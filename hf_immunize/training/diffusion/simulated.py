@@ -1,0 +1,145 @@
+"""A simulated fine-tuning attack as a term on the weights, to first order.
+
+θ_k = θ_{k−1} − AdamW(∇L_H(θ_{k−1}; B_k)), θ_0 = θ, k = 1..K: what an attacker does, on all weights or on LoRA
+factors. L_H is the denoising loss on harmful rows. The term is bounded below and above:
+
+    H(θ) = (1/K) Σ_{k=1..K} relu(c − L_H(θ_k; B_{k+1})),   0 ≤ H ≤ c
+
+Its gradient takes ∂θ_k/∂θ = I (first-order MAML; Finn et al. 2017, section 5.2; Nichol et al. 2018):
+
+    ∇H ≈ −(1/K) Σ_k 1[L_H(θ_k; B_{k+1}) < c] ∇L_H(θ_k; B_{k+1})
+
+so that ∇L_H(θ_k; B_{k+1}) serves both as the attacker's next step and as the defender's gradient: K steps cost K + 1
+gradients on harmful rows. The same family as SOPHON (Deng et al. 2024) and ResAlign (2025), whose exact schedules
+differ. No second derivative is taken, so fused attention kernels are safe.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_immunize.diffusion import Denoiser, denoising_losses
+from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
+from hf_immunize.training.diffusion.sites import attention_projections
+from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream, generator_of, same_draws
+from hf_immunize.training.distributed import mean_over_ranks, world
+from hf_immunize.training.objective import Side, Term
+
+_HARMFUL: Side = "harmful"
+
+
+def _unmeasured(rows: object, settings: object) -> Tensor:
+    raise AssertionError("a term on weights is not measured on features")
+
+
+SIMULATED_TERM = Term("harmful_simulated_attack", _HARMFUL, _unmeasured)
+
+
+class SimulatedAttack:
+    """H and its first-order gradient at the weights of a model.
+
+    Args:
+        batches: harmful rows of (optimizer step, k), k = 0..K.
+        steps, learning_rate, rank: the attacker's; rank 0 trains all weights.
+        seed: of LoRA factors and dropout.
+    """
+
+    @classmethod
+    def of(
+        cls, args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, stream: NoisyStream
+    ) -> SimulatedAttack:
+        """The attack that ``args`` describe, on rows of ``stream``."""
+        place, width = next(model.parameters()), args.attacker_steps + 1
+        return cls(
+            denoiser,
+            model,
+            lambda step, k: stream.batch(step * width + k, place.device, place.dtype),
+            steps=args.attacker_steps,
+            learning_rate=args.attacker_learning_rate,
+            rank=args.attacker_rank,
+            seed=args.seed,
+        )
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        model: nn.Module,
+        batches: Callable[[int, int], NoisyBatch],
+        *,
+        steps: int,
+        learning_rate: float,
+        rank: int,
+        seed: int,
+    ):
+        self.ceiling = float("inf")
+        """c, set once the base's own loss is known."""
+        self._denoiser, self._batches, self._seed = denoiser, batches, seed
+        self._steps, self._rate = steps, learning_rate
+        self._copy = copy.deepcopy(model).requires_grad_(True)
+        self._copy.train()
+        self._factors: list[nn.Parameter] = []
+        names = attention_projections(denoiser, model)
+        if rank:
+            from peft import LoraConfig, inject_adapter_in_model
+
+            with torch.random.fork_rng():
+                inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), self._copy)
+            self._factors = [p for name, p in self._copy.named_parameters() if "lora_" in name]
+            self._copy.requires_grad_(True)
+        self._weights = {
+            name.replace(".base_layer.", "."): p for name, p in self._copy.named_parameters() if "lora_" not in name
+        }
+
+    def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """H and its gradient at the weights of ``model``, by parameter name; equal on every rank."""
+        self._start(model, step)
+        trained = self._factors or list(self._weights.values())
+        optimizer = torch.optim.AdamW(trained, lr=self._rate, weight_decay=0.0)
+        total = {name: torch.zeros_like(parameter) for name, parameter in self._weights.items()}
+        value = next(iter(total.values())).new_zeros(())
+        for attack_step in range(self._steps + 1):
+            loss = self._backward(step, attack_step)
+            if attack_step > 0:
+                value = value + torch.relu(self.ceiling - loss) / self._steps
+                if float(loss) < self.ceiling:
+                    for name, parameter in self._weights.items():
+                        total[name] -= parameter.grad / self._steps
+            if attack_step < self._steps:
+                optimizer.step()
+        self._copy.zero_grad(set_to_none=True)
+        return value, total
+
+    @torch.no_grad()
+    def _start(self, model: nn.Module, step: int) -> None:
+        """θ_0 = θ; LoRA factors as PEFT draws them: A uniform in ±1/√fan_in, B zero."""
+        for name, parameter in model.named_parameters():
+            self._weights[name].copy_(parameter)
+        generator = generator_of(self._seed, "lora", step)
+        for name, parameter in self._copy.named_parameters():
+            if "lora_A" in name:
+                bound = parameter.shape[1] ** -0.5
+                drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_((2 * drawn - 1) * bound)
+            elif "lora_B" in name:
+                parameter.zero_()
+
+    def _backward(self, step: int, attack_step: int) -> Tensor:
+        """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the copy."""
+        self._copy.zero_grad(set_to_none=True)
+        batch = self._batches(step, attack_step)
+        with torch.enable_grad(), same_draws(batch.noisy.device, self._seed, "attack", step, attack_step, world()[0]):
+            answer = self._denoiser.call(self._copy, batch.noisy, batch.timesteps, batch.conditions)
+            loss = denoising_losses(answer, batch.target).mean()
+            loss.backward()
+        for parameter in self._copy.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if world()[1] > 1:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world()[1]
+        return mean_over_ranks(loss)

@@ -1,0 +1,104 @@
+"""Noised rows of any micro-step as a pure function of (seed, step): a resumed run continues bit for bit.
+
+The global batch does not depend on how many processes share it: rank r of W takes rows r, r+W, r+2W, …, and every
+row of it has a generator of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_immunize.diffusion import LatentDataset, NoiseProcess
+
+
+def generator_of(*words: object) -> torch.Generator:
+    """A CPU generator seeded with the SHA-256 of ``words``."""
+    digest = hashlib.sha256(repr(words).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@contextlib.contextmanager
+def same_draws(device: torch.device, *words: object) -> Iterator[None]:
+    """Dropout masks inside are drawn from ``words`` alone; the global generators are left as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(generator_of(*words).initial_seed())
+        yield
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """This rank's rows of one micro-step, ready for a denoiser."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    levels: Tensor
+    conditions: Mapping[str, Tensor]
+    labels: Tensor
+
+
+class NoisyStream:
+    """Random access by micro-step: rows go through a new permutation every epoch.
+
+    Args:
+        rows: rows of the *global* batch.
+        name: tells streams of one seed apart.
+        low, high, logit_normal: which noise levels are drawn (see ``NoiseProcess.draw_levels``).
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        process: NoiseProcess,
+        rows: int,
+        *,
+        seed: int,
+        name: str,
+        rank: int = 0,
+        world_size: int = 1,
+        low: float = 0.0,
+        high: float = 1.0,
+        logit_normal: bool = False,
+    ):
+        self._dataset, self._process, self._rows = dataset, process, rows
+        self._key = (seed, name)
+        self._rank, self._world = rank, world_size
+        self._levels = {"low": low, "high": high, "logit_normal": logit_normal}
+
+    def rows_of(self, step: int) -> Tensor:
+        """Row indices of the whole batch of one step, over all ranks."""
+        places = range(step * self._rows, (step + 1) * self._rows)
+        count = len(self._dataset)
+        epochs = {
+            epoch: torch.randperm(count, generator=generator_of(*self._key, "epoch", epoch))
+            for epoch in {place // count for place in places}
+        }
+        return torch.stack([epochs[place // count][place % count] for place in places])
+
+    def batch(self, step: int, device: torch.device, dtype: torch.dtype) -> NoisyBatch:
+        """This rank's rows of micro-step ``step``."""
+        everywhere = self.rows_of(step)
+        mine = range(self._rank, len(everywhere), self._world)
+        shape = self._dataset.latents.shape[1:]
+        levels, noise = [], []
+        for place in mine:
+            generator = generator_of(*self._key, step, place)
+            levels.append(self._process.draw_levels(1, generator, **self._levels))
+            noise.append(torch.randn(shape, generator=generator, dtype=torch.float32))
+        level_N = torch.cat(levels).to(device)
+        noise_NCHW = torch.stack(noise).to(device, dtype)
+        batch = self._dataset.batch(everywhere[self._rank :: self._world]).to(device, dtype)
+        return NoisyBatch(
+            self._process.noisy(batch.latents, noise_NCHW, level_N),
+            self._process.timesteps(level_N),
+            self._process.target(batch.latents, noise_NCHW, level_N),
+            level_N,
+            batch.conditions,
+            batch.labels,
+        )

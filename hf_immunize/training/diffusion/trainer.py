@@ -1,0 +1,352 @@
+"""The loop: retain loss, feature terms, simulated attack, guard. It binds; the formulas live in other files."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_immunize.diffusion import DenoisingExam, LatentDataset, NoiseProcess, denoiser_of, denoising_losses
+from hf_immunize.errors import DeviceMemoryError, TrainingDivergedError
+from hf_immunize.features import capture_inputs
+from hf_immunize.records import UtilityGuardRecord
+from hf_immunize.training.diffusion.checkpoint import LoopState, load_loop, prune_checkpoints, save_loop
+from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
+from hf_immunize.training.diffusion.references import wrong_target_gradients
+from hf_immunize.training.diffusion.setup import Streams, Terms, check_data, choose_trainable
+from hf_immunize.training.diffusion.simulated import SIMULATED_TERM
+from hf_immunize.training.diffusion.site_objective import SIDES, MicroBatch, SiteGradients
+from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream, same_draws
+from hf_immunize.training.distributed import mean_over_ranks, world
+from hf_immunize.training.guard import UtilityGuard
+from hf_immunize.training.meter import Meter
+from hf_immunize.training.state import load_state, save_state
+
+GUARD_METRIC = "retain denoising loss, -100 ln"
+"""Points of the guard: 100·ln of the loss's factor, which is close to percent."""
+_REFERENCE_BATCHES = 4
+
+
+class DiffusionImmunizationTrainer:
+    """Immunizes a denoiser against learning what ``harmful_dataset`` shows, and keeps what ``train_dataset`` shows.
+
+    Args:
+        model: a bare denoiser of a class in ``hf_immunize.diffusion.DENOISERS``.
+        scheduler: the diffusers scheduler it belongs to, or a NoiseProcess.
+        args: options.
+        train_dataset, harmful_dataset: retain rows, and rows of the concept the defender has.
+        eval_dataset: held-out retain rows for the guard.
+        validate: called with the bare model and the step every ``validation_steps``, e.g. to draw images with a fixed
+            seed; on the main process only, in evaluation mode.
+        before_update: called with this trainer after each step's gradients are complete.
+
+    Raises:
+        ModelError, DataError, ConfigError: see their messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler: Any,
+        args: DiffusionImmunizationConfig,
+        *,
+        train_dataset: LatentDataset,
+        harmful_dataset: LatentDataset,
+        eval_dataset: LatentDataset | None = None,
+        validate: Callable[[nn.Module, int], None] | None = None,
+        before_update: Callable[[DiffusionImmunizationTrainer], None] | None = None,
+    ):
+        self.args, self.denoiser = args, denoiser_of(model)
+        self.process = scheduler if isinstance(scheduler, NoiseProcess) else NoiseProcess.from_scheduler(scheduler)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            cpu=args.use_cpu,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir,
+        )
+        self._validate, self._before_update = validate, before_update
+        check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
+        choose_trainable(self.denoiser, model.train(), args.trainable)
+        if args.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.bare = model.to(self.accelerator.device)
+        self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
+        self.meter = Meter()
+        self.terms = Terms.of(args, self.denoiser, self.bare, self.streams, self.meter)
+        self._make_guard(harmful_dataset, eval_dataset)
+        self.teacher = copy.deepcopy(self.bare).requires_grad_(False).eval() if args.distillation > 0 else None
+        self._make_optimizer()
+        self.model = self.accelerator.prepare(self.bare)
+        self.step = 0
+        self.log_history: list[dict[str, float]] = []
+        self._progress: dict[str, list[float]] = {}
+
+    def _make_guard(self, harmful: LatentDataset, evaluation: LatentDataset | None) -> None:
+        factor = self.args.max_loss_factor
+        allowed = None if factor is None else 100 * math.log(factor)
+        self.guard = UtilityGuard(allowed, GUARD_METRIC, self.args.max_strength_factor)
+        self.guard_record: UtilityGuardRecord | None = None
+        self._exam = DenoisingExam(self.process, evaluation, seed=self.args.seed) if evaluation is not None else None
+        self._concept_exam = DenoisingExam(self.process, harmful, seed=self.args.seed)
+        kept = self.bare.state_dict() if factor is not None else {}
+        self._initial = {name: value.detach().cpu().clone() for name, value in kept.items()}
+
+    def _make_optimizer(self) -> None:
+        args = self.args
+        trained = [parameter for parameter in self.bare.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+        self.schedule = get_scheduler(
+            args.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=args.warmup_steps,
+            num_training_steps=args.max_steps,
+        )
+        self.average = EMAModel(self.bare.parameters(), decay=args.ema_decay) if args.ema_decay else None
+
+    def _batch(self, stream: NoisyStream, micro: int) -> NoisyBatch:
+        return stream.batch(micro, self.accelerator.device, next(self.bare.parameters()).dtype)
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | Path | None = None) -> list[dict[str, float]]:
+        """Run all steps, or those left after a checkpoint; leave the guarded (and averaged) weights in the model."""
+        if self.accelerator.log_with:
+            self.accelerator.init_trackers("immunization", config=asdict(self.args))
+        if resume_from_checkpoint:
+            self._load(Path(resume_from_checkpoint))
+        else:
+            self._measure_base()
+        hidden = self.args.disable_progress or not self.accelerator.is_local_main_process
+        with tqdm(total=self.args.max_steps, initial=self.step, desc="immunize", unit="step", disable=hidden) as bar:
+            while self.step < self.args.max_steps:
+                self._take_step()
+                bar.update()
+                self._after_step(bar)
+        self._finish()
+        for tracker in self.accelerator.trackers:  # end_training would also take the process group away
+            tracker.finish()
+        return self.log_history
+
+    def _take_step(self) -> None:
+        try:
+            self.compute_gradients()
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"expected a step to fit the device, got {error}: lower per_device_train_batch_size or "
+                "per_device_harmful_batch_size (raise gradient_accumulation_steps), set gradient_checkpointing, "
+                "mixed_precision=bf16, trainable=attention, fewer sites, or distillation=0."
+            ) from error
+        if self._before_update is not None:
+            self._before_update(self)
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self.bare.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            self.average.step(self.bare.parameters())
+        self.step += 1
+
+    def compute_gradients(self) -> None:
+        """Leave the gradient of the whole objective of this step in the parameters, equal on every rank."""
+        self.optimizer.zero_grad(set_to_none=True)
+        count = self.args.gradient_accumulation_steps
+        first = self.step * count
+        planned = self._plan(range(first, first + count)) if self.terms.objective is not None and count > 1 else None
+        for place in range(count):
+            last = place == count - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                given = planned[place] if planned else None
+                self.accelerator.backward(self._micro_loss(first + place, given))
+        if self.terms.attack is not None:
+            self._add_attack()
+
+    def _micro_loss(self, micro: int, planned: SiteGradients | None) -> Tensor:
+        """Retain loss and distillation of one micro-batch, plus a zero whose gradient is the feature terms'."""
+        retain = self._batch(self.streams.retain, micro)
+        features, labels = {}, {"primary": retain.labels}
+        with self._draws("retain", micro), capture_inputs(self.bare, self.terms.sites) as caught:
+            answer = self._answer(self.model, retain)
+        features["primary"] = dict(caught.items())
+        loss = self._retain_loss(answer, retain)
+        self.meter.add({"retain_loss": mean_over_ranks(loss)})
+        total = (self.args.primary_loss_weight * loss + self._distill(answer, retain)) / self._accumulation
+        if self.terms.objective is None:
+            return total
+        features["harmful"], labels["harmful"] = self._harmful_features(self.model, micro)
+        if planned is None:
+            spectra = (self.step + 1) % self.args.logging_steps == 0
+            (planned,) = self.terms.objective.gradients([MicroBatch(features, labels)], spectra=spectra)
+        for side in SIDES:
+            for site, captured in features[side].items():
+                # DDP averages over ranks; the terms are one number of the whole global batch.
+                product = (captured * (world()[1] * planned[side][site]).to(captured)).sum()
+                total = total + product - product.detach()
+        return total
+
+    @property
+    def _accumulation(self) -> int:
+        return self.args.gradient_accumulation_steps
+
+    def _answer(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
+        return self.denoiser.call(model, batch.noisy, batch.timesteps, batch.conditions)
+
+    def _draws(self, name: str, micro: int) -> Any:
+        return same_draws(self.accelerator.device, self.args.seed, name, micro, world()[0])
+
+    def _harmful_features(self, model: nn.Module, micro: int) -> tuple[dict[str, Tensor], Tensor]:
+        batch = self._batch(self.streams.harmful, micro)
+        assert self.terms.objective is not None
+        with self._draws("harmful", micro), capture_inputs(self.bare, self.terms.sites) as caught:
+            self._answer(model, batch)
+        return dict(caught.items()), batch.labels
+
+    def _retain_loss(self, answer: Tensor, batch: NoisyBatch) -> Tensor:
+        losses = denoising_losses(answer, batch.target)
+        if self.args.min_snr_gamma is not None:
+            losses = losses * self.process.min_snr_weight(batch.levels, self.args.min_snr_gamma).to(losses)
+        return losses.mean()
+
+    def _distill(self, answer: Tensor, batch: NoisyBatch) -> Tensor | float:
+        if self.teacher is None:
+            return 0.0
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = self._answer(self.teacher, batch)
+        distance = denoising_losses(answer, wanted).mean()
+        self.meter.add({"distillation": mean_over_ranks(distance)})
+        return self.args.distillation * distance
+
+    def _plan(self, micros: range) -> list[SiteGradients]:
+        """Gradients at the features of every micro-batch, from one evaluation on all of them together."""
+        assert self.terms.objective is not None
+        batches = []
+        with torch.no_grad(), self.accelerator.autocast():
+            for micro in micros:
+                retain = self._batch(self.streams.retain, micro)
+                with self._draws("retain", micro), capture_inputs(self.bare, self.terms.sites) as caught:
+                    self._answer(self.bare, retain)
+                harmful, labels = self._harmful_features(self.bare, micro)
+                features = {"primary": dict(caught.items()), "harmful": harmful}
+                batches.append(MicroBatch(features, {"primary": retain.labels, "harmful": labels}))
+        return self.terms.objective.gradients(batches, spectra=(self.step + 1) % self.args.logging_steps == 0)
+
+    def _add_attack(self) -> None:
+        assert self.terms.attack is not None
+        with self.accelerator.autocast():
+            value, gradients = self.terms.attack.gradient(self.bare, self.step)
+        trained = {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
+        flat = torch.cat([gradients[name].double().flatten() for name in trained])
+        weight = self.terms.attack_weights.update({SIMULATED_TERM.name: flat})[SIMULATED_TERM.name]
+        for name, parameter in trained.items():
+            added = weight.to(parameter) * gradients[name]
+            parameter.grad = added if parameter.grad is None else parameter.grad + added
+        self.meter.add({SIMULATED_TERM.name: value, f"lambda/{SIMULATED_TERM.name}": weight})
+
+    # ---- measuring before, between and after ----------------------------------------------------------------------
+
+    def _measure_base(self) -> None:
+        if self._exam is not None:
+            self.guard.base = self._points()
+        if self.terms.attack is not None:
+            loss = self._concept_exam.ask(self.denoiser, self.bare).loss
+            self.terms.attack.ceiling = self.args.attacker_ceiling * loss
+        found: dict[str, list[Tensor]] = {}
+        for micro in range(_REFERENCE_BATCHES):
+            batch = self._batch(self.streams.retain, micro)
+            with self._draws("reference", micro):
+                at_sites, at_weights = wrong_target_gradients(self.denoiser, self.bare, batch, self.terms.sites)
+            for name, norm in {**at_sites, "": at_weights}.items():
+                found.setdefault(name, []).append(norm)
+        for name, weights in self.terms.weights.items():
+            if weights.needs_reference:
+                weights.reference = torch.stack(found[name]).mean()
+
+    @contextmanager
+    def _judged_weights(self) -> Iterator[nn.Module]:
+        """The weights that would be returned now: the moving average where there is one."""
+        if self.average is None:
+            yield self.bare
+            return
+        self.average.store(self.bare.parameters())
+        self.average.copy_to(self.bare.parameters())
+        try:
+            yield self.bare
+        finally:
+            self.average.restore(self.bare.parameters())
+
+    def _points(self) -> float:
+        assert self._exam is not None
+        return -100 * math.log(self._exam.ask(self.denoiser, self.bare).loss)
+
+    def _after_step(self, bar: Any) -> None:
+        args = self.args
+        if self.step % args.logging_steps == 0 or self.step == args.max_steps:
+            self._log(bar)
+        if self._exam is not None and (self.step % args.eval_steps == 0 or self.step == args.max_steps):
+            self._guard_step()
+        if self._validate and args.validation_steps and self.step % args.validation_steps == 0:
+            with self._judged_weights() as model:
+                if self.accelerator.is_main_process:
+                    model.eval()
+                    self._validate(model, self.step)
+                    model.train()
+        if args.save_steps and self.step % args.save_steps == 0:
+            self._save()
+
+    def _log(self, bar: Any) -> None:
+        means = self.meter.drain()
+        for term in self.terms.all:
+            if term.name in means and math.isfinite(means[term.name]):
+                self._progress[term.name] = [term.progress(means[term.name])]
+        broken = sorted(name for name, value in means.items() if not math.isfinite(value))
+        if broken:
+            raise TrainingDivergedError(
+                f"expected finite losses and spectra, got {broken} at step {self.step}: lower the learning rate or the "
+                "strength, and check the images for constant or broken ones."
+            )
+        self.log_history.append({"step": self.step, **means})
+        bar.set_postfix_str(f"retain loss {means.get('retain_loss', math.nan):.4f}", refresh=False)
+        if self.accelerator.log_with:
+            self.accelerator.log(means, step=self.step)
+
+    def _guard_step(self) -> None:
+        progress = sum(value[-1] for value in self._progress.values()) if self._progress else float("inf")
+        with self._judged_weights() as model:
+            self.terms.factor = self.guard.observe(self.step, self._points(), progress, self.terms.factor, model)
+
+    def _finish(self) -> None:
+        if self.average is not None:
+            self.average.copy_to(self.bare.parameters())
+        if self._initial and not self.guard.choose(self.bare):
+            self.bare.load_state_dict(self._initial, strict=True)
+            self.accelerator.print(
+                f"max_loss_factor={self.args.max_loss_factor} was not held at any evaluation: the weights from before "
+                "immunization are returned. Lower the strength, add distillation, or train longer."
+            )
+        self.bare.eval()
+        if self._exam is not None:
+            self.guard_record = self.guard.record(self._points())
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
+            save_state(folder, LoopState(self.terms, self.meter), self.guard, self._progress)
+            save_loop(folder, self.step, self.bare, self.optimizer, self.schedule, self.average, self.log_history)
+            prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, folder: Path) -> None:
+        self._progress = load_state(folder, LoopState(self.terms, self.meter), self.guard)
+        self.step, self.log_history = load_loop(folder, self.bare, self.optimizer, self.schedule, self.average)

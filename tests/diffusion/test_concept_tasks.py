@@ -1,0 +1,61 @@
+"""Classes of one source as retained, harmful and benign examples."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
+from hf_immunize.errors import DataError
+
+
+@pytest.fixture
+def archive(tmp_path):
+    path = tmp_path / "tiny.npz"
+    images = np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8)
+    np.savez(path, x_train=images, y_train=np.arange(200) % 10)
+    return path
+
+
+def test_classes_and_splits_of_an_archive_do_not_overlap_and_pixels_are_scaled(archive):
+    task = ConceptTask(ConceptArguments(str(archive), image_size=8))
+    assert task.source == "tiny.npz"
+    held = {
+        (side, split): task.examples(side, split)
+        for side, splits in (("retain", ("train", "validation", "test")), ("harmful", ("defense", "attack", "test")))
+        for split in splits
+    }
+    assert set(held["retain", "train"].labels.tolist()) <= set(range(8))
+    assert set(held["harmful", "attack"].conditions["class_labels"].tolist()) == {9}
+    rows = [row.numpy().tobytes() for examples in held.values() for row in examples.latents]
+    assert len(set(rows)) == len(rows)
+    pixels = held["retain", "train"].latents
+    original = np.load(archive)["x_train"]
+    restored = np.round((pixels[0, 0].numpy() + 1) * 127.5).astype(np.uint8)
+    assert any(np.array_equal(restored, image) for image in original) and pixels.shape[1:] == (1, 8, 8)
+
+
+def test_scikit_learns_digits_need_no_download():
+    task = ConceptTask(ConceptArguments("builder:digits", image_size=8, rows_per_class=20))
+    assert sum(len(task.examples("benign", split)) for split in ("defense", "attack", "validation", "test")) == 20
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"image_size": 28}, "set image_size and channels"),
+    ({"channels": 3}, "in mode RGB"),
+    ({"harmful_labels": "7"}, r"got \[7\] twice"),
+    ({"harmful_labels": "12"}, r"got none of \[12\]"),
+    ({"harmful_labels": "nine"}, "comma-separated class ids"),
+])
+def test_what_does_not_fit_is_named(archive, change, message):
+    with pytest.raises(DataError, match=message):
+        ConceptTask(ConceptArguments(str(archive), **{"image_size": 8, **change}))
+
+
+def test_archives_that_cannot_be_read_are_refused(tmp_path):
+    (tmp_path / "broken.npz").write_bytes(b"PK broken")
+    with pytest.raises(DataError, match="expected a readable .npz"):
+        ConceptTask(ConceptArguments(str(tmp_path / "broken.npz")))
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(DataError, match=r"got \['a'\]"):
+        ConceptTask(ConceptArguments(str(tmp_path / "other.npz")))

@@ -1,0 +1,77 @@
+"""An immunized pipeline is an ordinary one: loaded without this package, it draws the same images bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from denoiser_builders import build_denoiser, build_examples, build_scheduler
+
+from hf_immunize.diffusion import component_of, load_pipeline
+from hf_immunize.errors import ModelError
+from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
+
+STRANGER = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_immunize":
+            raise ImportError("hf_immunize is not installed here")
+sys.meta_path.insert(0, Absent())
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+images = pipeline(batch_size=2, class_labels=[1, 9], num_inference_steps=3,
+                  generator=torch.Generator().manual_seed(0), output_type="np").images
+np.save(sys.argv[2], images)
+assert "hf_immunize" not in sys.modules
+"""
+
+
+def test_an_immunized_pipeline_draws_the_same_images_without_this_package(tmp_path):
+    pipeline = diffusers.ConsistencyModelPipeline(
+        build_denoiser("unet"), diffusers.DDIMScheduler(num_train_timesteps=1000)
+    )
+    trainer = DiffusionImmunizationTrainer(
+        pipeline.unet,
+        build_scheduler("unet"),
+        DiffusionImmunizationConfig(
+            str(tmp_path / "run"), max_steps=2, per_device_train_batch_size=4, per_device_harmful_batch_size=6,
+            use_cpu=True, disable_progress=True, sites="middle", ema_decay=0.5,
+        ),
+        train_dataset=build_examples("unet", 8),
+        harmful_dataset=build_examples("unet", 8, seed=1, label=9),
+    )
+    trainer.train()
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        batch_size=2, class_labels=[1, 9], num_inference_steps=3, generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    pipeline.save_pretrained(tmp_path / "immunized")
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    words = [sys.executable, "-P", str(tmp_path / "stranger.py"), str(tmp_path / "immunized"), str(tmp_path / "x.npy")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert images.std() > 0 and np.array_equal(np.load(tmp_path / "x.npy"), images)
+    assert component_of(load_pipeline(tmp_path / "immunized")) == "unet"
+    assert not [path for path in (tmp_path / "immunized").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_folders_without_a_pipeline_or_a_known_denoiser_are_refused(tmp_path):
+    with pytest.raises(ModelError, match="expected a diffusers pipeline"):
+        load_pipeline(tmp_path)
+    odd = diffusers.LDMPipeline(
+        diffusers.VQModel(), diffusers.UNet1DModel(sample_size=8), diffusers.DDIMScheduler()
+    )
+    with pytest.raises(ModelError, match="expected one denoiser among .* got none"):
+        component_of(odd)

@@ -1,0 +1,43 @@
+"""Gradients of one step on this process's share: ``global_diffusion_step.py OUTPUT.safetensors PROCESSES``."""
+
+import sys
+import tempfile
+
+import torch
+from denoiser_builders import build_denoiser, build_examples, build_scheduler
+from safetensors.torch import save_file
+
+from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
+from hf_immunize.training.distributed import world
+
+torch.set_num_threads(1)
+processes, gradients = int(sys.argv[2]), {}
+CASES = {
+    "unet": {
+        "opt_kappa, accumulated": {"objective": "opt_kappa", "gradient_accumulation_steps": 2},
+        "simulated": {"objective": "simulated_attack", "attacker_steps": 1, "distillation": 0.5},
+    },
+    "sd3": {
+        "condition_number": {"objective": "condition_number"},
+        "lora": {"objective": "ill_only+simulated_attack", "weight": "0.2", "attacker_steps": 1, "attacker_rank": 2},
+    },
+}
+for family, cases in CASES.items():
+    for case, options in cases.items():
+        trainer = DiffusionImmunizationTrainer(
+            build_denoiser(family, dtype=torch.float64),
+            build_scheduler(family),
+            DiffusionImmunizationConfig(
+                tempfile.mkdtemp(), max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=8 // processes,
+                per_device_harmful_batch_size=12 // processes, use_cpu=True, disable_progress=True, **options,
+            ),
+            train_dataset=build_examples(family, 16, dtype=torch.float64),
+            harmful_dataset=build_examples(family, 12, seed=1, label=9, dtype=torch.float64),
+            before_update=lambda made, case=case, family=family: gradients.update(
+                {f"{family}/{case}/{n}": p.grad.clone() for n, p in made.bare.named_parameters() if p.grad is not None}
+            ),
+        )
+        assert world()[1] == processes, (world(), processes)
+        trainer.train()
+if world()[0] == 0:
+    save_file({name: value.contiguous() for name, value in gradients.items()}, sys.argv[1])

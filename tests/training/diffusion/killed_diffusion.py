@@ -1,0 +1,36 @@
+"""A tiny run in a process of its own: ``python killed_diffusion.py FOLDER STEP`` kills itself at STEP (0: never)."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from denoiser_builders import build_denoiser, build_examples, build_scheduler
+from safetensors.torch import save_file
+
+from hf_immunize.training.checkpoints import last_complete_checkpoint
+from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
+
+torch.set_num_threads(1)
+folder, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+
+
+def kill(trainer):
+    if kill_at and trainer.step == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+trainer = DiffusionImmunizationTrainer(
+    build_denoiser("dit"),
+    build_scheduler("dit"),
+    DiffusionImmunizationConfig(
+        str(folder), max_steps=4, save_steps=2, per_device_train_batch_size=4, per_device_harmful_batch_size=6,
+        logging_steps=1, use_cpu=True, disable_progress=True, ema_decay=0.5,
+    ),
+    train_dataset=build_examples("dit", 8),
+    harmful_dataset=build_examples("dit", 8, seed=1, label=9),
+    before_update=kill,
+)
+trainer.train(last_complete_checkpoint(folder))
+save_file({name: value.clone() for name, value in trainer.bare.state_dict().items()}, folder / "final.safetensors")

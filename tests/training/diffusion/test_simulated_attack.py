@@ -1,0 +1,104 @@
+"""The simulated attack against the same attack written out with plain torch, on one process."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from denoiser_builders import build_denoiser, build_examples, build_scheduler
+
+from hf_immunize.diffusion import NoiseProcess, denoiser_of
+from hf_immunize.training.diffusion.simulated import SimulatedAttack
+from hf_immunize.training.diffusion.stream import NoisyStream
+
+
+def attack_of(model, steps=3, rank=0, rate=1e-2):
+    process = NoiseProcess.from_scheduler(build_scheduler("unet"))
+    data = build_examples("unet", 12, seed=1, label=9, dtype=torch.float64)
+    stream = NoisyStream(data, process, 6, seed=0, name="attack")
+
+    def batches(step, k):
+        return stream.batch(step * (steps + 1) + k, torch.device("cpu"), torch.float64)
+
+    made = SimulatedAttack(
+        denoiser_of(model), model, batches, steps=steps, learning_rate=rate, rank=rank, seed=0
+    )
+    return made, batches
+
+
+def slow_attack(model, batches, steps, rate, ceiling):
+    """θ_k by a stock optimizer on a copy; value and gradient as the docstring's sums."""
+    attacker = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(attacker.parameters(), lr=rate, weight_decay=0.0)
+
+    def loss_of(k):
+        batch = batches(5, k)
+        answer = attacker(batch.noisy, batch.timesteps, class_labels=batch.conditions["class_labels"]).sample
+        return (answer - batch.target).square().mean()
+
+    value, total = 0.0, {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for k in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss_of(k - 1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        harm = torch.relu(ceiling - loss_of(k)) / steps
+        harm.backward()
+        value += float(harm.detach())
+        for name, parameter in attacker.named_parameters():
+            total[name] += parameter.grad if parameter.grad is not None else 0
+    return value, total
+
+
+@pytest.mark.parametrize("ceiling", [0.0, 0.8, 5.0])
+def test_value_and_gradient_are_those_of_the_attack_written_out(ceiling):
+    model = build_denoiser("unet", dtype=torch.float64).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attack, batches = attack_of(model)
+    attack.ceiling = ceiling
+    value, gradient = attack.gradient(model, 5)
+    truth, slow = slow_attack(model, batches, 3, 1e-2, ceiling)
+    assert float(value) == pytest.approx(truth, rel=1e-9, abs=1e-12)
+    assert all(torch.allclose(gradient[name], slow[name], rtol=1e-7, atol=1e-12) for name in slow)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert (float(value) == 0) == (ceiling == 0.0)
+
+
+def test_attacks_of_a_step_are_repeatable_and_differ_between_steps():
+    model = build_denoiser("unet", dtype=torch.float64).train()
+    for rank in (0, 2):
+        attack, _ = attack_of(model, steps=2, rank=rank)
+        attack.ceiling = 10.0
+        first, again, other = (attack.gradient(model, step)[1] for step in (1, 1, 2))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert any(not torch.equal(first[name], other[name]) for name in first)
+        assert set(first) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_lora_attacker_lowers_the_loss_through_its_factors_alone():
+    model = build_denoiser("unet", dtype=torch.float64).train()
+    attack, _ = attack_of(model, steps=8, rank=4, rate=3e-2)
+    losses = []
+    inner = attack._backward
+
+    def watched(step, k):
+        losses.append(float(inner(step, 0)))
+        return torch.tensor(losses[-1])
+
+    attack._backward = watched
+    attack.gradient(model, 0)
+    assert losses[-1] < losses[0]
+    held = dict(model.named_parameters())
+    assert all(torch.equal(value, held[name]) for name, value in attack._weights.items())
+
+
+def test_descending_the_term_raises_the_attackers_loss():
+    model = build_denoiser("unet", dtype=torch.float64).train()
+    attack, _ = attack_of(model, steps=2)
+    attack.ceiling = 100.0
+    start, gradient = attack.gradient(model, 3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter -= 0.05 * gradient[name]
+    assert float(attack.gradient(model, 3)[0]) < float(start)
