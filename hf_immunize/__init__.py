@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from hf_immunize.linear import LinearImmunizer
     from hf_immunize.report import render_report
     from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer, Term, register_objective
+    from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 
 _HOMES = {
     # training
+    "DiffusionImmunizationConfig": "training.diffusion",
+    "DiffusionImmunizationTrainer": "training.diffusion",
     "ImmunizationConfig": "training",
     "ImmunizationTrainer": "training",
     "Term": "training",
@@ -29,6 +32,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "DiffusionImmunizationConfig",
+    "DiffusionImmunizationTrainer",
     "ImmunizationConfig",
     "ImmunizationTrainer",
     "LinearImmunizer",
