@@ -14,29 +14,10 @@ from torch import Tensor, nn
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
-from hf_immunize.training.diffusion.setup import Terms
-from hf_immunize.training.meter import Meter
 
 _MODEL, _OPTIMIZER, _AVERAGE, _MARK = (
     "model.safetensors", "optimizer.safetensors", "average.safetensors", "trainer_state.json",
 )
-
-
-class LoopState:
-    """Balance of the terms and running means, as one thing with tensors for a state."""
-
-    def __init__(self, terms: Terms, meter: Meter):
-        self._parts = {"terms": terms, "meter": meter}
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors."""
-        return {f"{part}.{name}": v for part, held in self._parts.items() for name, v in held.state().items()}
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what ``state`` returned."""
-        for part, held in self._parts.items():
-            start = f"{part}."
-            held.load_state({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -109,7 +109,7 @@ class Terms:
             sample = streams.harmful.batch(0, place.device, place.dtype)
             objective = SiteObjective(
                 terms,
-                TermSettings(horizon=args.horizon, group_rows=args.harmful_group_rows),
+                TermSettings(horizons=(args.horizon,), group_rows=args.harmful_group_rows),
                 choose_sites(denoiser, model, args.sites, sample),
                 strength=args.strength,
                 meter=meter,

@@ -21,7 +21,7 @@ from hf_immunize.diffusion import DenoisingExam, LatentDataset, NoiseProcess, de
 from hf_immunize.errors import DeviceMemoryError, TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.records import UtilityGuardRecord
-from hf_immunize.training.diffusion.checkpoint import LoopState, load_loop, prune_checkpoints, save_loop
+from hf_immunize.training.diffusion.checkpoint import load_loop, prune_checkpoints, save_loop
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.references import wrong_target_gradients
 from hf_immunize.training.diffusion.setup import Streams, Terms, check_data, choose_trainable
@@ -342,11 +342,11 @@ class DiffusionImmunizationTrainer:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
-            save_state(folder, LoopState(self.terms, self.meter), self.guard, self._progress)
+            save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self._progress)
             save_loop(folder, self.step, self.bare, self.optimizer, self.schedule, self.average, self.log_history)
             prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
-        self._progress = load_state(folder, LoopState(self.terms, self.meter), self.guard)
+        self._progress = load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard)
         self.step, self.log_history = load_loop(folder, self.bare, self.optimizer, self.schedule, self.average)
