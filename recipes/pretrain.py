@@ -28,7 +28,7 @@ from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run
 from hf_immunize.training.checkpoints import scientific_options
 from hf_immunize.training.frozen import FrozenPart, freeze_all_but
-from hf_immunize.training.trainer import accuracy
+from hf_immunize.training.primary import accuracy
 
 
 @dataclass
