@@ -46,7 +46,7 @@ class CommonPencil:
 
     @property
     def condition_number(self) -> float:
-        """κ* = μ_max / μ_min (THEORY section 5)."""
+        """κ* = μ_max / μ_min (docs/condition-number-limits.md)."""
         return float(self.values_C[0] / self.values_C[-1])
 
 

@@ -26,7 +26,7 @@ class HeadThroughTheta:
 
 
 def closed_form_theta(primary: MomentFactor, pencil: CommonPencil, budget: float) -> Tensor:
-    """θ (D×D, invertible) with κ(H_P) = budget and κ(H_H) = κ*·budget, exactly (THEORY section 5).
+    """θ (D×D, invertible) with κ(H_P) = budget and κ(H_H) = κ*·budget, exactly (docs/condition-number-limits.md).
 
     θ = [B·d, N_P·s, N_H·s', N_O]: B from the pencil, d² ordered like μ with d²_max/d²_min = budget (log-linear in
     log μ). Task-only directions get scales inside the spectrum they belong to, so that they never decide a condition

@@ -90,7 +90,7 @@ def log_condition_direction(at: Through) -> Tensor:
 
 
 def safe_well_step(values_R: Tensor, width: int) -> float:
-    """Largest η with which θ − ηK⁻¹∇R_well keeps σ₁ at or above σ₂, so that κ cannot rise (THEORY section 4.5).
+    """Largest η with which θ − ηK⁻¹∇R_well keeps σ₁ at or above σ₂, so that κ cannot rise (Theorem 4.3(1), corrected).
 
     η = (√σ₁ − √σ₂) / (2[σ₁^{3/2}(1 − 1/p) + σ₂^{3/2}/p]).
     """

@@ -52,7 +52,7 @@ class LinearReport:
 
 
 class LinearImmunizer:
-    """Immunize a linear feature extractor against a harmful task (Zheng et al. 2025, and THEORY section 5).
+    """Immunize a linear feature extractor against a harmful task (Zheng et al. 2025, docs/condition-number-limits.md).
 
     Args:
         primary: N×D rows of the task to keep, as tensor, array or ``datasets`` column; or a LinearTask.

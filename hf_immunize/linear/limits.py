@@ -18,7 +18,7 @@ WORTHWHILE = 1.01
 
 @dataclass(frozen=True)
 class ImmunizationLimit:
-    """What linear immunization can reach for one pair of tasks (THEORY section 5)."""
+    """What linear immunization can reach for one pair of tasks (docs/condition-number-limits.md)."""
 
     condition_limit: float
     """κ* = μ_max/μ_min: no θ makes κ(H_H)/κ(H_P) larger on the common range."""

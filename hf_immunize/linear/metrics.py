@@ -47,7 +47,7 @@ class ImmunizationRatio:
 def paper_log_condition(moment_DD: Tensor) -> float:
     """log σ_max − log σ_min of S + 1e-6·I, σ_min the smallest eigenvalue *above* 1e-6, as the reference prints it.
 
-    For parity only: on a rank-deficient S it is log(σ_max/1e-6) plus rounding noise (THEORY section 4.2).
+    For parity only: on a rank-deficient S it is log(σ_max/1e-6) plus rounding noise (docs/linear.md, metric modes).
 
     Raises:
         SpectrumError: S that is not a finite square matrix, or without any eigenvalue above 1e-6.

@@ -1,4 +1,4 @@
-"""Formulas against autograd, and what a step of each does to κ over thousands of draws (THEORY sections 2, 4.5)."""
+"""Formulas against autograd, and what a step of each does to κ over thousands of draws (Zheng et al. 2025)."""
 
 import pytest
 import torch

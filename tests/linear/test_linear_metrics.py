@@ -23,7 +23,7 @@ def test_rank_aware_ratio_of_matrices_we_built():
 
 
 def test_scaling_features_changes_only_the_paper_faithful_ratio():
-    """THEORY section 4.2: on rank-deficient data the printed κ is σ_max/1e-6 times noise, so a scale becomes an RIR."""
+    """On rank-deficient data the printed κ is σ_max/1e-6 times noise, so a scale becomes an RIR."""
     primary, harmful = spread_rows(0, 20, 5, 0.5), spread_rows(1, 4, 5, 0.5)
     scaled = (primary, 3 * harmful)
     right = relative_immunization_ratio((primary, harmful), scaled)
