@@ -120,6 +120,8 @@ def main() -> None:
             f"{args.output_dir}: {guard.metric} {guard.base:.2f} -> {guard.final:.2f} points on the validation split, "
             f"weights of step {guard.returned_step} of {record.steps}, {seconds:.0f} s"
         )
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # a rank that leaves while gloo's threads still run may be aborted
 
 
 if __name__ == "__main__":

@@ -41,3 +41,6 @@ for family, cases in CASES.items():
         trainer.train()
 if world()[0] == 0:
     save_file({name: value.contiguous() for name, value in gradients.items()}, sys.argv[1])
+if world()[1] > 1:  # a rank that leaves while gloo's threads still run may be aborted
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
