@@ -79,7 +79,14 @@ def test_a_working_copy_is_made_once_and_never_of_two_models(hub, upload, tmp_pa
 
 def test_an_interrupted_copy_leaves_nothing(hub, upload, tmp_path, monkeypatch):
     upload("net")
-    monkeypatch.setattr(local.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    honest = local.os.replace
+
+    def last_move_fails(source, target):
+        if Path(target) == tmp_path / "work":
+            raise OSError("no space left on device")
+        honest(source, target)
+
+    monkeypatch.setattr(local.os, "replace", last_move_fails)
     with pytest.raises(RecordError, match="no space left on device"):
         local_folder("me/net", into=tmp_path / "work", api=client(hub))
     assert not (tmp_path / "work").exists() and not list(tmp_path.glob(".work*"))
