@@ -67,20 +67,20 @@ def probe(context: AttackContext, seed: int, kind: str) -> Found:
     }[kind]
     data = probe_data(context, [seed], mapped)
     data = _rotated(data) if kind == "gradient_descent" else data
-    data = replace(data, train_SND=data.train_SND.float(), judged_SMD=data.judged_SMD.float())
+    data = replace(data, train_GND=data.train_GND.float(), judged_GMD=data.judged_GMD.float())
     return _best(data, seed, rates, steps, update)
 
 
 def _rotated(data: ProbeData) -> ProbeData:
     """The same rows in the basis of the training rows' span: descent never leaves it, so fewer columns do."""
-    train, judged = data.train_SND[0, :, :-1], data.judged_SMD[0, :, :-1]
+    train, judged = data.train_GND[0, :, :-1], data.judged_GMD[0, :, :-1]
     _, _, right = torch.linalg.svd(train, full_matrices=False)
     parts = [torch.cat([rows @ right.mT, torch.ones_like(rows[:, :1])], dim=1)[None] for rows in (train, judged)]
-    return replace(data, train_SND=parts[0], judged_SMD=parts[1])
+    return replace(data, train_GND=parts[0], judged_GMD=parts[1])
 
 
 def _best(data: ProbeData, seed: int, rates: Sequence[float], steps: int, update: Update) -> Found:
-    weights = initial_weights(data, [seed], len(rates)).to(data.train_SND)
+    weights = initial_weights(data, [seed], len(rates)).to(data.train_GND)
     curves: list[list[tuple[int, float, float]]] = [[] for _ in rates]
     for step, validation, test, finite in train_probes(data, weights, rates, steps, update):
         for place, curve in enumerate(curves):

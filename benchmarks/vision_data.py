@@ -16,7 +16,12 @@ import io
 import zipfile
 from pathlib import Path, PurePosixPath
 
+import numpy
 from datasets import ClassLabel, Dataset, Features, Image
+
+FASHION = [
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+]  # fmt: skip
 
 
 def tiny_imagenet(archive: str) -> Dataset:
@@ -43,6 +48,14 @@ def stanford_cars(archive: str) -> Dataset:
         return _table(source, [(paths[row["file"]], row["class_name"]) for row in rows], list(order.values()))
 
 
+def fashion_mnist(archive: str) -> Dataset:
+    """All images of an .npz file with the arrays ``images`` (N×28×28) and ``labels``."""
+    with numpy.load(archive, allow_pickle=False) as arrays:
+        labels = arrays["labels"].astype(int).tolist()
+        features = Features({"image": Image(), "label": ClassLabel(names=FASHION)})
+        return Dataset.from_dict({"image": list(arrays["images"]), "label": labels}, features=features)
+
+
 def _table(source: zipfile.ZipFile, rows: list[tuple[str, str]], names: list[str] | None = None) -> Dataset:
     names = names or sorted({label for _, label in rows})
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
@@ -53,13 +66,20 @@ def _table(source: zipfile.ZipFile, rows: list[tuple[str, str]], names: list[str
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny_imagenet", required=True, help="zip archive of Tiny-ImageNet-200")
-    parser.add_argument("--stanford_cars", required=True, help="zip archive of Stanford Cars with labels.csv")
+    parser.add_argument("--tiny_imagenet", help="zip archive of Tiny-ImageNet-200")
+    parser.add_argument("--stanford_cars", help="zip archive of Stanford Cars with labels.csv")
+    parser.add_argument("--fashion_mnist", help=".npz file of Fashion-MNIST, the benign third task of exam.yaml")
     parser.add_argument("--output", default="runs/vision-data", help="folder for the parquet files")
     given = parser.parse_args()
     output = Path(given.output)
     output.mkdir(parents=True, exist_ok=True)
-    for name, read in (("tiny_imagenet", tiny_imagenet), ("stanford_cars", stanford_cars)):
+    for name, read in (
+        ("tiny_imagenet", tiny_imagenet),
+        ("stanford_cars", stanford_cars),
+        ("fashion_mnist", fashion_mnist),
+    ):
+        if getattr(given, name) is None:
+            continue
         table = read(getattr(given, name))
         table.to_parquet(str(output / f"{name}.parquet"))
         print(f"{output / name}.parquet: {len(table)} images, {table.features['label'].num_classes} classes")

@@ -27,7 +27,7 @@ from hf_immunize.errors import ConfigError, ImmunizeError
 from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run
 from hf_immunize.training.checkpoints import scientific_options
-from hf_immunize.training.frozen import FrozenPart, freeze_all_but
+from hf_immunize.training.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
 from hf_immunize.training.primary import accuracy
 
 
@@ -52,6 +52,10 @@ class PretrainArguments:
             "part is held in evaluation mode. Default: everything."
         },
     )
+    cache_frozen_features: bool = field(
+        default=False,
+        metadata={"help": "With trainable_modules: run the frozen part once per image and keep its output on disk."},
+    )
     from_scratch: bool = field(default=False, metadata={"help": "Start from random weights; only the config is read."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
 
@@ -61,10 +65,26 @@ class HeldTrainer(Trainer):
 
     frozen: FrozenPart | None = None
 
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.frozen is not None:
-            self.frozen.hold(self.accelerator.unwrap_model(model))
-        return super().compute_loss(model, *args, **kwargs)
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.frozen is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        plain = self.accelerator.unwrap_model(model)
+        self.frozen.hold(plain)
+        with self.frozen.entered(plain, inputs) as ready:
+            return super().compute_loss(model, ready, *args, **kwargs)
+
+
+def use_cache(trainer: HeldTrainer, model: Any) -> None:
+    """Put cached activations in the place of images. Raises ConfigError where nothing is frozen."""
+    if trainer.frozen is None or trainer.frozen.boundary is None:
+        raise ConfigError(
+            "expected a frozen part for cache_frozen_features, got none: name what is trained with trainable_modules."
+        )
+    cache = FeatureCache(None, model, trainer.frozen.boundary, collate_pixels, str(trainer.accelerator.mixed_precision))
+    trainer.train_dataset = cache.dataset(trainer.train_dataset, trainer.train_dataset.labels, "train")
+    trainer.eval_dataset = cache.dataset(trainer.eval_dataset, trainer.eval_dataset.labels, "validation")
+    trainer.data_collator = collate_with_boundary(collate_pixels)
+    trainer.args.remove_unused_columns = False  # or the collator drops the activations: no forward has such an argument
 
 
 def parse_overrides(text: str | None) -> dict[str, float]:
@@ -124,6 +144,8 @@ def main() -> None:
     )
     if model_options.trainable_modules:
         trainer.frozen = FrozenPart(model, splits["train"].pixel_values.shape[1:])
+    if model_options.cache_frozen_features:
+        use_cache(trainer, model)
     trainer.model_accepts_loss_kwargs = False
     trainer.loss_is_scaled_for_ga = False
     trainer.train()

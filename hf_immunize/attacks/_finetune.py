@@ -20,10 +20,11 @@ from hf_immunize.attacks._cost import BACKWARD, forward_flops, trained_samples
 from hf_immunize.attacks._rows import collator, training_rows
 from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
+from hf_immunize.data import forward_rows
 from hf_immunize.errors import ConfigError
+from hf_immunize.features import prefer_channels_last
 from hf_immunize.records import Evaluation
 
-_EVALUATION_ROWS = 512
 _EVALUATION_RATIO = 1.5
 """Coarser than for probes: here an evaluation costs as much as several training steps."""
 
@@ -87,7 +88,7 @@ class _Exam(TrainerCallback):
     def _hits(self, model: nn.Module) -> Tensor | None:
         was_training, device = model.training, next(model.parameters()).device
         model.eval()
-        parts = self._pixels.split(_EVALUATION_ROWS)
+        parts = self._pixels.split(forward_rows(self._pixels.shape[1:], device))
         logits = torch.cat([model(pixel_values=part.to(device)).logits for part in parts])
         model.train(was_training)
         if not bool(torch.isfinite(logits).all()):
@@ -183,8 +184,7 @@ def train(
     The loss is the model's own mean over the batch. Trainer would multiply it by the number of accumulation steps and
     processes for models that swallow keyword arguments (transformers 5.23); the two flags below switch that off.
     """
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        model.to(memory_format=torch.channels_last)  # a third off a convolutional network's step on a CPU
+    prefer_channels_last(model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,

@@ -1,7 +1,8 @@
 """Linear probes, trained together: every trial × seed of one attack is a slice of one batched tensor program.
 
-Shape legend: S seeds, T trials, C classes, N training rows, M judged rows, D feature width + 1 (the bias column).
-Classes lie before trials and rows last, so that the softmax runs over contiguous rows.
+Shape legend: S seeds, T trials, C classes, N training rows, M judged rows, D feature width + 1 (the bias column), G
+sets of rows: as many as seeds, or 1 where all seeds train on the same rows, whose probes are then columns of one
+product. Classes lie before trials and rows last, so that the softmax runs over contiguous rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from hf_immunize.linalg import to_double
 from hf_immunize.linalg.whitening import fit_feature_map
 from hf_immunize.records import Evaluation
 
+_PRODUCTS = torch.float32
+"""Precision of the two products of a step, which is that of the features; weights and optimizer states are float64."""
+
 Update = Callable[[Tensor, Tensor, Tensor, int], None]
 """In-place step: (weights S×C×T×D, gradient, rate T×1 per trial, step from 1)."""
 
@@ -32,9 +36,9 @@ Rule = tuple[Sequence[float], Update]
 class ProbeData:
     """Mapped, bias-augmented float64 features of all seeds, and integer labels."""
 
-    train_SND: Tensor
-    train_labels_SN: Tensor
-    judged_SMD: Tensor
+    train_GND: Tensor
+    train_labels_GN: Tensor
+    judged_GMD: Tensor
     """Validation rows, then test rows."""
     judged_labels_M: Tensor
     validation_rows: int
@@ -52,17 +56,19 @@ def probe_data(
 ) -> ProbeData:
     """Features of every seed's own training rows, under a map fitted on these rows alone."""
     train, labels, judged = [], [], []
-    for seed in seeds:
-        features = (features_of or context.features)(seed)
-        rows = context.draw_rows(seed)
+    drawn = [((features_of or context.features)(seed), context.draw_rows(seed)) for seed in seeds]
+    first, first_rows = drawn[0]
+    if all(features is first and torch.equal(rows, first_rows) for features, rows in drawn):
+        drawn = drawn[:1]
+    for features, rows in drawn:
         mapped = fit_feature_map(features["attack"][rows], feature_map)
         train.append(_with_bias(mapped(features["attack"][rows])))
         labels.append(context.attack.labels[rows])
         judged.append(_with_bias(torch.cat([mapped(features["validation"]), mapped(features["test"])])))
     return ProbeData(
-        train_SND=torch.stack(train).to(context.device),
-        train_labels_SN=torch.stack(labels).to(context.device),
-        judged_SMD=torch.stack(judged).to(context.device),
+        train_GND=torch.stack(train).to(context.device),
+        train_labels_GN=torch.stack(labels).to(context.device),
+        judged_GMD=torch.stack(judged).to(context.device),
         judged_labels_M=torch.cat([context.validation.labels, context.test.labels]).to(context.device),
         validation_rows=len(context.validation),
         classes=context.classes,
@@ -75,13 +81,13 @@ def _with_bias(features_ND: Tensor) -> Tensor:
 
 def initial_weights(data: ProbeData, seeds: Sequence[int], trials: int) -> Tensor:
     """S×CT×D weights, uniform in ±1/√D as ``nn.Linear`` draws them; every trial of a seed starts at the same point."""
-    width = data.train_SND.shape[2]
+    width = data.train_GND.shape[2]
     drawn = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         one = (2 * torch.rand(data.classes, 1, width, generator=generator) - 1) / (width - 1) ** 0.5
         drawn.append(to_double(one).expand(data.classes, trials, width).reshape(data.classes * trials, width))
-    return torch.stack(drawn).to(data.train_SND.device)
+    return torch.stack(drawn).to(data.train_GND.device)
 
 
 def gradient_descent() -> Update:
@@ -131,18 +137,26 @@ def compress(data: ProbeData, weights: Tensor) -> tuple[ProbeData, Tensor]:
     With Φ = L·Q (Q's rows orthonormal), gradients are ΦᵀE = Qᵀ(LᵀE): in V = W·Qᵀ the program is the same on L, N×N
     instead of N×D. What W has outside the row space stays as it was drawn and adds a constant to judged logits.
     """
-    seeds, rows, width = data.train_SND.shape
+    _, rows, width = data.train_GND.shape
     if rows >= width:
         return data, weights
-    basis_SDN, _ = torch.linalg.qr(data.train_SND.mT)
-    inside = torch.bmm(weights, basis_SDN)
-    outside = weights - torch.bmm(inside, basis_SDN.mT)
+    basis_GDN, _ = torch.linalg.qr(data.train_GND.mT)
+    inside = times(weights, basis_GDN)
+    outside = weights - times(inside, basis_GDN.mT)
+    judged_rows = data.judged_GMD.shape[1]
     return replace(
         data,
-        train_SND=torch.bmm(data.train_SND, basis_SDN),
-        judged_SMD=torch.bmm(data.judged_SMD, basis_SDN),
-        offset_SCTM=torch.bmm(outside, data.judged_SMD.mT).view(seeds, data.classes, -1, data.judged_SMD.shape[1]),
+        train_GND=torch.bmm(data.train_GND, basis_GDN),
+        judged_GMD=torch.bmm(data.judged_GMD, basis_GDN),
+        offset_SCTM=times(outside, data.judged_GMD.mT).view(len(weights), data.classes, -1, judged_rows),
     ), inside
+
+
+def times(left_SKP: Tensor, right_GPQ: Tensor) -> Tensor:
+    """S×K×Q products, set by set; one matrix product over all seeds where they share one set."""
+    if len(right_GPQ) == len(left_SKP):
+        return torch.bmm(left_SKP, right_GPQ)
+    return (left_SKP.flatten(0, 1) @ right_GPQ[0]).unflatten(0, left_SKP.shape[:2])
 
 
 @torch.no_grad()
@@ -152,28 +166,30 @@ def train_probes(
     """Full-batch training on mean cross-entropy; ``weights`` (S×CT×D) is changed in place.
 
     Only differences of logits matter to the softmax and the gradients of all classes sum to zero, so both products are
-    taken for C − 1 classes: half the work for two classes. Buffers are kept between steps.
+    taken for C − 1 classes: half the work for two classes. Products are float32, as the features were when the network
+    made them; weights, gradients and optimizer states are float64.
 
     Yields:
         (step, validation accuracy S×T, test accuracy S×T, finite S×T) at every evaluation step.
     """
-    seeds, rows, width = data.train_SND.shape
-    trials, free = sum(len(rates) for rates, _ in rules), data.classes - 1
-    columns_SDN = data.train_SND.mT.contiguous()
-    targets_SC1N = torch.nn.functional.one_hot(data.train_labels_SN, data.classes).permute(0, 2, 1).unsqueeze(2)
-    targets_SC1N = targets_SC1N.to(weights).contiguous()
+    _, rows, width = data.train_GND.shape
+    seeds, free = len(weights), data.classes - 1
+    trials = sum(len(rates) for rates, _ in rules)
+    rows_GND = data.train_GND.to(_PRODUCTS)
+    columns_GDN = rows_GND.mT.contiguous()  # each product is fastest on the layout that is not its own
+    targets = torch.nn.functional.one_hot(data.train_labels_GN, data.classes).permute(0, 2, 1).unsqueeze(2)
+    targets_GC1N = targets.to(rows_GND).contiguous()[:, :free]
     rates = [torch.tensor(list(values), dtype=weights.dtype, device=weights.device)[:, None] for values, _ in rules]
     weights_SCTD = weights.view(seeds, data.classes, trials, width)
-    logits_SCTN = weights.new_zeros(seeds, data.classes, trials, rows)  # the last class is the reference: zero
     gradient_SCTD = torch.empty_like(weights_SCTD)
     due = set(evaluation_steps(steps))
     for step in tqdm(range(1, steps + 1), desc="probe steps", leave=False, disable=None, mininterval=1):
-        against_last = (weights_SCTD[:, :free] - weights_SCTD[:, free:]).view(seeds, free * trials, width)
-        logits_SCTN[:, :free] = torch.bmm(against_last, columns_SDN).view(seeds, free, trials, rows)
-        error_SCTN = logits_SCTN.softmax(dim=1).sub_(targets_SC1N)
-        part = torch.bmm(error_SCTN[:, :free].reshape(seeds, free * trials, rows), data.train_SND).div_(rows)
-        gradient_SCTD[:, :free] = part.view(seeds, free, trials, width)
-        gradient_SCTD[:, free] = -gradient_SCTD[:, :free].sum(dim=1)
+        against_last = (weights_SCTD[:, :free] - weights_SCTD[:, free:]).to(_PRODUCTS)
+        logits_SCTN = times(against_last.view(seeds, free * trials, width), rows_GND.mT).view(seeds, free, trials, rows)
+        error_SCTN = class_probabilities(logits_SCTN).sub_(targets_GC1N)
+        part = times(error_SCTN.view(seeds, free * trials, rows), columns_GDN.mT)
+        torch.div(part.view(seeds, free, trials, width), rows, out=gradient_SCTD[:, :free])
+        torch.sum(gradient_SCTD[:, :free], dim=1, out=gradient_SCTD[:, free]).neg_()
         start = 0
         for rate, (values, update) in zip(rates, rules, strict=True):
             mine = slice(start, start + len(values))
@@ -183,9 +199,18 @@ def train_probes(
             yield step, *judge(weights, data, trials)
 
 
+def class_probabilities(logits_SCTN: Tensor) -> Tensor:
+    """Softmax over all classes but the last, whose logit is the zero of the others; ``logits_SCTN`` is used up."""
+    if logits_SCTN.shape[1] == 1:
+        return logits_SCTN.sigmoid_()
+    highest = logits_SCTN.amax(dim=1, keepdim=True).clamp_(min=0)
+    logits_SCTN.sub_(highest).exp_()
+    return logits_SCTN.div_(logits_SCTN.sum(dim=1, keepdim=True).add_(highest.neg_().exp_()))
+
+
 def judge(weights: Tensor, data: ProbeData, trials: int) -> tuple[Tensor, Tensor, Tensor]:
     """Validation accuracy, test accuracy, and whether all logits were finite, each S×T, of S×CT×D weights."""
-    logits_SCTM = torch.bmm(weights, data.judged_SMD.mT).view(len(weights), data.classes, trials, -1)
+    logits_SCTM = times(weights, data.judged_GMD.mT).view(len(weights), data.classes, trials, -1)
     if data.offset_SCTM is not None:
         logits_SCTM = logits_SCTM + data.offset_SCTM
     hits = (logits_SCTM.argmax(dim=1) == data.judged_labels_M).double()
@@ -220,7 +245,7 @@ def _run_group(
     data = probe_data(context, seeds, config.features, features_of)
     points: dict[tuple[int, float], list[Evaluation]] = {(seed, rate): [] for seed in seeds for rate in rates}
     diverged: dict[tuple[int, float], int] = {}
-    _, rows, width = data.train_SND.shape
+    _, rows, width = data.train_GND.shape
     weights = initial_weights(data, seeds, len(rates))
     if optimizer in ROTATION_INVARIANT:
         data, weights = compress(data, weights)

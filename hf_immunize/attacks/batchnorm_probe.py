@@ -14,6 +14,9 @@ from hf_immunize.attacks.ridge_probe import solve_runs
 from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.data import batches
 
+_STATISTICS_ROWS = 256
+"""Rows per batch while statistics are averaged: a variance within few rows is too small."""
+
 
 @dataclass(frozen=True)
 class BatchNormProbe:
@@ -49,7 +52,7 @@ def reestimate(model: nn.Module, context: AttackContext, seed: int) -> nn.Module
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    for batch in batches(context.attack.subset(context.draw_rows(seed))):
+    for batch in batches(context.attack.subset(context.draw_rows(seed)), _STATISTICS_ROWS):
         model(pixel_values=batch["pixel_values"].to(context.device))
     return model.eval()
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from hf_immunize.data import PixelDataset, batches
 from hf_immunize.data import fingerprint as fingerprint_rows
 from hf_immunize.errors import ConfigError, DataError, ModelError
-from hf_immunize.features import extract_features, find_classifier
+from hf_immunize.features import extract_features, find_classifier, prefer_channels_last
 from hf_immunize.records import DatasetFingerprint, ModelFingerprint, fingerprint_of, sha256_file, weight_files
 
 Role = Literal["subject", "control", "scratch"]
@@ -146,7 +146,7 @@ class AttackContext:
     def model(self, seed: int) -> nn.Module:
         """A fresh copy of the attacked model on ``device``; ``seed`` matters only for random weights."""
         made = random_classifier(self.folder, seed) if self.role == "scratch" else copy.deepcopy(self._saved)
-        return made.to(self.device)
+        return prefer_channels_last(made.to(self.device))
 
     def model_with_new_head(self, seed: int) -> nn.Module:
         """The attacked model with a freshly drawn head for the harmful classes. Equal seeds draw equal heads.
@@ -200,4 +200,7 @@ class AttackContext:
     def features_of(self, model: nn.Module, module: str) -> dict[str, Tensor]:
         """Features of the three splits at a module of any model, e.g. one the attacker has changed; not kept."""
         splits = {"attack": self.attack, "validation": self.validation, "test": self.test}
-        return {name: extract_features(model, batches(split), [module])[module] for name, split in splits.items()}
+        return {
+            name: extract_features(model, batches(split, device=self.device), [module])[module]
+            for name, split in splits.items()
+        }

@@ -66,7 +66,10 @@ def distil(context: AttackContext, config: DistilFresh, seed: int) -> nn.Module:
         rows = training_rows(context, config, seed)
         teacher = context.model(seed).eval()
         with torch.no_grad():
-            parts = [teacher(pixel_values=batch["pixel_values"].to(context.device)).logits for batch in batches(rows)]
+            parts = [
+                teacher(pixel_values=batch["pixel_values"].to(context.device)).logits
+                for batch in batches(rows, device=context.device)
+            ]
         data = TensorDataset(rows.pixel_values, torch.cat(parts).cpu())
         train(_Student(student, config.temperature), data, replace(config, steps=steps), seed, context.device, _stack)
     return student

@@ -36,7 +36,7 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
         finite = len(curve) == len(evaluation_steps(planned.config.steps))
         seconds = time.perf_counter() - started
         outcome, note = ("completed", None) if finite else ("diverged", "logits were not finite")
-        _, rows, width = data.train_SND.shape
+        _, rows, width = data.train_GND.shape
         cost = probe_flops(rows, width, data.classes, len(passes))
         yield planned, Result(curve, planned.config.steps, seconds, outcome, note, rows * len(passes), cost)
 
@@ -44,7 +44,7 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
 def _train(data: ProbeData, planned: Run, passes: list[int]) -> Iterator[Evaluation]:
     """One evaluation per due step; ``passes`` grows by one entry per gradient, line searches counted."""
     weights = initial_weights(data, [planned.seed], 1).requires_grad_(True)
-    features, labels = data.train_SND[0], data.train_labels_SN[0]
+    features, labels = data.train_GND[0], data.train_labels_GN[0]
     optimizer = torch.optim.LBFGS([weights], max_iter=1, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:

@@ -27,4 +27,4 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
     yield from run_probes(context, runs, adam)
 
 
-ATTACK = Attack(config=LinearProbeAdam, run=run, family="linear probing")
+ATTACK = Attack(config=LinearProbeAdam, run=run, family="linear probing", batched=True)

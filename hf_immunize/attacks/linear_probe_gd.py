@@ -36,4 +36,4 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
     yield from run_probes(context, runs, gradient_descent)
 
 
-ATTACK = Attack(config=LinearProbeGD, run=run, family="linear probing")
+ATTACK = Attack(config=LinearProbeGD, run=run, family="linear probing", batched=True)

@@ -30,4 +30,4 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
     yield from run_probes(context, runs, momentum)
 
 
-ATTACK = Attack(config=LinearProbeMomentum, run=run, family="linear probing")
+ATTACK = Attack(config=LinearProbeMomentum, run=run, family="linear probing", batched=True)

@@ -57,8 +57,8 @@ def solve_runs(
 
 
 def _solve(data: ProbeData, penalty: float, started: float) -> Result:
-    phi, judged = data.train_SND[0, :, :-1], data.judged_SMD[0, :, :-1]
-    labels = torch.nn.functional.one_hot(data.train_labels_SN[0], data.classes).to(phi)
+    phi, judged = data.train_GND[0, :, :-1], data.judged_GMD[0, :, :-1]
+    labels = torch.nn.functional.one_hot(data.train_labels_GN[0], data.classes).to(phi)
     mean, label_mean = phi.mean(dim=0), labels.mean(dim=0)
     sigma_1 = torch.linalg.matrix_norm(phi - mean, ord=2)
     # tiny: features that are zero everywhere must still solve (to weights of zero, and accuracy at chance).

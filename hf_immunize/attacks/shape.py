@@ -53,6 +53,9 @@ class Attack:
     unit: Literal["step", "solve"] = "step"
     needs: tuple[Literal["base", "benign"], ...] = ()
     """What the attacker must hold beside the model and harmful data; written into every trace of the attack."""
+    batched: bool = False
+    """Whether runs are columns of one tensor program. Their rounding then depends on their company, which large rates
+    amplify: when one is missing the suite makes all of them again, so that an interrupted exam ends like any other."""
     own_threshold: bool = False
     """Whether success is a share of what this attack itself reaches on the base: for attackers with hardly any data."""
 

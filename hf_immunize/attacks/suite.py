@@ -139,7 +139,10 @@ class _Sitting:
         for trace in kept:
             self._note(trace, False)
         for name, runs in missing.items():
-            for run, result in self.table[name].run(self.context, runs):
+            company = planned[name] if self.table[name].batched else runs
+            for run, result in self.table[name].run(self.context, company):
+                if run not in runs:
+                    continue
                 trace = trace_of(self.context, name, self.table[name], run, result, provenance)
                 trace.write(self.target / trace.file_name)
                 self._note(trace, True)

@@ -26,4 +26,4 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
     yield from run_probes(context, runs, gradient_descent)
 
 
-ATTACK = Attack(config=WhitenedProbeGD, run=run, family="whitened probing")
+ATTACK = Attack(config=WhitenedProbeGD, run=run, family="whitened probing", batched=True)

@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_immunize.data import PixelDataset, batches
 from hf_immunize.errors import ModelError
+from hf_immunize.features import prefer_channels_last
 from hf_immunize.metrics import paired_drop_interval
 from hf_immunize.records import Utility
 
@@ -25,9 +26,9 @@ def correct_rows(model: nn.Module, dataset: PixelDataset) -> list[bool]:
             "primary_labels, or certify a model that was trained on this primary task."
         )
     device, was_training = next(model.parameters()).device, model.training
-    model.eval()
+    prefer_channels_last(model).eval()
     hits: list[bool] = []
-    for batch in batches(dataset):
+    for batch in batches(dataset, device=device):
         predicted = model(pixel_values=batch["pixel_values"].to(device)).logits.argmax(dim=-1).cpu()
         hits += (predicted == batch["labels"]).tolist()
     model.train(was_training)

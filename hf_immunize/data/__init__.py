@@ -8,7 +8,7 @@ from hf_immunize.data.row_store import RowStore
 from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import HARMFUL_SPLITS, PRIMARY_SPLITS, parse_fractions, select_classes, split_by_content
 from hf_immunize.data.streams import StepBatchSampler
-from hf_immunize.data.tasks import Task, TaskArguments, batches
+from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows
 
 __all__ = [
     "AUGMENTATIONS",
@@ -27,6 +27,7 @@ __all__ = [
     "describe_source",
     "digest_rows",
     "fingerprint",
+    "forward_rows",
     "labels_of",
     "load_source",
     "parse_fractions",

@@ -3,6 +3,7 @@
 from hf_immunize.features.blocks import find_trunk
 from hf_immunize.features.boundary import Boundary, find_boundary
 from hf_immunize.features.capture import Captured, capture_inputs, extract_features, find_classifier, pool_rows
+from hf_immunize.features.layout import prefer_channels_last
 from hf_immunize.features.patterns import linear_sites, match_modules, trainable_modules
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "linear_sites",
     "match_modules",
     "pool_rows",
+    "prefer_channels_last",
     "trainable_modules",
 ]

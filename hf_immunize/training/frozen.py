@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from hf_immunize.data import RowStore, digest_rows
+from hf_immunize.data import RowStore, digest_rows, forward_rows
 from hf_immunize.errors import ConfigError, DataError
-from hf_immunize.features import Boundary, find_boundary, trainable_modules
+from hf_immunize.features import Boundary, find_boundary, prefer_channels_last, trainable_modules
 
 _FORMAT = 1
 """Part of every cache key; raised when what is stored changes its meaning."""
@@ -105,11 +105,12 @@ class FeatureCache:
         collate: Callable[..., Any],
         precision: str,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ):
         self._folder = Path(folder) if folder else default_folder()
         self._model, self._boundary, self._collate = model, boundary, collate
-        self._autocast, self._batch = autocast, batch_size
+        device = next(model.parameters()).device
+        self._autocast, self._batch = autocast, batch_size or forward_rows(boundary.image, device)
         digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision}".encode())
         for name, value in sorted(model.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -151,13 +152,13 @@ class FeatureCache:
     def _evaluating(self, parts: Any, words: str) -> Iterator[Any]:
         """Each of ``parts`` under no_grad, autocast and evaluation mode, with a progress bar."""
         was_training = self._model.training
-        self._model.eval()
+        prefer_channels_last(self._model).eval()
         try:
             for part in tqdm(parts, desc=words, leave=False, disable=None):
                 with torch.no_grad(), self._autocast():
                     yield part
         finally:
-            self._model.train(was_training)
+            self._model.to(memory_format=torch.contiguous_format).train(was_training)
 
 
 def default_folder() -> Path:

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from hf_immunize.attacks import ATTACKS, Run, _probes, evaluation_steps, plan_runs
+from hf_immunize.attacks import ATTACKS, Run, _probes, evaluation_steps, plan_runs, run_suite
 from hf_immunize.attacks._probes import initial_weights, probe_data
 from hf_immunize.attacks.linear_probe_adam import LinearProbeAdam
 from hf_immunize.attacks.linear_probe_gd import LinearProbeGD
 from hf_immunize.attacks.ridge_probe import RidgeProbe
 from hf_immunize.attacks.standardized_probe_adam import StandardizedProbeAdam
 from hf_immunize.linalg.whitening import fit_feature_map
+from hf_immunize.records import AttackTrace
 
 
 def one_by_one(context, seed, config, optimizer):
@@ -93,14 +94,27 @@ def test_rules_that_share_a_program_are_those_that_run_alone(make_context):
         assert torch.allclose(mine, alone.view(2, 3, 2, -1), atol=1e-12)
 
 
-def test_a_missing_run_alone_gives_the_curve_it_has_in_company(make_context):
+def test_a_run_alone_gives_the_curve_it_has_in_company(make_context):
     context = make_context()
     attack = ATTACKS["linear_probe_gd"]
-    runs = plan_runs(attack, [0, 1, 2], {"steps": (200,)})
+    runs = plan_runs(attack, [0, 1, 2], {"steps": (200,), "learning_rate": (0.1, 1.0)})
     together = {(run.trial, run.seed): as_tuples(result.curve) for run, result in attack.run(context, runs)}
-    for run in runs[::4]:
+    for run in runs[::2]:
         ((_, alone),) = attack.run(context, [run])
         assert as_tuples(alone.curve) == together[run.trial, run.seed]
+
+
+@pytest.mark.parametrize("name", ["linear_probe_gd", "standardized_probe_adam"])
+def test_a_run_that_is_missing_comes_back_the_same_at_every_rate(make_context, tmp_path, name):
+    context, settings = make_context(), {name: {"steps": (200,)}}
+    run_suite(context, ATTACKS, [name], [0, 1, 2], tmp_path, settings)
+    paths = sorted((tmp_path / "traces" / "subject").glob("*.json"))
+    before = {path.name: AttackTrace.read(path).curve for path in paths}
+    for path in paths[1::3]:
+        path.unlink()
+    summary = run_suite(context, ATTACKS, [name], [0, 1, 2], tmp_path, settings)
+    assert summary.made == len(paths[1::3])
+    assert {path.name: AttackTrace.read(path).curve for path in paths} == before
 
 
 def test_gradient_descent_does_not_care_for_scale_and_offset_of_features(make_context, monkeypatch):
