@@ -1,6 +1,6 @@
 """The tables and the figure of vision_transfer.py: docs/results/vision/*.json and *.png, Markdown on the screen.
 
-    python benchmarks/vision_report.py --results runs/vision
+python benchmarks/vision_report.py --results runs/vision
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from vision_attackers import attack_all, fine_tune
 from vision_rows import FRONTIER, OURS, ROWS, options_of
-from vision_tail import BACKBONES, TailClassifier, features_of, load_split, load_tail, prepare
+from vision_tail import BACKBONES, SPLIT_SEED, TailClassifier, features_of, load_split, load_tail, prepare
 
 from hf_immunize.data import PixelDataset
 from hf_immunize.linalg import second_moment_spectrum
@@ -185,11 +185,12 @@ def main() -> None:
     parser.add_argument("--output", default="runs/vision", help="folder for activations, weights and results")
     parser.add_argument("--rows", nargs="*", help=f"of {[*ROWS, *FRONTIER]}; all by default")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--split_seed", type=int, default=SPLIT_SEED, help="of the content-hash splits")
     parser.add_argument("--fine_tuning_steps", type=int, default=120)
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     folder = Path(given.output) / given.backbone
-    prepare(given.backbone, folder, given.model_path, given.primary_dataset, given.harmful_dataset)
+    prepare(given.backbone, folder, given.model_path, given.primary_dataset, given.harmful_dataset, given.split_seed)
     for seed in given.seeds:
         for row in given.rows or [*ROWS, *FRONTIER]:
             make_row(row, seed, given, folder)
