@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_immunize.attacks._probes import (
     ProbeData,
     Update,
     adam,
+    compress,
     gradient_descent,
     initial_weights,
     probe_data,
@@ -60,29 +61,21 @@ def ridge(context: AttackContext, seed: int) -> Found:
 
 
 def probe(context: AttackContext, seed: int, kind: str) -> Found:
-    """Gradient descent on centred features, or Adam on standardized ones, in float32; best rate and stopping time."""
+    """Gradient descent on centred features, or Adam on standardized ones; best rate and stopping time."""
     rates, steps, mapped, update = {
         "gradient_descent": (GD_RATES, GD_STEPS, "centered", gradient_descent()),
         "standardized_adam": (ADAM_RATES, ADAM_STEPS, "standardized", adam()),
     }[kind]
     data = probe_data(context, [seed], mapped)
-    data = _rotated(data) if kind == "gradient_descent" else data
-    data = replace(data, train_GND=data.train_GND.float(), judged_GMD=data.judged_GMD.float())
-    return _best(data, seed, rates, steps, update)
+    weights = initial_weights(data, [seed], len(rates))
+    if kind == "gradient_descent":
+        data, weights = compress(data, weights)
+    return _best(data, weights, rates, steps, update)
 
 
-def _rotated(data: ProbeData) -> ProbeData:
-    """The same rows in the basis of the training rows' span: descent never leaves it, so fewer columns do."""
-    train, judged = data.train_GND[0, :, :-1], data.judged_GMD[0, :, :-1]
-    _, _, right = torch.linalg.svd(train, full_matrices=False)
-    parts = [torch.cat([rows @ right.mT, torch.ones_like(rows[:, :1])], dim=1)[None] for rows in (train, judged)]
-    return replace(data, train_GND=parts[0], judged_GMD=parts[1])
-
-
-def _best(data: ProbeData, seed: int, rates: Sequence[float], steps: int, update: Update) -> Found:
-    weights = initial_weights(data, [seed], len(rates)).to(data.train_GND)
+def _best(data: ProbeData, weights: Tensor, rates: Sequence[float], steps: int, update: Update) -> Found:
     curves: list[list[tuple[int, float, float]]] = [[] for _ in rates]
-    for step, validation, test, finite in train_probes(data, weights, rates, steps, update):
+    for step, validation, test, finite in train_probes(data, weights, [(rates, update)], steps):
         for place, curve in enumerate(curves):
             if bool(finite[0, place]):
                 curve.append((step, float(validation[0, place]), float(test[0, place])))
