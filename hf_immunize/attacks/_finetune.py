@@ -42,7 +42,8 @@ class FinetuneConfig:
     steps: int = field(default=100, metadata={"help": "Budget in optimizer steps."})
     batch_size: int = field(default=32, metadata={"help": "Rows per step.", "search": (8, 16, 32)})
     optimizer: str = field(
-        default="adamw_torch_fused", metadata={"help": "TrainingArguments.optim, e.g. sgd, adafactor."}
+        default="adamw_torch_fused",
+        metadata={"help": "TrainingArguments.optim, e.g. sgd, adafactor; or sgd_momentum, muon."},
     )
     scheduler: str = field(
         default="constant",
@@ -103,7 +104,7 @@ def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: s
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
-        optim="adamw_torch_fused" if config.optimizer == "muon" else config.optimizer,
+        optim="adamw_torch_fused" if config.optimizer in OPTIMIZERS else config.optimizer,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
@@ -146,6 +147,21 @@ def muon(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
         raise ConfigError(f"expected torch.optim.Muon (torch 2.9 or newer), got torch {torch.__version__}: update it.")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return MuonAdamW(trained, config.learning_rate, config.weight_decay)
+
+
+def sgd_momentum(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """Stochastic gradient descent with Nesterov momentum 0.9; Trainer's own ``sgd`` has none."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(
+        trained, config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module, FinetuneConfig], torch.optim.Optimizer]] = {
+    "muon": muon,
+    "sgd_momentum": sgd_momentum,
+}
+"""Optimizers beside those of ``TrainingArguments.optim``."""
 
 
 def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int, before: int = 0) -> Result:
@@ -192,7 +208,7 @@ def train(
             train_dataset=data,
             data_collator=collate,
             callbacks=list(callbacks),
-            optimizers=(muon(model, config), None) if config.optimizer == "muon" else (None, None),
+            optimizers=(OPTIMIZERS[config.optimizer](model, config) if config.optimizer in OPTIMIZERS else None, None),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = False

@@ -144,7 +144,7 @@ PROTOCOLS: dict[str, Protocol] = {
             *_steps(2000, _ALL_TRAINED),
             "lora.rank=1,2,4,8,16,32,64",
             "lora.variant=plain,rslora,pissa",
-            "full_finetune.optimizer=adamw_torch_fused,sgd",
+            "full_finetune.optimizer=adamw_torch_fused,sgd_momentum",
         ),
         trials=32,
         tuning_seeds=3,

@@ -205,6 +205,17 @@ def test_muon_moves_matrices_as_torch_does(make_context):
     assert result.outcome == "completed"
 
 
+def test_momentum_is_nesterovs_and_trains_the_network(make_context):
+    context = make_context()
+    config = ATTACKS["full_finetune"].config(0.05, steps=4, optimizer="sgd_momentum")
+    layer = nn.Linear(3, 2)
+    (group,) = engine.sgd_momentum(layer, config).param_groups
+    assert (group["momentum"], group["nesterov"], group["lr"]) == (0.9, True, 0.05)
+    plain = only(context, "full_finetune", ATTACKS["full_finetune"].config(0.05, steps=4, optimizer="sgd"))
+    heavy = only(context, "full_finetune", config)
+    assert heavy.outcome == "completed" and as_tuples(heavy.curve) != as_tuples(plain.curve)
+
+
 def test_every_attack_of_the_table_runs_on_a_tiny_model(make_context):
     context = make_context()
     outcomes = {}
