@@ -1,6 +1,6 @@
 """How long a preset exam of a model takes on this machine: single steps are timed, the plan is multiplied out.
 
-    OMP_NUM_THREADS=2 python benchmarks/exam_cost.py --model_path MODEL --size 128 --classes 40 --rows 560 160 320 \
+    OMP_NUM_THREADS=2 python benchmarks/exam_cost.py --model_path MODEL --size 128 --classes 30 --rows 398 94 247 \
         --protocol standard
 
 MODEL is a folder or Hub id of an image classifier; --rows are those of the attacker's training, validation and test
@@ -22,7 +22,8 @@ from hf_immunize.attacks import ATTACKS, count_runs, evaluation_steps, load_clas
 from hf_immunize.attacks._finetune import FinetuneConfig
 from hf_immunize.attacks._probes import ProbeData, adam, gradient_descent, initial_weights, train_probes
 from hf_immunize.certification import find_protocol
-from hf_immunize.features import find_classifier
+from hf_immunize.data import forward_rows
+from hf_immunize.features import find_classifier, prefer_channels_last
 
 TRIES = 3
 
@@ -52,8 +53,9 @@ def step_seconds(model, size: int, classes: int, batch: int) -> float:
     return median(step)
 
 
-def forward_seconds(model, size: int, rows: int = 64) -> float:
-    """One row's forward."""
+def forward_seconds(model, size: int) -> float:
+    """One row's forward, in the batches that evaluations use."""
+    rows = forward_rows((3, size, size))
     pixels = torch.randn(rows, 3, size, size)
 
     @torch.no_grad()
@@ -83,8 +85,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--protocol", default="standard")
-    parser.add_argument("--rows", type=int, nargs=3, default=[560, 160, 320])
-    for name, value in (("size", 128), ("classes", 40)):
+    parser.add_argument("--rows", type=int, nargs=3, default=[398, 94, 247])
+    for name, value in (("size", 128), ("classes", 30)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--cores", type=float, default=1.0, help="Divide by this speed-up over the timed threads.")
     options = parser.parse_args()
@@ -92,8 +94,7 @@ def main() -> None:
     settings = parse_settings(list(protocol.settings), ATTACKS)
     model = load_classifier(options.model_path)
     width = model.get_submodule(find_classifier(model)).in_features
-    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        model.to(memory_format=torch.channels_last)
+    prefer_channels_last(model)
     forward = forward_seconds(model, options.size)
     steps = {batch: step_seconds(model, options.size, model.config.num_labels, batch) for batch in (8, 16, 32)}
     print(f"{torch.get_num_threads()} threads: step of " + ", ".join(f"{b} rows {s:.2f} s" for b, s in steps.items())
