@@ -2,13 +2,13 @@
 
     OMP_NUM_THREADS=2 python benchmarks/attack_throughput.py [--rows 5000] [--width 768] [--classes 2 10] [--steps 20]
 
-100 probes = 5 learning rates × 4 update rules × 5 seeds as one tensor program in float64: the seeds share their rows
-(``attack_fraction`` 1) and differ in where they start, or with ``--own_rows`` draw rows of their own. One probe is the
-same problem by ``nn.Linear``, autograd and ``torch.optim.SGD`` in float64. Each repetition times one probe, then 100,
-so that both meet the same machine; prints the median seconds a step, the median ratio and its range, the largest
-difference of final weights to probes trained one by one, and what the arithmetic allows: 100 probes need
-4·N·D·(C − 1)·100 operations a step, which at the measured speed of a large matrix product is a floor that no batching
-passes. ``--single`` adds the same program in float32.
+100 probes = 5 learning rates × 4 update rules × 5 seeds as one tensor program: the seeds share their rows
+(``attack_fraction`` 1) and differ in where they start, or with ``--own_rows`` draw rows of their own. Its two products
+are float32, everything else float64. One probe is the same problem by ``nn.Linear``, autograd and ``torch.optim.SGD``
+in float64. Each repetition times one probe, then 100, so that both meet the same machine; prints the median seconds a
+step, the median ratio and its range, the largest difference of final weights to probes trained one by one, and what the
+arithmetic allows: 100 probes need 4·N·D·(C − 1)·100 operations a step, which at the measured speed of a large matrix
+product is a floor that no batching passes.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ TORCH = {
 SEEDS = list(range(5))
 
 
-def synthetic(rows: int, width: int, classes: int, dtype: torch.dtype, sets: int) -> ProbeData:
+def synthetic(rows: int, width: int, classes: int, sets: int) -> ProbeData:
     """Gaussian features with a mild class signal, the last column being the bias; one set of rows or one a seed."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(sets, rows, width + 1, generator=generator, dtype=torch.float64)
     labels = torch.randint(classes, (sets, rows), generator=generator)
     features[..., :classes] += nn.functional.one_hot(labels, classes)
     features[..., -1] = 1
-    features = features.to(dtype)
     return ProbeData(features, labels, features[:, :50], labels[0, :50], 25, classes)
 
 
@@ -88,30 +87,30 @@ def floor(data: ProbeData) -> float:
     """Seconds a step that the two products of 100 probes take by themselves."""
     sets, rows, width = data.train_GND.shape
     columns = (data.classes - 1) * 100 // sets
-    left, right = (torch.randn(sets, columns, size, dtype=data.train_GND.dtype) for size in (width, rows))
-    transposed = data.train_GND.mT.contiguous()
+    left, right = (torch.randn(sets, columns, size, dtype=torch.float32) for size in (width, rows))
+    rows_GND, columns_GDN = data.train_GND.float(), data.train_GND.float().mT.contiguous()
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        torch.bmm(left, transposed), torch.bmm(right, data.train_GND)
+        torch.bmm(left, rows_GND.mT), torch.bmm(right, columns_GDN.mT)
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def compare(data: ProbeData, cast: ProbeData, steps: int, repeats: int) -> str:
-    """One line of the printed table: ``data`` one by one in its dtype, ``cast`` together in its own."""
+def compare(data: ProbeData, steps: int, repeats: int) -> str:
+    """One line of the printed table."""
     pairs = []
     for _ in range(repeats):
         one, _ = alone(data, 0, RATES[0], "gradient descent", steps)
-        seconds, weights = together(cast, steps)
+        seconds, weights = together(data, steps)
         pairs.append((one, seconds))
     ratios = sorted(seconds / one for one, seconds in pairs)
     one, seconds = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
     return (
-        f"{data.classes} classes, {cast.train_GND.dtype}: one probe {one:.1f} ms a step, 100 probes {seconds:.1f} ms, "
+        f"{data.classes} classes: one probe {one:.1f} ms a step, 100 probes {seconds:.1f} ms, "
         f"ratio {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}; the products alone: "
-        f"{1e3 * floor(cast) / one:.1f}), largest difference to one by one "
-        f"{largest_difference(data, weights.double(), steps):.1e}"
+        f"{1e3 * floor(data) / one:.1f}), largest difference to one by one "
+        f"{largest_difference(data, weights, steps):.1e}"
     )
 
 
@@ -122,15 +121,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--classes", type=int, nargs="+", default=[2, 10])
     parser.add_argument("--own_rows", action="store_true", help="Every seed draws rows of its own.")
-    parser.add_argument("--single", action="store_true", help="Train the 100 probes in float32 too.")
     options = parser.parse_args()
     sets = len(SEEDS) if options.own_rows else 1
     print(f"N = {options.rows}, D = {options.width}, {torch.get_num_threads()} threads, {options.steps} steps")
     for classes in options.classes:
-        data = synthetic(options.rows, options.width, classes, torch.float64, sets)
-        for dtype in (torch.float64, torch.float32)[: 2 if options.single else 1]:
-            cast = synthetic(options.rows, options.width, classes, dtype, sets)
-            print(compare(data, cast, options.steps, options.repeats), flush=True)
+        data = synthetic(options.rows, options.width, classes, sets)
+        print(compare(data, options.steps, options.repeats), flush=True)
 
 
 if __name__ == "__main__":
