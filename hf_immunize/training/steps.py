@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.data import augment, parse_augmentation
+from hf_immunize.data import augment, named_workers, parse_augmentation
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.linalg.precondition import InverseMoment
@@ -58,7 +58,8 @@ class StepMixin:
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        with named_workers("train_dataset", self.args.dataloader_timeout):
+            samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         first = self.state.global_step * self.args.gradient_accumulation_steps
         samples = [{**sample, "harmful": self._harmful.batch(first + i)} for i, sample in enumerate(samples)]
         if self.args.augmentation:
