@@ -71,9 +71,14 @@ class NamedRows(Dataset):
 
 @contextmanager
 def named_workers(name: str, timeout: float) -> Iterator[None]:
-    """Inside, a data worker of ``name`` that dies or takes longer than ``timeout`` seconds is a WorkerError."""
+    """Inside, a data worker that dies, or one of ``name`` that takes longer than ``timeout`` seconds, is a WorkerError.
+
+    A death is noticed wherever the process is, so that ``name`` says what was being read then.
+    """
     try:
         yield
+    except WorkerError:
+        raise
     except RuntimeError as error:
         text = str(error)
         if "timed out" in text and "DataLoader" in text:
@@ -83,7 +88,7 @@ def named_workers(name: str, timeout: float) -> Iterator[None]:
             ) from error
         if "DataLoader worker" in text and ("exited unexpectedly" in text or "is killed by signal" in text):
             raise WorkerError(
-                f"expected data workers of {name} that stay alive, got {text.strip()} A killed worker is most often "
-                "out of memory: lower dataloader_num_workers, or set it to 0 to see the error itself."
+                f"expected data workers that stay alive, got one that died while {name} was read: {text.strip()} A "
+                "killed worker is most often out of memory: lower dataloader_num_workers, or set it to 0 to see why."
             ) from error
         raise

@@ -49,6 +49,14 @@ class ImmunizationConfig(TrainingArguments):
     attacker_steps: int = field(
         default=4, metadata={"help": "imma: attacker steps per defender step; the attacker is kept between steps."}
     )
+    attacker_lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "imma: rank of LoRA updates of attention that the attacker trains beside its classifier, one step "
+            "per defender step, at one more forward and backward over the harmful rows. 0: classifier only."
+        },
+    )
+    attacker_lora_rate: float = field(default=1e-3, metadata={"help": "imma: AdamW learning rate of these updates."})
     memorization: float = field(
         default=0.0,
         metadata={"help": "closed_form_adversary: weight of the probe's R2 on its own support rows."},
@@ -196,7 +204,7 @@ class ImmunizationConfig(TrainingArguments):
         held = ("primary_loss_weight", "distillation", "feature_distillation")
         at_least = {name: 0 for name in ("strength", "memorization", *held)}
         at_least |= {"harmful_group_rows": 3, "attacker_steps": 1, "feature_bank_rows": 0, "precondition_ridge": 0}
-        at_least |= {"dataloader_timeout": 0}
+        at_least |= {"dataloader_timeout": 0, "attacker_lora_rank": 0, "attacker_lora_rate": 0}
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"expected {name} of at least {least}, got {getattr(self, name)}.")

@@ -62,7 +62,8 @@ class HarmfulStream:
                 timeout=self._timeout,
                 generator=torch.Generator().manual_seed(step),
             )
-            self._iterator = iter(loader)
+            with named_workers("harmful_dataset", self._timeout):
+                self._iterator = iter(loader)
         self._next = step + 1
         with named_workers("harmful_dataset", self._timeout):
             return next(self._iterator)

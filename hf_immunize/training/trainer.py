@@ -26,6 +26,7 @@ from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.guard import UtilityGuard
 from hf_immunize.training.guarding import GuardedMixin
 from hf_immunize.training.harmful_stream import HarmfulStream
+from hf_immunize.training.lora_attacker import LoraAttacker
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.norms import frozen_statistics
 from hf_immunize.training.objective import TermSettings, terms_of
@@ -171,6 +172,10 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
         self.teacher = self._frozen_copy() if asked else None
         self._harmful = self._stream(harmful, harmful_labels)
+        self.attacker = None
+        if args.attacker_lora_rank:
+            rank, rate = args.attacker_lora_rank, args.attacker_lora_rate
+            self.attacker = LoraAttacker(model, self.site, rank=rank, rate=rate, seed=args.seed)
 
     def _use_cache(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
         """Put cached activations in the place of all images; returns the harmful rows."""
@@ -236,13 +241,13 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
-        if not resume_from_checkpoint:
-            if self.eval_dataset is not None and self.kind != UNLABELLED:
-                self.guard.base = self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
-            with named_workers("train_dataset", self.args.dataloader_timeout):
+        with named_workers("train_dataset", self.args.dataloader_timeout):
+            if not resume_from_checkpoint:
+                if self.eval_dataset is not None and self.kind != UNLABELLED:
+                    self.guard.base = self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
                 self._measure_references()
-            set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._finish()
         return output
 
@@ -267,7 +272,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
                 with self._entered(bare, primary) as plain:
                     loss, outputs = super().compute_loss(model, plain, return_outputs=True)
             with frozen_statistics(bare, every=True), self._watched(bare) as caught_harmful:
-                self._forward(model, harmful)
+                self._forward(model, harmful, attacked=True)
         caught = {"primary": caught_primary, "harmful": caught_harmful}
         plan = self._planned[place] if self._planned is not None else self._plan_of([self._micro(caught, inputs)])[0]
         self.meter.add({"primary_loss": mean_over_ranks(loss)})

@@ -57,8 +57,8 @@ def test_a_worker_that_hangs_is_an_error_after_the_time_limit(make_trainer, make
 
 
 @pytest.mark.parametrize("side", NAMES)
-def test_a_worker_that_dies_is_named(make_trainer, make_pixels, side):
-    with pytest.raises(WorkerError, match=rf"data workers of {NAMES[side]} that stay alive"):
+def test_a_worker_that_dies_is_an_error_that_says_when(make_trainer, make_pixels, side):
+    with pytest.raises(WorkerError, match=r"got one that died while (train|harmful|eval)_dataset was read"):
         start(make_trainer, make_pixels, side, "dies", dataloader_num_workers=1, dataloader_timeout=20.0)
 
 
