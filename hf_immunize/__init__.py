@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hf_immunize.version import __version__
 
 if TYPE_CHECKING:
+    from hf_immunize.features import add_head
     from hf_immunize.hub import load_verified, publish, verify_folder
     from hf_immunize.linear import LinearImmunizer
     from hf_immunize.report import render_report
@@ -21,6 +22,7 @@ _HOMES = {
     "ImmunizationConfig": "training",
     "ImmunizationTrainer": "training",
     "Term": "training",
+    "add_head": "features",
     "register_objective": "training",
     # linear models
     "LinearImmunizer": "linear",
@@ -39,6 +41,7 @@ __all__ = [
     "LinearImmunizer",
     "Term",
     "__version__",
+    "add_head",
     "load_verified",
     "publish",
     "register_objective",

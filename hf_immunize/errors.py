@@ -11,6 +11,10 @@ class DataError(ImmunizeError, ValueError):
     """A dataset, batch or label set that cannot be used as given."""
 
 
+class WorkerError(ImmunizeError, RuntimeError):
+    """A data worker that died, or took longer than ``dataloader_timeout``."""
+
+
 class ConfigError(ImmunizeError, ValueError):
     """An option whose value is unknown or contradicts another option."""
 

@@ -111,11 +111,32 @@ def simulated_attacker(
     Raises:
         SpectrumError: fewer than two classes with at least two rows each.
     """
-    support, query = alternate_within_classes(labels_N)
-    features = to_double(features_ND)
-    features = features - features[support].mean(dim=0, keepdim=True)
-    targets = torch.nn.functional.one_hot(labels_N.long(), start[1].shape[0]).to(features)
+    features, support, query, targets = _attacker_rows(features_ND, labels_N, start)
     weights, bias = softmax_descent(features[support], targets[support], *start, rate=rate, steps=steps)
     loss = torch.nn.functional.cross_entropy(features[query] @ weights + bias, targets[query])
     chance = torch.log(loss.new_tensor(float(start[1].shape[0])))
     return torch.relu(1 - loss / chance), (weights.detach(), bias.detach())
+
+
+def attacker_training_loss(
+    features_ND: Tensor, labels_N: Tensor, start: tuple[Tensor, Tensor], *, rate: Tensor, steps: int
+) -> Tensor:
+    """Cross-entropy on the support rows, under the classifier that ``simulated_attacker`` reaches, itself held.
+
+    What the attacker descends in all that lies before its classifier; of the query rows, which judge it, nothing
+    enters. Arguments and errors are those of ``simulated_attacker``.
+    """
+    features, support, _, targets = _attacker_rows(features_ND, labels_N, start)
+    with torch.no_grad():
+        weights, bias = softmax_descent(features[support], targets[support], *start, rate=rate, steps=steps)
+    return torch.nn.functional.cross_entropy(features[support] @ weights + bias, targets[support])
+
+
+def _attacker_rows(
+    features_ND: Tensor, labels_N: Tensor, start: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features centred by the support mean, rows of support and query, and one-hot targets."""
+    support, query = alternate_within_classes(labels_N)
+    features = to_double(features_ND)
+    features = features - features[support].mean(dim=0, keepdim=True)
+    return features, support, query, torch.nn.functional.one_hot(labels_N.long(), start[1].shape[0]).to(features)

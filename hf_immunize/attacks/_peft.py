@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_immunize.attacks._finetune import FinetuneConfig, run_finetunes
 from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Result, Run
 
-ATTENTION = r".*attention.*\.(q_proj|v_proj|query|value)"
+ATTENTION = r".*att(entio)?n.*\.(q_proj|v_proj|query|value)"
 """Query and value projections, under their present and their former names."""
 
 
@@ -63,6 +64,17 @@ def adapt(context: AttackContext, run: Run, make: Callable[[Any, list[str]], Pef
         except (ValueError, NotImplementedError, TypeError) as error:
             kinds = sorted({type(model.get_submodule(name)).__name__ for name in targets})
             return f"PEFT cannot put this adapter on {', '.join(kinds)} layers: {error}"
+    _show_geometry(adapted)
     for parameter in adapted.get_submodule(f"base_model.model.{context.head}").parameters():
         parameter.requires_grad_(True)
     return adapted
+
+
+def _show_geometry(adapted: nn.Module) -> None:
+    """Give adapters of convolutions the sizes of what they wrap: MobileNetV2 reads them to pad as TensorFlow does."""
+    for module in adapted.modules():
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        if isinstance(base, nn.Conv2d):
+            for name in ("kernel_size", "stride", "padding", "dilation", "groups"):
+                if not hasattr(module, name):
+                    setattr(module, name, getattr(base, name))

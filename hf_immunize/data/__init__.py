@@ -2,9 +2,10 @@
 
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
-from hf_immunize.data.labels import check_label_range, check_sample, labels_of
+from hf_immunize.data.labels import check_classes, check_label_range, check_sample, label_names_of, labels_of
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.row_store import RowStore
+from hf_immunize.data.rows import NamedRows, named_workers, read_image
 from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import HARMFUL_SPLITS, PRIMARY_SPLITS, parse_fractions, select_classes, split_by_content
 from hf_immunize.data.streams import StepBatchSampler
@@ -13,6 +14,7 @@ from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows
 __all__ = [
     "AUGMENTATIONS",
     "HARMFUL_SPLITS",
+    "NamedRows",
     "PRIMARY_SPLITS",
     "PixelDataset",
     "RowStore",
@@ -21,6 +23,7 @@ __all__ = [
     "TaskArguments",
     "augment",
     "batches",
+    "check_classes",
     "check_label_range",
     "check_sample",
     "collate_pixels",
@@ -28,11 +31,14 @@ __all__ = [
     "digest_rows",
     "fingerprint",
     "forward_rows",
+    "label_names_of",
     "labels_of",
     "load_source",
+    "named_workers",
     "parse_fractions",
     "parse_augmentation",
     "preprocess",
+    "read_image",
     "select_classes",
     "split_by_content",
 ]

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_immunize.data.pixels import PixelDataset
+from hf_immunize.data.rows import NamedRows
 from hf_immunize.records import DatasetFingerprint
 
 
@@ -29,8 +30,9 @@ def digest_rows(dataset: Any, name: str) -> str:
         for pixels in dataset.pixel_values.numpy():
             digest.update(digest_pixels(pixels))
         return digest.hexdigest()
-    for row in tqdm(range(len(dataset)), desc=f"hash of {name}", leave=False, disable=None):
-        digest.update(digest_pixels(torch.as_tensor(dataset[row]["pixel_values"]).numpy()))
+    rows = NamedRows(dataset, name)
+    for row in tqdm(range(len(rows)), desc=f"hash of {name}", leave=False, disable=None):
+        digest.update(digest_pixels(torch.as_tensor(rows[row]["pixel_values"]).numpy()))
     return digest.hexdigest()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from hf_immunize.data.rows import NamedRows
 from hf_immunize.errors import DataError
 
 
@@ -14,7 +15,7 @@ def labels_of(dataset: Any, name: str) -> list[int]:
     """Integer labels of every row: from a ``labels`` attribute, a label column, or by reading each row once.
 
     Raises:
-        DataError: an empty dataset, no label column, or labels that are not integers.
+        DataError: an empty dataset, no label column, a row that cannot be read, or labels that are not integers.
     """
     if len(dataset) == 0:
         raise DataError(f"expected at least one row in {name}, got an empty dataset: check its split and filter.")
@@ -28,7 +29,8 @@ def labels_of(dataset: Any, name: str) -> list[int]:
         key = next((column for column in ("labels", "label") if column in keys), None)
         if key is None:
             raise DataError(f"expected a 'labels' column in {name}, got {keys}: rename the label column to 'labels'.")
-        found = [dataset[row][key] for row in range(len(dataset))]
+        rows = NamedRows(dataset, name)
+        found = [rows[row][key] for row in range(len(rows))]
     try:
         return [int(label) for label in found]
     except (TypeError, ValueError) as error:
@@ -45,6 +47,26 @@ def check_label_range(labels: Sequence[int], classes: int, name: str) -> None:
                 f"expected labels in 0..{classes - 1} in {name}, got {label} in row {row}: fix the label column or the "
                 "model's num_labels."
             )
+
+
+def label_names_of(dataset: Any) -> list[str] | None:
+    """Names of the classes, where the dataset has them: a ``label_names`` attribute or a ClassLabel column."""
+    if getattr(dataset, "label_names", None) is not None:
+        return list(dataset.label_names)
+    features = getattr(dataset, "features", None) or {}
+    column = next((features[name] for name in ("labels", "label") if name in features), None)
+    return list(column.names) if getattr(column, "names", None) else None
+
+
+def check_classes(labels: Sequence[int], names: Iterable[Any], name: str) -> None:
+    """Raise DataError when a class has no row: no batch would show it, and no attacker would be held up at it."""
+    present = set(labels)
+    missing = [f"{label} ({called})" for label, called in enumerate(names) if label not in present]
+    if missing:
+        raise DataError(
+            f"expected rows of every class in {name}, got none of class {', '.join(missing[:10])}: add such rows, or "
+            "number the classes that are there from 0 without gaps."
+        )
 
 
 def check_sample(dataset: Any, name: str) -> torch.Size:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from hf_immunize.data.rows import read_image
 from hf_immunize.errors import DataError
 
 
@@ -103,7 +104,7 @@ def preprocess(
     """Run an image processor over a ``datasets.Dataset`` once and keep the pixels in memory.
 
     Raises:
-        DataError: empty dataset, missing column, or an image that cannot be decoded (its row is named).
+        DataError: empty dataset, missing column, or an image that cannot be decoded (row and file are named).
     """
     columns = dataset.column_names
     for option, column in (("image_column", image_column), ("label_column", label_column)):
@@ -113,14 +114,7 @@ def preprocess(
         raise DataError(f"expected at least one row in {name}, got an empty dataset: check the split and the filter.")
     parts = []
     for start in tqdm(range(0, len(dataset), batch_size), desc=f"pixels of {name}", leave=False, disable=None):
-        images = []
-        for row in range(start, min(start + batch_size, len(dataset))):
-            try:
-                images.append(dataset[row][image_column].convert("RGB"))
-            except (OSError, AttributeError, SyntaxError) as error:
-                raise DataError(
-                    f"expected an image in row {row} of {name}, got {type(error).__name__}: {error}. Remove the row or "
-                    "repair the file."
-                ) from error
+        rows = range(start, min(start + batch_size, len(dataset)))
+        images = [read_image(dataset, row, image_column, name) for row in rows]
         parts.append(processor(images, return_tensors="pt")["pixel_values"])
     return PixelDataset(torch.cat(parts), torch.as_tensor(dataset[label_column][:]), label_names, name)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from hf_immunize.data.fingerprint import digest_pixels
+from hf_immunize.data.rows import read_image
 from hf_immunize.errors import DataError
 
 PRIMARY_SPLITS = {"train": 0.5, "validation": 0.2, "test": 0.3}
@@ -56,7 +57,12 @@ def select_classes(
 
 
 def split_by_content(
-    dataset: Any, fractions: Mapping[str, float], *, image_column: str = "image", seed: int = 0
+    dataset: Any,
+    fractions: Mapping[str, float],
+    *,
+    image_column: str = "image",
+    seed: int = 0,
+    name: str = "the dataset",
 ) -> dict[str, Any]:
     """Assign each row to a split by the SHA-256 of its decoded pixels and ``seed``.
 
@@ -64,7 +70,7 @@ def split_by_content(
     moves none. Sizes are therefore close to the fractions, not equal to them.
 
     Raises:
-        DataError: a missing image column, or a split left without rows.
+        DataError: a missing image column, an image that cannot be decoded, or a split left without rows.
     """
     if image_column not in dataset.column_names:
         raise DataError(f"expected column '{image_column}', got {dataset.column_names}: set image_column.")
@@ -72,7 +78,7 @@ def split_by_content(
     chosen: dict[str, list[int]] = {name: [] for name in fractions}
     names = list(fractions)
     for row in range(len(dataset)):
-        digest = digest_pixels(np.asarray(dataset[row][image_column].convert("RGB")))
+        digest = digest_pixels(np.asarray(read_image(dataset, row, image_column, name)))
         draw = int.from_bytes(hashlib.sha256(digest + str(seed).encode()).digest()[:8], "big") / 2**64
         chosen[names[min(int(np.searchsorted(edges, draw, side="right")), len(names) - 1)]].append(row)
     empty = [name for name, rows in chosen.items() if not rows]

@@ -101,6 +101,7 @@ class Task:
             parse_fractions(getattr(arguments, f"{side}_splits")),
             image_column=arguments.image_column,
             seed=arguments.split_seed,
+            name=f"the {side} dataset",
         )
 
     def pixels(self, role: str, processor: Any) -> PixelDataset:

@@ -11,15 +11,20 @@ from torch import Tensor, nn
 from hf_immunize.errors import CaptureError, ModelError
 
 
+def base_prefix(model: nn.Module) -> str | None:
+    """What names of modules inside a Hugging Face model's base model start with; None where it is not set apart."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and hasattr(model, prefix) else None
+
+
 def find_classifier(model: nn.Module) -> str:
     """Module name of the linear head of a Hugging Face classifier: the one ``nn.Linear`` outside its base model.
 
     Raises:
         ModelError: no linear head, or more than one.
     """
-    prefix = getattr(model, "base_model_prefix", "")
     labels = getattr(getattr(model, "config", None), "num_labels", None)
-    inside = f"{prefix}." if prefix and hasattr(model, prefix) else None
+    inside = base_prefix(model)
     heads = [
         name
         for name, module in model.named_modules()

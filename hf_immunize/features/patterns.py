@@ -8,9 +8,9 @@ from torch import nn
 
 from hf_immunize.errors import ModelError
 from hf_immunize.features.blocks import find_trunk
-from hf_immunize.features.capture import find_classifier
+from hf_immunize.features.capture import base_prefix, find_classifier
 
-ATTENTION = r".*attention.*\.(q_proj|v_proj|query|value)"
+ATTENTION = r".*att(entio)?n.*\.(q_proj|v_proj|query|value)"
 """Query and value projections, under their present and their former names: what LoRA trains by default."""
 
 
@@ -77,15 +77,18 @@ def linear_sites(model: nn.Module, patterns: str, head: str | None = None) -> li
     ``lora`` takes query and value projections of attention; where there are none, every linear layer but the head.
 
     Raises:
-        ModelError: nothing fits.
+        ModelError: nothing fits, or a head is needed and there is none.
     """
-    head = head or (find_classifier(model) if patterns in ("head", "lora") else None)
     if patterns == "head":
-        assert head is not None
-        return [head]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]
+        return [head or find_classifier(model)]
     if patterns == "lora":
-        found = [name for name in linear if re.fullmatch(ATTENTION, name)] or linear
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        # Decoders outside the base model (ViTMAE) are thrown away by whoever fine-tunes.
+        inside = base_prefix(model) or ""
+        found = [name for name in linear if name.startswith(inside) and re.fullmatch(ATTENTION, name) and name != head]
+        if not found:
+            head = head or find_classifier(model)
+            found = [name for name in linear if name != head]
         if not found:
             raise ModelError(
                 f"expected linear layers besides the head in {type(model).__name__} for 'lora', got none: name the "

@@ -20,12 +20,14 @@ class StrictCheckpointMixin:
     accelerator: Any
     objective: Any
     average: Any
+    attacker: Any
     guard: Any
     _progress: dict[str, list[float]]
 
     @property
     def _stateful(self) -> dict[str, Any]:
-        return {"objective": self.objective} | ({"average": self.average} if self.average else {})
+        parts = {"objective": self.objective, "average": self.average, "attacker": self.attacker}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

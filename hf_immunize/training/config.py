@@ -49,6 +49,14 @@ class ImmunizationConfig(TrainingArguments):
     attacker_steps: int = field(
         default=4, metadata={"help": "imma: attacker steps per defender step; the attacker is kept between steps."}
     )
+    attacker_lora_rank: int = field(
+        default=0,
+        metadata={
+            "help": "imma: rank of LoRA updates of attention that the attacker trains beside its classifier, one step "
+            "per defender step, at one more forward and backward over the harmful rows. 0: classifier only."
+        },
+    )
+    attacker_lora_rate: float = field(default=1e-3, metadata={"help": "imma: AdamW learning rate of these updates."})
     memorization: float = field(
         default=0.0,
         metadata={"help": "closed_form_adversary: weight of the probe's R2 on its own support rows."},
@@ -125,6 +133,10 @@ class ImmunizationConfig(TrainingArguments):
     per_device_harmful_batch_size: int = field(
         default=64, metadata={"help": "Harmful rows per device and micro-batch; spectra are of the global batch."}
     )
+    dataloader_timeout: float = field(
+        default=600.0,
+        metadata={"help": "Seconds that data workers may take for a batch before the run stops with an error. 0: any."},
+    )
     harmful_classes_per_batch: int | None = field(
         default=None, metadata={"help": "Classes in one harmful batch (a few-shot episode). Default: all classes."}
     )
@@ -192,6 +204,7 @@ class ImmunizationConfig(TrainingArguments):
         held = ("primary_loss_weight", "distillation", "feature_distillation")
         at_least = {name: 0 for name in ("strength", "memorization", *held)}
         at_least |= {"harmful_group_rows": 3, "attacker_steps": 1, "feature_bank_rows": 0, "precondition_ridge": 0}
+        at_least |= {"dataloader_timeout": 0, "attacker_lora_rank": 0, "attacker_lora_rate": 0}
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise ConfigError(f"expected {name} of at least {least}, got {getattr(self, name)}.")

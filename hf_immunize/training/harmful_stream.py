@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from hf_immunize.data import StepBatchSampler
+from hf_immunize.data import NamedRows, StepBatchSampler, named_workers
 
 
 class HarmfulStream:
@@ -29,8 +29,10 @@ class HarmfulStream:
         rank: int,
         world_size: int,
         workers: int = 0,
+        timeout: float = 0.0,
     ):
-        self._dataset, self._collate, self._workers = dataset, collate, workers
+        self._dataset, self._collate = NamedRows(dataset, "harmful_dataset"), collate
+        self._workers, self._timeout = workers, timeout if workers else 0.0
         self._labels = labels
         self._options = {
             "rows_per_batch": rows_per_device * world_size,
@@ -44,7 +46,12 @@ class HarmfulStream:
         self._next = -1
 
     def batch(self, step: int) -> Any:
-        """The batch of micro-step ``step``, collated, on the CPU."""
+        """The batch of micro-step ``step``, collated, on the CPU.
+
+        Raises:
+            DataError: a row that cannot be read.
+            WorkerError: a worker that died or took too long.
+        """
         if self._iterator is None or step != self._next:
             sampler = StepBatchSampler(self._labels, start=step, **self._options)
             loader = DataLoader(
@@ -52,8 +59,11 @@ class HarmfulStream:
                 batch_sampler=sampler,
                 collate_fn=self._collate,
                 num_workers=self._workers,
+                timeout=self._timeout,
                 generator=torch.Generator().manual_seed(step),
             )
-            self._iterator = iter(loader)
+            with named_workers("harmful_dataset", self._timeout):
+                self._iterator = iter(loader)
         self._next = step + 1
-        return next(self._iterator)
+        with named_workers("harmful_dataset", self._timeout):
+            return next(self._iterator)

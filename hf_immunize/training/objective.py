@@ -17,6 +17,7 @@ from torch import Tensor
 from hf_immunize.errors import ConfigError
 from hf_immunize.linalg import Spectrum, second_moment_spectrum, to_double
 from hf_immunize.regularizers import (
+    attacker_training_loss,
     closed_form_adversary,
     ill_conditioned,
     log_condition,
@@ -96,8 +97,8 @@ def _adversary(rows: Rows, settings: TermSettings) -> Tensor:
     return torch.stack(at_horizons).mean()
 
 
-def _imma(rows: Rows, settings: TermSettings) -> Tensor:
-    """The attacker goes on from its last weights (zeros at first).
+def _attackers_view(rows: Rows, settings: TermSettings) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Features as imma's attacker sees them, its last weights (zeros at first), and its rate.
 
     Features are divided by √λ₁, detached, so that the defender cannot win by rescaling: then curvature is at most 1
     on half of the rows, bias included, and rate 1 is safe.
@@ -106,14 +107,22 @@ def _imma(rows: Rows, settings: TermSettings) -> Tensor:
     weights, bias = rows.memory.get("weights"), rows.memory.get("bias")
     if weights is None or bias is None or weights.shape != (rows.features.shape[1], classes):
         weights, bias = rows.features.new_zeros(rows.features.shape[1], classes), rows.features.new_zeros(classes)
-    start = weights.to(rows.features), bias.to(rows.features)
     largest = rows.spectrum.largest.detach()
     scaled = rows.features / largest.clamp(min=torch.finfo(largest.dtype).tiny).sqrt()
-    value, (weights, bias) = simulated_attacker(
-        scaled, rows.labels, start, rate=torch.ones_like(largest), steps=settings.attacker_steps
-    )
+    return scaled, (weights.to(rows.features), bias.to(rows.features)), torch.ones_like(largest)
+
+
+def _imma(rows: Rows, settings: TermSettings) -> Tensor:
+    scaled, start, rate = _attackers_view(rows, settings)
+    value, (weights, bias) = simulated_attacker(scaled, rows.labels, start, rate=rate, steps=settings.attacker_steps)
     rows.memory |= {"weights": weights, "bias": bias}
     return value
+
+
+def imma_training_loss(rows: Rows, settings: TermSettings) -> Tensor:
+    """The loss that imma's attacker descends in what lies before its classifier; its memory is read, not changed."""
+    scaled, start, rate = _attackers_view(rows, settings)
+    return attacker_training_loss(scaled, rows.labels, start, rate=rate, steps=settings.attacker_steps)
 
 
 def _group_log_kappa(rows: Rows, settings: TermSettings) -> Tensor:
@@ -126,7 +135,7 @@ _LOG_KAPPA_H = Term("harmful_negative_log_kappa", "harmful", lambda rows, _: -lo
 _LOG_KAPPA_P = Term("primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum))
 _GROUP_KAPPA = Term("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
 _ADVERSARY = Term("harmful_adversary_r2", "harmful", _adversary)
-_IMMA = Term("harmful_attacker_gain", "harmful", _imma)
+IMMA = Term("harmful_attacker_gain", "harmful", _imma)
 
 OBJECTIVES: dict[str, tuple[Term, ...]] = {
     "condition_number": (_R_ILL, _R_WELL),
@@ -134,7 +143,7 @@ OBJECTIVES: dict[str, tuple[Term, ...]] = {
     "opt_kappa": (_LOG_KAPPA_H, _LOG_KAPPA_P),
     "group_kappa": (_GROUP_KAPPA,),
     "closed_form_adversary": (_ADVERSARY,),
-    "imma": (_IMMA,),
+    "imma": (IMMA,),
 }
 
 

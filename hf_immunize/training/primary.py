@@ -30,7 +30,7 @@ def kind_of(model: Any, primary: Any) -> str:
     return getattr(model.config, "problem_type", None) or SINGLE
 
 
-def check_primary_labels(model: Any, primary: Any, kind: str) -> list[int] | Tensor:
+def check_primary_labels(model: Any, primary: Any, kind: str, name: str = "train_dataset") -> list[int] | Tensor:
     """The labels of every primary row, checked against the head before training.
 
     Raises:
@@ -39,20 +39,20 @@ def check_primary_labels(model: Any, primary: Any, kind: str) -> list[int] | Ten
     if kind == UNLABELLED:
         return torch.zeros(len(primary), dtype=torch.long)
     if kind == SINGLE:
-        labels = labels_of(primary, "train_dataset")
-        check_label_range(labels, model.config.num_labels, "train_dataset")
+        labels = labels_of(primary, name)
+        check_label_range(labels, model.config.num_labels, name)
         return labels
     found = _float_labels(primary)
     wanted = (model.config.num_labels,) if kind == MULTI or model.config.num_labels > 1 else ()
     for row, label in enumerate(found):
         if tuple(label.shape) != wanted:
             raise DataError(
-                f"expected labels of shape {wanted} in train_dataset for a {kind} head with "
+                f"expected labels of shape {wanted} in {name} for a {kind} head with "
                 f"{model.config.num_labels} outputs, got {tuple(label.shape)} in row {row}: fix the label column or "
                 "the model's num_labels."
             )
         if not bool(torch.isfinite(label).all()):
-            raise DataError(f"expected finite labels in train_dataset, got {label.tolist()} in row {row}: remove it.")
+            raise DataError(f"expected finite labels in {name}, got {label.tolist()} in row {row}: remove it.")
     return torch.stack(found)
 
 

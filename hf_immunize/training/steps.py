@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from hf_immunize.training.distributed import gather_rows, world
 from hf_immunize.training.frozen import FrozenPart
 from hf_immunize.training.global_objective import SIDES, GlobalObjective, MicroBatch, SiteGradients
 from hf_immunize.training.harmful_stream import HarmfulStream
+from hf_immunize.training.lora_attacker import LoraAttacker
+from hf_immunize.training.meter import Meter
 from hf_immunize.training.norms import frozen_statistics
+from hf_immunize.training.objective import IMMA, Rows, imma_training_loss
 from hf_immunize.training.preconditioning import Preconditioner
 from hf_immunize.training.primary import UNLABELLED, wrong_labels
 
@@ -51,6 +55,8 @@ class StepMixin:
     frozen: FrozenPart
     objective: GlobalObjective
     preconditioner: Preconditioner | None
+    attacker: LoraAttacker | None
+    meter: Meter
     current_gradient_accumulation_steps: int
     _harmful: HarmfulStream
     _planned: list[Plan] | None
@@ -63,6 +69,8 @@ class StepMixin:
         samples = [{**sample, "harmful": self._harmful.batch(first + i)} for i, sample in enumerate(samples)]
         if self.args.augmentation:
             samples = [self._augmented(sample, place, first) for place, sample in enumerate(samples)]
+        if self.attacker:
+            self._attack(samples)
         self._planned = self._plan(samples) if len(samples) > 1 else None
         self._place = 0
         return samples, items
@@ -102,7 +110,7 @@ class StepMixin:
                 with self._same_draws(place), self.compute_loss_context_manager():  # type: ignore[attr-defined]
                     for side, inputs in (("primary", sample), ("harmful", sample["harmful"])):
                         with self._watched(model) as caught[side]:
-                            self._forward(model, inputs)
+                            self._forward(model, inputs, attacked=side == "harmful")
                 micros.append(self._micro(caught, sample))
         return self._plan_of(micros)
 
@@ -123,10 +131,33 @@ class StepMixin:
         with capture_inputs(bare, dict.fromkeys([*self.objective.sites, *layers, *head])) as caught:
             yield caught
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """A forward without labels, for its features."""
+    def _attack(self, samples: list[dict[str, Any]]) -> None:
+        """One step of the attacker's LoRA updates on the harmful rows of the coming optimizer step."""
+        assert self.attacker is not None
+        attacker, model, (site,) = self.attacker, self.accelerator.unwrap_model(self.model), self.objective.sites
+        model.train()
+        self.frozen.hold(model)
+
+        def forward(place: int, harmful: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            inputs = self._prepare_inputs(harmful)  # type: ignore[attr-defined]
+            with self._same_draws(place), self.compute_loss_context_manager():  # type: ignore[attr-defined]
+                with attacker.attached(model, learning=True), capture_inputs(model, [site]) as caught:
+                    self._forward(model, inputs)
+            return caught[site], inputs["labels"]
+
+        def loss_of(rows: Rows) -> Tensor:
+            rows.memory = self.objective.memory[site].get(IMMA.name, {})
+            return imma_training_loss(rows, self.objective.settings)
+
+        with frozen_statistics(model, every=True):
+            forwards = [partial(forward, place, sample["harmful"]) for place, sample in enumerate(samples)]
+            self.meter.add({"attacker_lora_loss": attacker.learn(forwards, loss_of)})
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Any], *, attacked: bool = False) -> Any:
+        """A forward without labels, for its features; ``attacked``: with the attacker's updates, if it makes any."""
         bare = self.accelerator.unwrap_model(model)
-        with self.frozen.entered(bare, inputs) as plain:
+        updates = self.attacker.attached(bare) if attacked and self.attacker else contextlib.nullcontext()
+        with updates, self.frozen.entered(bare, inputs) as plain:
             return model(**{name: value for name, value in plain.items() if name not in ("labels", "harmful")})
 
     def _micro(self, caught: dict[str, Captured], inputs: dict[str, Any]) -> _Micro:

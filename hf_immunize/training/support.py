@@ -43,6 +43,22 @@ def refuse_unsupported(args: Any) -> None:
             "expected precondition_gradients or gradient_checkpointing, got both: the correction needs the graph of "
             "the forward a second time."
         )
+    if args.attacker_lora_rank:
+        _refuse_with_lora(args)
+
+
+def _refuse_with_lora(args: Any) -> None:
+    """What the attacker's LoRA updates cannot be combined with: other terms would see an attacked model's features."""
+    if args.objective.strip() != "imma" or args.sites != "head":
+        raise ConfigError(
+            f"expected objective imma alone at sites=head with attacker_lora_rank, got {args.objective} at "
+            f"{args.sites}: set attacker_lora_rank=0 for other objectives and sites."
+        )
+    if args.gradient_checkpointing or args.cache_frozen_features:
+        raise ConfigError(
+            "expected neither gradient_checkpointing nor cache_frozen_features with attacker_lora_rank, got one: a "
+            "forward that is repeated or begins late would not have the attacker's updates."
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -60,6 +76,7 @@ def refuse_sharded(args: Any, model: nn.Module) -> None:
         "ema_decay": args.ema_decay > 0,
         "distillation": args.distillation + args.feature_distillation > 0,
         "max_primary_drop": args.max_primary_drop is not None,
+        "attacker_lora_rank": args.attacker_lora_rank > 0,
     }
     asked = [name for name, on in needs_whole.items() if on]
     if asked and is_sharded(model):

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from hf_immunize.data import check_label_range, check_sample, collate_pixels, labels_of
-from hf_immunize.errors import ConfigError, DataError, ModelError
-from hf_immunize.features import Captured, capture_inputs, find_classifier
+from hf_immunize.data import NamedRows, collate_pixels, named_workers
+from hf_immunize.errors import ConfigError
+from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.training.average import WeightAverage
 from hf_immunize.training.checkpointing import StrictCheckpointMixin
+from hf_immunize.training.checks import check_data, check_unlabelled, head_of
 from hf_immunize.training.config import ImmunizationConfig
 from hf_immunize.training.distillation import feature_distance
 from hf_immunize.training.distributed import mean_over_ranks
@@ -25,6 +26,7 @@ from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.guard import UtilityGuard
 from hf_immunize.training.guarding import GuardedMixin
 from hf_immunize.training.harmful_stream import HarmfulStream
+from hf_immunize.training.lora_attacker import LoraAttacker
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.norms import frozen_statistics
 from hf_immunize.training.objective import TermSettings, terms_of
@@ -36,7 +38,6 @@ from hf_immunize.training.primary import (
     check_primary_labels,
     collate_with_labels,
     divergence,
-    kind_of,
 )
 from hf_immunize.training.publishing import GatedPushMixin
 from hf_immunize.training.sites import choose_sites
@@ -78,9 +79,10 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             to accuracy, or R² for a regression head.
 
     Raises:
-        DataError: an empty dataset, missing columns, images of another size, labels outside their range.
+        DataError: an empty dataset, missing columns, images of another size, labels outside their range, a harmful
+            class without rows.
         ConfigError: options that contradict each other or the set-up.
-        ModelError: no linear head found, or patterns that fit no module.
+        ModelError: no linear head found, a head of another number of classes, or patterns that fit no module.
     """
 
     def __init__(
@@ -99,11 +101,13 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out primary rows.")
         if args.trainable_modules is not None:
             freeze_all_but(model, args.trainable_modules)
-        self.site = _head_of(model, args)
-        primary_labels, harmful_labels = self._check_data(model, train_dataset, harmful_dataset)
+        self.site = head_of(model, args)
+        self.kind, *labels = check_data(model, train_dataset, harmful_dataset, eval_dataset)
+        if self.kind == UNLABELLED:
+            check_unlabelled(model, args, train_dataset, self.site)
         sample = torch.as_tensor(train_dataset[0]["pixel_values"])
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
-        self._set_up(model, args, sample, max(harmful_labels) + 1)
+        self._set_up(model, args, sample, max(labels[1]) + 1)
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
         super().__init__(
             model=model,
@@ -118,18 +122,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         # for models that accept loss kwargs.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        if self.args.n_gpu > 1:
-            raise ConfigError("expected one device per process, got DataParallel: start with `accelerate launch`.")
-        guarded = args.max_primary_drop is not None
-        self._initial = {k: v.cpu().clone() for k, v in model.state_dict().items()} if guarded else None
-        self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
-        if self.average:
-            self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))
-        if args.cache_frozen_features:
-            harmful_dataset = self._use_cache(model, data_collator, primary_labels, harmful_labels)
-        asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
-        self.teacher = self._frozen_copy() if asked else None
-        self._harmful = self._stream(harmful_dataset, harmful_labels)
+        self._set_up_rest(model, data_collator, *labels)
 
     def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
         """Everything of ours that Trainer's own constructor does not need to have run for."""
@@ -163,22 +156,26 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self._progress: dict[str, list[float]] = {}
         self.guard_record = None
 
-    def _check_data(self, model: nn.Module, primary: Any, harmful: Any) -> tuple[Any, list[int]]:
-        """Primary and harmful labels, once everything about both datasets that can be checked beforehand has been."""
-        if primary is None or harmful is None:
-            missing = "train_dataset" if primary is None else "harmful_dataset"
-            raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
-        self.kind = kind_of(model, primary)
-        primary_labels = check_primary_labels(model, primary, self.kind)
-        harmful_labels = labels_of(harmful, "harmful_dataset")
-        check_label_range(harmful_labels, max(harmful_labels) + 1, "harmful_dataset")
-        shapes = check_sample(primary, "train_dataset"), check_sample(harmful, "harmful_dataset")
-        if shapes[0] != shapes[1]:
-            raise DataError(
-                f"expected harmful images of the primary images' size {tuple(shapes[0])}, got {tuple(shapes[1])}: "
-                "preprocess both with the same image processor."
-            )
-        return primary_labels, harmful_labels
+    def _set_up_rest(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> None:
+        """What needs Trainer's own constructor to have run: devices, callbacks, precision."""
+        args = self.args
+        if args.n_gpu > 1:
+            raise ConfigError("expected one device per process, got DataParallel: start with `accelerate launch`.")
+        guarded = args.max_primary_drop is not None
+        self._initial = {k: v.cpu().clone() for k, v in model.state_dict().items()} if guarded else None
+        self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
+        if self.average:
+            self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))
+        harmful = self.harmful_dataset
+        if args.cache_frozen_features:
+            harmful = self._use_cache(model, collator, primary_labels, harmful_labels)
+        asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
+        self.teacher = self._frozen_copy() if asked else None
+        self._harmful = self._stream(harmful, harmful_labels)
+        self.attacker = None
+        if args.attacker_lora_rank:
+            rank, rate = args.attacker_lora_rank, args.attacker_lora_rate
+            self.attacker = LoraAttacker(model, self.site, rank=rank, rate=rate, seed=args.seed)
 
     def _use_cache(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
         """Put cached activations in the place of all images; returns the harmful rows."""
@@ -220,7 +217,23 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             rank=args.process_index,
             world_size=args.world_size,
             workers=args.dataloader_num_workers,
+            timeout=args.dataloader_timeout,
         )
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; rows that cannot be read are named, and workers get a time limit."""
+        if hasattr(dataset, "column_names"):
+            dataset = self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
+        name = "train_dataset" if description == "Training" else "eval_dataset"
+        loader = super()._get_dataloader(NamedRows(dataset, name), description, *args, **kwargs)
+        if self.args.dataloader_num_workers:
+            getattr(loader, "base_dataloader", loader).timeout = self.args.dataloader_timeout
+        return loader
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; a worker that fails is named."""
+        with named_workers("eval_dataset", self.args.dataloader_timeout):
+            return super().evaluation_loop(*args, **kwargs)
 
     def _frozen_copy(self) -> nn.Module:
         teacher = copy.deepcopy(self.accelerator.unwrap_model(self.model))
@@ -228,12 +241,13 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
-        if not resume_from_checkpoint:
-            if self.eval_dataset is not None and self.kind != UNLABELLED:
-                self.guard.base = self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
-            self._measure_references()
-            set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with named_workers("train_dataset", self.args.dataloader_timeout):
+            if not resume_from_checkpoint:
+                if self.eval_dataset is not None and self.kind != UNLABELLED:
+                    self.guard.base = self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
+                self._measure_references()
+                set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._finish()
         return output
 
@@ -258,7 +272,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
                 with self._entered(bare, primary) as plain:
                     loss, outputs = super().compute_loss(model, plain, return_outputs=True)
             with frozen_statistics(bare, every=True), self._watched(bare) as caught_harmful:
-                self._forward(model, harmful)
+                self._forward(model, harmful, attacked=True)
         caught = {"primary": caught_primary, "harmful": caught_harmful}
         plan = self._planned[place] if self._planned is not None else self._plan_of([self._micro(caught, inputs)])[0]
         self.meter.add({"primary_loss": mean_over_ranks(loss)})
@@ -278,11 +292,11 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
         target, features = primary.get("teacher_logits"), None
         if self.teacher is not None:
-            self.teacher.to(outputs["logits"].device)
+            self.teacher.to(next(self.model.parameters()).device)
             with torch.no_grad(), capture_inputs(self.teacher, [self.site]) as teacher:
                 with self.frozen.entered(self.teacher, primary) as plain:
-                    target = self.teacher(**{name: part for name, part in plain.items() if name != "labels"}).logits
-            features = teacher[self.site]
+                    theirs = self.teacher(**{name: part for name, part in plain.items() if name != "labels"})
+            target, features = theirs.get("logits"), teacher[self.site]
         total: Tensor | float = 0.0
         if self.args.distillation:
             distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind)
@@ -293,22 +307,6 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             self.meter.add({"feature_distillation": mean_over_ranks(distance)})
             total = total + self.args.feature_distillation * distance
         return total
-
-
-def _head_of(model: nn.Module, args: ImmunizationConfig) -> str:
-    """The head's name; a model without one is measured at its sites, which then have to be named."""
-    if args.feature_module:
-        with capture_inputs(model, [args.feature_module]):
-            pass  # raises for a name the model does not have
-        return args.feature_module
-    try:
-        return find_classifier(model)
-    except ModelError:
-        if args.sites in ("head", "lora"):
-            raise
-        from hf_immunize.features import linear_sites
-
-        return linear_sites(model, args.sites)[-1]
 
 
 __all__ = ["BoundaryDataset", "ImmunizationTrainer"]

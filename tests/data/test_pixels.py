@@ -9,7 +9,16 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from hf_immunize.data import PixelDataset, check_label_range, check_sample, collate_pixels, labels_of, preprocess
+from hf_immunize.data import (
+    PixelDataset,
+    Task,
+    TaskArguments,
+    check_label_range,
+    check_sample,
+    collate_pixels,
+    labels_of,
+    preprocess,
+)
 from hf_immunize.errors import DataError
 
 NAMES = ["a", "b"]
@@ -43,6 +52,15 @@ def test_an_image_that_cannot_be_decoded_is_named_by_its_row():
     broken = image_dataset([image_bytes(0), image_bytes(1)[:40]], [0, 1])
     with pytest.raises(DataError, match="an image in row 1 of harmful defense"):
         preprocess(broken, processor, label_names=NAMES, name="harmful defense")
+
+
+def test_an_image_file_that_cannot_be_decoded_is_named_when_the_task_is_split(tmp_path):
+    for place, label in enumerate("abab"):
+        (tmp_path / label).mkdir(exist_ok=True)
+        (tmp_path / label / f"{place}.png").write_bytes(image_bytes(place))
+    (tmp_path / "b" / "3.png").write_bytes(image_bytes(3)[:40])
+    with pytest.raises(DataError, match=r"an image in row 3 of the harmful dataset \(.*b.3\.png\)"):
+        Task(TaskArguments("unused", str(tmp_path)), "harmful")
 
 
 @pytest.mark.parametrize("column", ["image", "label"])

@@ -65,6 +65,7 @@ VARIANTS = {
     "+sites": ("closed_form_adversary", {"sites": "lora", "site_weights": "q_proj=0.7", "horizon": "30,1000"}),
     "+bank": ("condition_number", {"feature_bank_rows": 30, "max_steps": 2}),
     "+memory": ("imma", {"max_steps": 2, "attacker_steps": 50}),
+    "+lora": ("imma", {"max_steps": 2, "attacker_lora_rank": 2}),
     "+inverse": ("condition_number", {"precondition_gradients": "layers.1.mlp.fc2"}),
     "+changed": ("opt_kappa", {"augmentation": "flip,crop,color,erase"}),
 }

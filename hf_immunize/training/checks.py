@@ -1,0 +1,118 @@
+"""Everything about model, options and datasets that can be found wrong before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.data import check_classes, check_label_range, check_sample, label_names_of, labels_of
+from hf_immunize.errors import ConfigError, DataError, ModelError
+from hf_immunize.features import capture_inputs, find_classifier, linear_sites
+from hf_immunize.training.primary import SINGLE, UNLABELLED, check_primary_labels, kind_of
+
+
+def head_of(model: nn.Module, args: Any) -> str:
+    """The head's name; a model without one is measured at its sites, which then have to be named.
+
+    Raises:
+        ModelError: no head, or no module of the given name.
+    """
+    if args.feature_module:
+        with capture_inputs(model, [args.feature_module]):
+            pass  # raises for a name the model does not have
+        return args.feature_module
+    try:
+        return find_classifier(model)
+    except ModelError:
+        if args.sites == "head":
+            raise
+        return linear_sites(model, args.sites)[-1]
+
+
+def check_data(
+    model: nn.Module, primary: Any, harmful: Any, evaluation: Any
+) -> tuple[str, list[int] | Tensor, list[int]]:
+    """Kind of the primary task, its labels and the harmful ones.
+
+    Raises:
+        DataError: an empty or missing dataset, missing columns, images of another size, labels outside their range, or
+            a harmful class without rows.
+        ModelError: a head with another number of outputs than the primary task has classes.
+    """
+    if primary is None or harmful is None:
+        missing = "train_dataset" if primary is None else "harmful_dataset"
+        raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
+    kind = kind_of(model, primary)
+    primary_labels = check_primary_labels(model, primary, kind)
+    check_head(model, primary, kind)
+    for name, rows in _parts(evaluation) if kind != UNLABELLED else ():
+        check_primary_labels(model, rows, kind, name)
+    harmful_labels = labels_of(harmful, "harmful_dataset")
+    names = label_names_of(harmful)
+    classes = len(names) if names else max(harmful_labels) + 1
+    check_label_range(harmful_labels, classes, "harmful_dataset")
+    check_classes(harmful_labels, names or range(classes), "harmful_dataset")
+    shapes = check_sample(primary, "train_dataset"), check_sample(harmful, "harmful_dataset")
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"expected harmful images of the primary images' size {tuple(shapes[0])}, got {tuple(shapes[1])}: "
+            "preprocess both with the same image processor."
+        )
+    return kind, primary_labels, harmful_labels
+
+
+def _parts(evaluation: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(evaluation, dict):
+        yield from ((f"eval_dataset[{name!r}]", rows) for name, rows in evaluation.items())
+    elif evaluation is not None:
+        yield "eval_dataset", evaluation
+
+
+def check_head(model: Any, primary: Any, kind: str) -> None:
+    """Raise ModelError when the primary dataset names its classes and the head has more outputs than that."""
+    names = label_names_of(primary) if kind == SINGLE else None
+    if names is not None and len(names) != model.config.num_labels:
+        raise ModelError(
+            f"expected a head with {len(names)} outputs, one for each class of train_dataset, got "
+            f"{model.config.num_labels}: load the model with num_labels={len(names)} and train that head first, or "
+            "pass the rows its head was trained on."
+        )
+
+
+def check_unlabelled(model: nn.Module, args: Any, primary: Any, site: str) -> None:
+    """Refuse what a primary task without labels cannot have: logits to imitate, a metric, features that are noise.
+
+    Raises:
+        ConfigError: such an option.
+    """
+    asked = {"distillation": args.distillation > 0, "max_primary_drop": args.max_primary_drop is not None}
+    if found := [name for name, on in asked.items() if on]:
+        raise ConfigError(
+            f"expected no {' and no '.join(found)} for a primary task without labels, which has neither class logits "
+            "nor an accuracy: use feature_distillation."
+        )
+    if args.feature_distillation and not _repeats(model, primary[0], site):
+        raise ConfigError(
+            "expected a model that computes the same features twice for feature_distillation, got random ones: put the "
+            "mask into the rows (bool_masked_pos, or noise for ViTMAE), so that both models see the same patches."
+        )
+
+
+@torch.no_grad()
+def _repeats(model: nn.Module, row: dict[str, Any], site: str) -> bool:
+    """Whether two forwards of one row, eight times over, give the same features in evaluation mode."""
+    device = next(model.parameters()).device
+    inputs = {name: torch.stack([torch.as_tensor(value)] * 8).to(device) for name, value in row.items()}
+    was_training, found = model.training, []
+    model.eval()
+    try:
+        for _ in range(2):
+            with capture_inputs(model, [site]) as caught:
+                model(**inputs)
+            found.append(caught[site])
+    finally:
+        model.train(was_training)
+    return torch.equal(*found)
