@@ -13,9 +13,11 @@ from pathlib import Path
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from hf_immunize.attacks import parse_settings, plan_runs, run_suite
-from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DiffusionAttackContext
+from hf_immunize.attacks import count_runs, parse_settings, plan_runs, run_suite
+from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, DiffusionAttackContext
 from hf_immunize.attacks.plan import find_attack
+from hf_immunize.certification import find_protocol
+from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
 from hf_immunize.errors import ConfigError, ImmunizeError
 from hf_immunize.options import parse_options
@@ -31,17 +33,42 @@ class AttackArguments:
         default="harmful",
         metadata={"help": "harmful, or benign: whether a concept nobody minds is still as easy to learn."},
     )
-    attacks: list[str] = field(
-        default_factory=lambda: list(DIFFUSION_ATTACKS), metadata={"help": f"Among {', '.join(DIFFUSION_ATTACKS)}."}
+    attacks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"Among {', '.join(DIFFUSION_ATTACKS)}; for benign among {', '.join(DIFFUSION_TRAINABILITY)}. "
+            "All of the protocol by default."
+        },
     )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of rows, noise and adapters."})
+    protocol: str = field(
+        default="diffusion_quick", metadata={"help": f"Preset exam: {', '.join(DIFFUSION_PROTOCOLS)}."}
+    )
+    trials: int | None = field(
+        default=None, metadata={"help": "Random search of so many trials; 0 = the grid. The protocol's by default."}
+    )
+    tuning_seeds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compare such trials on this many seeds and run the best one on the others; 0 = every trial on "
+            "every seed. The protocol's by default."
+        },
+    )
+    exam_levels: int = field(
+        default=8, metadata={"help": "Noise levels that every held-out image is judged at; the same for every model."}
+    )
+    pictures: int = field(
+        default=8, metadata={"help": "Images of the concept that an attacked model draws; 0 for none."}
+    )
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Seeds of rows, noise and adapters; the protocol's by default."}
+    )
     settings: list[str] | None = field(
         default=None, metadata={"help": "attack.field=value[,value...], e.g. diffusion_lora.learning_rate=1e-3,1e-2"}
     )
     attack_fraction: float = field(default=0.8, metadata={"help": "Share of the attack split one seed trains on."})
     output_path: str | None = field(
         default=None,
-        metadata={"help": "Where traces/<role>/ is written; model_path by default, model_path/benign for benign."},
+        metadata={"help": "Where traces/<role>/ and samples/<role>/ are written; model_path by default."},
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
     overwrite: bool = field(default=False, metadata={"help": "Make runs again whose trace tells of another run."})
@@ -61,20 +88,27 @@ def main() -> None:
         data=tuple(
             held.fingerprint(source=task.source, role=f"{options.concept} {name}") for name, held in splits.items()
         ),
-        device=str(state.device), attack_fraction=options.attack_fraction,
+        device=str(state.device), attack_fraction=options.attack_fraction, exam_levels=options.exam_levels,
+        pictures=options.pictures,
     )
-    settings = parse_settings(options.settings or [], DIFFUSION_ATTACKS)
-    planned = sum(
-        len(plan_runs(find_attack(name, DIFFUSION_ATTACKS), options.seeds, settings.get(name)))
-        for name in options.attacks
+    protocol, benign = find_protocol(options.protocol, DIFFUSION_PROTOCOLS), options.concept == "benign"
+    table = DIFFUSION_TRAINABILITY if benign else DIFFUSION_ATTACKS
+    names = options.attacks or list(protocol.trainability if benign else protocol.attacks)
+    settings = parse_settings(
+        [*(protocol.benign_settings() if benign else protocol.settings), *(options.settings or [])], table
     )
+    seeds = options.seeds or list(protocol.seeds)
+    trials = (protocol.trials if options.trials is None else options.trials) or None
+    tuning = (protocol.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds) or None
+    planned = 0
+    for name in names:
+        attack = find_attack(name, table)
+        planned += count_runs(attack, plan_runs(attack, seeds, settings.get(name), trials), seeds, tuning)
     output = Path(options.output_path or options.model_path)
-    if options.output_path is None and options.concept == "benign":
-        output = output / "benign"
     with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=None) as bar:
         summary = run_suite(
-            context, DIFFUSION_ATTACKS, options.attacks, options.seeds, output, settings, overwrite=options.overwrite,
-            progress=lambda trace, made: bar.update(),
+            context, table, names, seeds, output, settings, trials=trials, tuning_seeds=tuning,
+            overwrite=options.overwrite, progress=lambda trace, made: bar.update(),
         )
     print(
         f"{output / 'traces' / options.role}: {summary.made} runs made, {summary.kept} kept from before, "

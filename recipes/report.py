@@ -49,8 +49,9 @@ def verdict_table(certificates: list[Certificate]) -> Table:
         table.add_row(cells[0].attack, *words)
     drops = [f"{c.utility.base:.2f} -> {c.utility.immunized:.2f} %" for c in certificates]
     ratios = ["-" if c.immunization_ratio is None else f"{c.immunization_ratio:.3g}" for c in certificates]
-    table.add_row("primary accuracy", *drops)
-    table.add_row("RIR (explains only)", *ratios)
+    table.add_row(f"primary {certificates[0].utility.metric}", *drops)
+    if any(certificate.spectra for certificate in certificates):
+        table.add_row("RIR (explains only)", *ratios)
     table.add_row("overall", *(f"[{colours.get(c.overall, 'dim')}]{c.overall}[/]" for c in certificates))
     return table
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "training": {"regularizers", "linalg", "features", "data", "spectra", "hub", "diffusion"},
     "attacks": {"features", "data", "linalg", "diffusion"},
     "metrics": set(),
-    "certification": {"attacks", "metrics", "linalg", "features", "data", "spectra"},
+    "certification": {"attacks", "metrics", "linalg", "features", "data", "spectra", "diffusion"},
     "report": {"metrics", "certification"},
     "hub": {"certification", "metrics", "report"},
     "cli": {"hub", "report", "certification", "metrics"},

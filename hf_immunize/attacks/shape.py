@@ -37,6 +37,8 @@ class Result:
     """Training rows seen within the budget, repetitions counted."""
     flops: float | None = None
     """Estimated floating-point operations within the budget (``_cost.py``)."""
+    picture: bytes | None = None
+    """What the attacked model draws in the end, as a PNG; for attacks on models that draw."""
 
 
 @dataclass(frozen=True)

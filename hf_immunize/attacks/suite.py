@@ -12,7 +12,7 @@ from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.plan import find_attack, is_searchable, plan_runs
 from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.errors import RunMismatchError
-from hf_immunize.records import AttackTrace, Provenance
+from hf_immunize.records import AttackTrace, Provenance, atomic_write
 
 _NOT_RUN = Result([], 1, 0.0, "diverged", "not run")
 
@@ -145,6 +145,8 @@ class _Sitting:
                     continue
                 trace = trace_of(self.context, name, self.table[name], run, result, provenance)
                 trace.write(self.target / trace.file_name)
+                if result.picture is not None:
+                    atomic_write(self.target.parents[1] / picture_name(trace), result.picture)
                 self._note(trace, True)
 
     def _note(self, trace: AttackTrace, made: bool) -> None:
@@ -152,6 +154,11 @@ class _Sitting:
         self.made += made
         if self.progress:
             self.progress(trace, made)
+
+
+def picture_name(trace: AttackTrace) -> str:
+    """Where the picture of a run lies, relative to the model's folder."""
+    return f"samples/{trace.role}/{trace.file_name.removesuffix('.json')}.png"
 
 
 def trace_of(

@@ -42,11 +42,37 @@ def reference_threshold(control: Sequence[AttackTrace], rule: Rule) -> float:
             f"recipes/attack.py --role control --attacks {rule.reference_attack} on the base, or pass --threshold."
         )
     reached = [chosen_evaluation(run) for run in runs_of_trial(runs, trial).values()]
-    return rule.threshold_share * sum(point.test for point in reached if point is not None) / len(reached)
+    level = sum(point.test for point in reached if point is not None) / len(reached)
+    start = score_before(control) if rule.gain else 0.0
+    if rule.gain and level <= start:
+        raise IncompleteExamError(
+            f"expected {rule.reference_attack} to learn something on the base, got a score of {level:.4f} from "
+            f"{start:.4f} before it: raise its budget or widen its sweep, or pass --threshold."
+        )
+    return start + rule.threshold_share * (level - start)
+
+
+def score_before(traces: Sequence[AttackTrace]) -> float:
+    """Mean test score before the attack, over runs whose curves begin at step 0.
+
+    Raises:
+        IncompleteExamError: a curve that begins later.
+    """
+    curves = [trace.curve for trace in traces if trace.curve]
+    if not curves or any(curve[0].step for curve in curves):
+        raise IncompleteExamError(
+            "expected curves from step 0 on, before the attack, got later ones or none: attack again with this release."
+        )
+    return sum(curve[0].test for curve in curves) / len(curves)
 
 
 def own_threshold(control: Sequence[AttackTrace], chance: float, rule: Rule) -> float | None:
-    """For an attacker with hardly any data: the rule's share of the way from chance to its own accuracy on the base."""
+    """For a weak attacker: the rule's share of the way from chance to its own score on the base.
+
+    For a score that is told by its gain, chance is the score before the attack.
+    """
+    if rule.gain and any(trace.curve for trace in control):
+        chance = score_before(control)
     trial = best_trial(control)
     reached = [chosen_evaluation(run) for run in runs_of_trial(control, trial).values()]
     tests = [point.test for point in reached if point is not None]
@@ -143,9 +169,11 @@ def _judged(
 
 
 def _thresholds(traces: Traces, threshold: float, rule: Rule) -> list[AtThreshold]:
-    """The same attack at other thresholds; none above an accuracy of 1."""
+    """The same attack at other thresholds, multiples counted from the base's start; none above a score of 1."""
     found = []
-    for value in (threshold * multiple for multiple in rule.threshold_multiples if threshold * multiple <= 1):
+    start = score_before(traces["control"]) if rule.gain else 0.0
+    others = [start + multiple * (threshold - start) for multiple in rule.threshold_multiples]
+    for value in (other for other in others if other <= 1):
         steps = _steps(traces, value)
         subject, control = ([run.steps for run in steps[role].values()] for role in ("subject", "control"))
         slow = slow_down(steps["subject"], steps["control"], rule.level)

@@ -11,9 +11,11 @@ from hf_immunize.records import AttackTrace, ModelFingerprint, atomic_write, sha
 
 
 def read_traces(
-    folder: str | Path, role: str, model: ModelFingerprint, table: Mapping[str, Attack]
+    folder: str | Path, role: str, model: ModelFingerprint, table: Mapping[str, Attack], lowest: float = 0.0
 ) -> list[AttackTrace]:
     """Every trace of ``folder/traces/<role>``, checked against the weights it must speak of.
+
+    Scores lie in ``lowest``..1: accuracies in 0..1, R² anywhere below 1.
 
     Raises:
         RecordError: a file that is truncated, misnamed, of an unknown attack, or of other weights than ``model``.
@@ -28,8 +30,9 @@ def read_traces(
                 f"expected {path} to be named after its run, got {trace.role}/{trace.file_name} inside: it was renamed "
                 "or edited; make it again."
             )
-        if any(not 0 <= value <= 1 for point in trace.curve for value in (point.validation, point.test)):
-            raise RecordError(f"expected accuracies in 0..1 in {path}, got others: it was edited; make it again.")
+        if any(not lowest <= value <= 1 for point in trace.curve for value in (point.validation, point.test)):
+            scores = "accuracies in 0..1" if lowest == 0 else "scores of at most 1"
+            raise RecordError(f"expected {scores} in {path}, got others: it was edited; make it again.")
         same_weights = trace.model.weights == model.weights
         if role == "scratch":
             same_weights = (trace.model.architecture, trace.model.parameters) == (model.architecture, model.parameters)
@@ -43,7 +46,7 @@ def read_traces(
 
 
 def control_traces(
-    folder: Path, base_folder: Path, base: ModelFingerprint, table: Mapping[str, Attack]
+    folder: Path, base_folder: Path, base: ModelFingerprint, table: Mapping[str, Attack], lowest: float = 0.0
 ) -> dict[str, list[AttackTrace]]:
     """Control and scratch traces, copied from the base's folder into ``folder`` so that it is self-contained.
 
@@ -53,7 +56,7 @@ def control_traces(
     """
     found: dict[str, list[AttackTrace]] = {}
     for role in ("control", "scratch"):
-        traces = read_traces(base_folder, role, base, table)
+        traces = read_traces(base_folder, role, base, table, lowest)
         for trace in traces:
             source = base_folder / "traces" / role / trace.file_name
             target = folder / "traces" / role / trace.file_name

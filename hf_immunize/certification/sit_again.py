@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from hf_immunize.attacks import AttackContext, load_processor
-from hf_immunize.certification.protocol import PROTOCOLS, Rule
+from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS, PROTOCOLS, Rule
 from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ConfigError, RecordError
@@ -20,7 +20,7 @@ _SPLITS = ("attack", "validation", "test")
 
 def find_rule(certificate: Certificate) -> Rule | None:
     """The rule of this release whose words the certificate repeats; None for one of another release."""
-    rules = [Rule(), *(protocol.rule for protocol in PROTOCOLS.values())]
+    rules = [Rule(), *(protocol.rule for protocol in (PROTOCOLS | DIFFUSION_PROTOCOLS).values())]
     return next((rule for rule in rules if rule.in_words() == certificate.rule), None)
 
 

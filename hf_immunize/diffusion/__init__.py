@@ -6,13 +6,15 @@ except ImportError as error:
     raise ImportError("expected diffusers: pip install hf_immunize[diffusers].") from error
 
 from hf_immunize.diffusion.denoisers import DENOISERS, Denoiser, denoiser_of
-from hf_immunize.diffusion.exam import DenoisingExam, ExamResult
+from hf_immunize.diffusion.drawing import decode, draw_latents, grid_png, to_images
+from hf_immunize.diffusion.exam import SCORE, DenoisingExam, ExamResult
 from hf_immunize.diffusion.examples import LatentBatch, LatentDataset
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
 from hf_immunize.diffusion.pipelines import component_of, fresh_denoiser, load_pipeline
 
 __all__ = [
     "DENOISERS",
+    "SCORE",
     "Denoiser",
     "DenoisingExam",
     "ExamResult",
@@ -20,8 +22,12 @@ __all__ = [
     "LatentDataset",
     "NoiseProcess",
     "component_of",
+    "decode",
     "denoiser_of",
     "denoising_losses",
+    "draw_latents",
     "fresh_denoiser",
+    "grid_png",
     "load_pipeline",
+    "to_images",
 ]

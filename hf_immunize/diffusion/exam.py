@@ -11,6 +11,8 @@ from hf_immunize.diffusion.denoisers import Denoiser
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
 
+SCORE = "R2 of the denoising target"
+"""What the exam's score is called in records, cards and reports."""
 _ROWS = 256
 
 

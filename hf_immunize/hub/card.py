@@ -184,7 +184,8 @@ def _results(certificate: Certificate, task: str) -> list[EvalResult]:
         accuracy = text.accuracy(cell.subject)
         if accuracy is not None:
             found.append(EvalResult(
-                **harmful, metric_type="accuracy", metric_name=_line(f"Harmful accuracy after {cell.attack}"),
+                **harmful, metric_type=_line(certificate.harmful_metric),
+                metric_name=_line(f"Harmful {certificate.harmful_metric} after {cell.attack}"),
                 metric_value=accuracy, metric_args=about | {"base": text.accuracy(cell.control)},
             ))
     if certificate.immunization_ratio is not None:
@@ -218,14 +219,15 @@ def _context(
         "certificate": certificate,
         "immunization": immunization,
         "license": options.license,
-        "rows": [_row(cell) for cell in cells],
-        "worst": [_row(cell) for cell in cells if cell.verdict == "FAILS"],
+        "rows": [_row(cell, certificate.harmful_metric) for cell in cells],
+        "worst": [_row(cell, certificate.harmful_metric) for cell in cells if cell.verdict == "FAILS"],
         "resisted": listed(family.family for family in certificate.families if family.verdict == "RESISTS"),
         "families": listed(family.family for family in certificate.families if family.verdict not in _UNTRIED),
         "not_run": Safe("; ".join(prose(line) for line in certificate.not_run)),
         "allowed": _allowance(immunization),
         "drop": Safe(text.points(certificate.utility.drop, 1.0)),
-        "ratio": Safe(text.number(certificate.immunization_ratio)),
+        "ratio": Safe(text.number(certificate.immunization_ratio)) if certificate.spectra else None,
+        "beside": [(item, Safe(text.points(item.drop, 1.0))) for item in certificate.further_utility],
         "loader": Safe(LOADERS[options.pipeline_tag or "image-classification"]),
         "repository": Safe(json.dumps(options.repo_id or "your-name/your-model")),
         "base": Safe(json.dumps(_base_of(certificate, options) or "folder-or-id-of-the-base")),
@@ -240,12 +242,12 @@ def _allowance(immunization: ImmunizationRecord | None) -> Safe | None:
     return None if allowed is None else Safe(f"{allowed:g} point" + ("" if allowed == 1 else "s"))
 
 
-def _row(cell: Cell) -> dict[str, Any]:
+def _row(cell: Cell, metric: str) -> dict[str, Any]:
     measured = cell.subject is not None and cell.control is not None
     slow_down = text.slow_down(cell.slow_down) if measured and cell.unit == "step" else text.NONE
     before, after = (text.percent(text.accuracy(side)) for side in (cell.control, cell.subject))
     accuracy = f"{before} → {after}" if measured else text.NONE
-    effect = f"harmful accuracy, base → this model: {accuracy}"
+    effect = f"harmful {text.clean(metric)}, base → this model: {accuracy}"
     return {
         "effect": Safe(effect if slow_down == text.NONE else f"slow-down {slow_down}, {effect}"),
         "attack": cell.attack,

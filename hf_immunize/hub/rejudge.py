@@ -47,9 +47,9 @@ def _check_trainability(
     certificate: Certificate, traces: Sequence[AttackTrace], rule: Any, findings: Findings
 ) -> None:
     """Recompute what the benign runs say."""
-    from hf_immunize.certification.trainability import TRAINABILITY, measure_trainability
+    from hf_immunize.certification.trainability import benign_methods, measure_trainability
 
-    benign = {role: [trace for trace in traces if trace.role == role and trace.attack in TRAINABILITY]
+    benign = {role: [trace for trace in traces if trace.role == role and trace.attack in benign_methods(rule)]
               for role in ("subject", "control")}
     try:
         again = [item.model_dump() for item in measure_trainability(benign, rule)]

@@ -22,7 +22,8 @@ def certificate_table(certificate: Certificate) -> RenderableType:
     """Verdicts, failures first, then utility, data and what was not run. Every text is inert."""
     title = f"{certificate.subject.name} against {certificate.control.name}: {certificate.overall}"
     table = Table(title=_plain(title), title_justify="left")
-    for column in ("attack and family", "verdict", "slow-down", "harmful accuracy", "effort"):
+    score = f"harmful {clean(certificate.harmful_metric)}"
+    for column in ("attack and family", "verdict", "slow-down", score, "effort"):
         table.add_column(column, no_wrap=column in ("attack and family", "verdict"))
     for cell in sorted(certificate.cells, key=lambda cell: FAILURES_FIRST.index(cell.verdict)):
         table.add_row(*_row(cell))
@@ -31,7 +32,10 @@ def certificate_table(certificate: Certificate) -> RenderableType:
         certificate.statement,
         f"Primary {utility.metric}: {utility.base:.1f}% → {utility.immunized:.1f}%, drop "
         f"{text.points(utility.drop, 1.0)} points over {text.plural(utility.rows, 'row')}.",
-        f"Relative immunization ratio: {text.number(certificate.immunization_ratio)} (explains, does not certify).",
+        *(f"Beside it, {item.metric}: {item.base:.1f}% → {item.immunized:.1f}%, drop {text.points(item.drop, 1.0)} "
+          f"points over {text.plural(item.rows, 'row')}." for item in certificate.further_utility),
+        *([f"Relative immunization ratio: {text.number(certificate.immunization_ratio)} (explains, does not certify)."]
+          if certificate.spectra else []),
         f"Examined on {certificate.provenance.created[:10]}, expires on {certificate.expires[:10]}, "
         f"{text.plural(len(certificate.traces), 'attack trace')}.",
         f"Not run: {'; '.join(certificate.not_run) or 'the certificate names nothing'}.",

@@ -177,6 +177,12 @@ class Certificate(Record):
     benign_data: list[DatasetFingerprint] = []
     trainability: list[Trainability] = []
     """Benign trainability; empty where no third task was tried, which ``not_run`` then says."""
+    harmful_metric: str = "accuracy"
+    """What the attackers' score (at most 1, higher is better for them) is called."""
+    further_utility: list[Utility] = []
+    """Other measures of what the primary task is still worth. They inform; verdicts rest on ``utility``."""
+    samples: dict[str, str] = {}
+    """SHA-256 of every picture of what base, model and attacked models draw, by path relative to the certificate."""
 
     @model_validator(mode="after")
     def _nothing_is_left_out(self) -> Certificate:

@@ -53,16 +53,30 @@ def swatch(style: Style) -> Markup:
     return svg.element("svg", *drawn, viewBox="0 0 34 14", width=34, height=14, aria_hidden="true", class_="swatch")
 
 
-def learning_curves(attack: str, curves: Sequence[Curves], thresholds: Sequence[float]) -> Markup:
-    """Harmful test accuracy over the attacker's steps: mean line, band from the lowest to the highest seed."""
+def learning_curves(
+    attack: str, curves: Sequence[Curves], thresholds: Sequence[float], metric: str = "accuracy"
+) -> Markup:
+    """Harmful test score over the attacker's steps: mean line, band from the lowest to the highest seed.
+
+    Accuracies are drawn on 0 to 100; another metric on the range of the curves that do not start from scratch.
+    """
     steps = [point.step for item in curves for run in item.runs for point in run.curve]
-    frame = Frame(svg.step_axis(steps), svg.percent_axis())
-    parts = [svg.y_axis(frame, "Harmful accuracy, %"), svg.x_axis(frame, "Attacker's steps (log scale)")]
+    scores = svg.percent_axis() if metric == "accuracy" else _range_of(curves, thresholds)
+    frame = Frame(svg.step_axis(steps), scores)
+    parts = [svg.y_axis(frame, f"Harmful {metric}, %"), svg.x_axis(frame, "Attacker's steps (log scale)")]
     parts += [_threshold_across(frame, 100 * value) for value in thresholds]
     parts += [_bands(frame, item) for item in curves]
     parts += [_mean_line(frame, item) for item in curves]
     parts += [_arrivals(frame, item, 100 * thresholds[0]) for item in curves if thresholds]
     return svg.picture(frame, f"Learning curves under {attack}", _curves_in_words(curves, thresholds), *parts)
+
+
+def _range_of(curves: Sequence[Curves], thresholds: Sequence[float]) -> svg.Axis:
+    shown = [item for item in curves if item.style != SCRATCH] or curves
+    values = [100 * point.test for item in shown for run in item.runs for point in run.curve]
+    values += [100 * value for value in thresholds]
+    room = max(0.05 * (max(values) - min(values)), 0.1)
+    return svg.percent_axis(min(values) - room, min(100.0, max(values) + room))
 
 
 def _by_step(runs: Sequence[AttackTrace]) -> dict[int, list[float]]:

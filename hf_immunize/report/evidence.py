@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_immunize.errors import RecordError
@@ -32,6 +33,8 @@ class Evidence:
     traces: tuple[AttackTrace, ...]
     unlisted: int
     """Trace files in the folder that the certificate does not cover; they are counted, not drawn."""
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    """Certified pictures of what was drawn, by name."""
 
     def cell(self, attack: str) -> Cell | None:
         """The cell of one attack; None where this model's exam does not list it."""
@@ -74,6 +77,7 @@ def read_evidence(folders: Sequence[Path], base: Path | None) -> list[Evidence]:
             immunization=item.immunization,
             traces=item.traces,
             unlisted=item.unlisted,
+            pictures=item.pictures,
         )
         for item, folder in zip(read, folders, strict=True)
     ]
@@ -89,6 +93,7 @@ def _read_folder(folder: Path) -> Evidence:
         immunization=ImmunizationRecord.read(record) if record.exists() else None,
         traces=traces,
         unlisted=unlisted,
+        pictures=_read_pictures(folder, certificate),
     )
 
 
@@ -116,6 +121,25 @@ def _read_traces(folder: Path, certificate: Certificate) -> tuple[tuple[AttackTr
     return tuple(traces), len(found)
 
 
+def _read_pictures(folder: Path, certificate: Certificate) -> dict[str, bytes]:
+    """The certified pictures, hashes checked. Only PNG files below the folder's own ``samples`` are ever opened."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted((folder / "samples").rglob("*.png"))}
+    pictures = {}
+    for name, expected in certificate.samples.items():
+        path = found.get(name)
+        if path is None:
+            raise RecordError(
+                f"expected the certified picture {name!r} in {folder}, got no such file: restore it or certify again."
+            )
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != expected or not data.startswith(b"\x89PNG\r\n"):
+            raise RecordError(
+                f"expected {path} as it was certified, got another file: restore the picture or certify again."
+            )
+        pictures[name] = data
+    return pictures
+
+
 def _check_one_exam(read: Sequence[Evidence], folders: Sequence[Path]) -> None:
     """Curves of different bases or data must not share a page."""
     first = read[0].certificate
@@ -125,6 +149,11 @@ def _check_one_exam(read: Sequence[Evidence], folders: Sequence[Path]) -> None:
             raise RecordError(
                 f"expected every model examined against the base of {folders[0]} ({first.control.name!r}), got another "
                 f"base in {folder} ({other.control.name!r}): write one report per base."
+            )
+        if other.harmful_metric != first.harmful_metric:
+            raise RecordError(
+                f"expected every exam in {first.harmful_metric!r}, got {other.harmful_metric!r} in {folder}: write one "
+                "report for each metric."
             )
         for kind, mine, theirs in (
             ("primary", first.primary_data, other.primary_data),

@@ -43,7 +43,7 @@ def _verdict_at(cell: Cell, share: float) -> VerdictName:
     return next((part.verdict for part in cell.budgets if part.share == share), cell.verdict)
 
 
-def further(cell: Cell) -> str:
+def further(cell: Cell, metric: str = "accuracy") -> str:
     """Measures that the columns have no room for, as one line; empty for a cell without figures."""
     said = []
     if cell.worst_seed_slow_down is not None:
@@ -54,7 +54,7 @@ def further(cell: Cell) -> str:
     ]
     sides = [(label, side) for label, side in (("base", cell.control), ("immunized", cell.subject)) if side]
     for what, values in (
-        ("final accuracy", [(label, text.mean(side.final)) for label, side in sides]),
+        (f"final {text.score_word(metric)}", [(label, text.mean(side.final)) for label, side in sides]),
         ("area under the curve", [(label, text.mean(side.area)) for label, side in sides]),
     ):
         known = [f"{label} {text.percent(value)}" for label, value in values if value is not None]

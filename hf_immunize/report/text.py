@@ -110,6 +110,11 @@ def accuracy(side: Side | None) -> float | None:
     return None if side is None else mean(side.accuracy)
 
 
+def score_word(metric: str) -> str:
+    """What a column calls the attackers' score: an accuracy by its name, another metric, named once above, a score."""
+    return metric if metric == "accuracy" else "score"
+
+
 def plural(count: int, word: str) -> str:
     """``1 seed``, ``3 seeds``."""
     return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"

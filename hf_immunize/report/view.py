@@ -13,6 +13,7 @@ from hf_immunize.report import charts, text
 from hf_immunize.report.charts import BASE, SCRATCH, Curves, SpectrumLine, Strip, Style, style_of
 from hf_immunize.report.evidence import Evidence, attacks_by_family
 from hf_immunize.report.exam import budget_matrix, further, trainability_rows
+from hf_immunize.report.gallery import galleries
 
 BASE_LABEL = "Base"
 SCRATCH_LABEL = "From scratch"
@@ -48,6 +49,9 @@ def page(evidence: Sequence[Evidence]) -> dict[str, Any]:
         "data": [*first.primary_data, *first.harmful_data, *first.benign_data],
         "control_differs": control_differs(evidence),
         "level": f"{100 * first.utility.drop.level:g}%",
+        "metric": first.harmful_metric,
+        "score": text.score_word(first.harmful_metric),
+        "galleries": galleries(evidence),
         "words": words,
         "sentence": sentence,
     }
@@ -82,8 +86,14 @@ def _model(item: Evidence, index: int) -> dict[str, Any]:
         "guard": guard,
         "allowed": _allowance(guard.allowed if guard else None),
         "drop": text.points(certificate.utility.drop, 1.0),
+        "beside": [
+            {"metric": item.metric, "base": f"{item.base:.1f}%", "immunized": f"{item.immunized:.1f}%",
+             "drop": text.points(item.drop, 1.0), "rows": f"{item.rows:,}"}
+            for item in certificate.further_utility
+        ],
+        "has_ratio": bool(certificate.spectra),
         "trainability": trainability_rows(certificate.trainability),
-        "rows": [cell_row(cell) for cell in certificate.cells],
+        "rows": [cell_row(cell, certificate.harmful_metric) for cell in certificate.cells],
         "absent": [cell for cell in certificate.cells if cell.verdict in ("NOT RUN", "NOT APPLICABLE")],
         "has_resistance": any(cell.normalized_resistance or cell.scratch for cell in certificate.cells),
         "ratio": text.number(certificate.immunization_ratio),
@@ -108,7 +118,9 @@ def matrix(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
             "family": family,
             "verdicts": [_family_verdict(item.certificate.families, family) for item in evidence],
             "attacks": [
-                {"attack": words(attack), "cells": [_matrix_cell(item.cell(attack)) for item in evidence]}
+                {"attack": words(attack), "cells": [
+                    _matrix_cell(item.cell(attack), item.certificate.harmful_metric) for item in evidence
+                ]}
                 for attack in attacks
             ],
         }
@@ -137,22 +149,22 @@ def _family_verdict(families: Sequence[FamilyVerdict], family: str) -> str:
     return next((item.verdict for item in families if item.family == family), "NOT RUN")
 
 
-def _matrix_cell(cell: Cell | None) -> dict[str, Any]:
+def _matrix_cell(cell: Cell | None, metric: str = "accuracy") -> dict[str, Any]:
     if cell is None:
         return {"verdict": "NOT RUN", "effect": "not in this model's exam", "accuracies": ""}
     if cell.subject is None or cell.control is None:
         return {"verdict": cell.verdict, "effect": "", "accuracies": ""}
     figure = text.slow_down(cell.slow_down)
     effect = "closed form" if cell.unit == "solve" else "no slow-down figure" if figure == "no figure" else figure
-    return {"verdict": cell.verdict, "effect": effect, "accuracies": _both(cell)}
+    return {"verdict": cell.verdict, "effect": effect, "accuracies": _both(cell, 0 if metric == "accuracy" else 1)}
 
 
-def _both(cell: Cell) -> str:
-    """Accuracy of the attack on base and on immunized model."""
+def _both(cell: Cell, digits: int) -> str:
+    """Score of the attack on base and on immunized model."""
     before, after = text.accuracy(cell.control), text.accuracy(cell.subject)
     if before is None and after is None:
         return "every run diverged"
-    return f"{text.percent(before, 0)} → {text.percent(after, 0)}"
+    return f"{text.percent(before, digits)} → {text.percent(after, digits)}"
 
 
 def utility_chart(evidence: Sequence[Evidence]) -> Markup:
@@ -198,7 +210,8 @@ def _figure(evidence: Sequence[Evidence], family: str, attack: str) -> Figure:
         curves = [Curves(label, style, item.runs(attack, role), side.steps_to_threshold)
                   for label, style, side, (item, role) in sides]
         drawn = [curve for curve in curves if curve.runs]
-        chart = charts.learning_curves(words(attack), drawn, thresholds) if drawn else None
+        metric = evidence[0].certificate.harmful_metric
+        chart = charts.learning_curves(words(attack), drawn, thresholds, metric) if drawn else None
     return Figure(words(attack), family, chart, _caption(evidence, attack, cells))
 
 
@@ -303,7 +316,7 @@ def explanations(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
     ]
 
 
-def cell_row(cell: Cell) -> dict[str, Any]:
+def cell_row(cell: Cell, metric: str = "accuracy") -> dict[str, Any]:
     """One row of the full table."""
     measured = cell.subject is not None and cell.control is not None
     return {
@@ -320,7 +333,7 @@ def cell_row(cell: Cell) -> dict[str, Any]:
         "deviation": text.points(cell.relative_fine_tuning_deviation, 1.0) if measured else text.NONE,
         "resistance": text.NONE if cell.normalized_resistance is None else text.points(cell.normalized_resistance, 1.0),
         "setting": _setting(cell),
-        "further": further(cell) if measured else "",
+        "further": further(cell, metric) if measured else "",
         "reason": sentence(cell.reason),
     }
 

@@ -1,5 +1,7 @@
 """Adversaries of diffusion models, on diffusers and PEFT alone: one file each, one plain table."""
 
+from dataclasses import replace
+
 from hf_immunize.attacks.diffusion import full_finetune, lora
 from hf_immunize.attacks.diffusion.context import METRIC, DiffusionAttackContext
 from hf_immunize.attacks.shape import Attack
@@ -9,4 +11,10 @@ DIFFUSION_ATTACKS: dict[str, Attack] = {
     "diffusion_full_finetune": full_finetune.ATTACK,
 }
 
-__all__ = ["DIFFUSION_ATTACKS", "METRIC", "DiffusionAttackContext"]
+DIFFUSION_TRAINABILITY: dict[str, Attack] = {
+    f"benign_{name}": replace(DIFFUSION_ATTACKS[name], family="benign trainability")
+    for name in ("diffusion_lora", "diffusion_full_finetune")
+}
+"""No attacks: how a benign concept would be learned, which immunization must not hinder."""
+
+__all__ = ["DIFFUSION_ATTACKS", "DIFFUSION_TRAINABILITY", "METRIC", "DiffusionAttackContext"]

@@ -24,7 +24,12 @@ class DiffusionFinetune:
     """What every attack that trains a denoiser is told."""
 
     learning_rate: float = field(
-        default=1e-4, metadata={"help": "Peak learning rate of AdamW.", "sweep": (1e-5, 1e-4, 1e-3, 1e-2)}
+        default=1e-4,
+        metadata={
+            "help": "Peak learning rate of AdamW.",
+            "sweep": (1e-5, 1e-4, 1e-3, 1e-2),
+            "search": (1e-5, 1e-4, 1e-3, 1e-2),
+        },
     )
     steps: int = field(default=200, metadata={"help": "Budget in optimizer steps."})
     batch_size: int = field(default=16, metadata={"help": "Images per step."})
@@ -43,7 +48,9 @@ def judge(context: DiffusionAttackContext, model: nn.Module, step: int) -> Evalu
     return Evaluation(step=step, validation=validation, test=test)
 
 
-def finetune(context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int) -> Result:
+def finetune(
+    context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int, *, drawn: bool = False
+) -> Result:
     """Train the parameters of ``model`` that ask for gradients; return the learning curve, from step 0 on.
 
     Images, noise and levels are drawn from the seed alone, so that every model sees the same attack.
@@ -69,7 +76,9 @@ def finetune(context: DiffusionAttackContext, model: nn.Module, config: Diffusio
         if note:
             break
     outcome = "diverged" if note else "completed"
-    return Result(curve, config.steps, time.perf_counter() - started, outcome, note)
+    seconds, samples = time.perf_counter() - started, config.steps * config.batch_size
+    picture = context.picture(model) if drawn and not note else None
+    return Result(curve, config.steps, seconds, outcome, note, samples, picture=picture)
 
 
 def _step(context, model, data, config, generator, optimizer, schedule) -> float:
@@ -100,6 +109,8 @@ def _step(context, model, data, config, generator, optimizer, schedule) -> float
 def run_finetunes(
     context: DiffusionAttackContext, runs: Sequence[Run], prepare: Callable[[DiffusionAttackContext, Run], nn.Module]
 ) -> Iterator[tuple[Run, Result]]:
-    """Prepare and train one denoiser per run."""
+    """Prepare and train one denoiser per run; what it draws is kept for the first seed of each trial."""
+    first = {run.trial: run.seed for run in reversed(runs)}
     for run in runs:
-        yield run, finetune(context, prepare(context, run), run.config, run.seed)
+        drawn = first[run.trial] == run.seed
+        yield run, finetune(context, prepare(context, run), run.config, run.seed, drawn=drawn)

@@ -13,19 +13,23 @@ from torch import Tensor, nn
 
 from hf_immunize.attacks.context import Role
 from hf_immunize.diffusion import (
+    SCORE,
     Denoiser,
     DenoisingExam,
     LatentDataset,
     NoiseProcess,
     component_of,
+    decode,
     denoiser_of,
+    draw_latents,
     fresh_denoiser,
+    grid_png,
     load_pipeline,
 )
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.records import DatasetFingerprint, ModelFingerprint
 
-METRIC = "R2 of the denoising target on held-out concept images (1 - loss / energy; higher is better)"
+METRIC = f"{SCORE} on held-out concept images (1 - loss / energy; higher is better)"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class DiffusionAttackContext:
         device: where models run.
         attack_fraction: share of ``attack`` that one seed trains on.
         exam_levels, exam_seed: questions of the fixed exam (see DenoisingExam).
+        pictures: images of the concept to draw with the attacked model; 0 for none.
     """
 
     folder: Path
@@ -52,6 +57,7 @@ class DiffusionAttackContext:
     attack_fraction: float = 0.8
     exam_levels: int = 8
     exam_seed: int = 0
+    pictures: int = 0
 
     def __post_init__(self) -> None:
         if self.role not in ("subject", "control", "scratch"):
@@ -129,3 +135,14 @@ class DiffusionAttackContext:
             DenoisingExam(self.process, split, levels=self.exam_levels, seed=self.exam_seed + place)
             for place, split in enumerate((self.validation, self.test))
         )
+
+    def picture(self, model: nn.Module) -> bytes | None:
+        """What the model draws when asked for the concept, as a PNG; the same noise for every model."""
+        if self.pictures < 1:
+            return None
+        rows = torch.arange(self.pictures) % len(self.test)
+        batch = self.test.batch(rows)
+        drawn = draw_latents(
+            self.denoiser, model, self._pipeline.scheduler, batch.conditions, batch.latents.shape
+        )
+        return grid_png(decode(drawn, getattr(self._pipeline, "vae", None)), self.pictures)

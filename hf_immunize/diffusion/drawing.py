@@ -1,0 +1,91 @@
+"""Images that a denoiser draws, the same for equal weights: seeded noise, a sampler without noise of its own.
+
+Shape legend: N rows, C×H×W latents or pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor, nn
+
+from hf_immunize.diffusion.denoisers import Conditions, Denoiser
+from hf_immunize.diffusion.noise import NoiseProcess
+
+_ROWS, _GAP = 128, 2
+
+
+def sampler_of(scheduler: Any) -> Any:
+    """A sampler that draws no noise: the Euler steps of flow matching, else DDIM (Song et al. 2021, η = 0)."""
+    if NoiseProcess.from_scheduler(scheduler).prediction == "flow":
+        return copy.deepcopy(scheduler)
+    return DDIMScheduler.from_config(scheduler.config)
+
+
+@torch.no_grad()
+def draw_latents(
+    denoiser: Denoiser, model: nn.Module, scheduler: Any, conditions: Conditions, shape: Sequence[int], *,
+    seed: int = 0, steps: int = 20,
+) -> Tensor:
+    """Samples of ``shape`` (N, C, H, W), one per row of ``conditions``, without classifier-free guidance.
+
+    They start at the noise that the generator of ``seed`` draws, whatever the model; returned on the CPU.
+    """
+    noise_NCHW = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    was_training, place = model.training, next(model.parameters())
+    model.eval()
+    drawn = []
+    for part in torch.arange(len(noise_NCHW)).split(_ROWS):
+        sampler = sampler_of(scheduler)
+        sampler.set_timesteps(steps)
+        told = {
+            name: value[part].to(place.device, place.dtype if value.is_floating_point() else None)
+            for name, value in conditions.items()
+        }
+        sample = noise_NCHW[part].to(place.device, place.dtype) * getattr(sampler, "init_noise_sigma", 1.0)
+        for timestep in sampler.timesteps:
+            answer = denoiser.call(model, sample, timestep.to(place.device).expand(len(part)), told)
+            sample = sampler.step(answer, timestep, sample).prev_sample
+        drawn.append(sample.cpu().float())
+    model.train(was_training)
+    return torch.cat(drawn)
+
+
+@torch.no_grad()
+def decode(latents: Tensor, autoencoder: nn.Module | None) -> Tensor:
+    """Pixels in −1..1: the latents themselves where the pipeline has no VAE."""
+    if autoencoder is None:
+        return latents.clamp(-1, 1)
+    config, place = autoencoder.config, next(autoencoder.parameters())
+    shift = getattr(config, "shift_factor", None) or 0.0
+    parts = [
+        autoencoder.decode((part / config.scaling_factor + shift).to(place.device, place.dtype)).sample.cpu().float()
+        for part in latents.split(8)
+    ]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def to_images(pixels_NCHW: Tensor) -> list[Image.Image]:
+    """Pixels in −1..1 as grey (C = 1) or colour images."""
+    levels = ((pixels_NCHW + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+    return [Image.fromarray(row[0] if len(row) == 1 else np.moveaxis(row, 0, -1)) for row in levels]
+
+
+def grid_png(pixels_NCHW: Tensor, columns: int) -> bytes:
+    """Images side by side, row by row, as one PNG."""
+    images = to_images(pixels_NCHW)
+    width, height = images[0].size
+    lines = -(-len(images) // columns)
+    sheet = Image.new(images[0].mode, (columns * (width + _GAP) - _GAP, lines * (height + _GAP) - _GAP), "white")
+    for place, image in enumerate(images):
+        sheet.paste(image, (place % columns * (width + _GAP), place // columns * (height + _GAP)))
+    stream = io.BytesIO()
+    sheet.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()

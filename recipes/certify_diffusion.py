@@ -1,0 +1,89 @@
+"""Judge an attacked diffusion pipeline against its attacked base: write certificate.json and the model card README.md.
+
+    accelerate launch recipes/certify_diffusion.py --config recipes/mnist-diffusion/task.yaml \
+        --config recipes/mnist-diffusion/certify.yaml --model_path runs/mnist-diffusion/simulated_attack
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import diffusers
+from accelerate import PartialState
+from rich.console import Console
+
+from hf_immunize.certification import find_protocol
+from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate
+from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
+from hf_immunize.errors import ImmunizeError
+from hf_immunize.hub import write_card
+from hf_immunize.hub.tables import certificate_table
+from hf_immunize.options import parse_options
+
+
+@dataclass
+class CertifyArguments:
+    """Which pipeline is judged against which base."""
+
+    model_path: str = field(metadata={"help": "Folder of the pipeline under test, with traces/subject/."})
+    base_path: str = field(metadata={"help": "Folder of the un-immunized base, with traces/control/."})
+    protocol: str = field(
+        default="diffusion_quick",
+        metadata={"help": f"Exam whose attacks must be there or are named NOT RUN: {', '.join(DIFFUSION_PROTOCOLS)}."},
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "Harmful score that counts as success; by default a share of the base's gain."}
+    )
+    judge_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder of an image classifier that recognises what is drawn; without one, utility is R2."},
+    )
+    judged_images: int = field(default=1000, metadata={"help": "Images that each model draws for the judge."})
+    draw_steps: int = field(default=20, metadata={"help": "Sampling steps of every drawn image."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Judge, write, and print."""
+    task_options, arguments = parse_options((ConceptArguments, CertifyArguments), argv, description=__doc__)
+    diffusers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    state = PartialState(cpu=arguments.device == "cpu")
+    if not state.is_main_process:
+        return
+    task, folder = ConceptTask(task_options), Path(arguments.model_path)
+    retain = task.examples("retain", "test")
+    attackers = {
+        side: [task.examples(side, split).fingerprint(source=task.source, role=f"{side} {split}")
+               for split in ("attack", "validation", "test")]
+        for side in ("harmful", "benign")
+    }
+    exam = ConceptExam(
+        retain_test=retain, harmful_test=task.examples("harmful", "test"),
+        retain=(retain.fingerprint(source=task.source, role="retain test"),),
+        harmful=tuple(attackers["harmful"]), benign=tuple(attackers["benign"]),
+        judge=None if arguments.judge_path is None else Path(arguments.judge_path),
+        judged_images=arguments.judged_images, draw_steps=arguments.draw_steps,
+    )
+    certificate = build_diffusion_certificate(
+        folder, arguments.base_path, exam, find_protocol(arguments.protocol, DIFFUSION_PROTOCOLS),
+        threshold=arguments.threshold, device=str(state.device),
+    )
+    certificate.write(folder / "certificate.json")
+    write_card(folder)
+    Console().print(certificate_table(certificate))
+    for found in certificate.trainability:
+        print(f"benign trainability, {found.attack.removeprefix('benign_')}: {found.verdict}, {found.reason}")
+    print(f"certificate: {folder / 'certificate.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ImmunizeError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
