@@ -51,27 +51,45 @@ def mean_of(results: list[dict[str, Any]], value: Callable[[dict[str, Any]], flo
     return fmean(value(result) for result in results)
 
 
+def spread_of(results: list[dict[str, Any]], value: Callable[[dict[str, Any]], float], form: str) -> str:
+    """Lowest and highest seed in brackets; nothing for one seed."""
+    found = [value(result) for result in results]
+    return f" [{min(found):{form}} to {max(found):{form}}]" if len(found) > 1 else ""
+
+
 def main_table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Condition numbers, primary accuracy, and what every attacker reaches."""
     base = rows["init"][0]
-    control = attackers(base, "attackers")
-    head = ["row", "(i)", "(ii)", "RIR rank-aware", "RIR paper-faithful", "primary, % (drop)",
-            *(f"{name}, % (RFD)" for name in ATTACKERS.values()), "best attacker, % (RFD)", "CPU s"]  # fmt: skip
+    before, control = base["primary_accuracy"]["test"], attackers(base, "attackers")
+    head = ["row", "seeds", "(i)", "(ii)", "RIR rank-aware", "RIR paper-faithful", "primary, %", "drop, points",
+            *(f"{name}, % (RFD)" for name in ATTACKERS.values()), "best attacker, %", "RFD, %", "CPU s"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+
+    def cell(results: list[dict[str, Any]], value: Callable[[dict[str, Any]], float], form: str) -> str:
+        return f"{mean_of(results, value):{form}}" + spread_of(results, value, form)
+
+    def rir(result: dict[str, Any]) -> float:
+        return ratios(result, base, "rank_aware")[2]
+
+    def drop(result: dict[str, Any]) -> float:
+        return before - result["primary_accuracy"]["test"]
+
+    def lost(result: dict[str, Any]) -> float:
+        return signed_rfd(strongest(attackers(result, "attackers")), strongest(control))
+
     for row, results in rows.items():
-        harmful, primary, rir = (mean_of(results, lambda r, k=k: ratios(r, base, "rank_aware")[k]) for k in range(3))
+        harmful, primary = (mean_of(results, lambda r, k=k: ratios(r, base, "rank_aware")[k]) for k in range(2))
         paper = mean_of(results, lambda r: ratios(r, base, "paper")[2])
-        accuracy = mean_of(results, lambda r: r["primary_accuracy"]["test"])
-        cells = [row, f"{harmful:.3g}", f"{primary:.3g}", f"{rir:.3g}", f"{paper:.3g}",
-                 f"{accuracy:.2f} ({base['primary_accuracy']['test'] - accuracy:+.2f})"]  # fmt: skip
+        cells = [row, str(len(results)), f"{harmful:.3g}", f"{primary:.3g}", cell(results, rir, ".3g"), f"{paper:.3g}",
+                 f"{before - mean_of(results, drop):.2f}", cell(results, drop, "+.2f")]  # fmt: skip
         for name in ATTACKERS:
             test = mean_of(results, lambda r, n=name: attackers(r, "attackers")[n].test)
-            lost = mean_of(results, lambda r, n=name: signed_rfd(attackers(r, "attackers")[n], control[n]))
-            cells.append(f"{100 * test:.1f} ({lost:.0f})")
+            gone = mean_of(results, lambda r, n=name: signed_rfd(attackers(r, "attackers")[n], control[n]))
+            cells.append(f"{100 * test:.1f} ({gone:.0f})")
         best = mean_of(results, lambda r: strongest(attackers(r, "attackers")).test)
-        lost = mean_of(results, lambda r: signed_rfd(strongest(attackers(r, "attackers")), strongest(control)))
         seconds = mean_of(results, lambda r: r["cpu_seconds"])
-        lines.append("| " + " | ".join([*cells, f"{100 * best:.1f} ({lost:.0f})", f"{seconds:.0f}"]) + " |")
+        cells += [f"{100 * best:.1f}", cell(results, lost, ".0f"), f"{seconds:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
