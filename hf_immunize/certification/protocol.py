@@ -202,6 +202,19 @@ DIFFUSION_PROTOCOLS: dict[str, Protocol] = {
         tuning_seeds=1,
         trainability=BENIGN_DIFFUSION,
     ),
+    "diffusion_standard": Protocol(
+        name="diffusion_standard",
+        attacks=(
+            "diffusion_lora", "diffusion_full_finetune", "diffusion_dreambooth", "diffusion_dreambooth_prior",
+            "diffusion_textual_inversion", "diffusion_perturbed_images", "diffusion_other_prompts",
+        ),
+        seeds=(0, 1, 2, 3, 4),
+        settings=("diffusion_lora.rank=1,8,64",),
+        rule=DIFFUSION_RULE,
+        trials=4,
+        tuning_seeds=1,
+        trainability=BENIGN_DIFFUSION,
+    ),
 }
 """Exams of diffusion models. Names alone: the attacks themselves need diffusers."""
 

@@ -2,13 +2,18 @@
 
 from dataclasses import replace
 
-from hf_immunize.attacks.diffusion import full_finetune, lora
+from hf_immunize.attacks.diffusion import data_shifts, dreambooth, full_finetune, lora, textual_inversion
 from hf_immunize.attacks.diffusion.context import METRIC, DiffusionAttackContext
 from hf_immunize.attacks.shape import Attack
 
 DIFFUSION_ATTACKS: dict[str, Attack] = {
     "diffusion_lora": lora.ATTACK,
     "diffusion_full_finetune": full_finetune.ATTACK,
+    "diffusion_dreambooth": dreambooth.ATTACK,
+    "diffusion_dreambooth_prior": dreambooth.PRIOR,
+    "diffusion_textual_inversion": textual_inversion.ATTACK,
+    "diffusion_perturbed_images": data_shifts.PERTURBED,
+    "diffusion_other_prompts": data_shifts.RENAMED,
 }
 
 DIFFUSION_TRAINABILITY: dict[str, Attack] = {

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers.optimization import get_scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
-from hf_immunize.diffusion import denoising_losses
+from hf_immunize.diffusion import LatentDataset, denoising_losses
+from hf_immunize.errors import DeviceMemoryError
 from hf_immunize.records import Evaluation
 
 _EVALUATION_RATIO = 1.5
@@ -49,15 +50,22 @@ def judge(context: DiffusionAttackContext, model: nn.Module, step: int) -> Evalu
 
 
 def finetune(
-    context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int, *, drawn: bool = False
+    context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int, *, drawn: bool = False,
+    rows: Tensor | None = None, prior: LatentDataset | None = None, prior_weight: float = 0.0,
 ) -> Result:
     """Train the parameters of ``model`` that ask for gradients; return the learning curve, from step 0 on.
 
     Images, noise and levels are drawn from the seed alone, so that every model sees the same attack.
+
+    Args:
+        drawn: whether the result keeps what the attacked model draws.
+        rows: rows of the attack split to train on; by default those of the seed.
+        prior, prior_weight: further rows of every step, and the weight of the loss on them.
     """
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
-    data = context.attack.subset(context.draw_rows(seed))
+    data = context.attack.subset(context.draw_rows(seed) if rows is None else rows)
+    parts = [(data, 1.0), *([(prior, prior_weight)] if prior is not None else [])]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = get_scheduler(
@@ -67,7 +75,7 @@ def finetune(
     curve: list[Evaluation] = []
     note = None
     for step in range(config.steps + 1):
-        if step > 0 and not math.isfinite(_step(context, model, data, config, generator, optimizer, schedule)):
+        if step > 0 and not math.isfinite(_step(context, model, parts, config, generator, optimizer, schedule)):
             note = f"the training loss was not finite at step {step}"
         elif step in due and (point := judge(context, model, step)) is not None:
             curve.append(point)
@@ -81,14 +89,33 @@ def finetune(
     return Result(curve, config.steps, seconds, outcome, note, samples, picture=picture)
 
 
-def _step(context, model, data, config, generator, optimizer, schedule) -> float:
-    """One optimizer step; its loss."""
+def _step(context, model, parts, config, generator, optimizer, schedule) -> float:
+    """One optimizer step on the weighted losses of all parts; its loss."""
+    model.train()
+    try:
+        losses = [weight * _loss(context, model, data, config, generator) for data, weight in parts]
+        total = sum(losses)
+        total.backward()
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"expected an attacker's step to fit the device, got {error}: lower batch_size in the attack's settings, "
+            "or run on another device."
+        ) from error
+    if config.max_grad_norm > 0:
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(total.detach())
+
+
+def _loss(context, model, data, config, generator) -> Tensor:
+    """Mean denoising loss of one batch of the generator's rows, noise and levels."""
     process, place = context.process, next(model.parameters())
     rows = torch.randint(len(data), (config.batch_size,), generator=generator)
     levels = process.draw_levels(len(rows), generator, logit_normal=process.prediction == "flow").to(place.device)
     noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=generator).to(place.device, place.dtype)
     batch = data.batch(rows).to(place.device, place.dtype)
-    model.train()
     with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
         torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # dropout
         noisy = process.noisy(batch.latents, noise, levels)
@@ -96,14 +123,7 @@ def _step(context, model, data, config, generator, optimizer, schedule) -> float
         losses = denoising_losses(answer, process.target(batch.latents, noise, levels))
         if config.min_snr_gamma is not None:
             losses = losses * process.min_snr_weight(levels, config.min_snr_gamma).to(losses)
-        loss = losses.mean()
-        loss.backward()
-    if config.max_grad_norm > 0:
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(loss.detach())
+        return losses.mean()
 
 
 def run_finetunes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,8 @@ class DiffusionAttackContext:
         attack_fraction: share of ``attack`` that one seed trains on.
         exam_levels, exam_seed: questions of the fixed exam (see DenoisingExam).
         pictures: images of the concept to draw with the attacked model; 0 for none.
+        prior: rows of retained concepts whose conditions the attacker knows (DreamBooth with prior preservation).
+        other: conditions of one row: another name under which the concept is taught.
     """
 
     folder: Path
@@ -58,6 +61,8 @@ class DiffusionAttackContext:
     exam_levels: int = 8
     exam_seed: int = 0
     pictures: int = 0
+    prior: LatentDataset | None = None
+    other: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ("subject", "control", "scratch"):
@@ -89,6 +94,22 @@ class DiffusionAttackContext:
     def denoiser(self) -> Denoiser:
         """How the attacked model is called."""
         return denoiser_of(self._saved)
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler."""
+        return self._pipeline.scheduler
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether one tokenizer and one text encoder make the conditions, and nothing else does."""
+        parts = self._pipeline.components
+        one = parts.get("text_encoder") is not None and parts.get("tokenizer") is not None
+        return one and parts.get("text_encoder_2") is None and "encoder_hidden_states" in self.attack.conditions
+
+    def text_parts(self) -> tuple[nn.Module, Any]:
+        """A fresh copy of the text encoder, and the tokenizer."""
+        return copy.deepcopy(self._pipeline.components["text_encoder"]), self._pipeline.components["tokenizer"]
 
     @cached_property
     def process(self) -> NoiseProcess:

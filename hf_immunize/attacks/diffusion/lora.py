@@ -41,4 +41,4 @@ def adapted(context: DiffusionAttackContext, planned: Run) -> nn.Module:
         return inject_adapter_in_model(config, model)
 
 
-ATTACK = Attack(config=DiffusionLora, run=run, family="LoRA")
+ATTACK = Attack(config=DiffusionLora, run=run, family="LoRA", own_threshold=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_immunize.errors import ConfigError
 
-SIMULATED_ATTACK = "simulated_attack"
+SIMULATED_ATTACK, IMMA = "simulated_attack", "imma"
 _OPERATIONAL = re.compile(r"^(output_dir|logging_.*|save_.*|validation_steps|report_to|disable_progress|use_cpu)$")
 
 
@@ -22,7 +22,8 @@ class DiffusionImmunizationConfig:
         metadata={
             "help": "What makes learning the concept slow: condition_number, ill_only, opt_kappa, group_kappa or "
             "closed_form_adversary on the features at `sites`; simulated_attack on the weights (the bounded loss an "
-            "attacker has after attacker_steps steps). Several are joined with '+'."
+            "attacker has after attacker_steps steps) or imma (the same with a LoRA attacker that goes on from step to "
+            "step, one inner step each; trainable=attention). Several are joined with '+'."
         },
     )
     weight: str = field(
@@ -62,7 +63,8 @@ class DiffusionImmunizationConfig:
         default=1e-3, metadata={"help": "simulated_attack: the attacker's learning rate (AdamW)."}
     )
     attacker_rank: int = field(
-        default=0, metadata={"help": "simulated_attack: 0 trains all weights, else LoRA of this rank on attention."}
+        default=0,
+        metadata={"help": "simulated_attack, imma: 0 trains all weights, else LoRA of this rank on attention."},
     )
     attacker_ceiling: float = field(
         default=3.0,
@@ -87,8 +89,13 @@ class DiffusionImmunizationConfig:
         default=8.0, metadata={"help": "How far above `strength` the guard may raise it while there is room."}
     )
     trainable: str = field(
-        default="all", metadata={"help": "Weights that are trained: 'all', or 'attention' projections only."}
+        default="all",
+        metadata={
+            "help": "Weights that are trained: 'all', 'attention' projections only, or 'lora' factors on these, which "
+            "are merged in the end."
+        },
     )
+    lora_rank: int = field(default=8, metadata={"help": "trainable=lora: rank of the defender's factors."})
     min_snr_gamma: float | None = field(
         default=None, metadata={"help": "Min-SNR weighting of the retain loss with this gamma (5 is usual)."}
     )
@@ -141,11 +148,30 @@ class DiffusionImmunizationConfig:
                 f"expected mixed_precision 'no' or 'bf16', got {self.mixed_precision!r}: fp16 scales gradients, and "
                 "the terms' gradients are added unscaled."
             )
-        if self.trainable not in ("all", "attention"):
-            raise ConfigError(f"expected trainable 'all' or 'attention', got {self.trainable!r}.")
+        if self.trainable not in ("all", "attention", "lora"):
+            raise ConfigError(f"expected trainable 'all', 'attention' or 'lora', got {self.trainable!r}.")
+        self._check_attack()
         if not self.ema_decay < 1:
             raise ConfigError(f"expected ema_decay below 1, got {self.ema_decay}.")
         self.level_range  # noqa: B018 - raises now rather than at the first step
+
+    def _check_attack(self) -> None:
+        names = self._names
+        if IMMA in names and (self.trainable != "attention" or self.attacker_rank < 1 or SIMULATED_ATTACK in names):
+            raise ConfigError(
+                "expected imma as it was published, with trainable=attention, attacker_rank of at least 1 and no "
+                f"simulated_attack beside it, got trainable={self.trainable!r}, attacker_rank={self.attacker_rank}, "
+                f"objective={self.objective!r}."
+            )
+        if self.trainable == "lora" and (self.attacker_rank > 0 and self.simulates or self.lora_rank < 1):
+            raise ConfigError(
+                "expected trainable=lora with lora_rank of at least 1 and a simulated attacker on all weights, got "
+                f"lora_rank={self.lora_rank}, attacker_rank={self.attacker_rank}: set attacker_rank=0."
+            )
+
+    @property
+    def _names(self) -> list[str]:
+        return [name.strip() for name in self.objective.split("+")]
 
     @property
     def level_range(self) -> tuple[float, float]:
@@ -160,14 +186,18 @@ class DiffusionImmunizationConfig:
 
     @property
     def feature_objective(self) -> str:
-        """``objective`` without the simulated attack."""
-        names = [name.strip() for name in self.objective.split("+")]
-        return "+".join(name for name in names if name != SIMULATED_ATTACK)
+        """``objective`` without attacks on the weights."""
+        return "+".join(name for name in self._names if name not in (SIMULATED_ATTACK, IMMA))
 
     @property
     def simulates(self) -> bool:
-        """Whether the objective has a simulated attack."""
-        return SIMULATED_ATTACK in [name.strip() for name in self.objective.split("+")]
+        """Whether the objective has an attack on the weights."""
+        return not {SIMULATED_ATTACK, IMMA}.isdisjoint(self._names)
+
+    @property
+    def attacker_goes_on(self) -> bool:
+        """Whether the attacker keeps its factors from step to step (IMMA)."""
+        return IMMA in self._names
 
 
 def scientific_options(args: DiffusionImmunizationConfig) -> dict[str, Any]:

@@ -32,9 +32,12 @@ def wrong_target_gradients(
         answer = denoiser.call(model, noisy, batch.timesteps, batch.conditions)
     everyone, mine = gather_rows(batch.target)
     loss = denoising_losses(answer, everyone.roll(1, 0)[mine]).mean()
-    found = torch.autograd.grad(loss, [*(caught.raw(site) for site in sites), *trained], allow_unused=True)
-    norms = {site: _pooled_norm(gradient) for site, gradient in zip(sites, found, strict=False)}
-    return norms, _mean_norm(found[len(sites) :])
+    # What reads text alone, before any trained weight, has no gradient: nothing pulls back there.
+    moved = [site for site in sites if caught.raw(site).requires_grad]
+    found = torch.autograd.grad(loss, [*(caught.raw(site) for site in moved), *trained], allow_unused=True)
+    norms = {site: loss.new_zeros(()).double() for site in sites}
+    norms |= {site: _pooled_norm(gradient) for site, gradient in zip(moved, found, strict=False)}
+    return norms, _mean_norm(found[len(moved) :])
 
 
 def _pooled_norm(gradient: Tensor) -> Tensor:

@@ -12,11 +12,12 @@ from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.training.balancing import TermWeights, parse_numbers
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
+from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM, SimulatedAttack
-from hf_immunize.training.diffusion.site_objective import SiteObjective
 from hf_immunize.training.diffusion.sites import attention_projections, choose_sites
 from hf_immunize.training.diffusion.stream import NoisyStream
 from hf_immunize.training.distributed import world
+from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.objective import Term, TermSettings, terms_of
 
@@ -49,8 +50,11 @@ def check_data(
         )
 
 
-def choose_trainable(denoiser: Denoiser, model: nn.Module, trainable: str) -> None:
-    """Leave gradients on for ``all`` weights, or for ``attention`` projections only."""
+def choose_trainable(denoiser: Denoiser, model: nn.Module, trainable: str, rank: int = 8) -> None:
+    """Leave gradients on for ``all`` weights, ``attention`` projections only, or ``lora`` factors put on them."""
+    if trainable == "lora":
+        put_factors(denoiser, model, rank)
+        return
     model.requires_grad_(trainable == "all")
     if trainable == "attention":
         for name in attention_projections(denoiser, model):
@@ -89,7 +93,7 @@ class Streams:
 class Terms:
     """Feature terms, the simulated attack and its weight; each None where the objective has none."""
 
-    objective: SiteObjective | None
+    objective: GlobalObjective | None
     attack: SimulatedAttack | None
     attack_weights: TermWeights | None
 
@@ -107,11 +111,13 @@ class Terms:
         objective, attack, weights = None, None, None
         if terms:
             sample = streams.harmful.batch(0, place.device, place.dtype)
-            objective = SiteObjective(
+            sites = choose_sites(denoiser, model, args.sites, sample)
+            objective = GlobalObjective(
                 terms,
                 TermSettings(horizons=(args.horizon,), group_rows=args.harmful_group_rows),
-                choose_sites(denoiser, model, args.sites, sample),
+                dict.fromkeys(sites, 1 / len(sites)),
                 strength=args.strength,
+                bank_rows=0,
                 meter=meter,
                 **_numbers_of(args, terms),
             )
@@ -149,16 +155,27 @@ class Terms:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a resumed run needs, as tensors."""
-        kept = {f"{site}|{name}": v for site, weights in self.weights.items() for name, v in weights.state().items()}
-        return kept | ({"ceiling": torch.tensor(self.attack.ceiling).double()} if self.attack is not None else {})
+        kept = {} if self.objective is None else _under("objective", self.objective.state())
+        if self.attack is not None and self.attack_weights is not None:
+            kept |= _under("attack", self.attack.state()) | _under("weights", self.attack_weights.state())
+        return kept
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take back what ``state`` returned."""
-        for site, weights in self.weights.items():
-            start = f"{site}|"
-            weights.load_state({k.removeprefix(start): v for k, v in state.items() if k.startswith(start)})
-        if self.attack is not None:
-            self.attack.ceiling = float(state["ceiling"])
+        if self.objective is not None:
+            self.objective.load_state(_of("objective", state))
+        if self.attack is not None and self.attack_weights is not None:
+            self.attack.load_state(_of("attack", state))
+            self.attack_weights.load_state(_of("weights", state))
+
+
+def _under(place: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{place}:{name}": value for name, value in state.items()}
+
+
+def _of(place: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    start = f"{place}:"
+    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
 
 
 def _numbers_of(args: DiffusionImmunizationConfig, terms: tuple[Term, ...]) -> dict[str, Any]:

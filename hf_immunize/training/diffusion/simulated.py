@@ -12,12 +12,16 @@ Its gradient takes ∂θ_k/∂θ = I (first-order MAML; Finn et al. 2017, sectio
 so that ∇L_H(θ_k; B_{k+1}) serves both as the attacker's next step and as the defender's gradient: K steps cost K + 1
 gradients on harmful rows. The same family as SOPHON (Deng et al. 2024) and ResAlign (2025), whose exact schedules
 differ. No second derivative is taken, so fused attention kernels are safe.
+
+IMMA (Zheng & Yeh 2024, Algorithm 1) is the case K = 1 with LoRA factors φ that *go on* from step to step, moments of
+AdamW included, while θ moves: φ descends L_H(θ, φ), then θ, attention projections only, ascends it. Published without
+a ceiling; ``attacker_ceiling`` bounds it here as well.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -47,6 +51,7 @@ class SimulatedAttack:
         batches: harmful rows of (optimizer step, k), k = 0..K.
         steps, learning_rate, rank: the attacker's; rank 0 trains all weights.
         seed: of LoRA factors and dropout.
+        goes_on: whether factors and moments are kept for the next call (IMMA).
     """
 
     @classmethod
@@ -54,15 +59,17 @@ class SimulatedAttack:
         cls, args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, stream: NoisyStream
     ) -> SimulatedAttack:
         """The attack that ``args`` describe, on rows of ``stream``."""
-        place, width = next(model.parameters()), args.attacker_steps + 1
+        steps = 1 if args.attacker_goes_on else args.attacker_steps
+        place, width = next(model.parameters()), steps + 1
         return cls(
             denoiser,
             model,
             lambda step, k: stream.batch(step * width + k, place.device, place.dtype),
-            steps=args.attacker_steps,
+            steps=steps,
             learning_rate=args.attacker_learning_rate,
             rank=args.attacker_rank,
             seed=args.seed,
+            goes_on=args.attacker_goes_on,
         )
 
     def __init__(
@@ -75,7 +82,9 @@ class SimulatedAttack:
         learning_rate: float,
         rank: int,
         seed: int,
+        goes_on: bool = False,
     ):
+        self._goes_on, self._optimizer = goes_on, None
         self.ceiling = float("inf")
         """c, set once the base's own loss is known."""
         self._denoiser, self._batches, self._seed = denoiser, batches, seed
@@ -91,15 +100,15 @@ class SimulatedAttack:
                 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), self._copy)
             self._factors = [p for name, p in self._copy.named_parameters() if "lora_" in name]
             self._copy.requires_grad_(True)
-        self._weights = {
-            name.replace(".base_layer.", "."): p for name, p in self._copy.named_parameters() if "lora_" not in name
-        }
+        mine = {name for name, _ in model.named_parameters()}
+        named = {name if name in mine else name.replace(".base_layer.", "."): p
+                 for name, p in self._copy.named_parameters()}
+        self._weights = {name: p for name, p in named.items() if name in mine}
 
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """H and its gradient at the weights of ``model``, by parameter name; equal on every rank."""
         self._start(model, step)
-        trained = self._factors or list(self._weights.values())
-        optimizer = torch.optim.AdamW(trained, lr=self._rate, weight_decay=0.0)
+        optimizer = self._optimizer or self._fresh_optimizer()
         total = {name: torch.zeros_like(parameter) for name, parameter in self._weights.items()}
         value = next(iter(total.values())).new_zeros(())
         for attack_step in range(self._steps + 1):
@@ -112,15 +121,47 @@ class SimulatedAttack:
             if attack_step < self._steps:
                 optimizer.step()
         self._copy.zero_grad(set_to_none=True)
+        self._optimizer = optimizer if self._goes_on else None
         return value, total
+
+    def _fresh_optimizer(self) -> torch.optim.Optimizer:
+        trained = self._factors or list(self._weights.values())
+        return torch.optim.AdamW(trained, lr=self._rate, weight_decay=0.0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Ceiling, and factors with their moments where the attacker goes on."""
+        kept = {"ceiling": torch.tensor(self.ceiling).double()}
+        if self._optimizer is not None:
+            moments = self._optimizer.state_dict()["state"]
+            for index, factor in enumerate(self._factors):
+                kept[f"factor.{index}"] = factor.detach().cpu().clone()
+                kept |= {f"moment.{index}.{name}": torch.as_tensor(v).cpu() for name, v in moments[index].items()}
+        return kept
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state`` returned."""
+        self.ceiling = float(state["ceiling"])
+        if "factor.0" not in state:
+            return
+        self._optimizer = self._fresh_optimizer()
+        moments: dict[int, dict[str, Tensor]] = {}
+        for index, factor in enumerate(self._factors):
+            factor.copy_(state[f"factor.{index}"])
+            start = f"moment.{index}."
+            moments[index] = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     @torch.no_grad()
     def _start(self, model: nn.Module, step: int) -> None:
         """θ_0 = θ; LoRA factors as PEFT draws them: A uniform in ±1/√fan_in, B zero."""
         for name, parameter in model.named_parameters():
             self._weights[name].copy_(parameter)
+        if self._optimizer is not None:
+            return
         generator = generator_of(self._seed, "lora", step)
-        for name, parameter in self._copy.named_parameters():
+        for name, parameter in self._copy.named_parameters() if self._factors else ():
             if "lora_A" in name:
                 bound = parameter.shape[1] ** -0.5
                 drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)

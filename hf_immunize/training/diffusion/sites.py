@@ -14,7 +14,10 @@ from hf_immunize.training.diffusion.stream import NoisyBatch
 def attention_projections(denoiser: Denoiser, model: nn.Module) -> list[str]:
     """Names of the linear attention projections, in order of registration."""
     ends = tuple(f".{part}" for part in denoiser.attention)
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name.endswith(ends)]
+    return [
+        name for name, module in model.named_modules()
+        if name.endswith(ends) and isinstance(getattr(module, "base_layer", module), nn.Linear)
+    ]
 
 
 def choose_sites(denoiser: Denoiser, model: nn.Module, patterns: str, sample: NoisyBatch) -> list[str]:

@@ -23,12 +23,13 @@ from hf_immunize.features import capture_inputs
 from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.training.diffusion.checkpoint import load_loop, prune_checkpoints, save_loop
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
+from hf_immunize.training.diffusion.factors import merge_factors
 from hf_immunize.training.diffusion.references import wrong_target_gradients
 from hf_immunize.training.diffusion.setup import Streams, Terms, check_data, choose_trainable
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM
-from hf_immunize.training.diffusion.site_objective import SIDES, MicroBatch, SiteGradients
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream, same_draws
 from hf_immunize.training.distributed import mean_over_ranks, world
+from hf_immunize.training.global_objective import SIDES, MicroBatch, SiteGradients
 from hf_immunize.training.guard import UtilityGuard
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.state import load_state, save_state
@@ -77,7 +78,7 @@ class DiffusionImmunizationTrainer:
         )
         self._validate, self._before_update = validate, before_update
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
-        choose_trainable(self.denoiser, model.train(), args.trainable)
+        choose_trainable(self.denoiser, model.train(), args.trainable, args.lora_rank)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.bare = model.to(self.accelerator.device)
@@ -333,6 +334,8 @@ class DiffusionImmunizationTrainer:
                 f"max_loss_factor={self.args.max_loss_factor} was not held at any evaluation: the weights from before "
                 "immunization are returned. Lower the strength, add distillation, or train longer."
             )
+        if self.args.trainable == "lora":
+            merge_factors(self.bare)
         self.bare.eval()
         if self._exam is not None:
             self.guard_record = self.guard.record(self._points())

@@ -158,7 +158,7 @@ def test_the_feature_terms_do_what_they_are_for(make_trainer):
             per_device_harmful_batch_size=12,
         )
         log = trainer.train()
-        spread[strength] = log[-1]["harmful_log_kappa/mid_block"] - log[0]["harmful_log_kappa/mid_block"]
+        spread[strength] = log[-1]["harmful_log_kappa"] - log[0]["harmful_log_kappa"]
     assert spread[1.0] > spread[0.0] + 0.5
 
 
@@ -214,7 +214,10 @@ def test_with_an_average_the_average_is_judged_and_returned(make_trainer):
         ({"site_levels": "all"}, ConfigError, "expected site_levels like"),
         ({"weight": "nothing=1"}, ConfigError, "expected weight of terms"),
         ({"attacker_steps": 0}, ConfigError, "attacker_steps of at least 1"),
-        ({"trainable": "some"}, ConfigError, "'all' or 'attention'"),
+        ({"trainable": "some"}, ConfigError, "'all', 'attention' or 'lora'"),
+        ({"objective": "imma"}, ConfigError, "imma as it was published"),
+        ({"objective": "imma+simulated_attack", "trainable": "attention", "attacker_rank": 2}, ConfigError, "beside"),
+        ({"trainable": "lora", "objective": "simulated_attack", "attacker_rank": 2}, ConfigError, "attacker_rank=0"),
         ({"primary_loss_weight": 0.0}, ConfigError, "keeps the model"),
         ({"harmful": build_examples("unet", 1, label=9)}, DataError, "at least two images"),
         ({"harmful": build_examples("sd", 4)}, DataError, "encode the images with the VAE"),

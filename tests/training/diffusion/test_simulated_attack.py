@@ -102,3 +102,67 @@ def test_descending_the_term_raises_the_attackers_loss():
         for name, parameter in model.named_parameters():
             parameter -= 0.05 * gradient[name]
     assert float(attack.gradient(model, 3)[0]) < float(start)
+
+
+IMMA = {"objective": "imma", "trainable": "attention", "attacker_rank": 2, "attacker_learning_rate": 1e-2}
+
+
+def test_imma_is_an_attacker_that_goes_on_against_the_alternation_written_out():
+    """φ descends with one AdamW that is never reset, θ's gradient is taken after each of its steps."""
+    model = build_denoiser("unet", dtype=torch.float64).train()
+    attack, batches = attack_of(model, steps=1, rank=2)
+    attack._goes_on, attack.ceiling = True, 100.0
+    attack.gradient(model, 0)
+    start = [factor.detach().clone() for factor in attack._factors]
+    slow = copy.deepcopy(attack._copy)
+    factors = [p for name, p in slow.named_parameters() if "lora_" in name]
+    assert all(torch.equal(a, b) for a, b in zip(factors, start, strict=True))
+    optimizer = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0)
+    optimizer.load_state_dict(copy.deepcopy(attack._optimizer.state_dict()))
+    value, gradient = attack.gradient(model, 1)
+
+    def loss_of(k):
+        batch = batches(1, k)
+        answer = slow(batch.noisy, batch.timesteps, class_labels=batch.conditions["class_labels"]).sample
+        return (answer - batch.target).square().mean()
+
+    slow.zero_grad()
+    loss_of(0).backward()
+    optimizer.step()
+    slow.zero_grad()
+    loss = loss_of(1)
+    (-loss).backward()
+    assert float(value) == pytest.approx(100 - float(loss.detach()), rel=1e-12)
+    truth = {name.replace(".base_layer.", "."): p.grad for name, p in slow.named_parameters() if "lora_" not in name}
+    assert all(torch.allclose(gradient[name], truth[name], rtol=1e-7, atol=1e-13)
+               for name in gradient if truth[name] is not None)
+    assert any(not torch.equal(a, b) for a, b in zip(start, attack._factors, strict=True))
+
+
+def test_imma_changes_attention_alone_and_resumes_exactly(make_trainer, tmp_path):
+    options = {**IMMA, "max_steps": 3, "save_steps": 2, "save_total_limit": 2}
+    whole = make_trainer(**options)
+    before = {name: value.clone() for name, value in whole.bare.state_dict().items()}
+    whole.train()
+    after = whole.bare.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed and all(".to_" in name for name in changed)
+    resumed = make_trainer(**options)
+    resumed.train(tmp_path / "run" / "checkpoint-2")
+    assert all(torch.equal(value, after[name]) for name, value in resumed.bare.state_dict().items())
+
+
+def test_lora_only_immunization_ends_as_an_ordinary_model_and_resumes_exactly(make_trainer, tmp_path):
+    options = {"trainable": "lora", "objective": "ill_only+simulated_attack", "attacker_steps": 1, "max_steps": 3,
+               "save_steps": 2, "save_total_limit": 2, "lora_rank": 2, "learning_rate": 1e-2}
+    plain = build_denoiser("unet").state_dict()
+    whole = make_trainer(**options)
+    whole.train()
+    after = whole.bare.state_dict()
+    assert after.keys() == plain.keys()
+    changed = {name for name in after if not torch.equal(after[name], plain[name])}
+    assert changed and all(".to_" in name and name.endswith("weight") for name in changed)
+    assert all(torch.linalg.matrix_rank(after[name] - plain[name], atol=1e-5) <= 2 for name in changed)
+    resumed = make_trainer(**options)
+    resumed.train(tmp_path / "run" / "checkpoint-2")
+    assert all(torch.equal(value, after[name]) for name, value in resumed.bare.state_dict().items())

@@ -1,0 +1,79 @@
+"""DreamBooth: all weights on a handful of images, without and with prior preservation (Ruiz et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_immunize.attacks.diffusion._finetune import DiffusionFinetune, finetune
+from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
+from hf_immunize.attacks.diffusion.full_finetune import unfrozen
+from hf_immunize.attacks.shape import Attack, Result, Run, not_applicable
+from hf_immunize.diffusion import LatentDataset, draw_latents
+
+_NO_PRIOR = "the attacker of this exam holds no conditions of retained concepts (context.prior)"
+
+
+@dataclass(frozen=True)
+class DreamBooth(DiffusionFinetune):
+    """AdamW on all weights of the denoiser, with few images of the concept."""
+
+    learning_rate: float = field(
+        default=1e-4,
+        metadata={"help": "Peak learning rate of AdamW.", "sweep": (5e-6, 1e-4, 1e-3), "search": (5e-6, 1e-4, 1e-3)},
+    )
+    batch_size: int = field(default=4, metadata={"help": "Images per step."})
+    images: int = field(default=5, metadata={"help": "Images of the concept the attacker has."})
+
+
+@dataclass(frozen=True)
+class DreamBoothPrior(DreamBooth):
+    """DreamBooth that also fits images of retained concepts which the attacked model drew before the attack."""
+
+    prior_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on drawn images."})
+    prior_images: int = field(default=16, metadata={"help": "Images the attacked model draws of retained concepts."})
+
+
+def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+    """One loop per run on the first ``images`` rows of its seed."""
+    first = {planned.trial: planned.seed for planned in reversed(runs)}
+    for planned in runs:
+        config, drawn = planned.config, first[planned.trial] == planned.seed
+        model, prior = unfrozen(context, planned), None
+        if isinstance(config, DreamBoothPrior):
+            prior = prior_of(context, model, config, planned.seed)
+        rows = few_rows(context, config.images, planned.seed)
+        yield planned, finetune(
+            context, model, config, planned.seed, drawn=drawn, rows=rows, prior=prior,
+            prior_weight=getattr(config, "prior_weight", 0.0),
+        )
+
+
+def run_with_prior(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+    """The same, where the attacker has conditions to draw retained concepts by."""
+    yield from not_applicable(runs, _NO_PRIOR) if context.prior is None else run(context, runs)
+
+
+def few_rows(context: DiffusionAttackContext, images: int, seed: int) -> torch.Tensor:
+    """``images`` rows of those this seed trains on, in an order of the seed."""
+    rows = context.draw_rows(seed)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:images]]
+
+
+def prior_of(
+    context: DiffusionAttackContext, model: torch.nn.Module, config: DreamBoothPrior, seed: int
+) -> LatentDataset:
+    """Latents that the attacked model draws for retained conditions."""
+    assert context.prior is not None
+    rows = torch.randperm(len(context.prior), generator=torch.Generator().manual_seed(seed))[: config.prior_images]
+    batch = context.prior.batch(rows)
+    latents = draw_latents(
+        context.denoiser, model, context.scheduler, batch.conditions, batch.latents.shape, seed=seed
+    )
+    return LatentDataset(latents, batch.conditions, batch.labels, context.prior.label_names, "prior")
+
+
+ATTACK = Attack(config=DreamBooth, run=run, family="DreamBooth", own_threshold=True)
+PRIOR = Attack(config=DreamBoothPrior, run=run_with_prior, family="DreamBooth", own_threshold=True)

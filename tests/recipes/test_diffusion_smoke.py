@@ -1,0 +1,54 @@
+"""The whole diffusion job on 8x8 digits, from pretraining to the report, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_immunize.records import Certificate
+
+ROOT = Path(__file__).parent.parent.parent
+SMOKE = ROOT / "recipes" / "mnist-diffusion" / "smoke"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_smoke_preset_runs_from_pretraining_to_the_report(tmp_path):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    words = [sys.executable, "recipes/pipeline.py", "recipes/mnist-diffusion/smoke/pipeline.yaml"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    model = tmp_path / "runs" / "mnist-diffusion-smoke" / "simulated_attack"
+    certificate = Certificate.read(model / "certificate.json")
+    assert certificate.utility.metric == "accuracy of a judge on drawn images" and certificate.further_utility
+    assert len(certificate.trainability) == 2 and all(item.base for item in certificate.trainability)
+    assert any(cell.scratch is not None for cell in certificate.cells)
+    page = (model.parent / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") >= 9 and (model / "README.md").is_file()
+
+
+@pytest.mark.parametrize("preset", ["", "smoke"])
+def test_every_option_of_the_preset_is_one_its_recipe_knows(preset):
+    """Without running a stage: option files are parsed by the very dataclasses of their recipes."""
+    from hf_immunize.attacks import parse_settings
+    from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
+    from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+    from hf_immunize.training.diffusion import DiffusionImmunizationConfig
+
+    folder = ROOT / "recipes" / "mnist-diffusion" / preset
+    stages = yaml.safe_load((folder / "pipeline.yaml").read_text(encoding="utf-8"))["stages"]
+    models = [name.removeprefix("certify-") for name in stages if name.startswith("certify-")]
+    assert models and {f"attack-{name}" for name in models} <= set(stages) and "attack-scratch" in stages
+    for model in models:
+        keys = yaml.safe_load((folder / f"{model}.yaml").read_text(encoding="utf-8"))
+        DiffusionImmunizationConfig(**{name: float(value) if name.endswith("learning_rate") else value
+                                       for name, value in keys.items() if name != "base_path"})
+    for name, table in (("attack", DIFFUSION_ATTACKS), ("benign", DIFFUSION_TRAINABILITY)):
+        keys = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert set(parse_settings(keys["settings"], table)) <= set(table) and keys["protocol"] in DIFFUSION_PROTOCOLS
