@@ -2,6 +2,11 @@
 
     accelerate launch recipes/immunize.py --config recipes/digits-vit/task.yaml \
         --config recipes/digits-vit/closed_form_adversary.yaml
+
+With from_scratch there is no theta_0: random weights learn the primary task under the regularizers from the first step.
+
+    accelerate launch recipes/immunize.py --config recipes/digits-vit/task.yaml \
+        --config recipes/digits-vit/pretrain_immunized.yaml
 """
 
 from __future__ import annotations
@@ -12,10 +17,10 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from hf_immunize.data import Task, TaskArguments, describe_source
-from hf_immunize.errors import ImmunizeError, ModelError
+from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
 from hf_immunize.hub import local_folder
 from hf_immunize.options import parse_options
 from hf_immunize.records import ModelFingerprint, begin_run, fingerprint_of, finish_run, weight_files
@@ -28,37 +33,67 @@ from hf_immunize.training.record import immunization_record, training_spectra
 class BaseArguments:
     """Which model to immunize."""
 
-    base_path: str = field(metadata={"help": "Folder or Hub id of the trained classifier to immunize (theta_0)."})
+    base_path: str = field(
+        metadata={
+            "help": "Folder or Hub id of the trained classifier to immunize (theta_0); with from_scratch, of a config "
+            "and an image processor."
+        }
+    )
+    from_scratch: bool = field(
+        default=False,
+        metadata={"help": "Immunize while pre-training: start at random weights; only config and processor are read."},
+    )
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a base on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
 
 
-def load_base(options: BaseArguments) -> tuple:
-    """Model, processor and fingerprint of the base, from safetensors only."""
+def load_base(options: BaseArguments, label_names: list[str]) -> tuple:
+    """Model, processor and fingerprint of the base, from safetensors only; with from_scratch, of random weights."""
     trusted = {"trust_remote_code": options.trust_remote_code}
     folder, source = local_folder(
         options.base_path, revision=options.base_revision, with_code=options.trust_remote_code
     )
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **trusted)
+    name = describe_source(options.base_path)
+    if options.from_scratch:
+        labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+        config = AutoConfig.from_pretrained(folder, **labels, **trusted)
+        model = AutoModelForImageClassification.from_config(config, **trusted)
+        print_of = ModelFingerprint(
+            name=f"{name} architecture, random weights", architecture=type(model).__name__,
+            parameters=model.num_parameters(), weights={},
+        )  # fmt: skip
+        return model, processor, print_of
     model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **trusted)
     print_of = ModelFingerprint.of_folder(
-        folder,
-        name=describe_source(options.base_path),
-        architecture=type(model).__name__,
-        parameters=model.num_parameters(),
-        source=source,
+        folder, name=name, architecture=type(model).__name__, parameters=model.num_parameters(), source=source
     )
     return model, processor, print_of
+
+
+def refuse_base_options(args: ImmunizationConfig) -> None:
+    """Raise ConfigError for options that compare with theta_0, where there is none."""
+    asked = {
+        "distillation": args.distillation > 0,
+        "feature_distillation": args.feature_distillation > 0,
+        "max_primary_drop": args.max_primary_drop is not None,
+    }
+    if found := [name for name, on in asked.items() if on]:
+        raise ConfigError(
+            f"expected no {', no '.join(found)} with from_scratch, got some: they compare with a theta_0, and random "
+            "weights are none. Balance with strength, and look at the accuracy that is reached."
+        )
 
 
 def main() -> None:
     task_options, base_options, args = parse_options(
         (TaskArguments, BaseArguments, ImmunizationConfig), description=__doc__.splitlines()[0]
     )
-    set_seed(args.seed)
-    model, processor, base = load_base(base_options)
-
+    if base_options.from_scratch:
+        refuse_base_options(args)
     primary, harmful = Task(task_options, "primary"), Task(task_options, "harmful")
+    set_seed(args.seed)
+    model, processor, base = load_base(base_options, primary.label_names)
     if model.config.num_labels != len(primary.label_names):
         raise ModelError(
             f"expected a base with {len(primary.label_names)} labels, got {model.config.num_labels}: train its head on "
@@ -73,7 +108,7 @@ def main() -> None:
     ]
 
     inputs = {
-        "base": base.weights,
+        "base": base.weights or {"config": model.config.to_diff_dict()},
         "task": {
             **asdict(task_options),
             "primary_dataset": describe_source(task_options.primary_dataset),

@@ -36,7 +36,7 @@ class HeadedBackboneConfig(PreTrainedConfig):
 class BackboneForImageClassification(PreTrainedModel):
     """Any ``AutoModel`` of images, and one linear layer on its pooled output; built with ``add_head``.
 
-    Wherever this package has been imported, ``AutoModelForImageClassification.from_pretrained`` loads what
+    Wherever this module has been imported, ``AutoModelForImageClassification.from_pretrained`` loads what
     ``save_pretrained`` wrote. ``problem_type`` of the config chooses the loss, as in every classifier of transformers.
     """
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForImageClassification
+
+from hf_immunize.records import ImmunizationRecord
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
@@ -108,3 +111,27 @@ def test_two_cpu_processes_run_through_accelerate_launch(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+
+
+def test_immunization_during_pretraining_starts_from_a_config_alone(tmp_path):
+    """from_scratch: no weights are read, none of theta_0's options is accepted, the record says what the start was."""
+    config = ["--config", str(RECIPES / "digits-vit" / "task.yaml"), "--config",
+              str(RECIPES / "digits-vit" / "pretrain_immunized.yaml")]  # fmt: skip
+
+    def immunize(*extra: str) -> subprocess.CompletedProcess:
+        words = [
+            sys.executable, str(RECIPES / "immunize.py"), *config, "--output_dir", str(tmp_path / "out"),
+            "--max_steps", "3", "--eval_steps", "3", "--logging_steps", "1", "--report_to", "none", *extra,
+        ]  # fmt: skip
+        return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+
+    refused = immunize("--distillation", "1", "--max_primary_drop", "1")
+    assert refused.returncode != 0
+    assert "expected no distillation, no max_primary_drop with from_scratch" in refused.stderr
+    done = immunize()
+    assert done.returncode == 0, done.stderr
+    record = ImmunizationRecord.read(tmp_path / "out" / "immunization.json")
+    assert record.base.weights == {} and record.base.name == "vit architecture, random weights"
+    assert record.steps == 3 and "'harmful_adversary_r2'" in done.stdout + done.stderr
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert saved.config.id2label == {0: "0", 1: "1", 2: "2", 3: "3", 4: "4"}
