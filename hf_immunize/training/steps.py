@@ -18,7 +18,7 @@ from hf_immunize.training.distributed import gather_rows, world
 from hf_immunize.training.frozen import FrozenPart
 from hf_immunize.training.global_objective import SIDES, GlobalObjective, MicroBatch, SiteGradients
 from hf_immunize.training.harmful_stream import HarmfulStream
-from hf_immunize.training.norms import frozen_statistics
+from hf_immunize.training.norms import frozen_statistics, unlearned_statistics
 from hf_immunize.training.preconditioning import Preconditioner
 from hf_immunize.training.primary import UNLABELLED, wrong_labels
 
@@ -95,13 +95,15 @@ class StepMixin:
         model.train()
         self.frozen.hold(model)
         micros = []
-        with torch.no_grad(), frozen_statistics(model, every=True):
+        with torch.no_grad(), unlearned_statistics(model):
             for place, sample in enumerate(samples):
                 sample = self._prepare_inputs(sample)  # type: ignore[attr-defined]
                 caught = {}
                 with self._same_draws(place), self.compute_loss_context_manager():  # type: ignore[attr-defined]
                     for side, inputs in (("primary", sample), ("harmful", sample["harmful"])):
-                        with self._watched(model) as caught[side]:
+                        # Statistics as in the pass with gradient, or the terms would be of other features.
+                        every = self.args.freeze_norm_statistics or side == "harmful"
+                        with frozen_statistics(model, every=every), self._watched(model) as caught[side]:
                             self._forward(model, inputs)
                 micros.append(self._micro(caught, sample))
         return self._plan_of(micros)
