@@ -22,6 +22,9 @@ from hf_immunize.training.norms import frozen_statistics, unlearned_statistics
 from hf_immunize.training.preconditioning import Preconditioner
 from hf_immunize.training.primary import UNLABELLED, wrong_labels
 
+_NOT_INPUTS = ("labels", "classes", "harmful")
+"""What a batch holds besides the arguments of a forward without loss."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -60,12 +63,17 @@ class StepMixin:
         """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         first = self.state.global_step * self.args.gradient_accumulation_steps
-        samples = [{**sample, "harmful": self._harmful.batch(first + i)} for i, sample in enumerate(samples)]
+        samples = [{**sample, "harmful": self._harmful_batch(first + i)} for i, sample in enumerate(samples)]
         if self.args.augmentation:
             samples = [self._augmented(sample, place, first) for place, sample in enumerate(samples)]
         self._planned = self._plan(samples) if len(samples) > 1 else None
         self._place = 0
         return samples, items
+
+    def _harmful_batch(self, step: int) -> dict[str, Any]:
+        """The harmful batch of a micro-step; its classes also as numbers, which are not moved to the device."""
+        batch = self._harmful.batch(step)
+        return {**batch, "classes": batch["labels"].tolist()}
 
     def _augmented(self, sample: dict[str, Any], place: int, first: int) -> dict[str, Any]:
         """Both tasks' images changed by draws of their place in the global step, whoever holds them.
@@ -129,12 +137,12 @@ class StepMixin:
         """A forward without labels, for its features."""
         bare = self.accelerator.unwrap_model(model)
         with self.frozen.entered(bare, inputs) as plain:
-            return model(**{name: value for name, value in plain.items() if name not in ("labels", "harmful")})
+            return model(**{name: value for name, value in plain.items() if name not in _NOT_INPUTS})
 
     def _micro(self, caught: dict[str, Captured], inputs: dict[str, Any]) -> _Micro:
         first = self.objective.sites[0]
         features = {side: {site: caught[side][site] for site in self.objective.sites} for side in SIDES}
-        harmful = inputs["harmful"]["labels"]
+        harmful = torch.tensor(inputs["harmful"]["classes"])
         nothing = harmful.new_zeros(len(features["primary"][first]))
         labels = {"primary": inputs.get("labels", nothing), "harmful": harmful}
         layers = list(self.preconditioner.layers) if self.preconditioner else []

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from step_builders import relative_error
 from torch.distributed.fsdp import fully_shard
 from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.distributed import DistributedConfig
@@ -18,12 +19,6 @@ from hf_immunize.training import ImmunizationTrainer
 from hf_immunize.training.support import is_sharded, refuse_accelerator, refuse_model, refuse_sites
 
 DOUBLE = torch.float64
-
-
-def relative_error(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
-    assert ours.keys() == truth.keys()
-    difference = sum(float((ours[name] - truth[name]).square().sum()) for name in truth)
-    return (difference / sum(float(value.square().sum()) for value in truth.values())) ** 0.5
 
 
 def make_resnet(seed: int = 0) -> ResNetForImageClassification:
