@@ -5,6 +5,8 @@ None of them knows which task is harmful, what its weight is, or that a trainer 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def closed_form_adversary(
 
     Args:
         features_ND: N×D features of harmful rows.
-        labels_N: N integer class labels.
+        labels_N: N integer class labels; kept on the CPU they cost no wait for the device.
         horizon: t > 0. Choose it so that A_t starts above 0: below, relu gives no gradient.
         memorization: weight of the same R² measured on the support rows themselves.
         feature_dtype: dtype the features were computed in, if they have since been cast; floors the ridge.
@@ -62,8 +64,9 @@ def closed_form_adversary(
     Raises:
         SpectrumError: fewer than two classes with at least two rows each.
     """
-    support, query = alternate_within_classes(labels_N)
+    support, query = _beside(features_ND, *alternate_within_classes(labels_N))
     targets = torch.nn.functional.one_hot(labels_N.long(), int(labels_N.max()) + 1)
+    (targets,) = _beside(features_ND, targets)
     total = features_ND.new_zeros((), dtype=torch.float64)
     for learn, judge in ((support, query), (query, support)):
         held_out, seen = spectral_adversary(
@@ -92,6 +95,11 @@ def alternate_within_classes(labels_N: Tensor) -> tuple[Tensor, Tensor]:
     return order[paired & (place % 2 == 0)], order[paired & (place % 2 == 1)]
 
 
+def _beside(features_ND: Tensor, *small: Tensor) -> list[Tensor]:
+    """Indices and targets on the features' device, without waiting for it."""
+    return [value.to(features_ND.device, non_blocking=True) for value in small]
+
+
 def simulated_attacker(
     features_ND: Tensor, labels_N: Tensor, start: tuple[Tensor, Tensor], *, rate: Tensor, steps: int
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -114,7 +122,7 @@ def simulated_attacker(
     features, support, query, targets = _attacker_rows(features_ND, labels_N, start)
     weights, bias = softmax_descent(features[support], targets[support], *start, rate=rate, steps=steps)
     loss = torch.nn.functional.cross_entropy(features[query] @ weights + bias, targets[query])
-    chance = torch.log(loss.new_tensor(float(start[1].shape[0])))
+    chance = math.log(start[1].shape[0])
     return torch.relu(1 - loss / chance), (weights.detach(), bias.detach())
 
 
@@ -136,7 +144,8 @@ def _attacker_rows(
     features_ND: Tensor, labels_N: Tensor, start: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features centred by the support mean, rows of support and query, and one-hot targets."""
-    support, query = alternate_within_classes(labels_N)
+    support, query = _beside(features_ND, *alternate_within_classes(labels_N))
     features = to_double(features_ND)
     features = features - features[support].mean(dim=0, keepdim=True)
-    return features, support, query, torch.nn.functional.one_hot(labels_N.long(), start[1].shape[0]).to(features)
+    (targets,) = _beside(features, torch.nn.functional.one_hot(labels_N.long(), start[1].shape[0]))
+    return features, support, query, targets.to(features)

@@ -44,7 +44,7 @@ class Spectrum:
 
     ``largest``, ``smallest`` (smallest *nonzero*) and ``frobenius_squared`` = ‖M‖_F² are zero-dimensional float64
     tensors that carry gradients to Φ; ``rank`` is a zero-dimensional int64 tensor. Nothing here synchronises the
-    device until ``status`` or a Python number is asked for.
+    device until ``status`` or a Python number is asked for, but for torch's own check that its decomposition succeeded.
     """
 
     largest: Tensor
@@ -154,12 +154,13 @@ class _ExtremeEigenvalues(torch.autograd.Function):
             # Squaring loses half the digits: eigenvalues below S·eps64·λ₁ are rounding of the Gram matrix itself.
             floor = torch.maximum(floor, (len(values) * torch.finfo(values.dtype).eps * values[0]).sqrt())
         rank = (values.sqrt() > floor).sum()
-        last = (rank - 1).clamp(min=0)
-        smallest = torch.where(rank > 0, values[last], torch.zeros_like(values[0]))
+        last = (rank - 1).clamp(min=0).reshape(1)
+        # index_select: values[last] would read the index, and wait for the device.
+        smallest = torch.where(rank > 0, values.index_select(0, last).squeeze(0), torch.zeros_like(values[0]))
         bad = torch.full_like(values, float("nan"))
         values = torch.where(finite, values, bad)
         smallest = torch.where(finite, smallest, bad[0])
-        ctx.save_for_backward(safe, gram_SS, vectors[:, 0], vectors.index_select(1, last.reshape(1)).squeeze(1))
+        ctx.save_for_backward(safe, gram_SS, vectors[:, 0], vectors.index_select(1, last).squeeze(1))
         ctx.wide = wide
         ctx.mark_non_differentiable(rank, values)
         return values[0].clone(), smallest, values.square().sum(), rank, values

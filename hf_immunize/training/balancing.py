@@ -64,7 +64,7 @@ class TermWeights:
         for name, gradient in gradients.items():
             scale = self.strength * self.factor * self.site_share * self.shares[name]
             if self.fixed is not None:
-                lambdas[name] = torch.tensor(scale * self.fixed[name]).to(gradient)
+                lambdas[name] = gradient.new_full((), scale * self.fixed[name])  # filled there, not copied
                 continue
             norm = torch.linalg.vector_norm(gradient)
             old = self.norms.get(name)

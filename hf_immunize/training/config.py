@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_immunize.data import parse_augmentation
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.support import refuse_unsupported
+from hf_immunize.training.support import refuse_deepspeed, refuse_unsupported
 
 
 @dataclass
@@ -183,6 +183,7 @@ class ImmunizationConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses from the log."})
 
     def __post_init__(self) -> None:
+        refuse_deepspeed(self)
         if self.max_primary_drop is not None and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy = "steps"
             self.eval_steps = self.eval_steps or 50

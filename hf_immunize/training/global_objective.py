@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_immunize.training.balancing import TermWeights
 from hf_immunize.training.bank import FeatureBank
-from hf_immunize.training.distributed import gather_rows
+from hf_immunize.training.distributed import gather_rows, world
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.objective import Evaluated, Rows, Side, Term, TermSettings, evaluate_terms
 
@@ -20,7 +20,7 @@ SIDES: tuple[Side, Side] = ("primary", "harmful")
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Features of one micro-batch on this rank, by side and site, and the labels of each side."""
+    """Features of one micro-batch on this rank, by side and site, and the labels of each side, best on the CPU."""
 
     features: Mapping[Side, Mapping[str, Tensor]]
     labels: Mapping[Side, Tensor]
@@ -148,9 +148,15 @@ def _global_rows(batches: Sequence[MicroBatch], site: str) -> tuple[dict[Side, R
     """Rows of all ranks and micro-batches at a site, and the places of this rank's among them, per micro-batch."""
     rows, places = {}, {}
     for side in SIDES:
-        parts = [(gather_rows(b.features[side][site]), gather_rows(b.labels[side])[0]) for b in batches]
+        parts = [(gather_rows(b.features[side][site]), _labels(b, side, site)) for b in batches]
         starts = np.cumsum([0] + [len(labels) for _, labels in parts])
         features = torch.cat([gathered for (gathered, _), _ in parts])
         rows[side] = Rows(features, torch.cat([labels for _, labels in parts]))
         places[side] = [mine + int(start) for ((_, mine), _), start in zip(parts, starts, strict=False)]
     return rows, places
+
+
+def _labels(batch: MicroBatch, side: Side, site: str) -> Tensor:
+    """Labels of all ranks. Collectives want them beside the features; alone they stay where reading them is free."""
+    labels = batch.labels[side]
+    return labels if world()[1] == 1 else gather_rows(labels.to(batch.features[side][site].device))[0]

@@ -21,3 +21,18 @@ def frozen_statistics(model: nn.Module, *, every: bool) -> Iterator[None]:
     finally:
         for layer, mode in zip(layers, modes, strict=True):
             layer.training = mode
+
+
+@contextmanager
+def unlearned_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm layers normalize as they otherwise would, and leave their running statistics as they are."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    tracking = [layer.track_running_stats for layer in layers]
+    for layer in layers:
+        # In training mode this passes no buffers on, so that the statistics are the batch's and nothing is updated.
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer, tracked in zip(layers, tracking, strict=True):
+            layer.track_running_stats = tracked

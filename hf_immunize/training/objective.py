@@ -77,6 +77,9 @@ class Term:
     measure: Callable[[Rows, TermSettings], Tensor]
     logarithmic: bool = False
     """Whether progress is better compared on a log scale (values that span decades)."""
+    full_precision: bool = False
+    """Whether its gradient is that of the batch's smallest eigenvalue, where rounding to bfloat16 ends up: refused
+    under bf16 autocast."""
 
     def progress(self, value: float) -> float:
         """A number that falls as the term is minimised, on a scale on which averages mean something."""
@@ -131,8 +134,12 @@ def _group_log_kappa(rows: Rows, settings: TermSettings) -> Tensor:
 
 _R_ILL = Term("harmful_r_ill", "harmful", lambda rows, _: ill_conditioned(rows.spectrum), logarithmic=True)
 _R_WELL = Term("primary_r_well", "primary", lambda rows, _: well_conditioned(rows.spectrum), logarithmic=True)
-_LOG_KAPPA_H = Term("harmful_negative_log_kappa", "harmful", lambda rows, _: -log_condition(rows.spectrum))
-_LOG_KAPPA_P = Term("primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum))
+_LOG_KAPPA_H = Term(
+    "harmful_negative_log_kappa", "harmful", lambda rows, _: -log_condition(rows.spectrum), full_precision=True
+)
+_LOG_KAPPA_P = Term(
+    "primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum), full_precision=True
+)
 _GROUP_KAPPA = Term("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
 _ADVERSARY = Term("harmful_adversary_r2", "harmful", _adversary)
 IMMA = Term("harmful_attacker_gain", "harmful", _imma)

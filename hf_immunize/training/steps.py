@@ -21,10 +21,13 @@ from hf_immunize.training.global_objective import SIDES, GlobalObjective, MicroB
 from hf_immunize.training.harmful_stream import HarmfulStream
 from hf_immunize.training.lora_attacker import LoraAttacker
 from hf_immunize.training.meter import Meter
-from hf_immunize.training.norms import frozen_statistics
+from hf_immunize.training.norms import frozen_statistics, unlearned_statistics
 from hf_immunize.training.objective import IMMA, Rows, imma_training_loss
 from hf_immunize.training.preconditioning import Preconditioner
 from hf_immunize.training.primary import UNLABELLED, wrong_labels
+
+_NOT_INPUTS = ("labels", "classes", "harmful")
+"""What a batch holds besides the arguments of a forward without loss."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class StepMixin:
         """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
         first = self.state.global_step * self.args.gradient_accumulation_steps
-        samples = [{**sample, "harmful": self._harmful.batch(first + i)} for i, sample in enumerate(samples)]
+        samples = [{**sample, "harmful": self._harmful_batch(first + i)} for i, sample in enumerate(samples)]
         if self.args.augmentation:
             samples = [self._augmented(sample, place, first) for place, sample in enumerate(samples)]
         if self.attacker:
@@ -74,6 +77,11 @@ class StepMixin:
         self._planned = self._plan(samples) if len(samples) > 1 else None
         self._place = 0
         return samples, items
+
+    def _harmful_batch(self, step: int) -> dict[str, Any]:
+        """The harmful batch of a micro-step; its classes also as numbers, which are not moved to the device."""
+        batch = self._harmful.batch(step)
+        return {**batch, "classes": batch["labels"].tolist()}
 
     def _augmented(self, sample: dict[str, Any], place: int, first: int) -> dict[str, Any]:
         """Both tasks' images changed by draws of their place in the global step, whoever holds them.
@@ -103,13 +111,15 @@ class StepMixin:
         model.train()
         self.frozen.hold(model)
         micros = []
-        with torch.no_grad(), frozen_statistics(model, every=True):
+        with torch.no_grad(), unlearned_statistics(model):
             for place, sample in enumerate(samples):
                 sample = self._prepare_inputs(sample)  # type: ignore[attr-defined]
                 caught = {}
                 with self._same_draws(place), self.compute_loss_context_manager():  # type: ignore[attr-defined]
                     for side, inputs in (("primary", sample), ("harmful", sample["harmful"])):
-                        with self._watched(model) as caught[side]:
+                        # Statistics as in the pass with gradient, or the terms would be of other features.
+                        every = self.args.freeze_norm_statistics or side == "harmful"
+                        with frozen_statistics(model, every=every), self._watched(model) as caught[side]:
                             self._forward(model, inputs, attacked=side == "harmful")
                 micros.append(self._micro(caught, sample))
         return self._plan_of(micros)
@@ -158,12 +168,12 @@ class StepMixin:
         bare = self.accelerator.unwrap_model(model)
         updates = self.attacker.attached(bare) if attacked and self.attacker else contextlib.nullcontext()
         with updates, self.frozen.entered(bare, inputs) as plain:
-            return model(**{name: value for name, value in plain.items() if name not in ("labels", "harmful")})
+            return model(**{name: value for name, value in plain.items() if name not in _NOT_INPUTS})
 
     def _micro(self, caught: dict[str, Captured], inputs: dict[str, Any]) -> _Micro:
         first = self.objective.sites[0]
         features = {side: {site: caught[side][site] for site in self.objective.sites} for side in SIDES}
-        harmful = inputs["harmful"]["labels"]
+        harmful = torch.tensor(inputs["harmful"]["classes"])
         nothing = harmful.new_zeros(len(features["primary"][first]))
         labels = {"primary": inputs.get("labels", nothing), "harmful": harmful}
         layers = list(self.preconditioner.layers) if self.preconditioner else []

@@ -1,50 +1,86 @@
-"""Combinations of hardware options that are refused, each with its reason, rather than trained silently wrong."""
+"""Combinations of hardware options that are refused, each with its reason, rather than trained silently wrong.
+
+What is left is exact: tests/training/test_devices.py and test_distributed.py compare each with one process in float64.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from hf_immunize.errors import ConfigError
 
+_LAUNCHER = "accelerate's launcher or configuration file"
+
+
+def refuse_deepspeed(args: Any) -> None:
+    """Raise ConfigError for DeepSpeed, asked for by an option or by ``accelerate launch``.
+
+    Called before TrainingArguments look for the package, so that the reason does not depend on its being installed.
+    """
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes", "y", "on", "t")
+    if args.deepspeed is not None or launched:
+        where = "in the options" if args.deepspeed is not None else f"from {_LAUNCHER}"
+        raise ConfigError(
+            f"expected no DeepSpeed, got it {where}: its engine runs backward on its own and has not been shown to "
+            "give the gradient of the global batch. Use DDP or FSDP2."
+        )
+
 
 def refuse_unsupported(args: Any) -> None:
     """Raise ConfigError for options that cannot give the gradient of the global batch, or were never shown to."""
-    if args.deepspeed is not None:
-        raise ConfigError(
-            "expected no DeepSpeed: its engine runs backward on its own and has not been shown to give the "
-            "gradient of the global batch. Use DDP or FSDP2."
-        )
     if args.torch_compile:
         raise ConfigError(
             "expected torch_compile off: features are read by hooks, which a compiled model does not call. Compile the "
             "released model instead."
         )
-    checkpointing = args.gradient_checkpointing
-    if checkpointing:
-        args.gradient_checkpointing_kwargs = {"use_reentrant": False} | (args.gradient_checkpointing_kwargs or {})
-        if args.gradient_checkpointing_kwargs["use_reentrant"]:
-            raise ConfigError(
-                "expected gradient_checkpointing_kwargs with use_reentrant=False: reentrant checkpointing hands out "
-                "features without a gradient, silently."
-            )
-    if args.cache_frozen_features and checkpointing:
-        raise ConfigError(
-            "expected cache_frozen_features or gradient_checkpointing, got both: checkpointing repeats a forward whose "
-            "beginning was skipped. The cache alone saves more memory."
-        )
+    if args.fsdp:
+        _refuse_accelerate_fsdp("the fsdp option")
+    _refuse_precision(args)
+    _refuse_with_checkpointing(args)
+    if args.attacker_lora_rank:
+        _refuse_with_lora(args)
     if args.cache_frozen_features and args.augmentation:
         raise ConfigError(
             "expected cache_frozen_features or augmentation, got both: cached activations are of unchanged images."
         )
-    if args.precondition_gradients and checkpointing:
+
+
+def _refuse_precision(args: Any) -> None:
+    if args.mixed_precision not in ("no", "bf16"):
         raise ConfigError(
-            "expected precondition_gradients or gradient_checkpointing, got both: the correction needs the graph of "
+            f"expected mixed precision 'no' or 'bf16', got {args.mixed_precision!r}: gradients of the terms span more "
+            "decades than its range, and vanish there. Use bf16."
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"expected {name} off: evaluating the model before training would round the weights that are trained, "
+                "and those that are returned. bf16 evaluates under autocast and leaves them alone."
+            )
+
+
+def _refuse_with_checkpointing(args: Any) -> None:
+    if not args.activation_checkpointing:
+        return
+    # torch's default is the reentrant kind. Trainer reads the new name, older code the old one.
+    options = {"use_reentrant": False} | dict(args.activation_checkpointing_kwargs or {})
+    args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = options
+    if options["use_reentrant"]:
+        _refuse_reentrant("activation_checkpointing_kwargs")
+    if args.cache_frozen_features:
+        raise ConfigError(
+            "expected cache_frozen_features or activation_checkpointing, got both: checkpointing repeats a forward "
+            "whose beginning was skipped. The cache alone saves more memory."
+        )
+    if args.precondition_gradients:
+        raise ConfigError(
+            "expected precondition_gradients or activation_checkpointing, got both: the correction needs the graph of "
             "the forward a second time."
         )
-    if args.attacker_lora_rank:
-        _refuse_with_lora(args)
 
 
 def _refuse_with_lora(args: Any) -> None:
@@ -54,10 +90,43 @@ def _refuse_with_lora(args: Any) -> None:
             f"expected objective imma alone at sites=head with attacker_lora_rank, got {args.objective} at "
             f"{args.sites}: set attacker_lora_rank=0 for other objectives and sites."
         )
-    if args.gradient_checkpointing or args.cache_frozen_features:
+    if args.activation_checkpointing or args.cache_frozen_features:
         raise ConfigError(
-            "expected neither gradient_checkpointing nor cache_frozen_features with attacker_lora_rank, got one: a "
+            "expected neither activation_checkpointing nor cache_frozen_features with attacker_lora_rank, got one: a "
             "forward that is repeated or begins late would not have the attacker's updates."
+        )
+
+
+def _refuse_reentrant(where: str) -> None:
+    raise ConfigError(
+        f"expected {where} with use_reentrant=False: reentrant checkpointing hands out features without a gradient, "
+        "silently."
+    )
+
+
+def _refuse_accelerate_fsdp(where: str) -> None:
+    raise ConfigError(
+        f"expected no FSDP from accelerate, got it from {where}: it wraps the model after features, boundary and θ₀ "
+        "were read from it. Shard when loading: from_pretrained(..., distributed_config=DistributedConfig("
+        "fsdp_size=N)) is FSDP2, and exact."
+    )
+
+
+def refuse_accelerator(accelerator: Any) -> None:
+    """Raise ConfigError for what ``accelerate launch`` adds that no option shows: FSDP, compilation, other engines."""
+    state = accelerator.state
+    if getattr(state, "fsdp_plugin", None) is not None:
+        _refuse_accelerate_fsdp(_LAUNCHER)
+    if str(getattr(getattr(state, "dynamo_plugin", None), "backend", "NO")).rpartition(".")[2] != "NO":
+        raise ConfigError(
+            f"expected no dynamo backend from {_LAUNCHER}, got {state.dynamo_plugin.backend}: features are read by "
+            "hooks, which a compiled model does not call."
+        )
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU"):
+        raise ConfigError(
+            f"expected one process or DistributedDataParallel from {_LAUNCHER}, got {kind}: it has not been shown to "
+            "give the gradient of the global batch."
         )
 
 
@@ -68,13 +137,57 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def refuse_sharded(args: Any, model: nn.Module) -> None:
-    """Raise ConfigError for options that read or write whole parameters of a model that is split over ranks."""
+def refuse_model(args: Any, model: nn.Module) -> None:
+    """Raise ConfigError for a model that was compiled, checkpointed or split in a way its features do not survive."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ConfigError(
+                "expected a model that is not compiled, got one: features are read by hooks, which a compiled model "
+                "does not call. Compile the released model instead."
+            )
+        if getattr(module, "gradient_checkpointing", False):
+            _refuse_checkpointed(args, module)
+    _refuse_split(model)
+    _refuse_sharded(args, model)
+
+
+def _refuse_checkpointed(args: Any, module: nn.Module) -> None:
+    """Checkpointing that was turned on at the model itself, where no option shows it."""
+    words = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    if words.get("use_reentrant", True):
+        _refuse_reentrant("activation checkpointing of the model")
+    for name in ("cache_frozen_features", "precondition_gradients"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"expected {name} or activation checkpointing, got both: the model has checkpointing on. Call "
+                "model.activation_checkpointing_disable()."
+            )
+
+
+def _refuse_split(model: nn.Module) -> None:
+    """Parallelism at loading time other than plain FSDP2."""
+    asked = getattr(getattr(model, "config", None), "distributed_config", None)
+    if asked is None:
+        return
+    sizes = {name: getattr(asked, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size", "dp_replicate_size")}
+    flags = ("fsdp_cpu_offload", "fsdp_mixed_precision")
+    others = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    others += [name for name in flags if getattr(asked, name, False)]
+    if others:
+        raise ConfigError(
+            f"expected a distributed_config with fsdp_size only, got {others}: rows of the global batch are gathered "
+            "once from every rank, which was tested for DDP and plain FSDP2. Leave these out; for bf16 set bf16=True."
+        )
+
+
+def _refuse_sharded(args: Any, model: nn.Module) -> None:
+    """Options that read or write whole parameters of a model that is split over ranks."""
     needs_whole = {
         "cache_frozen_features": args.cache_frozen_features,
         "precondition_gradients": args.precondition_gradients is not None,
         "ema_decay": args.ema_decay > 0,
-        "distillation": args.distillation + args.feature_distillation > 0,
+        "distillation": args.distillation > 0,
+        "feature_distillation": args.feature_distillation > 0,
         "max_primary_drop": args.max_primary_drop is not None,
         "attacker_lora_rank": args.attacker_lora_rank > 0,
     }
@@ -83,4 +196,32 @@ def refuse_sharded(args: Any, model: nn.Module) -> None:
         raise ConfigError(
             f"expected a model that is whole on every rank for {asked}, got sharded parameters (FSDP2): turn these "
             "options off, or use DDP."
+        )
+
+
+def refuse_sites(model: nn.Module, sites: Iterable[str]) -> None:
+    """Raise ConfigError for sites inside a block that FSDP2 shards by itself.
+
+    FSDP2 gathers a block's weights for backward when a gradient reaches the block's *output*. A term's gradient enters
+    at the site, and nothing of the harmful forward comes in from behind it.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    blocks = [name for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
+    inside = [site for site in sites if any(f"{site}.".startswith(f"{block}.") for block in blocks)]
+    if inside:
+        raise ConfigError(
+            f"expected sites outside of the blocks that FSDP2 shards, got {inside}: their weights are not gathered for "
+            "a gradient that starts inside. Use the default site 'head', or DDP."
+        )
+
+
+def refuse_terms(args: Any, terms: Iterable[Any]) -> None:
+    """Raise ConfigError for terms that need more digits than the features have under autocast."""
+    found = [term.name for term in terms if term.full_precision]
+    if args.mixed_precision != "no" and found:
+        raise ConfigError(
+            f"expected mixed precision 'no' for the terms {found}, got {args.mixed_precision!r}: they follow the "
+            "smallest eigenvalue of the batch, which rounding of the features decides there. Use condition_number, "
+            "group_kappa or closed_form_adversary, or train in float32."
         )

@@ -42,7 +42,7 @@ from hf_immunize.training.primary import (
 from hf_immunize.training.publishing import GatedPushMixin
 from hf_immunize.training.sites import choose_sites
 from hf_immunize.training.steps import StepMixin
-from hf_immunize.training.support import refuse_sharded
+from hf_immunize.training.support import refuse_accelerator, refuse_model, refuse_sites, refuse_terms
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +96,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         compute_metrics: Callable[..., Any] | None = None,
         **kwargs: Any,
     ):
-        refuse_sharded(args, model)
+        refuse_model(args, model)
         if args.max_primary_drop is not None and eval_dataset is None:
             raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out primary rows.")
         if args.trainable_modules is not None:
@@ -118,6 +118,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             compute_metrics=compute_metrics or METRICS[self.kind],
             **kwargs,
         )
+        refuse_accelerator(self.accelerator)
         # The loss is a per-batch mean; without both lines the stock Trainer multiplies it by world x accumulation
         # for models that accept loss kwargs.
         self.model_accepts_loss_kwargs = False
@@ -126,12 +127,16 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
 
     def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
         """Everything of ours that Trainer's own constructor does not need to have run for."""
+        sites = choose_sites(model, args.sites, args.site_weights, self.site, sample)
+        refuse_sites(model, sites)
+        terms = terms_of(args.objective)
+        refuse_terms(args, terms)
         metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
         self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
         self.meter = Meter()
         self.frozen = FrozenPart(model, sample.shape)
         self.objective = GlobalObjective(
-            terms_of(args.objective),
+            terms,
             TermSettings(
                 horizons=args.horizons,
                 memorization=args.memorization,
@@ -139,7 +144,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
                 attacker_steps=args.attacker_steps,
                 harmful_classes=harmful_classes,
             ),
-            choose_sites(model, args.sites, args.site_weights, self.site, sample),
+            sites,
             weight=args.weight,
             strength=args.strength,
             shares=args.term_shares,

@@ -134,7 +134,7 @@ def test_the_updates_start_as_nothing_leave_no_trace_and_come_back_from_a_checkp
     [
         ({"objective": "imma+ill_only"}, "objective imma alone at sites=head"),
         ({"sites": "lora"}, "objective imma alone at sites=head"),
-        ({"gradient_checkpointing": True}, "neither gradient_checkpointing nor cache_frozen_features"),
+        ({"gradient_checkpointing": True}, "neither activation_checkpointing nor cache_frozen_features"),
         ({"attacker_lora_rank": -1}, "attacker_lora_rank of at least 0"),
     ],
 )
