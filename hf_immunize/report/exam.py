@@ -88,7 +88,7 @@ def trainability_rows(found: Sequence[Trainability]) -> list[dict[str, str]]:
             if item.base else text.NONE,
             "lost": text.points(item.drop),
             "slow_down": text.slow_down(item.slow_down) if item.base else text.NONE,
-            "margin": f"±{100 * item.margin:g}",
+            "margin": f"±{100 * item.margin:.3g}",
         }
         for item in found
     ]

@@ -108,7 +108,7 @@ def _model(item: Evidence, index: int) -> dict[str, Any]:
 
 
 def _allowance(allowed: float | None) -> str:
-    return "" if allowed is None else f"{allowed:g} point" + ("" if allowed == 1 else "s")
+    return "" if allowed is None else f"{allowed:.3g} point" + ("" if allowed == 1 else "s")
 
 
 def matrix(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:
@@ -179,7 +179,8 @@ def utility_chart(evidence: Sequence[Evidence]) -> Markup:
             low=None if low is None else utility.base - low,
             high=None if high is None else utility.base - high,
         ))
-    label = f"Primary {text.clean(first.metric)}, % (axis cut to the data)"
+    metric = text.clean(first.metric)
+    label = f"Primary {metric if len(metric) <= 20 else 'metric'}, % (axis cut to the data)"  # or it leaves the picture
     return charts.strips("Primary metric, base and immunized", rows, label, zoom=True)
 
 
