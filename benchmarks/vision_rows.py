@@ -55,6 +55,20 @@ FRONTIER: dict[str, dict[str, Any]] = {
     "closed_form_adversary weight=0.5": _ADVERSARY | {"strength": 0.5},
     "closed_form_adversary weight=0.1": _ADVERSARY | {"strength": 0.1},
     "closed_form_adversary no feature distillation": _ADVERSARY | {"strength": 2.0, "feature_distillation": 0.0},
+    "condition_number long": {
+        "objective": "condition_number",
+        "strength": 0.5,
+        "learning_rate": 1e-3,
+        "max_steps": 240,
+        "feature_distillation": 6.0,
+    },
+    "condition_number gentle": {
+        "objective": "condition_number",
+        "strength": 0.3,
+        "learning_rate": 8e-4,
+        "max_steps": 280,
+        "feature_distillation": 6.0,
+    },
 }
 """More points of the frontier of primary accuracy against harmful accuracy; not in the table."""
 
