@@ -108,13 +108,47 @@ def test_a_run_alone_gives_the_curve_it_has_in_company(make_context):
 def test_a_run_that_is_missing_comes_back_the_same_at_every_rate(make_context, tmp_path, name):
     context, settings = make_context(), {name: {"steps": (200,)}}
     run_suite(context, ATTACKS, [name], [0, 1, 2], tmp_path, settings)
-    paths = sorted((tmp_path / "traces" / "subject").glob("*.json"))
+    paths = sorted(tmp_path.glob("traces/*/*.json"))
     before = {path.name: AttackTrace.read(path).curve for path in paths}
+    assert len(paths) >= 12
     for path in paths[1::3]:
         path.unlink()
     summary = run_suite(context, ATTACKS, [name], [0, 1, 2], tmp_path, settings)
     assert summary.made == len(paths[1::3])
     assert {path.name: AttackTrace.read(path).curve for path in paths} == before
+
+
+def test_runs_of_a_batched_attack_are_made_again_together(make_context, tmp_path):
+    company = []
+
+    def run(context, runs):
+        company.append(len(runs))
+        yield from ATTACKS["linear_probe_gd"].run(context, runs)
+
+    table = {"linear_probe_gd": replace(ATTACKS["linear_probe_gd"], run=run)}
+    context, settings = make_context(), {"linear_probe_gd": {"steps": (5,), "learning_rate": (0.1, 1.0)}}
+    run_suite(context, table, ["linear_probe_gd"], [0, 1, 2], tmp_path, settings)
+    next(tmp_path.glob("traces/*/*.json")).unlink()
+    assert run_suite(context, table, ["linear_probe_gd"], [0, 1, 2], tmp_path, settings).made == 1
+    assert company == [6, 6]
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("scale", [1.0, 800.0])
+def test_probabilities_are_the_softmax_with_a_zero_for_the_last_class(classes, scale):
+    logits = scale * torch.randn(2, classes - 1, 3, 5, generator=torch.Generator().manual_seed(0)).double()
+    wanted = torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=1).softmax(dim=1)[:, :-1]
+    torch.testing.assert_close(_probes.class_probabilities(logits.clone()), wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_seeds_that_share_rows_are_one_set_and_give_the_curves_of_sets_of_their_own(make_context, monkeypatch):
+    context = replace(make_context(), attack_fraction=1.0)
+    config = LinearProbeAdam(learning_rate=1e-2, steps=50)
+    runs = [Run(config, "x", seed) for seed in (0, 1, 2)]
+    assert len(probe_data(context, [0, 1, 2], config.features).train_GND) == 1
+    shared = [as_tuples(result.curve) for _, result in ATTACKS["linear_probe_adam"].run(context, runs)]
+    own = [as_tuples(result.curve) for run in runs for _, result in ATTACKS["linear_probe_adam"].run(context, [run])]
+    assert shared == own and shared[0] != shared[1]
 
 
 def test_gradient_descent_does_not_care_for_scale_and_offset_of_features(make_context, monkeypatch):
