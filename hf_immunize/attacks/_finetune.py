@@ -22,7 +22,6 @@ from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
 from hf_immunize.data import forward_rows
 from hf_immunize.errors import ConfigError
-from hf_immunize.features import prefer_channels_last
 from hf_immunize.records import Evaluation
 
 _EVALUATION_RATIO = 1.5
@@ -200,7 +199,6 @@ def train(
     The loss is the model's own mean over the batch. Trainer would multiply it by the number of accumulation steps and
     processes for models that swallow keyword arguments (transformers 5.23); the two flags below switch that off.
     """
-    prefer_channels_last(model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,

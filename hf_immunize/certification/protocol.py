@@ -141,11 +141,13 @@ _PROBES = (
     "lbfgs_probe", "ridge_probe", "earlier_layer_probe", "batchnorm_probe", "fold_linear_map",
 )
 _TRAINED = (
-    "lora", "dora", "lokr", "oft", "partial_finetune", "full_finetune", "ridge_head_finetune", "muon_finetune",
+    "lora", "dora", "partial_finetune", "full_finetune", "ridge_head_finetune", "muon_finetune",
     "reset_last_blocks", "subtract_difference", "distil_fresh", "few_shot_finetune", "mixed_finetune",
     "augmented_finetune",
 )
-_ALL_TRAINED = (*_TRAINED, "loha", "ia3", "vera", "five_shot_finetune", "one_shot_finetune", "noisy_finetune")
+_ALL_TRAINED = (
+    *_TRAINED, "loha", "lokr", "oft", "ia3", "vera", "five_shot_finetune", "one_shot_finetune", "noisy_finetune",
+)
 
 
 def _steps(count: int, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -84,6 +84,15 @@ def test_what_an_adapter_cannot_target_is_not_applicable(resnet_context):
     assert result.outcome == "not_applicable" and "PEFT cannot put this adapter on Conv2d layers" in result.note
 
 
+# PEFT has no VeRA for convolutions, and its OFT does not pad: no 3 x 3 kernel fits the 2 x 2 maps of this network.
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in ("vera", "oft")])
+def test_adapters_train_convolutions_that_lie_channels_last(resnet_context, name):
+    layers = [module for module in resnet_context.model(0).modules() if isinstance(module, nn.Conv2d)]
+    assert any(layer.weight.shape[-1] > 1 and not layer.weight.is_contiguous() for layer in layers)
+    result = only(resnet_context, name, ATTACKS[name].config(1e-2, steps=2))
+    assert result.outcome == "completed", result.note
+
+
 @pytest.mark.parametrize("variant", ["rslora", "pissa", "dora"])
 def test_lora_variants(make_context, variant):
     results = [only(make_context(), "lora", Lora(1e-2, steps=4, variant=name)) for name in ("plain", variant)]
