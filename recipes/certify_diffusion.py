@@ -19,6 +19,7 @@ from rich.console import Console
 from hf_immunize.certification import find_protocol
 from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate
 from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+from hf_immunize.certification.similarity import FeatureSimilarity, ImageFeatures
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
 from hf_immunize.errors import ImmunizeError
 from hf_immunize.hub import write_card
@@ -43,7 +44,16 @@ class CertifyArguments:
         default=None,
         metadata={"help": "Folder of an image classifier that recognises what is drawn; without one, utility is R2."},
     )
-    judged_images: int = field(default=1000, metadata={"help": "Images that each model draws for the judge."})
+    features_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of an image model (CLIP, DINOv2, a classifier) by whose features drawn images "
+            "are compared with real ones: SGR and Fréchet distance. The judge by default."
+        },
+    )
+    judged_images: int = field(
+        default=1000, metadata={"help": "Images that each model draws for the judge and the Fréchet distance."}
+    )
     draw_steps: int = field(default=20, metadata={"help": "Sampling steps of every drawn image."})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
 
@@ -63,11 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                for split in ("attack", "validation", "test")]
         for side in ("harmful", "benign")
     }
+    features = arguments.features_path or arguments.judge_path
+    seen_by = None if features is None else ImageFeatures.of(features, str(state.device))
     exam = ConceptExam(
         retain_test=retain, harmful_test=task.examples("harmful", "test"),
         retain=(retain.fingerprint(source=task.source, role="retain test"),),
         harmful=tuple(attackers["harmful"]), benign=tuple(attackers["benign"]),
+        benign_test=task.examples("benign", "test"),
         judge=None if arguments.judge_path is None else Path(arguments.judge_path),
+        similarity=None if seen_by is None else FeatureSimilarity(seen_by), features=seen_by,
         judged_images=arguments.judged_images, draw_steps=arguments.draw_steps,
     )
     certificate = build_diffusion_certificate(

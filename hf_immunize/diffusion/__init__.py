@@ -6,7 +6,15 @@ except ImportError as error:
     raise ImportError("expected diffusers: pip install hf_immunize[diffusers].") from error
 
 from hf_immunize.diffusion.denoisers import DENOISERS, Denoiser, denoiser_of
-from hf_immunize.diffusion.drawing import decode, draw_latents, grid_png, to_images
+from hf_immunize.diffusion.drawing import (
+    DRAWN_SHARES,
+    decode,
+    draw_latents,
+    drawing_steps,
+    grid_png,
+    split_grid,
+    to_images,
+)
 from hf_immunize.diffusion.exam import SCORE, DenoisingExam, ExamResult
 from hf_immunize.diffusion.examples import LatentBatch, LatentDataset
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
@@ -14,6 +22,7 @@ from hf_immunize.diffusion.pipelines import component_of, fresh_denoiser, load_p
 
 __all__ = [
     "DENOISERS",
+    "DRAWN_SHARES",
     "SCORE",
     "Denoiser",
     "DenoisingExam",
@@ -26,8 +35,10 @@ __all__ = [
     "denoiser_of",
     "denoising_losses",
     "draw_latents",
+    "drawing_steps",
     "fresh_denoiser",
     "grid_png",
     "load_pipeline",
+    "split_grid",
     "to_images",
 ]

@@ -18,8 +18,17 @@ from torch import Tensor, nn
 
 from hf_immunize.diffusion.denoisers import Conditions, Denoiser
 from hf_immunize.diffusion.noise import NoiseProcess
+from hf_immunize.errors import RecordError
 
 _ROWS, _GAP = 128, 2
+
+DRAWN_SHARES = (0.1, 0.3, 1.0)
+"""Parts of an attack's budget after which the attacked model draws: one line of its picture each."""
+
+
+def drawing_steps(budget: int) -> list[int]:
+    """The steps of ``DRAWN_SHARES``, rising, none twice."""
+    return sorted({max(1, round(share * budget)) for share in DRAWN_SHARES})
 
 
 def sampler_of(scheduler: Any) -> Any:
@@ -89,3 +98,28 @@ def grid_png(pixels_NCHW: Tensor, columns: int) -> bytes:
     stream = io.BytesIO()
     sheet.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
+
+
+def split_grid(data: bytes, size: tuple[int, int]) -> list[list[Image.Image]]:
+    """The images of a ``grid_png``, line by line. ``size`` is that of one image, (width, height).
+
+    Raises:
+        RecordError: not a PNG, or one that does not consist of whole images of that size.
+    """
+    try:
+        sheet = Image.open(io.BytesIO(data), formats=["PNG"])
+        sheet.load()
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise RecordError(f"expected a PNG of drawn images, got {error}: attack again.") from error
+    places = [(whole + _GAP) / (part + _GAP) for whole, part in zip(sheet.size, size, strict=True)]
+    if any(count != int(count) for count in places):
+        raise RecordError(f"expected a picture of whole images of {size}, got one of {sheet.size}: attack again.")
+    columns, lines = map(int, places)
+    width, height = size
+    return [
+        [
+            sheet.crop((left, top, left + width, top + height))
+            for left in range(0, columns * (width + _GAP), width + _GAP)
+        ]
+        for top in range(0, lines * (height + _GAP), height + _GAP)
+    ]

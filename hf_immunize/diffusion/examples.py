@@ -78,6 +78,12 @@ class LatentDataset:
         batch = self.batch(rows)
         return LatentDataset(batch.latents, batch.conditions, batch.labels, self.label_names)
 
+    def rows_in_turn(self, count: int) -> Tensor:
+        """``count`` rows that go through the classes in turn, rows of a class repeated where there are too few."""
+        classes = [torch.nonzero(self.labels == label).flatten() for label in self.labels.unique()]
+        turns = (divmod(place, len(classes)) for place in range(count))
+        return torch.stack([classes[of][turn % len(classes[of])] for turn, of in turns])
+
     def fingerprint(self, *, source: str, role: str) -> DatasetFingerprint:
         """Identity by content: latents, conditions and label of every row, in order."""
         digest = hashlib.sha256()

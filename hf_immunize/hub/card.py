@@ -21,7 +21,7 @@ from hf_immunize.hub.library import ADAPTER_FILE, LOADERS, PIPELINE_FILE, Librar
 from hf_immunize.hub.markdown import Safe, code, listed, prose
 from hf_immunize.hub.names import CERTIFICATE, IMMUNIZATION, problem_with
 from hf_immunize.records import Cell, Certificate, DatasetFingerprint, ImmunizationRecord, Interval, atomic_write
-from hf_immunize.report import curve_pictures, picture_names, text
+from hf_immunize.report import curve_pictures, frechet_words, gap_rows, picture_names, text
 from hf_immunize.report.text import clean
 
 _UNTRIED = ("NOT RUN", "NOT APPLICABLE")
@@ -228,6 +228,8 @@ def _context(
         "drop": Safe(text.points(certificate.utility.drop, 1.0)),
         "ratio": Safe(text.number(certificate.immunization_ratio)) if certificate.spectra else None,
         "beside": [(item, Safe(text.points(item.drop, 1.0))) for item in certificate.further_utility],
+        "gaps": gap_rows(certificate),
+        "frechet": frechet_words(certificate),
         "loader": Safe(LOADERS[options.pipeline_tag or "image-classification"]),
         "repository": Safe(json.dumps(options.repo_id or "your-name/your-model")),
         "base": Safe(json.dumps(_base_of(certificate, options) or "folder-or-id-of-the-base")),

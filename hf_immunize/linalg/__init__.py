@@ -1,6 +1,7 @@
 """Numerics of the package: dtype, rank floors, eigen-solvers and their gradients. Imports torch only."""
 
 from hf_immunize.linalg.attacker import softmax_descent
+from hf_immunize.linalg.frechet import frechet_distance
 from hf_immunize.linalg.linear_map import LinearMap, fit_linear_map, truncated
 from hf_immunize.linalg.ridge import r_squared, ridge_weights, spectral_adversary, spectral_steps
 from hf_immunize.linalg.spectrum import (
@@ -18,6 +19,7 @@ __all__ = [
     "SpectrumStatus",
     "check_features",
     "fit_linear_map",
+    "frechet_distance",
     "r_squared",
     "ridge_weights",
     "second_moment_spectrum",

@@ -1,19 +1,19 @@
 """Everything that is written to disk, and how it is written: atomically, strictly, with provenance."""
 
-from hf_immunize.records.base import SCHEMA_VERSION, Part, Record
+from hf_immunize.records.base import SCHEMA_VERSION, Interval, Part, Record
 from hf_immunize.records.certificate import (
     AtBudget,
     AtThreshold,
     Cell,
     Certificate,
     FamilyVerdict,
-    Interval,
     Side,
     Trainability,
     Utility,
     VerdictName,
 )
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
+from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, UtilityGuardRecord
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
@@ -32,6 +32,7 @@ __all__ = [
     "DatasetFingerprint",
     "Evaluation",
     "FamilyVerdict",
+    "FrechetGap",
     "HubSource",
     "ImmunizationRecord",
     "Interval",
@@ -41,6 +42,7 @@ __all__ = [
     "Record",
     "RunRecord",
     "Side",
+    "SimilarityGap",
     "SpectrumRecord",
     "Trainability",
     "Utility",

@@ -60,3 +60,14 @@ class Record(Part):
                 f"expected a valid {cls.__name__} in {source}, got a problem at '{where}': {first['msg']}. "
                 "The file was changed by hand or by another release: make it again."
             ) from error
+
+
+class Interval(Part):
+    """A point estimate with its interval. A null bound is open: censored runs put no figure on it."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    level: float = 0.95
+    samples: int
+    """Number of paired seeds behind it."""

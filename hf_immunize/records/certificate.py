@@ -6,22 +6,12 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from hf_immunize.records.base import Part, Record
+from hf_immunize.records.base import Interval, Part, Record
+from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint, Provenance
 from hf_immunize.records.spectrum import SpectrumRecord
 
 VerdictName = Literal["RESISTS", "FAILS", "INCONCLUSIVE", "NOT APPLICABLE", "NOT RUN"]
-
-
-class Interval(Part):
-    """A point estimate with its interval. A null bound is open: censored runs put no figure on it."""
-
-    estimate: float | None
-    low: float | None
-    high: float | None
-    level: float = 0.95
-    samples: int
-    """Number of paired seeds behind it."""
 
 
 class Side(Part):
@@ -181,6 +171,10 @@ class Certificate(Record):
     """What the attackers' score (at most 1, higher is better for them) is called."""
     further_utility: list[Utility] = []
     """Other measures of what the primary task is still worth. They inform; verdicts rest on ``utility``."""
+    similarity: list[SimilarityGap] = []
+    """How like the concept attacked models draw. It informs; verdicts rest on ``cells``."""
+    frechet: FrechetGap | None = None
+    """How like real images retained concepts are drawn. It informs."""
     samples: dict[str, str] = {}
     """SHA-256 of every picture of what base, model and attacked models draw, by path relative to the certificate."""
 

@@ -14,6 +14,7 @@ from hf_immunize.report.charts import BASE, SCRATCH, Curves, SpectrumLine, Strip
 from hf_immunize.report.evidence import Evidence, attacks_by_family
 from hf_immunize.report.exam import budget_matrix, further, trainability_rows
 from hf_immunize.report.gallery import galleries
+from hf_immunize.report.likeness import frechet_words, gap_rows
 
 BASE_LABEL = "Base"
 SCRATCH_LABEL = "From scratch"
@@ -52,6 +53,7 @@ def page(evidence: Sequence[Evidence]) -> dict[str, Any]:
         "metric": first.harmful_metric,
         "score": text.score_word(first.harmful_metric),
         "galleries": galleries(evidence),
+        "gaps": [{"model": item.label, **row} for item in evidence for row in gap_rows(item.certificate)],
         "words": words,
         "sentence": sentence,
     }
@@ -91,6 +93,7 @@ def _model(item: Evidence, index: int) -> dict[str, Any]:
              "drop": text.points(item.drop, 1.0), "rows": f"{item.rows:,}"}
             for item in certificate.further_utility
         ],
+        "frechet": frechet_words(certificate),
         "has_ratio": bool(certificate.spectra),
         "trainability": trainability_rows(certificate.trainability),
         "rows": [cell_row(cell, certificate.harmful_metric) for cell in certificate.cells],

@@ -12,18 +12,13 @@ from denoiser_builders import build_denoiser, build_examples, build_scheduler
 
 from hf_immunize.attacks import run_suite
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, DiffusionAttackContext
+from hf_immunize.attacks.suite import picture_name
 from hf_immunize.certification import Protocol, find_rule
 from hf_immunize.certification.cells import reference_threshold, score_before
-from hf_immunize.certification.diffusion import (
-    ConceptExam,
-    Drawer,
-    build_diffusion_certificate,
-    denoising_utility,
-    drawn_utility,
-    rows_in_turn,
-)
+from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate, denoising_utility
+from hf_immunize.certification.drawings import Drawer, RetainedDrawings
 from hf_immunize.certification.protocol import DIFFUSION_RULE
-from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of
+from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images
 from hf_immunize.errors import IncompleteExamError, RecordError
 from hf_immunize.hub import render_card, write_card
 from hf_immunize.hub.findings import Findings
@@ -161,26 +156,76 @@ def test_denoising_utility_is_the_difference_of_both_scores_with_a_paired_interv
 
 def test_rows_go_through_the_classes_in_turn(folders):
     retain = folders[2].retain_test
-    rows = rows_in_turn(retain, 20)
+    rows = retain.rows_in_turn(20)
     assert retain.labels[rows].tolist() == [place % 8 for place in range(20)]
 
 
 def test_the_judge_counts_drawn_images_it_recognises(folders, monkeypatch):
     """A scripted judge: it recognises what the base draws, and every other image of the subject."""
-    from hf_immunize.certification import diffusion as module
+    from hf_immunize.certification import drawings as module
 
     base, subject, exam = folders
     asked = []
 
-    def recognised(judge, pixels, wanted):
-        asked.append((pixels, list(wanted)))
+    def recognised(judge, images, wanted):
+        asked.append(([image.tobytes() for image in images], list(wanted)))
         return [len(asked) == 1 or place % 2 == 0 for place in range(len(wanted))]
 
     monkeypatch.setattr(module, "recognised", recognised)
     sides = [Drawer.of(folder, "cpu", 2) for folder in (base, subject)]
-    judged = drawn_utility(*sides, dataclasses.replace(exam, judge=base, judged_images=16))
+    judged = RetainedDrawings.of(*sides, exam.retain_test, 16).recognised_by(base)
     assert (judged.base, judged.immunized, judged.rows) == (100, 50, 16) and judged.drop.estimate == 50
     assert asked[0][1] == asked[1][1] == [str(place % 8) for place in range(16)]
-    assert not torch.equal(asked[0][0], asked[1][0])
-    again = Drawer.of(base, "cpu", 2).draw(exam.retain_test, rows_in_turn(exam.retain_test, 16))
-    assert torch.equal(again, asked[0][0])
+    assert asked[0][0] != asked[1][0]
+    again = to_images(Drawer.of(base, "cpu", 2).draw(exam.retain_test, exam.retain_test.rows_in_turn(16)))
+    assert [image.tobytes() for image in again] == asked[0][0]
+
+
+class Levels:
+    """Similarity and features that can be worked out from the pictures: grey levels."""
+
+    name = "grey levels"
+
+    def __call__(self, *images):
+        if len(images) == 1:
+            return torch.tensor([[sum(image.getdata()) / 64, image.getpixel((0, 0))] for image in images[0]])
+        return sum(sum(image.getdata()) / 64 for image in images[1]) / len(images[1])
+
+
+def test_similarity_gaps_and_distances_reach_certificate_card_and_page(folders):
+    base, subject, exam = folders
+    seen = dataclasses.replace(
+        exam, similarity=Levels(), features=Levels(), benign_test=concept(8)["test"], judged_images=24
+    )
+    certificate = build_diffusion_certificate(subject, base, seen, PROTOCOL)
+    gaps = {(gap.task, gap.attack): gap for gap in certificate.similarity}
+    assert set(gaps) == {
+        ("harmful", "diffusion_full_finetune"), ("benign", "benign_diffusion_full_finetune"),
+    }
+    gap = gaps["harmful", "diffusion_full_finetune"]
+    assert gap.steps == [1, 2, 8] and gap.seeds == [0, 1] and gap.concept == "9"
+    for role, found in (("control", gap.base), ("subject", gap.immunized)):
+        for place, seed in enumerate(gap.seeds):
+            trial = next(cell for cell in certificate.cells if cell.attack == gap.attack).subject.trial
+            run = next(trace for trace in traces_of(subject, role) if (trace.trial, trace.seed) == (trial, seed))
+            last = split_grid((subject / picture_name(run)).read_bytes(), (8, 8))[-1]
+            assert found[-1][place] == pytest.approx(Levels()(None, last))
+    before, after = gap.base[-1], gap.immunized[-1]
+    wanted = sum((b - a) / b for b, a in zip(before, after, strict=True)) / 2
+    assert gap.ratio[-1].estimate == pytest.approx(wanted)
+    assert certificate.frechet.images == 24 and certificate.frechet.real == 12 and certificate.frechet.base > 0
+    certificate.write(subject / "certificate.json")
+    assert Certificate.read(subject / "certificate.json") == certificate
+    write_card(subject)
+    card, page = (subject / "README.md").read_text(encoding="utf-8"), report_html([subject], base)
+    shown = f"{100 * wanted:.1f}% after 8"
+    for said in (card, page):
+        assert shown in said and "grey levels" in said and "Fréchet distance of 24 drawn from 12 real" in said
+
+
+def test_certification_shows_nothing_of_what_was_not_measured(folders):
+    base, subject, exam = folders
+    certificate = build_diffusion_certificate(subject, base, exam, PROTOCOL)
+    assert certificate.similarity == [] and certificate.frechet is None
+    certificate.write(subject / "certificate.json")
+    assert "SGR" not in render_card(subject) and "SGR" not in report_html([subject], base)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
-from hf_immunize.diffusion import LatentDataset, denoising_losses
+from hf_immunize.diffusion import LatentDataset, denoising_losses, drawing_steps, grid_png
 from hf_immunize.errors import DeviceMemoryError
 from hf_immunize.records import Evaluation
 
@@ -50,7 +50,7 @@ def judge(context: DiffusionAttackContext, model: nn.Module, step: int) -> Evalu
 
 
 def finetune(
-    context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int, *, drawn: bool = False,
+    context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int, *,
     rows: Tensor | None = None, prior: LatentDataset | None = None, prior_weight: float = 0.0,
 ) -> Result:
     """Train the parameters of ``model`` that ask for gradients; return the learning curve, from step 0 on.
@@ -58,7 +58,6 @@ def finetune(
     Images, noise and levels are drawn from the seed alone, so that every model sees the same attack.
 
     Args:
-        drawn: whether the result keeps what the attacked model draws.
         rows: rows of the attack split to train on; by default those of the seed.
         prior, prior_weight: further rows of every step, and the weight of the loss on them.
     """
@@ -72,6 +71,7 @@ def finetune(
         config.scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
     )
     due = {0, *evaluation_steps(config.steps, _EVALUATION_RATIO)}
+    moments, lines = drawing_steps(config.steps), list[Tensor]()
     curve: list[Evaluation] = []
     note = None
     for step in range(config.steps + 1):
@@ -83,9 +83,11 @@ def finetune(
             note = f"answers were not finite at step {step}"
         if note:
             break
+        if step in moments and (drawn := context.drawn(model)) is not None:
+            lines.append(drawn)
     outcome = "diverged" if note else "completed"
     seconds, samples = time.perf_counter() - started, config.steps * config.batch_size
-    picture = context.picture(model) if drawn and not note else None
+    picture = grid_png(torch.cat(lines), context.pictures) if lines and not note else None
     return Result(curve, config.steps, seconds, outcome, note, samples, picture=picture)
 
 
@@ -129,8 +131,6 @@ def _loss(context, model, data, config, generator) -> Tensor:
 def run_finetunes(
     context: DiffusionAttackContext, runs: Sequence[Run], prepare: Callable[[DiffusionAttackContext, Run], nn.Module]
 ) -> Iterator[tuple[Run, Result]]:
-    """Prepare and train one denoiser per run; what it draws is kept for the first seed of each trial."""
-    first = {run.trial: run.seed for run in reversed(runs)}
+    """Prepare and train one denoiser per run."""
     for run in runs:
-        drawn = first[run.trial] == run.seed
-        yield run, finetune(context, prepare(context, run), run.config, run.seed, drawn=drawn)
+        yield run, finetune(context, prepare(context, run), run.config, run.seed)

@@ -24,7 +24,6 @@ from hf_immunize.diffusion import (
     denoiser_of,
     draw_latents,
     fresh_denoiser,
-    grid_png,
     load_pipeline,
 )
 from hf_immunize.errors import ConfigError, DataError
@@ -45,7 +44,7 @@ class DiffusionAttackContext:
         device: where models run.
         attack_fraction: share of ``attack`` that one seed trains on.
         exam_levels, exam_seed: questions of the fixed exam (see DenoisingExam).
-        pictures: images of the concept to draw with the attacked model; 0 for none.
+        pictures: images of the concept that the attacked model draws, in the course of the attack; 0 for none.
         prior: rows of retained concepts whose conditions the attacker knows (DreamBooth with prior preservation).
         other: conditions of one row: another name under which the concept is taught.
     """
@@ -136,6 +135,7 @@ class DiffusionAttackContext:
             "metric": METRIC,
             "exam_levels": self.exam_levels,
             "exam_seed": self.exam_seed,
+            "pictures": self.pictures,
         }
 
     def model(self, seed: int) -> nn.Module:
@@ -157,13 +157,12 @@ class DiffusionAttackContext:
             for place, split in enumerate((self.validation, self.test))
         )
 
-    def picture(self, model: nn.Module) -> bytes | None:
-        """What the model draws when asked for the concept, as a PNG; the same noise for every model."""
+    def drawn(self, model: nn.Module) -> Tensor | None:
+        """Pixels the model draws when asked for the concept; the same noise and conditions for every model."""
         if self.pictures < 1:
             return None
-        rows = torch.arange(self.pictures) % len(self.test)
-        batch = self.test.batch(rows)
-        drawn = draw_latents(
+        batch = self.test.batch(self.test.rows_in_turn(self.pictures))
+        latents = draw_latents(
             self.denoiser, model, self._pipeline.scheduler, batch.conditions, batch.latents.shape
         )
-        return grid_png(decode(drawn, getattr(self._pipeline, "vae", None)), self.pictures)
+        return decode(latents, getattr(self._pipeline, "vae", None))

@@ -38,15 +38,14 @@ class DreamBoothPrior(DreamBooth):
 
 def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
     """One loop per run on the first ``images`` rows of its seed."""
-    first = {planned.trial: planned.seed for planned in reversed(runs)}
     for planned in runs:
-        config, drawn = planned.config, first[planned.trial] == planned.seed
+        config = planned.config
         model, prior = unfrozen(context, planned), None
         if isinstance(config, DreamBoothPrior):
             prior = prior_of(context, model, config, planned.seed)
         rows = few_rows(context, config.images, planned.seed)
         yield planned, finetune(
-            context, model, config, planned.seed, drawn=drawn, rows=rows, prior=prior,
+            context, model, config, planned.seed, rows=rows, prior=prior,
             prior_weight=getattr(config, "prior_weight", 0.0),
         )
 
