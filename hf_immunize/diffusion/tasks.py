@@ -140,6 +140,12 @@ class ConceptTask:
         return LatentDataset(pixels, {"class_labels": labels}, labels, self.label_names, f"{side} {split}")
 
 
+    def other_name(self, concept: str) -> dict[str, torch.Tensor]:
+        """The class that stands for another name of a concept: the one which its attack is not about."""
+        conditions = self.examples("benign" if concept == "harmful" else "harmful", "attack").conditions
+        return {name: value[:1] for name, value in conditions.items()}
+
+
 def _rows_of(labels: np.ndarray, wanted: Sequence[int], limit: int | None, side: str) -> np.ndarray:
     parts = [np.flatnonzero(labels == label)[:limit] for label in wanted]
     if empty := [label for label, rows in zip(wanted, parts, strict=True) if len(rows) == 0]:
