@@ -101,7 +101,8 @@ class TailClassifier(nn.Module):
 def load_tail(name: str, model_path: str | None) -> TailClassifier:
     """The tail with the backbone's own weights and an untrained head."""
     backbone = BACKBONES[name]
-    return TailClassifier(backbone, AutoModel.from_pretrained(model_path or backbone.model, dtype=torch.float32)).eval()
+    loaded = AutoModel.from_pretrained(model_path or backbone.model, dtype=torch.float32, use_safetensors=True)
+    return TailClassifier(backbone, loaded).eval()
 
 
 def square(image: Image.Image, size: int, coarse: int | None = None) -> Tensor:
@@ -179,7 +180,8 @@ def prepare(
         if path.exists():
             continue
         if model is None:
-            model = AutoModel.from_pretrained(model_path or backbone.model, dtype=torch.float32).eval()
+            source = model_path or backbone.model
+            model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval()
             prefer_channels_last(model)
         activations = _activations(backbone, model, rows, role).contiguous()
         folder.mkdir(parents=True, exist_ok=True)

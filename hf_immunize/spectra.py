@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+from tqdm.auto import tqdm
 
 from hf_immunize.data import PixelDataset, batches
-from hf_immunize.features import extract_features
+from hf_immunize.features import extract_features, lying_channels_last
 from hf_immunize.linalg import SpectrumStatus, second_moment_spectrum, spectral_steps
 from hf_immunize.records import SpectrumRecord
 
@@ -40,9 +41,10 @@ def spectrum_record(features_ND: Tensor, labels_N: Tensor, *, site: str, task: s
 
 def model_spectra(model: nn.Module, site: str, tasks: dict[str, PixelDataset | Any]) -> list[SpectrumRecord]:
     """Spectra at one site of a model over whole splits, by task name (``primary``, ``harmful``)."""
-    return [
-        spectrum_record(
-            extract_features(model, batches(dataset), [site])[site], dataset.labels, site=site, task=task
-        )
-        for task, dataset in tasks.items()
-    ]
+    records = []
+    with lying_channels_last(model):
+        for task, dataset in tasks.items():
+            seen = tqdm(batches(dataset), desc=f"{task} features", unit="batch", leave=False, disable=None)
+            features = extract_features(model, seen, [site])[site]
+            records.append(spectrum_record(features, dataset.labels, site=site, task=task))
+    return records

@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
@@ -75,12 +74,6 @@ class AttackArguments:
     overwrite: bool = field(default=False, metadata={"help": "Make runs again whose trace tells of another run."})
 
 
-def other_name(task: ConceptTask, concept: str) -> dict[str, torch.Tensor]:
-    """The class that stands for another name: that of the concept which this attack is not about."""
-    conditions = task.examples("benign" if concept == "harmful" else "harmful", "attack").conditions
-    return {name: value[:1] for name, value in conditions.items()}
-
-
 def main() -> None:
     task_options, options = parse_options((ConceptArguments, AttackArguments), description=__doc__.splitlines()[0])
     state = PartialState(cpu=options.device == "cpu")
@@ -96,7 +89,7 @@ def main() -> None:
             held.fingerprint(source=task.source, role=f"{options.concept} {name}") for name, held in splits.items()
         ),
         device=str(state.device), attack_fraction=options.attack_fraction, exam_levels=options.exam_levels,
-        pictures=options.pictures, prior=task.examples("retain", "validation"), other=other_name(task, options.concept),
+        pictures=options.pictures, prior=task.examples("retain", "validation"), other=task.other_name(options.concept),
     )
     protocol, benign = find_protocol(options.protocol, DIFFUSION_PROTOCOLS), options.concept == "benign"
     table = DIFFUSION_TRAINABILITY if benign else DIFFUSION_ATTACKS

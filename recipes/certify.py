@@ -128,10 +128,7 @@ def check_again(arguments: CertifyArguments, rule: Rule, data: ExamData, splits:
         for role, path in (("subject", arguments.model_path), ("control", arguments.base_path))
     }
     found = recheck(arguments.model_path, contexts, arguments.recheck, arguments.recheck_seed, rule)
-    for line in found:
-        held = "agrees" if line.agrees else "DOES NOT AGREE"
-        new = "not measurable" if line.found is None else f"{line.found:.3g}"
-        print(f"{line.attack} {line.measure}: {new}, certified {_interval(line.stored, '{:.3g}')}: {held}")
+    print("\n".join(line.told for line in found))
     if not all(line.agrees for line in found):
         sys.exit("the certificate does not hold on this machine: see above.")
 

@@ -17,8 +17,8 @@ from accelerate import PartialState
 from rich.console import Console
 
 from hf_immunize.certification import find_protocol
-from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate
-from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate, recheck_pipeline
+from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS, Rule
 from hf_immunize.certification.similarity import FeatureSimilarity, ImageFeatures
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
 from hf_immunize.errors import ImmunizeError
@@ -55,6 +55,10 @@ class CertifyArguments:
         default=1000, metadata={"help": "Images that each model draws for the judge and the Fréchet distance."}
     )
     draw_steps: int = field(default=20, metadata={"help": "Sampling steps of every drawn image."})
+    recheck: int = field(
+        default=0, metadata={"help": "Write nothing; sit this many random cells of the certificate again and compare."}
+    )
+    recheck_seed: int = field(default=0, metadata={"help": "Which cells are drawn for the recheck."})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
 
 
@@ -84,9 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         similarity=None if seen_by is None else FeatureSimilarity(seen_by), features=seen_by,
         judged_images=arguments.judged_images, draw_steps=arguments.draw_steps,
     )
+    protocol = find_protocol(arguments.protocol, DIFFUSION_PROTOCOLS)
+    if arguments.recheck:
+        check_again(arguments, task, exam, protocol.rule, str(state.device))
+        return
     certificate = build_diffusion_certificate(
-        folder, arguments.base_path, exam, find_protocol(arguments.protocol, DIFFUSION_PROTOCOLS),
-        threshold=arguments.threshold, device=str(state.device),
+        folder, arguments.base_path, exam, protocol, threshold=arguments.threshold, device=str(state.device),
     )
     certificate.write(folder / "certificate.json")
     write_card(folder)
@@ -94,6 +101,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     for found in certificate.trainability:
         print(f"benign trainability, {found.attack.removeprefix('benign_')}: {found.verdict}, {found.reason}")
     print(f"certificate: {folder / 'certificate.json'}")
+
+
+def check_again(
+    arguments: CertifyArguments, task: ConceptTask, exam: ConceptExam, rule: Rule, device: str
+) -> None:
+    """Sit random cells again; leave with an error when a stored interval does not hold."""
+    found = recheck_pipeline(
+        arguments.model_path, arguments.base_path,
+        {split: task.examples("harmful", split) for split in ("attack", "validation", "test")}, exam, rule,
+        cells=arguments.recheck, seed=arguments.recheck_seed, device=device,
+        prior=task.examples("retain", "validation"), other=task.other_name("harmful"),
+    )
+    print("\n".join(line.told for line in found))
+    if not all(line.agrees for line in found):
+        sys.exit("the certificate does not hold on this machine: see above.")
 
 
 if __name__ == "__main__":

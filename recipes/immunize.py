@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
 
@@ -23,7 +24,14 @@ from hf_immunize.data import Task, TaskArguments, describe_source
 from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
 from hf_immunize.hub import local_folder
 from hf_immunize.options import parse_options
-from hf_immunize.records import ModelFingerprint, begin_run, fingerprint_of, finish_run, weight_files
+from hf_immunize.records import (
+    DatasetFingerprint,
+    ModelFingerprint,
+    begin_run,
+    fingerprint_of,
+    finish_run,
+    weight_files,
+)
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.checkpoints import last_complete_checkpoint, scientific_options
 from hf_immunize.training.record import immunization_record, training_spectra
@@ -106,21 +114,10 @@ def main() -> None:
         primary.fingerprint(validation, "validation"),
         harmful.fingerprint(defense, "defense"),
     ]
-
-    inputs = {
-        "base": base.weights or {"config": model.config.to_diff_dict()},
-        "task": {
-            **asdict(task_options),
-            "primary_dataset": describe_source(task_options.primary_dataset),
-            "harmful_dataset": describe_source(task_options.harmful_dataset),
-        },
-        "data": {found.role: found.sha256 for found in data},
-        "options": scientific_options(args),
-    }
+    inputs = inputs_of(base, model, task_options, data, args)
     if begin_run(args.output_dir, "immunize", inputs, write=args.process_index == 0):
         print(f"{args.output_dir}: already immunized, nothing to do")
         return
-
     trainer = ImmunizationTrainer(
         model=model,
         args=args,
@@ -134,29 +131,42 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
     seconds = time.perf_counter() - start
     trainer.save_model()
-
     if trainer.is_world_process_zero():
-        record = immunization_record(
-            trainer,
-            args.output_dir,
-            base=base,
-            data=data,
-            fingerprint=fingerprint_of(inputs),
-            base_spectra=base_spectra,
-            seconds=seconds,
-        )
-        record.write(Path(args.output_dir) / "immunization.json")
-        for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        weights = [path.relative_to(args.output_dir).as_posix() for path in weight_files(args.output_dir)]
-        finish_run(args.output_dir, "immunize", inputs, [*weights, "config.json", "immunization.json"])
-        guard = record.guard
-        print(
-            f"{args.output_dir}: {guard.metric} {guard.base:.2f} -> {guard.final:.2f} points on the validation split, "
-            f"weights of step {guard.returned_step} of {record.steps}, {seconds:.0f} s"
-        )
+        write_record(trainer, inputs, base=base, data=data, base_spectra=base_spectra, seconds=seconds)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # a rank that leaves while gloo's threads still run may be aborted
+
+
+def inputs_of(
+    base: ModelFingerprint, model: Any, task: TaskArguments, data: list[DatasetFingerprint], args: ImmunizationConfig
+) -> dict[str, Any]:
+    """What decides the result of the run: another run with the same inputs has nothing to do."""
+    return {
+        "base": base.weights or {"config": model.config.to_diff_dict()},
+        "task": {
+            **asdict(task),
+            "primary_dataset": describe_source(task.primary_dataset),
+            "harmful_dataset": describe_source(task.harmful_dataset),
+        },
+        "data": {found.role: found.sha256 for found in data},
+        "options": scientific_options(args),
+    }
+
+
+def write_record(trainer: ImmunizationTrainer, inputs: dict[str, Any], **known: Any) -> None:
+    """``immunization.json`` beside the weights, checkpoints gone, the run marked as whole; say how it went."""
+    folder, seconds = Path(trainer.args.output_dir), known["seconds"]
+    record = immunization_record(trainer, folder, fingerprint=fingerprint_of(inputs), **known)
+    record.write(folder / "immunization.json")
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    weights = [path.relative_to(folder).as_posix() for path in weight_files(folder)]
+    finish_run(folder, "immunize", inputs, [*weights, "config.json", "immunization.json"])
+    guard = record.guard
+    print(
+        f"{trainer.args.output_dir}: {guard.metric} {guard.base:.2f} -> {guard.final:.2f} points on the validation "
+        f"split, weights of step {guard.returned_step} of {record.steps}, {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

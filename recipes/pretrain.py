@@ -96,6 +96,20 @@ def parse_overrides(text: str | None) -> dict[str, float]:
         raise ConfigError(f"expected config_overrides like 'dropout=0', got {text!r}: {error}.") from error
 
 
+def load_model(options: PretrainArguments, label_names: list[str]) -> Any:
+    """The architecture with a head for these labels, weights from safetensors only or random."""
+    source = {"trust_remote_code": options.trust_remote_code}
+    labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    overrides = parse_overrides(options.config_overrides)
+    config = AutoConfig.from_pretrained(options.model_name_or_path, **labels, **overrides, **source)
+    if options.from_scratch:
+        return AutoModelForImageClassification.from_config(config, **source)
+    return AutoModelForImageClassification.from_pretrained(
+        options.model_name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32,
+        use_safetensors=True, **source,
+    )
+
+
 def main() -> None:
     task_options, model_options, args = parse_options(
         (TaskArguments, PretrainArguments, TrainingArguments), description=__doc__.splitlines()[0]
@@ -122,15 +136,7 @@ def main() -> None:
         print(f"{args.output_dir}: already trained, nothing to do")
         return
 
-    labels = {"id2label": dict(enumerate(task.label_names)), "label2id": {n: i for i, n in enumerate(task.label_names)}}
-    overrides = parse_overrides(model_options.config_overrides)
-    config = AutoConfig.from_pretrained(model_options.model_name_or_path, **labels, **overrides, **source)
-    if model_options.from_scratch:
-        model = AutoModelForImageClassification.from_config(config, **source)
-    else:
-        model = AutoModelForImageClassification.from_pretrained(
-            model_options.model_name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32, **source
-        )
+    model = load_model(model_options, task.label_names)
     if model_options.trainable_modules:
         freeze_all_but(model, model_options.trainable_modules)
     trainer = HeldTrainer(

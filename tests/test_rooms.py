@@ -127,6 +127,26 @@ def test_torchvision_and_pickle_are_never_imported():
         assert "torch.load(" not in text and "trust_remote_code=True" not in text, path
 
 
+def loads_of_models(path: Path) -> list[ast.Call]:
+    """Every from_pretrained call but those of processors, configurations and tokenizers, which hold no weights."""
+    light = ("Processor", "Config", "Tokenizer")
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    named = [call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained"]
+    return [call for call in named if not ast.unparse(call.func.value).endswith(light)]
+
+
+def test_weights_are_read_from_safetensors_alone():
+    """Without the option, a repository that has only a pickle is unpickled. hub/load.py adds it for all its calls."""
+    root = PACKAGE.parent
+    files = [*FILES, *(root / "recipes").glob("*.py"), *(root / "benchmarks").glob("*.py")]
+    found = {path: loads_of_models(path) for path in files if path != PACKAGE / "hub" / "load.py"}
+    assert sum(map(len, found.values())) > 5
+    for path, calls in found.items():
+        for call in calls:
+            words = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert words.get("use_safetensors") == "True", f"{path.name}:{call.lineno}: {ast.unparse(call)}"
+
+
 def test_importing_the_package_is_light():
     code = "import sys, hf_immunize as h; print('torch' in sys.modules, 'transformers' in sys.modules, h.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

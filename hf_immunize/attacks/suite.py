@@ -144,9 +144,9 @@ class _Sitting:
                 if run not in runs:
                     continue
                 trace = trace_of(self.context, name, self.table[name], run, result, provenance)
-                trace.write(self.target / trace.file_name)
-                if result.picture is not None:
+                if result.picture is not None:  # first, since the trace is what says that the run is whole
                     atomic_write(self.target.parents[1] / picture_name(trace), result.picture)
+                trace.write(self.target / trace.file_name)
                 self._note(trace, True)
 
     def _note(self, trace: AttackTrace, made: bool) -> None:

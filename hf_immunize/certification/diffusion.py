@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, METRIC
+from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, METRIC, DiffusionAttackContext
 from hf_immunize.certification.checklist import diffusion_lines_not_run
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings, keep_pictures
 from hf_immunize.certification.generation import measure_similarity, real_images
 from hf_immunize.certification.judgement import Judgement, Sides, check_base, judge_traces
-from hf_immunize.certification.protocol import Protocol
+from hf_immunize.certification.protocol import Protocol, Rule
+from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.certification.similarity import ImageFeatures, Similarity
 from hf_immunize.diffusion import SCORE, DenoisingExam, LatentDataset, NoiseProcess, denoiser_of
 from hf_immunize.errors import RecordError
@@ -129,3 +131,34 @@ def _similarities(
             real = real_images(split, base.images(split))
             gaps += measure_similarity(folder, traces, real, exam.similarity, task, level)
     return gaps
+
+
+def recheck_pipeline(
+    folder: str | Path, base_folder: str | Path, splits: Mapping[str, LatentDataset], exam: ConceptExam, rule: Rule, *,
+    cells: int, seed: int = 0, device: str = "cpu", **known: Any,
+) -> list[Recheck]:
+    """Run ``cells`` random cells of the certificate of ``folder`` again and compare with its intervals.
+
+    Args:
+        splits: ``attack``, ``validation`` and ``test`` rows of the harmful concept, as the exam was sat with.
+        known: ``prior`` and ``other`` of the attackers' context, where its attacks had them.
+
+    Raises:
+        RecordError: other rows, weights or traces than the certificate's, or no cell that was run.
+    """
+    folder = Path(folder)
+    certificate = Certificate.read(folder / "certificate.json")
+    if [part.sha256 for part in exam.harmful] != [part.sha256 for part in certificate.harmful_data]:
+        raise RecordError(
+            "expected the harmful rows that the certificate names, got others: give the task options of the exam."
+        )
+    first = next((name for name in certificate.traces if name.startswith("traces/subject/diffusion_")), None)
+    if first is None:
+        raise RecordError(f"expected a certificate with traces of attacks in {folder}, got none: attack first.")
+    told = AttackTrace.read(folder / first).config
+    options = {name: told[name] for name in ("attack_fraction", "exam_levels", "exam_seed")}
+    contexts = {
+        role: DiffusionAttackContext(Path(path), role, data=exam.harmful, device=device, **splits, **options, **known)
+        for role, path in (("subject", folder), ("control", base_folder))
+    }
+    return recheck(folder, contexts, cells, seed, rule, DIFFUSION_ATTACKS)

@@ -6,8 +6,9 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hf_immunize.attacks import ATTACKS, AttackContext, Run
+from hf_immunize.attacks import ATTACKS, Attack, Run
 from hf_immunize.attacks.suite import trace_of
 from hf_immunize.certification.cells import build_cell
 from hf_immunize.certification.protocol import Rule
@@ -32,14 +33,28 @@ class Recheck:
         low, high = self.stored.low, self.stored.high
         return (low is None or self.found >= low - 1e-9) and (high is None or self.found <= high + 1e-9)
 
+    @property
+    def told(self) -> str:
+        """The comparison as one line."""
+        new = "not measurable" if self.found is None else f"{self.found:.3g}"
+        low, middle, high = (
+            missing if value is None else f"{value:.3g}"
+            for value, missing in (
+                (self.stored.low, "open"), (self.stored.estimate, "no estimate"), (self.stored.high, "open"),
+            )
+        )
+        held = "agrees" if self.agrees else "DOES NOT AGREE"
+        return f"{self.attack} {self.measure}: {new}, certified {middle} ({low} to {high}): {held}"
+
 
 def recheck(
-    folder: str | Path, contexts: Mapping[str, AttackContext], cells: int, seed: int, rule: Rule
+    folder: str | Path, contexts: Mapping[str, Any], cells: int, seed: int, rule: Rule,
+    table: Mapping[str, Attack] = ATTACKS,
 ) -> list[Recheck]:
     """Run ``cells`` random cells of ``folder/certificate.json`` again, at each side's chosen trial and every seed.
 
     Args:
-        contexts: attack contexts of ``subject`` and ``control``.
+        contexts: attack contexts of ``subject`` and ``control``, of the kind that the attacks of ``table`` take.
 
     Raises:
         RecordError: a certificate of other weights than the contexts', a trace that is not the one it names, or a
@@ -56,13 +71,14 @@ def recheck(
     if not measured:
         raise RecordError(f"expected a certificate with cells that were run in {folder}, got none: attack first.")
     chosen = random.Random(seed).sample(measured, min(cells, len(measured)))
-    return [found for cell in chosen for found in _recheck_cell(folder, certificate, cell, contexts, rule)]
+    return [found for cell in chosen for found in _recheck_cell(folder, certificate, cell, contexts, rule, table)]
 
 
 def _recheck_cell(
-    folder: Path, certificate: Certificate, cell: Cell, contexts: Mapping[str, AttackContext], rule: Rule
+    folder: Path, certificate: Certificate, cell: Cell, contexts: Mapping[str, Any], rule: Rule,
+    table: Mapping[str, Attack],
 ) -> list[Recheck]:
-    attack = ATTACKS[cell.attack]
+    attack = table[cell.attack]
     again: dict[str, list[AttackTrace]] = {}
     for role, side in (("subject", cell.subject), ("control", cell.control)):
         stored = _stored(folder, certificate, cell.attack, role, side.trial if side else None)

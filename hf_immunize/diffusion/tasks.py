@@ -25,7 +25,8 @@ class ConceptArguments:
     dataset: str = field(
         metadata={
             "help": "Labelled images: an .npz file with x_train and y_train (or images and labels), or what "
-            "recipes/attack.py takes (Hub id, image folder, parquet file, builder:digits)."
+            "recipes/attack.py takes (Hub id, image folder, parquet file, builder:digits). Several, separated by "
+            "commas: labels go on from one to the next, so that class 0 of a second source of 10 classes is 10."
         }
     )
     retain_labels: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "Classes the model draws and must keep."})
@@ -69,17 +70,31 @@ class ArrayImages:
 
 def read_images(arguments: ConceptArguments) -> ArrayImages:
     """All images as uint8 N×H×W (or N×H×W×3) of the asked size. Raises DataError for what cannot be read."""
-    path = Path(arguments.dataset)
-    if path.suffix == ".npz":
-        images, labels = _read_npz(path)
-    else:
-        images, labels = _read_dataset(arguments)
+    images, labels, first = [], [], 0
+    for source in sources(arguments):
+        found, classes = _read_npz(Path(source)) if source.endswith(".npz") else _read_dataset(source, arguments)
+        _check_shape(found, source, arguments)
+        images.append(found)
+        labels.append(classes + first)
+        first = int(labels[-1].max()) + 1
+    return ArrayImages(np.concatenate(images), np.concatenate(labels))
+
+
+def sources(arguments: ConceptArguments) -> list[str]:
+    """The names in ``dataset``. Raises DataError for none."""
+    found = [name for part in arguments.dataset.split(",") if (name := part.strip())]
+    if not found:
+        raise DataError(f"expected the name of a dataset, got {arguments.dataset!r}: set dataset.")
+    return found
+
+
+def _check_shape(images: np.ndarray, source: str, arguments: ConceptArguments) -> None:
     mode, size = "L" if arguments.channels == 1 else "RGB", (arguments.image_size, arguments.image_size)
     if images.shape[1:3] != size or (images.ndim == 4) != (mode == "RGB"):
         raise DataError(
-            f"expected images of size {size} in mode {mode}, got {images.shape[1:]}: set image_size and channels."
+            f"expected images of size {size} in mode {mode}, got {images.shape[1:]} in {Path(source).name}: set "
+            "image_size and channels."
         )
-    return ArrayImages(images, labels)
 
 
 def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -94,8 +109,8 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     raise DataError(f"expected x_train and y_train, or images and labels, in {path.name}, got {found}.")
 
 
-def _read_dataset(arguments: ConceptArguments) -> tuple[np.ndarray, np.ndarray]:
-    held = load_source(arguments.dataset)
+def _read_dataset(source: str, arguments: ConceptArguments) -> tuple[np.ndarray, np.ndarray]:
+    held = load_source(source)
     for column in (arguments.image_column, arguments.label_column):
         if column not in held.column_names:
             raise DataError(f"expected column '{column}', got {held.column_names}: set image_column and label_column.")
@@ -113,7 +128,7 @@ class ConceptTask:
     """The three groups of classes, split by content and turned into examples on demand."""
 
     def __init__(self, arguments: ConceptArguments):
-        self.source = describe_source(arguments.dataset)
+        self.source = ",".join(map(describe_source, sources(arguments)))
         everything = read_images(arguments)
         self.label_names = [str(label) for label in range(int(everything.labels.max()) + 1)]
         self._splits: dict[str, dict[str, ArrayImages]] = {}
@@ -138,6 +153,12 @@ class ConceptTask:
         pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(held.labels.astype(np.int64))
         return LatentDataset(pixels, {"class_labels": labels}, labels, self.label_names, f"{side} {split}")
+
+
+    def other_name(self, concept: str) -> dict[str, torch.Tensor]:
+        """The class that stands for another name of a concept: the one which its attack is not about."""
+        conditions = self.examples("benign" if concept == "harmful" else "harmful", "attack").conditions
+        return {name: value[:1] for name, value in conditions.items()}
 
 
 def _rows_of(labels: np.ndarray, wanted: Sequence[int], limit: int | None, side: str) -> np.ndarray:

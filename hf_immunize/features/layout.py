@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -14,3 +17,14 @@ def prefer_channels_last(model: nn.Module) -> nn.Module:
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)
     return model
+
+
+@contextmanager
+def lying_channels_last(model: nn.Module) -> Iterator[nn.Module]:
+    """The same inside the context; afterwards a network that was changed lies contiguous again."""
+    preferred = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    try:
+        yield prefer_channels_last(model)
+    finally:
+        if preferred:
+            model.to(memory_format=torch.contiguous_format)

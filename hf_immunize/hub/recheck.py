@@ -44,7 +44,10 @@ def repeat_attacks(
     if certificate is None or not found.sound:
         return found
     if library_of(certificate, {path.name for path in folder.iterdir()}).name != "transformers":
-        raise ModelError("expected an image classifier to attack again, got an adapter or a pipeline: use its recipe.")
+        raise ModelError(
+            "expected an image classifier to attack again, got an adapter or a pipeline: use its recipe "
+            "(recipes/certify_diffusion.py --recheck for pipelines)."
+        )
     root = Path(base)
     if not root.is_dir():
         root = fetch(str(base), **fetching)

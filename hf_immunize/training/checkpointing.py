@@ -62,7 +62,7 @@ class StrictCheckpointMixin:
         bare = self.accelerator.unwrap_model(model if model is not None else self.model)
         if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or hasattr(bare, "peft_config"):
             return False
-        loaded = type(bare).from_pretrained(folder, config=bare.config, dtype=bare.dtype)
+        loaded = type(bare).from_pretrained(folder, config=bare.config, dtype=bare.dtype, use_safetensors=True)
         bare.load_state_dict(loaded.state_dict(), strict=True)
         return True
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.data import RowStore, digest_rows, forward_rows
 from hf_immunize.errors import ConfigError, DataError
-from hf_immunize.features import Boundary, find_boundary, prefer_channels_last, trainable_modules
+from hf_immunize.features import Boundary, find_boundary, lying_channels_last, trainable_modules
 
 _FORMAT = 1
 """Part of every cache key; raised when what is stored changes its meaning."""
@@ -152,13 +152,14 @@ class FeatureCache:
     def _evaluating(self, parts: Any, words: str) -> Iterator[Any]:
         """Each of ``parts`` under no_grad, autocast and evaluation mode, with a progress bar."""
         was_training = self._model.training
-        prefer_channels_last(self._model).eval()
-        try:
-            for part in tqdm(parts, desc=words, leave=False, disable=None):
-                with torch.no_grad(), self._autocast():
-                    yield part
-        finally:
-            self._model.to(memory_format=torch.contiguous_format).train(was_training)
+        with lying_channels_last(self._model) as model:
+            model.eval()
+            try:
+                for part in tqdm(parts, desc=words, leave=False, disable=None):
+                    with torch.no_grad(), self._autocast():
+                        yield part
+            finally:
+                model.train(was_training)
 
 
 def default_folder() -> Path:

@@ -4,17 +4,50 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_immunize.features import capture_inputs, lying_channels_last
 from hf_immunize.records import DatasetFingerprint, ImmunizationRecord, ModelFingerprint, Provenance, SpectrumRecord
-from hf_immunize.spectra import model_spectra
+from hf_immunize.spectra import model_spectra, spectrum_record
 from hf_immunize.training.checkpoints import scientific_options
+from hf_immunize.training.frozen import BoundaryDataset
 from hf_immunize.training.trainer import ImmunizationTrainer
+
+_ROWS = 32
 
 
 def training_spectra(trainer: ImmunizationTrainer) -> list[SpectrumRecord]:
-    """Spectra of the trainer's current weights over its whole primary and harmful training sets."""
+    """Spectra of the trainer's current weights over its whole primary and harmful training sets.
+
+    Where the frozen part is cached, forwards start at the cached activations.
+    """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    tasks = {"primary": trainer.primary_dataset, "harmful": trainer.harmful_dataset}
-    return model_spectra(model, trainer.site, tasks)
+    if not trainer.args.cache_frozen_features:
+        tasks = {"primary": trainer.primary_dataset, "harmful": trainer.harmful_dataset}
+        return model_spectra(model, trainer.site, tasks)
+    return [
+        spectrum_record(_cached_features(trainer, model, rows, task), rows.labels, site=trainer.site, task=task)
+        for task, rows in trainer.trained_on.items()
+    ]
+
+
+@torch.no_grad()
+def _cached_features(trainer: ImmunizationTrainer, model: nn.Module, rows: BoundaryDataset, task: str) -> Tensor:
+    """N×D features of rows that are activations on disk, in evaluation mode."""
+    was_training, device, parts = model.training, next(model.parameters()).device, []
+    loader = DataLoader(rows, batch_size=_ROWS, collate_fn=trainer.data_collator)
+    with lying_channels_last(model):
+        model.eval()
+        for batch in tqdm(loader, desc=f"{task} features", unit="batch", leave=False, disable=None):
+            held = {"boundary": tuple(part.to(device) for part in batch["boundary"])}
+            with trainer.frozen.entered(model, held) as plain, capture_inputs(model, [trainer.site]) as caught:
+                model(**plain)
+            parts.append(caught[trainer.site].cpu())
+    model.train(was_training)
+    return torch.cat(parts)
 
 
 def immunization_record(

@@ -37,6 +37,11 @@ def refuse_unsupported(args: Any) -> None:
             "expected torch_compile off: features are read by hooks, which a compiled model does not call. Compile the "
             "released model instead."
         )
+    if args.auto_find_batch_size:
+        raise ConfigError(
+            "expected auto_find_batch_size off: the rows of a step decide what its spectrum says, and a step that ran "
+            "out of memory has already left rows in the feature bank. Set per_device_train_batch_size."
+        )
     if args.fsdp:
         _refuse_accelerate_fsdp("the fsdp option")
     _refuse_precision(args)

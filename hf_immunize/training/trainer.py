@@ -174,6 +174,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         harmful = self.harmful_dataset
         if args.cache_frozen_features:
             harmful = self._use_cache(model, collator, primary_labels, harmful_labels)
+        self.trained_on = {"primary": self.train_dataset, "harmful": harmful}
         asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
         self.teacher = self._frozen_copy() if asked else None
         self._harmful = self._stream(harmful, harmful_labels)

@@ -15,7 +15,12 @@ from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABIL
 from hf_immunize.attacks.suite import picture_name
 from hf_immunize.certification import Protocol, find_rule
 from hf_immunize.certification.cells import reference_threshold, score_before
-from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate, denoising_utility
+from hf_immunize.certification.diffusion import (
+    ConceptExam,
+    build_diffusion_certificate,
+    denoising_utility,
+    recheck_pipeline,
+)
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings
 from hf_immunize.certification.protocol import DIFFUSION_RULE
 from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images
@@ -25,7 +30,7 @@ from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import scan
 from hf_immunize.hub.rejudge import check_verdicts
 from hf_immunize.metrics import chosen_evaluation
-from hf_immunize.records import AttackTrace, Certificate
+from hf_immunize.records import AttackTrace, Certificate, Interval
 from hf_immunize.report import report_html
 
 ATTACK = {"steps": (8,), "learning_rate": (1e-2,), "batch_size": (6,)}
@@ -229,3 +234,22 @@ def test_certification_shows_nothing_of_what_was_not_measured(folders):
     assert certificate.similarity == [] and certificate.frechet is None
     certificate.write(subject / "certificate.json")
     assert "SGR" not in render_card(subject) and "SGR" not in report_html([subject], base)
+
+
+def test_a_pipelines_certificate_holds_when_it_is_sat_again_and_a_flattered_one_does_not(folders):
+    base, subject, exam = folders
+    certificate = build_diffusion_certificate(subject, base, exam, PROTOCOL)
+    certificate.write(subject / "certificate.json")
+    found = recheck_pipeline(subject, base, concept(9), exam, DIFFUSION_RULE, cells=5)
+    assert {line.measure for line in found} == {"accuracy_drop", "slow_down"}
+    assert {line.attack for line in found} == {"diffusion_full_finetune"} and all(line.agrees for line in found), found
+    assert found[0].told.endswith("agrees") and "certified" in found[0].told
+    certain = Interval(estimate=0.9, low=0.8, high=1.0, samples=2)
+    flattered = [cell.model_copy(update={"accuracy_drop": certain}) for cell in certificate.cells]
+    certificate.model_copy(update={"cells": flattered}).write(subject / "certificate.json")
+    (told,) = [line for line in recheck_pipeline(subject, base, concept(9), exam, DIFFUSION_RULE, cells=1)
+               if line.measure == "accuracy_drop"]
+    assert not told.agrees and told.told.endswith("certified 0.9 (0.8 to 1): DOES NOT AGREE")
+    with pytest.raises(RecordError, match="harmful rows that the certificate names"):
+        other = dataclasses.replace(exam, harmful=exam.benign)
+        recheck_pipeline(subject, base, concept(8), other, DIFFUSION_RULE, cells=1)

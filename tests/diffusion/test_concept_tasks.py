@@ -35,6 +35,24 @@ def test_classes_and_splits_of_an_archive_do_not_overlap_and_pixels_are_scaled(a
     assert any(np.array_equal(restored, image) for image in original) and pixels.shape[1:] == (1, 8, 8)
 
 
+def test_a_second_source_goes_on_counting_classes(archive, tmp_path):
+    second = tmp_path / "second.npz"
+    images = np.random.default_rng(1).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.savez(second, images=images, labels=np.arange(60) % 3)
+    both = ConceptArguments(f"{archive}, {second}", image_size=8, harmful_labels="10,12", benign_labels="11")
+    task, alone = ConceptTask(both), ConceptTask(ConceptArguments(str(archive), image_size=8))
+    assert task.source == "tiny.npz,second.npz" and task.label_names == [str(label) for label in range(13)]
+    splits = ("defense", "attack", "validation", "test")
+    assert {int(label) for split in splits for label in task.examples("harmful", split).labels} == {10, 12}
+    drawn = {row.numpy().tobytes() for split in splits for row in task.examples("benign", split).latents}
+    scaled = {(image[None].astype(np.float32) / 127.5 - 1).tobytes() for image in images[np.arange(60) % 3 == 1]}
+    assert drawn == scaled
+    mine, theirs = (held.examples("retain", "train") for held in (task, alone))
+    assert mine.fingerprint(source="", role="").sha256 == theirs.fingerprint(source="", role="").sha256
+    with pytest.raises(DataError, match="name of a dataset"):
+        ConceptTask(ConceptArguments(" ,", image_size=8))
+
+
 def test_scikit_learns_digits_need_no_download():
     task = ConceptTask(ConceptArguments("builder:digits", image_size=8, rows_per_class=20))
     assert sum(len(task.examples("benign", split)) for split in ("defense", "attack", "validation", "test")) == 20

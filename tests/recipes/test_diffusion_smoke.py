@@ -52,3 +52,22 @@ def test_every_option_of_the_preset_is_one_its_recipe_knows(preset):
     for name, table in (("attack", DIFFUSION_ATTACKS), ("benign", DIFFUSION_TRAINABILITY)):
         keys = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
         assert set(parse_settings(keys["settings"], table)) <= set(table) and keys["protocol"] in DIFFUSION_PROTOCOLS
+
+
+def test_the_distant_concepts_pipeline_changes_places_and_data_alone():
+    """Every stage of the digits is there with the same option files, its own task and its own folders."""
+    from hf_immunize.diffusion.tasks import ConceptArguments
+
+    folder = ROOT / "recipes" / "mnist-diffusion"
+    near, far = (
+        yaml.safe_load((folder / name / "pipeline.yaml").read_text(encoding="utf-8")) for name in ("", "fashion")
+    )
+    assert set(near["stages"]) == set(far["stages"])
+    for name, stage in far["stages"].items():
+        assert (stage["run"], stage.get("needs")) == (near["stages"][name]["run"], near["stages"][name].get("needs"))
+        files = [word for word in stage["options"].split() if word.endswith(".yaml")]
+        plain = [word.replace("/fashion/task", "/task") for word in files]
+        assert plain == [word for word in near["stages"][name]["options"].split() if word.endswith(".yaml")]
+        assert "runs/mnist-diffusion/" not in stage["options"]
+        assert name == "report" or any(f"{far['runs']}/{place}" in stage["options"] for place in near["stages"])
+    ConceptArguments(**yaml.safe_load((folder / "fashion" / "task.yaml").read_text(encoding="utf-8")))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.records import ImmunizationRecord
@@ -95,6 +98,40 @@ def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
     assert again.returncode == 0 and "already immunized" in again.stdout
     other = immunize("--strength", "0.7")
     assert other.returncode != 0 and "RunMismatchError" in other.stderr and "options" in other.stderr
+
+
+def test_a_head_trained_on_cached_features_is_that_of_images_and_pickles_are_not_read(tmp_path):
+    """pretrain.py: the head alone on a tiny network with BatchNorm, with and without cache_frozen_features."""
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=7, layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "base")
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "base")
+
+    def pretrain(base: str, *extra: str) -> subprocess.CompletedProcess:
+        words = [
+            sys.executable, str(RECIPES / "pretrain.py"), "--config", str(RECIPES / "digits-vit" / "task.yaml"),
+            "--model_name_or_path", str(tmp_path / base), "--trainable_modules", "classifier", "--max_steps", "4",
+            "--learning_rate", "0.01", "--use_cpu", "--report_to", "none", *extra,
+        ]
+        environment = {**os.environ, "HF_IMMUNIZE_CACHE": str(tmp_path / "cache")}
+        return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+    for name, extra in (("plain", ()), ("cached", ("--cache_frozen_features", "true"))):
+        done = pretrain("base", "--output_dir", str(tmp_path / name), *extra)
+        assert done.returncode == 0 and "validation accuracy" in done.stdout, done.stderr
+    plain, cached, before = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "cached", "base"))
+    assert any((tmp_path / "cache" / "features").iterdir())
+    for name, value in plain.items():
+        torch.testing.assert_close(cached[name], value, rtol=1e-4, atol=1e-6)
+        if not name.startswith("classifier"):
+            assert torch.equal(value, before[name]), name
+    assert plain["classifier.1.weight"].shape == (5, 8)
+    torch.save(before, tmp_path / "base" / "pytorch_model.bin")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    refused = pretrain("base", "--output_dir", str(tmp_path / "pickle"))
+    assert refused.returncode != 0 and "safetensors" in refused.stderr
 
 
 def test_two_cpu_processes_run_through_accelerate_launch(tmp_path):

@@ -163,6 +163,7 @@ def test_linear_algebra_stays_in_float64_under_autocast():
     "options,message",
     [
         ({"torch_compile": True}, "torch_compile off"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size off"),
         ({"torch_compile_backend": "eager"}, "torch_compile off"),
         ({"deepspeed": {}}, "no DeepSpeed, got it in the options"),
         ({"bf16_full_eval": True}, "bf16_full_eval off"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import find_boundary, trainable_modules
+from hf_immunize.spectra import model_spectra
+from hf_immunize.training.record import training_spectra
 
 IMAGE = torch.Size([3, 8, 8])
 
@@ -72,6 +75,27 @@ def test_the_trunk_is_not_run_again(make_trainer, make_vit, tmp_path):
     with torch.no_grad():
         model(pixel_values=torch.zeros(2, *IMAGE))
     assert calls  # outside of training the model is whole
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_spectra_start_at_cached_activations_and_are_those_of_the_images(make_trainer, make_vit, tmp_path, kind):
+    torch.manual_seed(0)
+    small = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3, layer_type="basic")
+    model = make_vit(layers=3) if kind == "vit" else ResNetForImageClassification(small)
+    trained = "last:1" if kind == "vit" else "resnet.encoder.stages.1,classifier"
+    trainer = make_trainer(
+        model=model, trainable_modules=trained, cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c")
+    )
+    tasks = {"primary": trainer.primary_dataset, "harmful": trainer.harmful_dataset}
+    wanted = model_spectra(trainer.model, trainer.site, tasks)
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first.register_forward_hook(lambda *_: pytest.fail("the frozen part was run again"))
+    trainer.model.train()
+    found = training_spectra(trainer)
+    assert trainer.model.training and all(p.is_contiguous() for p in trainer.model.parameters())
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert (mine.task, mine.rows, mine.rank, mine.status) == (theirs.task, theirs.rows, theirs.rank, theirs.status)
+        assert mine.eigenvalues == pytest.approx(theirs.eigenvalues, rel=1e-3, abs=1e-6 * theirs.eigenvalues[0])
 
 
 def test_other_weights_or_images_are_another_cache(make_trainer, make_vit, make_pixels, tmp_path):
