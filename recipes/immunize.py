@@ -61,22 +61,35 @@ def load_base(options: BaseArguments, label_names: list[str]) -> tuple:
     folder, source = local_folder(
         options.base_path, revision=options.base_revision, with_code=options.trust_remote_code
     )
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **trusted)
     name = describe_source(options.base_path)
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **trusted)
+        model = load_weights(folder, options, label_names)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"expected an image classifier with its processor, weights in safetensors, in {options.base_path}, got "
+            f"{error}: check the path, or save both with save_pretrained."
+        ) from error
     if options.from_scratch:
-        labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-        config = AutoConfig.from_pretrained(folder, **labels, **trusted)
-        model = AutoModelForImageClassification.from_config(config, **trusted)
         print_of = ModelFingerprint(
             name=f"{name} architecture, random weights", architecture=type(model).__name__,
             parameters=model.num_parameters(), weights={},
         )  # fmt: skip
         return model, processor, print_of
-    model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **trusted)
     print_of = ModelFingerprint.of_folder(
         folder, name=name, architecture=type(model).__name__, parameters=model.num_parameters(), source=source
     )
     return model, processor, print_of
+
+
+def load_weights(folder: Path, options: BaseArguments, label_names: list[str]) -> Any:
+    """The classifier of a folder; with from_scratch, its architecture with a head for these labels."""
+    trusted = {"trust_remote_code": options.trust_remote_code}
+    if not options.from_scratch:
+        return AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **trusted)
+    labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+    config = AutoConfig.from_pretrained(folder, **labels, **trusted)
+    return AutoModelForImageClassification.from_config(config, **trusted)
 
 
 def refuse_base_options(args: ImmunizationConfig) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_immunize.data import Task, TaskArguments, collate_pixels, describe_source
-from hf_immunize.errors import ConfigError, ImmunizeError
+from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
 from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run
 from hf_immunize.training.checkpoints import scientific_options
@@ -97,17 +97,23 @@ def parse_overrides(text: str | None) -> dict[str, float]:
 
 
 def load_model(options: PretrainArguments, label_names: list[str]) -> Any:
-    """The architecture with a head for these labels, weights from safetensors only or random."""
+    """The architecture with a head for these labels, weights from safetensors only or random. Raises ModelError."""
     source = {"trust_remote_code": options.trust_remote_code}
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
     overrides = parse_overrides(options.config_overrides)
-    config = AutoConfig.from_pretrained(options.model_name_or_path, **labels, **overrides, **source)
-    if options.from_scratch:
-        return AutoModelForImageClassification.from_config(config, **source)
-    return AutoModelForImageClassification.from_pretrained(
-        options.model_name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32,
-        use_safetensors=True, **source,
-    )
+    try:
+        config = AutoConfig.from_pretrained(options.model_name_or_path, **labels, **overrides, **source)
+        if options.from_scratch:
+            return AutoModelForImageClassification.from_config(config, **source)
+        return AutoModelForImageClassification.from_pretrained(
+            options.model_name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32,
+            use_safetensors=True, **source,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"expected an image model with weights in safetensors in {options.model_name_or_path}, got {error}: check "
+            "the path, or convert the weights with save_pretrained."
+        ) from error
 
 
 def main() -> None:
