@@ -38,7 +38,7 @@ def frechet_words(certificate: Certificate) -> str | None:
 
 
 def _share(value: float | None) -> str:
-    return text.NONE if value is None else f"{100 * value:.1f}%"
+    return text.NONE if value is None else f"{100 * value:.1f}%".replace("-", "−")
 
 
 def _bounds(found: Interval) -> str:

@@ -223,7 +223,7 @@ def test_similarity_gaps_and_distances_reach_certificate_card_and_page(folders):
     assert Certificate.read(subject / "certificate.json") == certificate
     write_card(subject)
     card, page = (subject / "README.md").read_text(encoding="utf-8"), report_html([subject], base)
-    shown = f"{100 * wanted:.1f}% after 8"
+    shown = f"{100 * wanted:.1f}% after 8".replace("-", "−")
     for said in (card, page):
         assert shown in said and "grey levels" in said and "Fréchet distance of 24 drawn from 12 real" in said
 
