@@ -138,7 +138,7 @@ def print_verdicts(certificate: Certificate) -> None:
     colours = {"FAILS": "bold red", "RESISTS": "green", "INCONCLUSIVE": "yellow"}
     table = Table(title=f"{certificate.subject.name} against {certificate.control.name}: {certificate.overall}")
     for column in ("attack", "family", "steps, base", "steps, model", "slow-down", "accuracy drop", "verdict"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column in ("attack", "verdict"))
     for cell in certificate.cells:
         colour = colours.get(cell.verdict, "dim")
         table.add_row(
@@ -151,6 +151,8 @@ def print_verdicts(certificate: Certificate) -> None:
             f"[{colour}]{cell.verdict}[/]",
         )
     console = Console()
+    if not console.is_terminal:
+        console.width = 120  # logs are not 80 columns wide
     console.print(table)
     utility = certificate.utility
     ratio = "not defined" if certificate.immunization_ratio is None else f"{certificate.immunization_ratio:.3g}"
