@@ -197,7 +197,8 @@ DIFFUSION_RULE = Rule(
 DIFFUSION_PROTOCOLS: dict[str, Protocol] = {
     "diffusion_quick": Protocol(
         name="diffusion_quick",
-        attacks=("diffusion_lora", "diffusion_full_finetune"),
+        # another name for the concept is cheap to try, and shows a defence that only spoils the name
+        attacks=("diffusion_lora", "diffusion_full_finetune", "diffusion_other_prompts"),
         seeds=(0, 1, 2),
         rule=DIFFUSION_RULE,
         trials=4,

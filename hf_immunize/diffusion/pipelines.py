@@ -45,4 +45,6 @@ def fresh_denoiser(model: nn.Module, seed: int) -> nn.Module:
     """The denoiser's architecture with random weights drawn from ``seed``: what training from scratch starts at."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return type(model).from_config(model.config).to(next(model.parameters()).dtype)
+        fresh, dtype = type(model).from_config(model.config), next(model.parameters()).dtype
+        # casting warns of layers to keep in float32 even where there is nothing to cast
+        return fresh if fresh.dtype == dtype else fresh.to(dtype)

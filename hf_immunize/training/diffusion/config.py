@@ -66,6 +66,13 @@ class DiffusionImmunizationConfig:
         default=0,
         metadata={"help": "simulated_attack, imma: 0 trains all weights, else LoRA of this rank on attention."},
     )
+    attacker_renamed: float = field(
+        default=0.0,
+        metadata={
+            "help": "simulated_attack, imma: share of the attacker's rows that are taught under the conditions (class, "
+            "prompt) of random retain rows. At 0 the cheapest defence is to spoil the concept's own name."
+        },
+    )
     attacker_ceiling: float = field(
         default=3.0,
         metadata={
@@ -151,6 +158,8 @@ class DiffusionImmunizationConfig:
         if self.trainable not in ("all", "attention", "lora"):
             raise ConfigError(f"expected trainable 'all', 'attention' or 'lora', got {self.trainable!r}.")
         self._check_attack()
+        if not 0 <= self.attacker_renamed <= 1:
+            raise ConfigError(f"expected attacker_renamed between 0 and 1, got {self.attacker_renamed}.")
         if not self.ema_decay < 1:
             raise ConfigError(f"expected ema_decay below 1, got {self.ema_decay}.")
         self.level_range  # noqa: B018 - raises now rather than at the first step

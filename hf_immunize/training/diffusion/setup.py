@@ -15,7 +15,7 @@ from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM, SimulatedAttack
 from hf_immunize.training.diffusion.sites import attention_projections, choose_sites
-from hf_immunize.training.diffusion.stream import NoisyStream
+from hf_immunize.training.diffusion.stream import NoisyStream, RenamedStream
 from hf_immunize.training.distributed import world
 from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.meter import Meter
@@ -67,7 +67,7 @@ class Streams:
 
     retain: NoisyStream
     harmful: NoisyStream
-    attack: NoisyStream
+    attack: RenamedStream
 
     @classmethod
     def of(
@@ -85,7 +85,13 @@ class Streams:
                 **share,
             ),
             NoisyStream(harmful, process, rows, name="harmful", **concept),
-            NoisyStream(harmful, process, rows, name="attack", **concept),
+            RenamedStream(
+                NoisyStream(harmful, process, rows, name="attack", **concept),
+                NoisyStream(train, process, rows, name="names", **share),
+                args.attacker_renamed,
+                rank,
+                size,
+            ),
         )
 
 

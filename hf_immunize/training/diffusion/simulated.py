@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from hf_immunize.diffusion import Denoiser, denoising_losses
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.sites import attention_projections
-from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream, generator_of, same_draws
+from hf_immunize.training.diffusion.stream import NoisyBatch, RenamedStream, generator_of, same_draws
 from hf_immunize.training.distributed import mean_over_ranks, world
 from hf_immunize.training.objective import Side, Term
 
@@ -56,7 +56,7 @@ class SimulatedAttack:
 
     @classmethod
     def of(
-        cls, args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, stream: NoisyStream
+        cls, args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, stream: RenamedStream
     ) -> SimulatedAttack:
         """The attack that ``args`` describe, on rows of ``stream``."""
         steps = 1 if args.attacker_goes_on else args.attacker_steps

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,3 +103,32 @@ class NoisyStream:
             batch.conditions,
             batch.labels,
         )
+
+
+@dataclass(frozen=True)
+class RenamedStream:
+    """Rows of ``concept``, a share of them under the conditions (labels, prompts) of the same rows of ``names``.
+
+    Spread evenly: global row g is renamed when ⌊(g + 1)·share⌋ > ⌊g·share⌋, whatever the number of processes.
+    """
+
+    concept: NoisyStream
+    names: NoisyStream
+    share: float
+    rank: int = 0
+    world_size: int = 1
+
+    def batch(self, step: int, device: torch.device, dtype: torch.dtype) -> NoisyBatch:
+        """This rank's rows of micro-step ``step``."""
+        told = self.concept.batch(step, device, dtype)
+        if self.share == 0:
+            return told
+        places = [self.rank + self.world_size * row for row in range(len(told.noisy))]
+        chosen = [math.floor((place + 1) * self.share) > math.floor(place * self.share) for place in places]
+        renamed = torch.tensor(chosen, device=device)
+        others = self.names.batch(step, device, dtype).conditions
+        conditions = {
+            name: torch.where(renamed.reshape(-1, *[1] * (value.dim() - 1)), others[name], value)
+            for name, value in told.conditions.items()
+        }
+        return replace(told, conditions=conditions)

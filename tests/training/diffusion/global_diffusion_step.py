@@ -15,7 +15,8 @@ processes, gradients = int(sys.argv[2]), {}
 CASES = {
     "unet": {
         "opt_kappa, accumulated": {"objective": "opt_kappa", "gradient_accumulation_steps": 2},
-        "simulated": {"objective": "simulated_attack", "attacker_steps": 1, "distillation": 0.5},
+        "simulated": {"objective": "simulated_attack", "attacker_steps": 1, "distillation": 0.5,
+                      "attacker_renamed": 0.5},
     },
     "sd3": {
         "condition_number": {"objective": "condition_number"},

@@ -215,6 +215,7 @@ def test_with_an_average_the_average_is_judged_and_returned(make_trainer):
         ({"weight": "nothing=1"}, ConfigError, "expected weight of terms"),
         ({"attacker_steps": 0}, ConfigError, "attacker_steps of at least 1"),
         ({"trainable": "some"}, ConfigError, "'all', 'attention' or 'lora'"),
+        ({"attacker_renamed": 1.5}, ConfigError, "between 0 and 1"),
         ({"objective": "imma"}, ConfigError, "imma as it was published"),
         ({"objective": "imma+simulated_attack", "trainable": "attention", "attacker_rank": 2}, ConfigError, "beside"),
         ({"trainable": "lora", "objective": "simulated_attack", "attacker_rank": 2}, ConfigError, "attacker_rank=0"),
