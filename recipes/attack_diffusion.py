@@ -49,8 +49,8 @@ class AttackArguments:
     tuning_seeds: int | None = field(
         default=None,
         metadata={
-            "help": "Compare such trials on this many seeds and run the best one on the others; 0 = every trial on "
-            "every seed. The protocol's by default."
+            "help": "Compare such trials on this many seeds and run the best (fastest, furthest) on the others; 0 = "
+            "every trial on every seed. The protocol's by default."
         },
     )
     exam_levels: int = field(
@@ -106,9 +106,14 @@ def main() -> None:
         planned += count_runs(attack, plan_runs(attack, seeds, settings.get(name), trials), seeds, tuning)
     output = Path(options.output_path or options.model_path)
     with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=None) as bar:
+
+        def progress(trace, made):
+            bar.total = max(bar.total, bar.n + 1)  # a second finalist was not planned
+            bar.update()
+
         summary = run_suite(
             context, table, names, seeds, output, settings, trials=trials, tuning_seeds=tuning,
-            overwrite=options.overwrite, progress=lambda trace, made: bar.update(),
+            overwrite=options.overwrite, progress=progress,
         )
     print(
         f"{output / 'traces' / options.role}: {summary.made} runs made, {summary.kept} kept from before, "

@@ -12,6 +12,7 @@ from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.plan import find_attack, is_searchable, plan_runs
 from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.errors import RunMismatchError
+from hf_immunize.metrics import finalists
 from hf_immunize.records import AttackTrace, Provenance, atomic_write
 
 _NOT_RUN = Result([], 1, 0.0, "diverged", "not run")
@@ -44,7 +45,7 @@ def run_suite(
     Args:
         trials: as in ``plan_trials``.
         tuning_seeds: compare the trials of attacks that have a ``search`` on this many of the seeds, and run only the
-            one that does best on validation data on the others. None: every trial on every seed.
+            ``finalists`` (one or two) on the others. None: every trial on every seed.
         progress: called once per run with its trace and whether it was made now.
 
     Raises:
@@ -66,10 +67,11 @@ def run_suite(
     sitting.sit(first)
     second = {}
     for name in staged:
-        best = choose_trial([trace for trace in sitting.all if trace.attack == name])
-        config = next(run.config for run in first[name] if run.trial == best)
-        tuning = first[name][0].tuning
-        second[name] = [Run(config, best, seed, tuning) for seed in seeds if seed not in tuning]
+        chosen = finalists([trace for trace in sitting.all if trace.attack == name])
+        configs, tuning = {run.trial: run.config for run in first[name]}, first[name][0].tuning
+        second[name] = [
+            Run(configs[trial], trial, seed, tuning) for trial in chosen for seed in seeds if seed not in tuning
+        ]
     sitting.sit(second)
     diverged = sum(trace.outcome == "diverged" for trace in sitting.all)
     return SuiteSummary(sitting.made, len(sitting.all) - sitting.made, diverged)
@@ -86,28 +88,10 @@ def is_staged(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning_
 
 
 def count_runs(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning_seeds: int | None) -> int:
-    """How many of the planned runs a suite makes."""
+    """How many of the planned runs a suite makes at least: a second finalist adds to them."""
     if not is_staged(attack, runs, seeds, tuning_seeds) or tuning_seeds is None:
         return len(runs)
     return len({run.trial for run in runs}) * tuning_seeds + len(seeds) - tuning_seeds
-
-
-def choose_trial(traces: Sequence[AttackTrace]) -> str:
-    """The trial with the fewest diverged runs; of these, the best mean validation accuracy on a log scale of steps."""
-    runs: dict[str, list[AttackTrace]] = {}
-    for trace in traces:
-        runs.setdefault(trace.trial, []).append(trace)
-
-    def key(name: str) -> tuple[int, float, str]:
-        diverged = sum(trace.outcome == "diverged" for trace in runs[name])
-        return diverged, -sum(map(_validation_area, runs[name])), name
-
-    return min(runs, key=key)
-
-
-def _validation_area(trace: AttackTrace) -> float:
-    """Evaluations are about equally spaced on a log scale, so their sum stands for the area."""
-    return sum(point.validation for point in trace.curve)
 
 
 @dataclasses.dataclass

@@ -14,6 +14,7 @@ from hf_immunize.metrics import (
     StepsToThreshold,
     best_trial,
     chosen_evaluation,
+    finalists,
     mean_interval,
     normalized_resistance,
     relative_fine_tuning_deviation,
@@ -234,6 +235,8 @@ def check_same_exam(name: str, subject: Sequence[AttackTrace], other: Sequence[A
     whole = {seed for found in (mine, theirs) for _, seed in found}
     for side, found in (("subject", mine), (role, theirs)):
         _check_seeds(name, side, set(found), whole, tuning)
+        if tuning is not None and tuning != whole:
+            _check_finalists(name, side, found, whole, tuning)
     for key in sorted(set(mine) & set(theirs)):
         for what in ("config", "data", "budget", "unit", "family"):
             here, there = getattr(mine[key], what), getattr(theirs[key], what)
@@ -253,7 +256,7 @@ def _tuning_seeds(traces: Sequence[AttackTrace]) -> set[int] | None:
 
 
 def _check_seeds(name: str, side: str, runs: set[tuple[str, int]], whole: set[int], tuning: set[int] | None) -> None:
-    """Every trial with every seed; or with the tuning seeds, and one of them with all."""
+    """Every trial with every seed; or with the tuning seeds, and at least one of them with all."""
     complete = 0
     for trial in sorted({trial for trial, _ in runs}):
         seeds = {seed for found, seed in runs if found == trial}
@@ -263,8 +266,22 @@ def _check_seeds(name: str, side: str, runs: set[tuple[str, int]], whole: set[in
                 f"expected every seed in every trial of {name}, got {trial} without seeds {sorted(whole - seeds)} on "
                 f"the {side}: run recipes/attack.py again with the same options."
             )
-    if complete == 0 or (tuning is not None and tuning != whole and complete > 1):
+    if complete == 0:
         raise IncompleteExamError(
-            f"expected one trial of {name} with all of the seeds {sorted(whole)} on the {side}, got {complete}: run "
+            f"expected a trial of {name} with all of the seeds {sorted(whole)} on the {side}, got none: run "
             "recipes/attack.py again with the same options."
+        )
+
+
+def _check_finalists(
+    name: str, side: str, runs: Mapping[tuple[str, int], AttackTrace], whole: set[int], tuning: set[int]
+) -> None:
+    """The trials that had to go on after the comparison, and no others, are those with all seeds."""
+    due = set(finalists([trace for (_, seed), trace in runs.items() if seed in tuning]))
+    complete = {trial for trial, _ in runs if {seed for found, seed in runs if found == trial} == whole}
+    if complete != due:
+        raise IncompleteExamError(
+            f"expected {name} on the {side} with all of the seeds {sorted(whole)} in the trials that did best on "
+            f"{sorted(tuning)}, {sorted(due)}, got {sorted(complete)}: run recipes/attack.py again with the same "
+            "options."
         )

@@ -1,23 +1,23 @@
-"""Trials compared on some seeds, the best one run on all: the same effort on both sides, and nothing hidden."""
+"""Trials compared on some seeds, the best run on all: the same effort on both sides, and nothing hidden."""
 
 import pytest
-from trace_builders import side_of
+from trace_builders import side_of, trace
 
 from hf_immunize.attacks import ATTACKS, AttackContext, count_runs, plan_runs, plan_trials, run_suite
-from hf_immunize.attacks.suite import choose_trial
 from hf_immunize.certification.cells import build_cell
 from hf_immunize.certification.protocol import PROTOCOLS, Rule
 from hf_immunize.errors import ConfigError, IncompleteExamError
+from hf_immunize.metrics import finalists
 from hf_immunize.records import AttackTrace
 
 TUNED = {"config": {"learning_rate": 0.1, "tuning_seeds": [0]}}
 
 
 def tuned(role, best, steps=(10, 10, 10)):
-    """Three trials on seed 0; ``best`` on all three."""
+    """Three trials on seed 0; ``best`` on all three, the others half as fast."""
     return [
         run for trial in ("a", "b", "c")
-        for run in side_of(role, steps if trial == best else steps[:1], trial=trial, **TUNED)
+        for run in side_of(role, steps if trial == best else (2 * steps[0],), trial=trial, **TUNED)
     ]
 
 
@@ -36,24 +36,38 @@ def test_each_side_may_choose_its_own_trial():
     (lambda run: run.trial == "a", "got 1 missing on the subject, first a with seed 0"),
     (lambda run: run.seed == 2, "expected every seed in every trial of lora, got b without seeds .2. on the subject"),
     (lambda run: run.seed == 0 and run.trial == "b", "1 missing on the subject, first b with seed 0"),
-    (lambda run: run.seed > 0, "expected one trial of lora with all of the seeds .* on the subject, got 0"),
+    (lambda run: run.seed > 0, "expected a trial of lora with all of the seeds .* on the subject, got none"),
 ])
 def test_what_is_left_out_is_found(drop, message):
     with pytest.raises(IncompleteExamError, match=message):
         build([run for run in tuned("subject", "b") if not drop(run)], tuned("control", "c"))
 
 
-def test_two_complete_trials_are_more_effort_than_one():
-    twice = tuned("subject", "b") + [run for run in tuned("subject", "c") if run.trial == "c" and run.seed]
-    with pytest.raises(IncompleteExamError, match="expected one trial of lora .* on the subject, got 2"):
+def test_a_complete_trial_that_was_no_finalist_is_more_effort():
+    twice = tuned("subject", "b") + [run for run in side_of("subject", (20, 20, 20), trial="c", **TUNED) if run.seed]
+    with pytest.raises(IncompleteExamError, match=r"on the subject .* best on \[0\], \['b'\], got \['b', 'c'\]"):
         build(twice, tuned("control", "c"))
 
 
-def test_the_choice_is_by_validation_over_the_whole_budget_and_never_a_diverged_one():
-    fast, slow = side_of("subject", (10,), trial="fast"), side_of("subject", (100,), trial="slow")
-    assert choose_trial(fast + slow) == "fast"
-    broken = [fast[0].model_copy(update={"outcome": "diverged"})]
-    assert choose_trial(broken + slow) == "slow"
+def curve(trial, scores, seed=0, outcome="completed"):
+    points = [(step, score) for step, score in zip((1, 10, 100), scores, strict=True)]
+    return trace(points, trial=trial, seed=seed, budget=100, outcome=outcome, **TUNED)
+
+
+def test_the_fastest_and_the_furthest_go_on_and_never_a_diverged_one():
+    fast, far, slow = curve("fast", (0.5, 0.6, 0.6)), curve("far", (0.1, 0.2, 0.7)), curve("slow", (0.1, 0.2, 0.6))
+    assert finalists([slow, far, fast]) == ("fast", "far")
+    assert finalists([slow, fast]) == ("fast",), "as far as the fastest is no reason to go on"
+    assert finalists([slow, curve("fast", (0.5, 0.6, 0.9), outcome="diverged")]) == ("slow",)
+
+
+def test_a_finalist_that_did_not_go_on_is_missed():
+    fast = [curve("fast", (0.3, 0.4, 0.4), seed=seed) for seed in (0, 1, 2)]
+    far = [curve("far", (0.1, 0.1, 0.7), seed=seed) for seed in (0, 1, 2)]
+    control = [run.model_copy(update={"role": "control"}) for run in [*fast, *far]]
+    with pytest.raises(IncompleteExamError, match=r"\['far', 'fast'\], got \['fast'\]"):
+        build([*fast, far[0]], control)
+    assert build([*fast, *far], control).subject.trial == "far", "the fastest never gets to the threshold"
 
 
 def test_a_random_search_is_the_same_for_everybody_and_covers_every_value():
@@ -104,12 +118,12 @@ def test_a_suite_compares_on_some_seeds_and_runs_the_best_on_the_others(sit, tmp
     summary = sit("subject", "one")
     attack = ATTACKS["full_finetune"]
     planned = plan_runs(attack, (0, 1, 2), {"steps": (3,)}, 3)
-    assert summary.made == 6 + count_runs(attack, planned, (0, 1, 2), 1) == 6 + 3 + 2
+    assert count_runs(attack, planned, (0, 1, 2), 1) == 3 + 2
     traces = [AttackTrace.read(path) for path in (tmp_path / "one/traces/subject").glob("full_finetune*")]
     trials = {trial: sorted(run.seed for run in traces if run.trial == trial) for trial in {t.trial for t in traces}}
-    assert sorted(trials.values(), key=len) == [[0], [0], [0, 1, 2]]
-    chosen = next(trial for trial, seeds in trials.items() if len(seeds) == 3)
-    assert chosen == choose_trial([run for run in traces if run.seed == 0])
+    chosen = finalists([run for run in traces if run.seed == 0])
+    assert trials == {trial: [0, 1, 2] if trial in chosen else [0] for trial in trials} and len(trials) == 3
+    assert summary.made == 6 + 3 + 2 * len(chosen)
     assert {tuple(run.config["tuning_seeds"]) for run in traces} == {(0,)}
     assert sit("subject", "one").made == 0
     lost = next(path for path in (tmp_path / "one/traces/subject").glob("full_finetune*seed2.json"))
