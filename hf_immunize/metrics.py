@@ -73,30 +73,6 @@ def best_trial(traces: Sequence[AttackTrace], threshold: float | None = None) ->
     return min(measured, key=key, default=None)
 
 
-def finalists(traces: Sequence[AttackTrace]) -> tuple[str, ...]:
-    """The trials an attacker goes on with after comparing all of them on a few seeds: one or two names.
-
-    Of the trials with the fewest diverged runs, the one that learns fastest (mean validation score on a log scale of
-    steps: evaluations are about equally spaced on it, so their sum stands for the area) and, if its own is better,
-    the one with the best validation score. The first alone would flatter a model that starts far down: what recovers
-    soonest need not come furthest.
-    """
-    trials: dict[str, list[AttackTrace]] = {}
-    for trace in traces:
-        trials.setdefault(trace.trial, []).append(trace)
-    diverged = {name: sum(run.outcome == "diverged" for run in runs) for name, runs in trials.items()}
-    sound = sorted(name for name in trials if diverged[name] == min(diverged.values()))
-
-    def area(name: str) -> float:
-        return sum(point.validation for run in trials[name] for point in run.curve)
-
-    def best(name: str) -> float:
-        return sum(point.validation for run in trials[name] if (point := chosen_evaluation(run)) is not None)
-
-    fastest, furthest = max(sound, key=area), max(sound, key=best)
-    return (fastest,) if best(furthest) <= best(fastest) else (fastest, furthest)
-
-
 def runs_of_trial(traces: Sequence[AttackTrace], trial: str | None) -> dict[int, AttackTrace]:
     """Runs of one trial by seed. Raises RecordError for a seed that occurs twice."""
     runs: dict[int, AttackTrace] = {}

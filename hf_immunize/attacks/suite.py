@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_immunize.attacks.context import AttackContext
+from hf_immunize.attacks.finalists import finalists
 from hf_immunize.attacks.plan import find_attack, is_searchable, plan_runs
 from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.errors import RunMismatchError
-from hf_immunize.metrics import finalists
 from hf_immunize.records import AttackTrace, Provenance, atomic_write
 
 _NOT_RUN = Result([], 1, 0.0, "diverged", "not run")

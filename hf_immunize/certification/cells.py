@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_immunize.attacks import Attack
+from hf_immunize.attacks.finalists import finalists
 from hf_immunize.certification.measures import area, best_of_trials, within, worst_seed
 from hf_immunize.certification.protocol import Rule
 from hf_immunize.certification.verdict import judge_solve, judge_steps
@@ -14,7 +15,6 @@ from hf_immunize.metrics import (
     StepsToThreshold,
     best_trial,
     chosen_evaluation,
-    finalists,
     mean_interval,
     normalized_resistance,
     relative_fine_tuning_deviation,
