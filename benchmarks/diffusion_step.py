@@ -18,11 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import diffusers
 import torch
 from diffusers.optimization import get_scheduler
+from memory import highest_resident
 
 from hf_immunize.diffusion import LatentDataset
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
@@ -87,12 +87,6 @@ def our_step(rows: int, size: int, options: dict) -> Callable[[], None]:
 
 def build(case: str, rows: int, size: int) -> Callable[[], None]:
     return plain_step(rows, size) if case == "plain" else our_step(rows, size, CASES[case])
-
-
-def highest_resident() -> float:
-    """MiB. Not ru_maxrss: a process inherits that of the one it was started from."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def peak(case: str, arguments: argparse.Namespace) -> float:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from memory import highest_resident
 from torch import nn
 from transformers import (
     ResNetConfig,
@@ -221,10 +221,9 @@ def peak(kind: str, size: int, which: str) -> None:
     """Print the peak memory of a process that takes three steps, and what it held before them, in MiB."""
     make = {"ours": ours, "stock": stock}[which]
     trainer = make(network(kind, size), size, 3, [])
-    # ru_maxrss is in KiB on Linux.
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = highest_resident()
     trainer.train()
-    print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, before]))
+    print(json.dumps([highest_resident(), before]))
 
 
 def memory_part(kind: str, size: int) -> dict[str, Any]:

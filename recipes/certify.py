@@ -16,15 +16,14 @@ import datasets
 import transformers
 from accelerate import PartialState
 from rich.console import Console
-from rich.table import Table
 
 from hf_immunize.attacks import AttackContext, load_processor
 from hf_immunize.certification import PROTOCOLS, ExamData, Rule, build_certificate, find_protocol, recheck
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ImmunizeError
 from hf_immunize.hub import is_hub_id, local_folder, working_folder, write_card
+from hf_immunize.hub.tables import certificate_table
 from hf_immunize.options import parse_options
-from hf_immunize.records import Certificate, Interval
 
 
 @dataclass
@@ -100,7 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(arguments.model_path)
     certificate.write(folder / "certificate.json")
     write_card(folder)
-    print_verdicts(certificate)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # logs are not 80 columns wide
+    console.print(certificate_table(certificate))
+    for found in certificate.trainability:
+        print(f"benign trainability, {found.attack.removeprefix('benign_')}: {found.verdict}, {found.reason}")
     print(f"certificate: {folder / 'certificate.json'}")
 
 
@@ -131,52 +135,6 @@ def check_again(arguments: CertifyArguments, rule: Rule, data: ExamData, splits:
     print("\n".join(line.told for line in found))
     if not all(line.agrees for line in found):
         sys.exit("the certificate does not hold on this machine: see above.")
-
-
-def print_verdicts(certificate: Certificate) -> None:
-    """The verdict table, failures first to meet the eye."""
-    colours = {"FAILS": "bold red", "RESISTS": "green", "INCONCLUSIVE": "yellow"}
-    table = Table(title=f"{certificate.subject.name} against {certificate.control.name}: {certificate.overall}")
-    for column in ("attack", "family", "steps, base", "steps, model", "slow-down", "accuracy drop", "verdict"):
-        table.add_column(column, no_wrap=column in ("attack", "verdict"))
-    for cell in certificate.cells:
-        colour = colours.get(cell.verdict, "dim")
-        table.add_row(
-            cell.attack,
-            cell.family,
-            _steps(cell.control, cell.budget) if cell.unit == "step" else "-",
-            _steps(cell.subject, cell.budget) if cell.unit == "step" else "-",
-            _interval(cell.slow_down, "{:.3g}"),
-            _interval(cell.accuracy_drop, "{:.2f}"),
-            f"[{colour}]{cell.verdict}[/]",
-        )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120  # logs are not 80 columns wide
-    console.print(table)
-    utility = certificate.utility
-    ratio = "not defined" if certificate.immunization_ratio is None else f"{certificate.immunization_ratio:.3g}"
-    console.print(
-        f"primary {utility.metric} {utility.base:.2f} -> {utility.immunized:.2f} %, drop "
-        f"{_interval(utility.drop, '{:.2f}')} points over {utility.rows} rows; RIR {ratio} (explains, does not certify)"
-    )
-    for found in certificate.trainability:
-        console.print(f"benign trainability, {found.attack.removeprefix('benign_')}: {found.verdict}, {found.reason}")
-    console.print(certificate.statement)
-
-
-def _steps(side, budget: int) -> str:
-    if side is None or not side.steps_to_threshold:
-        return "-"
-    return " ".join(f">{budget}" if step is None else str(step) for step in side.steps_to_threshold)
-
-
-def _interval(found: Interval, form: str) -> str:
-    if found.estimate is None and found.low is None and found.high is None:
-        return "-"
-    middle, low = ("?" if value is None else form.format(value) for value in (found.estimate, found.low))
-    high = "open" if found.high is None else form.format(found.high)
-    return f"{middle} \\[{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -130,3 +130,15 @@ def test_a_suite_compares_on_some_seeds_and_runs_the_best_on_the_others(sit, tmp
     old = AttackTrace.read(lost).curve
     lost.unlink()
     assert sit("subject", "one").made == 1 and AttackTrace.read(lost).curve == old
+
+
+def test_a_suite_runs_every_finalist_on_the_other_seeds(sit, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "hf_immunize.attacks.suite.finalists", lambda traces: tuple(sorted({run.trial for run in traces})[:2])
+    )
+    assert sit("subject", "two").made == 6 + 3 + 2 * 2
+    seeds = {}
+    for path in (tmp_path / "two/traces/subject").glob("full_finetune*"):
+        run = AttackTrace.read(path)
+        seeds.setdefault(run.trial, set()).add(run.seed)
+    assert [seeds[trial] for trial in sorted(seeds)] == [{0, 1, 2}, {0, 1, 2}, {0}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -71,3 +72,23 @@ def test_the_distant_concepts_pipeline_changes_places_and_data_alone():
         assert "runs/mnist-diffusion/" not in stage["options"]
         assert name == "report" or any(f"{far['runs']}/{place}" in stage["options"] for place in near["stages"])
     ConceptArguments(**yaml.safe_load((folder / "fashion" / "task.yaml").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", ["pipeline", "objectives", "fashion/pipeline", "smoke/pipeline"])
+def test_immunizing_stages_ask_for_settings_that_hold_together(name, monkeypatch):
+    from hf_immunize.diffusion.tasks import ConceptArguments
+    from hf_immunize.options import parse_options
+    from hf_immunize.training.diffusion import DiffusionImmunizationConfig
+
+    monkeypatch.chdir(ROOT)
+    base = runpy.run_path(str(ROOT / "recipes" / "immunize_diffusion.py"))["BaseArguments"]
+    listed = yaml.safe_load((ROOT / "recipes" / "mnist-diffusion" / f"{name}.yaml").read_text(encoding="utf-8"))
+    stages = {key: stage for key, stage in listed["stages"].items() if "immunize" in stage["run"]}
+    assert stages
+    for key, stage in stages.items():
+        words = stage["options"].split()
+        _, told, config = parse_options((ConceptArguments, base, DiffusionImmunizationConfig), words)
+        assert key == config.objective and config.output_dir == f"{listed['runs']}/{key}"
+        assert told.base_path == f"{listed['runs']}/base"
+        assert any(f"{listed['runs']}/{key}" in other["options"] for place, other in listed["stages"].items()
+                   if place == f"certify-{key}")

@@ -82,6 +82,10 @@ class NoisyStream:
         }
         return torch.stack([epochs[place // count][place % count] for place in places])
 
+    def conditions(self, step: int, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Only the conditions of this rank's rows of micro-step ``step``."""
+        return self._dataset.batch(self.rows_of(step)[self._rank :: self._world]).to(device, dtype).conditions
+
     def batch(self, step: int, device: torch.device, dtype: torch.dtype) -> NoisyBatch:
         """This rank's rows of micro-step ``step``."""
         everywhere = self.rows_of(step)
@@ -126,7 +130,7 @@ class RenamedStream:
         places = [self.rank + self.world_size * row for row in range(len(told.noisy))]
         chosen = [math.floor((place + 1) * self.share) > math.floor(place * self.share) for place in places]
         renamed = torch.tensor(chosen, device=device)
-        others = self.names.batch(step, device, dtype).conditions
+        others = self.names.conditions(step, device, dtype)
         conditions = {
             name: torch.where(renamed.reshape(-1, *[1] * (value.dim() - 1)), others[name], value)
             for name, value in told.conditions.items()

@@ -166,3 +166,10 @@ def test_lora_only_immunization_ends_as_an_ordinary_model_and_resumes_exactly(ma
     resumed = make_trainer(**options)
     resumed.train(tmp_path / "run" / "checkpoint-2")
     assert all(torch.equal(value, after[name]) for name, value in resumed.bare.state_dict().items())
+
+
+def test_the_trainers_attacker_teaches_the_share_of_rows_that_was_asked_for(make_trainer):
+    for share, expected in ((0.0, 0), (0.5, 4), (1.0, 8)):
+        stream = make_trainer(objective="simulated_attack", attacker_renamed=share).streams.attack
+        labels = stream.batch(0, torch.device("cpu"), torch.float32).conditions["class_labels"]
+        assert int((labels != 9).sum()) == expected
