@@ -130,7 +130,10 @@ def draw(tables: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None
             lost = mean_of(results, lambda r, c=control: signed_rfd(strongest(attackers(r, "attackers")), c))
             ours = row.startswith("closed_form_adversary")
             axis.scatter(drop, lost, color="tab:red" if ours else "tab:blue", marker="o" if ours else "s")
-            axis.annotate(row, (drop, lost), xytext=(5, 4), textcoords="offset points", fontsize=7)
+            left = drop > 1.0  # past the dashed line a label to the right would leave the panel
+            axis.annotate(row, (drop, lost), xytext=(-5 if left else 5, 4), textcoords="offset points", fontsize=7,
+                          ha="right" if left else "left")  # fmt: skip
+        axis.margins(x=0.3, y=0.1)
         axis.axvline(1.0, color="grey", lw=0.8, ls="--")
         axis.axhline(80.0, color="grey", lw=0.8, ls="--")
         axis.set(xlabel="primary accuracy lost, points (test)", title=backbone,

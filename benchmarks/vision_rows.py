@@ -69,6 +69,15 @@ FRONTIER: dict[str, dict[str, Any]] = {
         "max_steps": 280,
         "feature_distillation": 6.0,
     },
+    "condition_number gentlest": {
+        "objective": "condition_number",
+        "strength": 0.1,
+        "learning_rate": 6e-4,
+        "max_steps": 320,
+    },
+    "plain fine-tuning long": ROWS[CONTROL] | {"learning_rate": 6e-4, "max_steps": 320},
+    "closed_form_adversary long": _ADVERSARY
+    | {"strength": 10.0, "learning_rate": 1e-3, "max_steps": 320, "feature_distillation": 6.0},
 }
 """More points of the frontier of primary accuracy against harmful accuracy; not in the table."""
 

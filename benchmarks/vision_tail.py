@@ -60,7 +60,7 @@ BACKBONES = {
     ),
     "dinov2": Backbone(
         "facebook/dinov2-small", 98, "encoder.layer", 11, ("layernorm",),
-        "train=0.3,validation=0.08,test=0.15,unused=0.47", False,
+        "train=0.7,validation=0.1,test=0.2", False,
     ),
 }  # fmt: skip
 
