@@ -130,10 +130,9 @@ def draw(tables: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None
             lost = mean_of(results, lambda r, c=control: signed_rfd(strongest(attackers(r, "attackers")), c))
             ours = row.startswith("closed_form_adversary")
             axis.scatter(drop, lost, color="tab:red" if ours else "tab:blue", marker="o" if ours else "s")
-            left = drop > 1.0  # past the dashed line a label to the right would leave the panel
-            axis.annotate(row, (drop, lost), xytext=(-5 if left else 5, 4), textcoords="offset points", fontsize=7,
-                          ha="right" if left else "left")  # fmt: skip
-        axis.margins(x=0.3, y=0.1)
+            side = {"xytext": (-5, -10), "ha": "right"} if ours or drop > 1.0 else {"xytext": (5, 4), "ha": "left"}
+            axis.annotate(row, (drop, lost), textcoords="offset points", fontsize=7, **side)
+        axis.margins(x=0.6, y=0.1)
         axis.axvline(1.0, color="grey", lw=0.8, ls="--")
         axis.axhline(80.0, color="grey", lw=0.8, ls="--")
         axis.set(xlabel="primary accuracy lost, points (test)", title=backbone,
@@ -155,6 +154,8 @@ def main() -> None:
             continue
         tables[folder.name] = rows
         atomic_write(OUT / f"{folder.name}.json", json.dumps([one for mine in rows.values() for one in mine]) + "\n")
+        if (checks := folder / "checks.json").exists():  # of vision_checks.py
+            atomic_write(OUT / f"{folder.name}_checks.json", checks.read_text(encoding="utf-8"))
         print(f"\n### {folder.name}\n\n{main_table(rows)}\n\n{curve_table(rows)}")
     draw(tables, OUT / "frontier.png")
 

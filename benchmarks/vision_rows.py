@@ -79,7 +79,7 @@ FRONTIER: dict[str, dict[str, Any]] = {
     "closed_form_adversary long": _ADVERSARY
     | {"strength": 10.0, "learning_rate": 1e-3, "max_steps": 320, "feature_distillation": 6.0},
 }
-"""More points of the frontier of primary accuracy against harmful accuracy; not in the table."""
+"""More points of the frontier of primary accuracy against harmful accuracy; run only when named."""
 
 
 def options_of(row: str, backbone: str) -> dict[str, Any]:
