@@ -18,6 +18,10 @@ from denoiser_builders import FAMILIES, build_denoiser, build_scheduler
 from linear_builders import shared_folder
 from PIL import Image
 
+from hf_immunize.attacks import Run
+from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DiffusionAttackContext
+from hf_immunize.attacks.diffusion import context as context_module
+from hf_immunize.attacks.diffusion.dreambooth import DreamBooth, DreamBoothPrior
 from hf_immunize.diffusion.encoding import PROMPT_ENCODERS, PromptArguments, encode, read_pixels
 from hf_immunize.errors import DataError, ModelError
 from hf_immunize.options import parse_options
@@ -136,7 +140,24 @@ def test_what_cannot_be_encoded_is_named(photos):
         read_pixels(photos, 16)
 
 
-def test_real_photos_go_through_a_tiny_random_pipeline():
-    pixels = read_pixels(shared_folder("data") / "dreambooth" / "dog", 32)
-    found = encode(build_pipeline("StableDiffusionPipeline", "sd"), pixels, "a photo of sks dog", 0, ["dog"])
-    assert len(found) == len(pixels) >= 4 and bool(torch.isfinite(found.latents).all())
+def test_dreambooth_on_real_photos_runs_through_a_tiny_random_pipeline(monkeypatch):
+    """The attack's whole path, from photo files to R² on held-out photos: plumbing, not protection."""
+    photos, pipeline = shared_folder("data") / "dreambooth", build_pipeline("StableDiffusionPipeline", "sd")
+    dog, cat = (
+        encode(pipeline, read_pixels(photos / name, 16), f"a photo of {name}", label, ["sks dog", "cat"])
+        for label, name in enumerate(("dog", "cat"))
+    )
+    assert len(dog) == 5 and bool(torch.isfinite(dog.latents).all())
+    parts = {"attack": (0, 1, 2), "validation": (3,), "test": (4,)}
+    splits = {name: dog.subset(torch.tensor(rows)) for name, rows in parts.items()}
+    prints = tuple(split.fingerprint(source="dreambooth", role=name) for name, split in splits.items())
+    monkeypatch.setattr(context_module, "load_pipeline", lambda _: pipeline)
+    context = DiffusionAttackContext(Path("sd"), "control", data=prints, exam_levels=2, prior=cat, **splits)
+    small = {"learning_rate": 1e-2, "steps": 3, "batch_size": 2}
+    for name, config in (
+        ("diffusion_dreambooth", DreamBooth(**small)),
+        ("diffusion_dreambooth_prior", DreamBoothPrior(**small, prior_images=2)),
+    ):
+        ((_, result),) = DIFFUSION_ATTACKS[name].run(context, [Run(config, "x", 0)])
+        assert result.outcome == "completed" and [point.step for point in result.curve] == [0, 1, 2, 3]
+        assert len({point.test for point in result.curve}) == 4
