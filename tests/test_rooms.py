@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "certification": {"attacks", "metrics", "linalg", "features", "data", "spectra", "diffusion"},
     "report": {"metrics", "certification"},
-    "hub": {"certification", "metrics", "report"},
+    "hub": {"certification", "metrics", "report", "features"},
     "cli": {"hub", "report", "certification", "metrics"},
 }
 LIBRARIES = {

@@ -148,6 +148,8 @@ def _load(
 def _auto_class(certificate: Certificate) -> Any:
     import transformers
 
+    import hf_immunize.features.headed  # noqa: F401  (makes the Auto classes know models made by add_head)
+
     classifies = certificate.subject.architecture.endswith("ForImageClassification")
     return transformers.AutoModelForImageClassification if classifies else transformers.AutoModel
 

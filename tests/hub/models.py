@@ -49,6 +49,17 @@ def certified_backbone(root: Path) -> Path:
     return certify(save_vit(root / "model", 1, ViTModel), base, "backbone", "ViTModel")
 
 
+def certified_headed_backbone(root: Path) -> Path:
+    """A headless backbone with ``add_head``'s linear layer: a class of ours, which transformers alone does not know."""
+    from hf_immunize.features import add_head
+
+    for seed, name in enumerate(("base", "model")):
+        torch.manual_seed(seed)
+        add_head(ViTModel(tiny_config(), add_pooling_layer=False), ["cat", "dog"]).save_pretrained(root / name)
+        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(root / name)
+    return certify(root / "model", root / "base", "headed", "BackboneForImageClassification")
+
+
 def certified_adapter(root: Path) -> tuple[Path, Path]:
     from peft import LoraConfig, get_peft_model
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import models
 import pytest
@@ -65,6 +67,17 @@ def test_a_backbone_without_head(hub, tmp_path):
     publish(folder, "me/backbone", api=client(hub))
     loaded = load_verified("me/backbone", api=client(hub), cache_dir=tmp_path / "cache")
     assert type(loaded).__name__ == "ViTModel" and same(loaded, type(loaded).from_pretrained(folder))
+
+
+def test_a_backbone_with_our_head_loads_where_only_the_hub_room_was_imported(hub, tmp_path):
+    folder = models.certified_headed_backbone(tmp_path)
+    publish(folder, "me/headed", api=client(hub))
+    assert type(load_verified("me/headed", api=client(hub), cache_dir=tmp_path / "cache")).__name__ == (
+        "BackboneForImageClassification"
+    )
+    script = f"from hf_immunize.hub import load_verified; print(type(load_verified({str(folder)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and "BackboneForImageClassification" in done.stdout, done.stderr
 
 
 def test_an_adapter_on_its_own_base_only(hub, tmp_path):
