@@ -224,7 +224,7 @@ def _context(
         "resisted": listed(family.family for family in certificate.families if family.verdict == "RESISTS"),
         "families": listed(family.family for family in certificate.families if family.verdict not in _UNTRIED),
         "not_run": Safe("; ".join(prose(line) for line in certificate.not_run)),
-        "allowed": _allowance(immunization),
+        "guarded": _guarded(immunization),
         "drop": Safe(text.points(certificate.utility.drop, 1.0)),
         "ratio": Safe(text.number(certificate.immunization_ratio)) if certificate.spectra else None,
         "beside": [(item, Safe(text.points(item.drop, 1.0))) for item in certificate.further_utility],
@@ -238,10 +238,13 @@ def _context(
     }
 
 
-def _allowance(immunization: ImmunizationRecord | None) -> Safe | None:
-    """What the training guard allowed; None without a guard."""
-    allowed = None if immunization is None else immunization.guard.allowed
-    return None if allowed is None else Safe(f"{allowed:g} point" + ("" if allowed == 1 else "s"))
+def _guarded(immunization: ImmunizationRecord | None) -> Safe | None:
+    """What the training guard watched, in its own metric, and how that went; None without a guard."""
+    guard = None if immunization is None else immunization.guard
+    if guard is None or guard.held is None or guard.allowed is None:
+        return None
+    held = "held" if guard.held else "did **not** hold"
+    return Safe(f"{prose(guard.metric)} {held} on its own split: drop {guard.drop:+.2f}, allowed {guard.allowed:.3g}")
 
 
 def _row(cell: Cell, metric: str) -> dict[str, Any]:

@@ -86,7 +86,6 @@ def _model(item: Evidence, index: int) -> dict[str, Any]:
         "certificate": certificate,
         "immunization": item.immunization,
         "guard": guard,
-        "allowed": _allowance(guard.allowed if guard else None),
         "drop": text.points(certificate.utility.drop, 1.0),
         "beside": [
             {"metric": item.metric, "base": f"{item.base:.1f}%", "immunized": f"{item.immunized:.1f}%",
@@ -108,10 +107,6 @@ def _model(item: Evidence, index: int) -> dict[str, Any]:
         "seconds": text.number(sum(run.seconds for run in item.traces)),
         "unlisted": item.unlisted,
     }
-
-
-def _allowance(allowed: float | None) -> str:
-    return "" if allowed is None else f"{allowed:.3g} point" + ("" if allowed == 1 else "s")
 
 
 def matrix(evidence: Sequence[Evidence]) -> list[dict[str, Any]]:

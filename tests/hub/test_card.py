@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.hub import CardOptions, render_card, write_card
 from hf_immunize.hub.markdown import code, prose
-from hf_immunize.records import AttackTrace, Certificate
+from hf_immunize.records import AttackTrace, Certificate, ImmunizationRecord
 from hf_immunize.report import curve_pictures
 
 HOSTILES = [
@@ -113,6 +113,21 @@ def test_a_model_that_fails_by_its_utility_says_so(tmp_path):
     exam = build.Exam(attacks=build.ATTACKS[:2], overall="FAILS", extra={"utility": ruined})
     opening = render_card(build.exam_folder(tmp_path, exam)).split("## What it is")[0]
     assert "## What failed" in opening and "drop of +28.4 (+25.0 to +31.0) points" in opening
+
+
+def guard_on_a_loss(folder):
+    """The folder's record as the diffusion trainer writes it: the guard watched a loss, not the exam's metric."""
+    path = folder / "immunization.json"
+    record = ImmunizationRecord.read(path)
+    guard = record.guard.model_copy(update={"metric": "retain loss, -100 ln", "drop": 8.9, "allowed": 9.53})
+    record.model_copy(update={"guard": guard}).write(path)
+    return folder
+
+
+def test_the_training_guard_is_told_in_its_own_metric(tmp_path):
+    source = render_card(guard_on_a_loss(build.exam_folder(tmp_path)))
+    assert "the training guard on retain loss, -100 ln held on its own split: drop +8.90, allowed 9.53." in source
+    assert "9.53 points" not in source
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import record_builders as build
 
-from hf_immunize.records import Certificate
+from hf_immunize.records import Certificate, ImmunizationRecord
 from hf_immunize.report import render_report
 
 VOID = {"meta", "link", "br", "wbr"}
@@ -90,6 +90,17 @@ def test_the_page_asks_for_nothing_and_runs_nothing(tmp_path):
     assert not any(name.startswith("on") for _, names in page.tags for name in names)
     assert not re.search(r"url\(|@import|https?:", source)
     assert "default-src &#39;none&#39;" in source or "default-src 'none'" in source
+
+
+def test_the_guards_allowance_stands_with_its_own_metric_and_not_beside_the_exams(tmp_path):
+    folder = build.exam_folder(tmp_path)
+    record = ImmunizationRecord.read(folder / "immunization.json")
+    guard = record.guard.model_copy(update={"metric": "retain loss, -100 ln", "drop": 8.9, "allowed": 9.53})
+    record.model_copy(update={"guard": guard}).write(folder / "immunization.json")
+    path = render_report([folder], build.base_folder(tmp_path), tmp_path / "report.html")
+    said = Page(path.read_text(encoding="utf-8")).text
+    assert re.search(r"the guard on retain loss, -100 ln held on its own split \(drop \+8.90, allowed 9.53\)", said)
+    assert said.count("9.53") == 1
 
 
 def test_every_record_of_the_exam_is_said(tmp_path):
