@@ -6,7 +6,7 @@ the devices; a new one is added with ``register_objective``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import ConfigError
+from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.linalg import Spectrum, second_moment_spectrum, to_double
 from hf_immunize.regularizers import (
     attacker_training_loss,
@@ -80,6 +80,8 @@ class Term:
     full_precision: bool = False
     """Whether its gradient is that of the batch's smallest eigenvalue, where rounding to bfloat16 ends up: refused
     under bf16 autocast."""
+    tells_classes_apart: bool = False
+    """Whether it is a classifier's score: with one class there is nothing to measure."""
 
     def progress(self, value: float) -> float:
         """A number that falls as the term is minimised, on a scale on which averages mean something."""
@@ -141,8 +143,8 @@ _LOG_KAPPA_P = Term(
     "primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum), full_precision=True
 )
 _GROUP_KAPPA = Term("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
-_ADVERSARY = Term("harmful_adversary_r2", "harmful", _adversary)
-IMMA = Term("harmful_attacker_gain", "harmful", _imma)
+_ADVERSARY = Term("harmful_adversary_r2", "harmful", _adversary, tells_classes_apart=True)
+IMMA = Term("harmful_attacker_gain", "harmful", _imma, tells_classes_apart=True)
 
 OBJECTIVES: dict[str, tuple[Term, ...]] = {
     "condition_number": (_R_ILL, _R_WELL),
@@ -173,6 +175,17 @@ def terms_of(objective: str) -> tuple[Term, ...]:
             raise ConfigError(f"expected objectives among {sorted(OBJECTIVES)} joined with '+', got {name.strip()!r}.")
         terms.update({term.name: term for term in OBJECTIVES[name.strip()]})
     return tuple(terms.values())
+
+
+def refuse_one_class(terms: tuple[Term, ...], harmful_labels: Iterable[int]) -> None:
+    """Raise DataError where a term tells harmful classes apart and there is one class only."""
+    telling = [term.name for term in terms if term.tells_classes_apart]
+    found = set(harmful_labels)
+    if telling and len(found) < 2:
+        raise DataError(
+            f"expected at least two classes in harmful_dataset for {', '.join(telling)}, which tells them apart, got "
+            f"{len(found)}: choose an objective that does not, such as condition_number, or give the task its classes."
+        )
 
 
 @dataclass

@@ -19,7 +19,7 @@ from hf_immunize.training.diffusion.stream import NoisyStream, RenamedStream
 from hf_immunize.training.distributed import world
 from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.meter import Meter
-from hf_immunize.training.objective import Term, TermSettings, terms_of
+from hf_immunize.training.objective import Term, TermSettings, refuse_one_class, terms_of
 
 
 def check_data(
@@ -41,6 +41,8 @@ def check_data(
             f"expected at least two images of the concept in harmful_dataset, got {len(harmful)}: one image has no "
             "spectrum, and an attack on it is memorisation."
         )
+    if args.feature_objective:
+        refuse_one_class(terms_of(args.feature_objective), harmful.labels.tolist())
     if args.max_loss_factor is not None and evaluation is None:
         raise ConfigError("expected an eval_dataset for max_loss_factor, got none: pass held-out retain rows.")
     if train.latents.shape[1:] != harmful.latents.shape[1:]:

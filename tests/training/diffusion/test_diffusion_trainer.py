@@ -221,6 +221,7 @@ def test_with_an_average_the_average_is_judged_and_returned(make_trainer):
         ({"trainable": "lora", "objective": "simulated_attack", "attacker_rank": 2}, ConfigError, "attacker_rank=0"),
         ({"primary_loss_weight": 0.0}, ConfigError, "keeps the model"),
         ({"harmful": build_examples("unet", 1, label=9)}, DataError, "at least two images"),
+        ({"objective": "closed_form_adversary"}, DataError, "at least two classes in harmful_dataset.*got 1"),
         ({"harmful": build_examples("sd", 4)}, DataError, "encode the images with the VAE"),
     ],
 )
