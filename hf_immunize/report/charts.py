@@ -58,12 +58,14 @@ def learning_curves(
 ) -> Markup:
     """Harmful test score over the attacker's steps: mean line, band from the lowest to the highest seed.
 
-    Accuracies are drawn on 0 to 100; another metric on the range of the curves that do not start from scratch.
+    Accuracies are drawn on 0 to 100; another metric, which may fall far below zero, on the range in which the base
+    learns, and as much again below it. What lies lower runs along the bottom, and the axis says that it was cut.
     """
     steps = [point.step for item in curves for run in item.runs for point in run.curve]
-    scores = svg.percent_axis() if metric == "accuracy" else _range_of(curves, thresholds)
+    scores, cut = (svg.percent_axis(), False) if metric == "accuracy" else _range_of(curves, thresholds)
     frame = Frame(svg.step_axis(steps), scores)
-    parts = [svg.y_axis(frame, f"Harmful {metric}, %"), svg.x_axis(frame, "Attacker's steps (log scale)")]
+    said = f"Harmful {metric}, %" + (f" (cut at {number(scores.low)})" if cut else "")
+    parts = [svg.y_axis(frame, said), svg.x_axis(frame, "Attacker's steps (log scale)")]
     parts += [_threshold_across(frame, 100 * value) for value in thresholds]
     parts += [_bands(frame, item) for item in curves]
     parts += [_mean_line(frame, item) for item in curves]
@@ -71,12 +73,18 @@ def learning_curves(
     return svg.picture(frame, f"Learning curves under {attack}", _curves_in_words(curves, thresholds), *parts)
 
 
-def _range_of(curves: Sequence[Curves], thresholds: Sequence[float]) -> svg.Axis:
+def _range_of(curves: Sequence[Curves], thresholds: Sequence[float]) -> tuple[svg.Axis, bool]:
+    """The axis, and whether some curve that does not start from scratch lies below it."""
     shown = [item for item in curves if item.style != SCRATCH] or curves
     values = [100 * point.test for item in shown for run in item.runs for point in run.curve]
     values += [100 * value for value in thresholds]
-    room = max(0.05 * (max(values) - min(values)), 0.1)
-    return svg.percent_axis(min(values) - room, min(100.0, max(values) + room))
+    low, high = min(values), max(values)
+    base = [100 * point.test for item in curves if item.style == BASE for run in item.runs for point in run.curve]
+    floor = 2 * min(base) - max(high, *base) if base else low
+    cut = floor < high and low < floor
+    low = float(round(floor)) if cut else low
+    room = max(0.05 * (high - low), 0.1)
+    return svg.percent_axis(low if cut else low - room, min(100.0, high + room)), cut
 
 
 def _by_step(runs: Sequence[AttackTrace]) -> dict[int, list[float]]:

@@ -4,8 +4,10 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trace_builders import trace
 
-from hf_immunize.report import svg
+from hf_immunize.report import charts, svg
+from hf_immunize.report.charts import BASE, SCRATCH, Curves, Style
 from hf_immunize.report.svg import Axis, Frame
 
 
@@ -56,3 +58,16 @@ def test_frame_puts_larger_values_higher_and_clips():
     assert low > high and left == frame.left and right == frame.width - frame.right
     assert middle == pytest.approx((left + right) / 2)
     assert frame.at(5000, 120) == (right, high) and frame.at(0, -1) == (left, low)
+
+
+def test_an_axis_that_a_ruined_model_would_squeeze_is_cut_where_the_base_learns_and_says_so():
+    base = Curves("base", BASE, [trace([(0, 0.6), (10, 0.9)])])
+    ruined = Curves("ruined", Style("series-1", "square"), [trace([(0, -8.0), (10, 0.8)])])
+    near = Curves("near", Style("series-2", "square"), [trace([(0, 0.5), (10, 0.8)])])
+    scratch = Curves("scratch", SCRATCH, [trace([(0, -3.0), (10, 0.7)])])
+    cut = str(charts.learning_curves("lora", [base, ruined, scratch], [0.8], "R2"))
+    whole = str(charts.learning_curves("lora", [base, near, scratch], [0.8], "R2"))
+    alone = str(charts.learning_curves("lora", [ruined], [0.8], "R2"))
+    assert "Harmful R2, % (cut at 30)" in cut and "cut at" not in whole + alone
+    assert "ruined: -800% at step 0" in cut  # words keep what the picture leaves out
+    assert "cut at" not in str(charts.learning_curves("lora", [base, ruined], [0.8]))
