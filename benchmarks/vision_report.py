@@ -14,7 +14,7 @@ from typing import Any
 
 import matplotlib
 from vision_attackers import Found, curve_rfd, signed_rfd, strongest
-from vision_rows import FRONTIER, ROWS
+from vision_rows import FRONTIER, OURS, ROWS
 
 from hf_immunize.records import atomic_write
 
@@ -29,7 +29,8 @@ SPANS = {"rank_aware": "rank-aware", "paper": "paper-faithful"}
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Results by row, in the order of ROWS and FRONTIER, seeds together."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-seed*.json"))]
-    return {row: mine for row in [*ROWS, *FRONTIER] if (mine := [one for one in found if one["row"] == row])}
+    known = [*ROWS, *(row for rows in FRONTIER.values() for row in rows)]
+    return {row: mine for row in known if (mine := [one for one in found if one["row"] == row])}
 
 
 def attackers(result: dict[str, Any], key: str) -> dict[str, Found]:
@@ -121,22 +122,23 @@ def curve_table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 def draw(tables: dict[str, dict[str, list[dict[str, Any]]]], path: Path) -> None:
     """Primary accuracy lost against signed RFD of the best attacker, one panel per backbone."""
-    figure, axes = plt.subplots(1, len(tables), figsize=(6.4 * len(tables), 4.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(tables), figsize=(6.4 * len(tables), 5.8), squeeze=False)
     for axis, (backbone, rows) in zip(axes[0], tables.items(), strict=True):
         base = rows["init"][0]
         control = strongest(attackers(base, "attackers"))
-        for row, results in rows.items():
+        for number, (row, results) in enumerate(rows.items(), 1):
             drop = mean_of(results, lambda r, b=base: b["primary_accuracy"]["test"] - r["primary_accuracy"]["test"])
             lost = mean_of(results, lambda r, c=control: signed_rfd(strongest(attackers(r, "attackers")), c))
-            ours = row.startswith("closed_form_adversary")
-            axis.scatter(drop, lost, color="tab:red" if ours else "tab:blue", marker="o" if ours else "s")
-            side = {"xytext": (-5, -10), "ha": "right"} if ours or drop > 1.0 else {"xytext": (5, 4), "ha": "left"}
-            axis.annotate(row, (drop, lost), textcoords="offset points", fontsize=7, **side)
-        axis.margins(x=0.6, y=0.1)
+            ours = row.startswith(OURS)
+            look = {"color": "tab:red" if ours else "tab:blue", "marker": "o" if ours else "s"}
+            axis.scatter(drop, lost, label=f"{number}  {row}", **look)
+            axis.annotate(str(number), (drop, lost), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axis.margins(x=0.15, y=0.1)
         axis.axvline(1.0, color="grey", lw=0.8, ls="--")
         axis.axhline(80.0, color="grey", lw=0.8, ls="--")
         axis.set(xlabel="primary accuracy lost, points (test)", title=backbone,
                  ylabel="signed RFD of the best attacker, % (test)")  # fmt: skip
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2, fontsize=6.5, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -156,7 +156,7 @@ def measure(tail: TailClassifier, folder: Path) -> dict[str, Any]:
 
 def make_row(row: str, seed: int, given: argparse.Namespace, folder: Path) -> None:
     """One row of the table, trained, attacked and written; nothing when it is on disk."""
-    name = row.replace(" ", "_").replace("=", "")
+    name = row.replace(", ", "_").replace(" ", "_").replace("=", "")
     path = folder / f"{name}-seed{seed}.json"
     if path.exists():
         return
@@ -183,16 +183,19 @@ def main() -> None:
     parser.add_argument("--primary_dataset", default="runs/vision-data/tiny_imagenet.parquet")
     parser.add_argument("--harmful_dataset", default="runs/vision-data/stanford_cars.parquet")
     parser.add_argument("--output", default="runs/vision", help="folder for activations, weights and results")
-    parser.add_argument("--rows", nargs="*", help=f"of {[*ROWS, *FRONTIER]}; all by default")
+    more = [name for rows in FRONTIER.values() for name in rows]
+    parser.add_argument("--rows", nargs="*", default=[*ROWS], help=f"default: {', '.join(ROWS)}; more: {more}")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--split_seed", type=int, default=SPLIT_SEED, help="of the content-hash splits")
     parser.add_argument("--fine_tuning_steps", type=int, default=120)
     given = parser.parse_args()
+    if unknown := sorted({*given.rows} - {*ROWS, *FRONTIER[given.backbone]}):
+        parser.error(f"expected rows of {[*ROWS, *FRONTIER[given.backbone]]}, got {unknown}.")
     logging.basicConfig(level=logging.WARNING)
     folder = Path(given.output) / given.backbone
     prepare(given.backbone, folder, given.model_path, given.primary_dataset, given.harmful_dataset, given.split_seed)
     for seed in given.seeds:
-        for row in given.rows or [*ROWS, *FRONTIER]:
+        for row in given.rows:
             make_row(row, seed, given, folder)
 
 
