@@ -147,6 +147,14 @@ def test_weights_are_read_from_safetensors_alone():
             assert words.get("use_safetensors") == "True", f"{path.name}:{call.lineno}: {ast.unparse(call)}"
 
 
+def test_no_second_derivative_is_taken():
+    """Fused attention has none, and gives an error or a wrong one; the simulated attack is of first order."""
+    for path in FILES:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        words = {node.arg for node in nodes if isinstance(node, ast.keyword)}
+        assert not words & {"create_graph", "hessian", "hvp"}, path
+
+
 def test_importing_the_package_is_light():
     code = "import sys, hf_immunize as h; print('torch' in sys.modules, 'transformers' in sys.modules, h.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
