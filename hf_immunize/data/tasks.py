@@ -134,8 +134,8 @@ def _label_ids(text: str | None) -> list[int] | None:
 def forward_rows(image: Sequence[int], device: str | torch.device = "cpu") -> int:
     """How many images of this C×H×W shape to send through a network at once where no gradient is asked for.
 
-    On a CPU a batch whose activations leave the cache costs two to three times as much per image (measured on
-    MobileNetV2 at 128 pixels: 12 ms at 16 rows, 23 ms at 64 and above), so it is about a million numbers of input.
+    On a CPU a batch whose activations leave the cache costs about twice as much per image (MobileNetV2 at 128 pixels:
+    12 ms at 16 rows, 23 ms at 256; benchmarks/forward_batches.py), so it is about a million numbers of input.
     """
     if torch.device(device).type != "cpu":
         return 256

@@ -12,7 +12,8 @@ from torch import nn
 def prefer_channels_last(model: nn.Module) -> nn.Module:
     """``model``, its convolution weights channels last where it has batch normalisation; values stay as they are.
 
-    Halves a MobileNetV2's forward and takes a third off its training step on a CPU; CUDA's convolutions prefer it too.
+    Takes up to a third off a MobileNetV2's forward on a CPU (benchmarks/forward_batches.py); CUDA's convolutions prefer
+    it too.
     """
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         model.to(memory_format=torch.channels_last)
