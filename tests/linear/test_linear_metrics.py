@@ -23,13 +23,19 @@ def test_rank_aware_ratio_of_matrices_we_built():
 
 
 def test_scaling_features_changes_only_the_paper_faithful_ratio():
-    """On rank-deficient data the printed κ is σ_max/1e-6 times noise, so a scale becomes an RIR."""
-    primary, harmful = spread_rows(0, 20, 5, 0.5), spread_rows(1, 4, 5, 0.5)
+    """Where an eigenvalue is far below 1e-6 the printed κ is about σ_max/1e-6, so a scale becomes an RIR.
+
+    The eigenvalue is 9e-10 and not 0: of 0 + 1e-6, rounding decides whether the reference code counts it.
+    """
+    primary = spread_rows(0, 20, 5, 0.5)
+    harmful = torch.diag(torch.tensor([3.0, 2.0, 1.5, 1.0, 3e-5], dtype=torch.float64))
     scaled = (primary, 3 * harmful)
     right = relative_immunization_ratio((primary, harmful), scaled)
     paper = relative_immunization_ratio((primary, harmful), scaled, mode="paper-faithful")
     assert right.ratio == pytest.approx(1)
-    assert 3 < paper.ratio < 27 and "not a condition number" in paper.label and paper.ranks is None
+    kappa = [(9 * scale + 1e-6) / (9e-10 * scale + 1e-6) for scale in (1, 9)]
+    assert paper.ratio == pytest.approx(kappa[1] / kappa[0], rel=1e-6) and paper.ratio > 8
+    assert "not a condition number" in paper.label and paper.ranks is None
 
 
 def test_paper_mode_equals_rank_aware_on_healthy_matrices():
