@@ -79,6 +79,7 @@ FRONTIER: dict[str, dict[str, dict[str, Any]]] = {
         "closed_form_adversary horizons=30,300,3000, rows=128, steps=960": _ON_DINOV2
         | _MANY
         | {"horizon": "30,300,3000", "max_steps": 960},
+        "closed_form_adversary sites=head and fc1": _ON_DINOV2 | {"sites": "classifier,blocks.0.mlp.fc1"},
         "closed_form_adversary and imma": _ON_DINOV2 | {"objective": f"{OURS}+imma"},
         "imma strength=30": _FARTHER | {"objective": "imma", "weight": "1", "strength": 30.0},
         "condition_number strength=0.5, rate=1e-3, steps=240": {
