@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,11 +81,9 @@ def _range_of(curves: Sequence[Curves], thresholds: Sequence[float]) -> tuple[sv
     values += [100 * value for value in thresholds]
     low, high = min(values), max(values)
     base = [100 * point.test for item in curves if item.style == BASE for run in item.runs for point in run.curve]
-    floor = 2 * min(base) - max(high, *base) if base else low
-    cut = floor < high and low < floor
-    low = float(round(floor)) if cut else low
-    room = max(0.05 * (high - low), 0.1)
-    return svg.percent_axis(low if cut else low - room, min(100.0, high + room)), cut
+    floor = math.floor(2 * min(base) - high) if base else -math.inf
+    room = max(0.05 * (high - max(low, floor)), 0.1)
+    return svg.percent_axis(max(low - room, floor), min(100.0, high + room)), low < floor
 
 
 def _by_step(runs: Sequence[AttackTrace]) -> dict[int, list[float]]:
