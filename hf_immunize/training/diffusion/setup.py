@@ -16,6 +16,7 @@ from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM, SimulatedAttack
 from hf_immunize.training.diffusion.sites import attention_projections, choose_sites
 from hf_immunize.training.diffusion.stream import NoisyStream, RenamedStream
+from hf_immunize.training.diffusion.unrolled import UnrolledAttack
 from hf_immunize.training.distributed import world
 from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.meter import Meter
@@ -130,7 +131,8 @@ class Terms:
                 **_numbers_of(args, terms),
             )
         if args.simulates:
-            attack = SimulatedAttack.of(args, denoiser, model, streams.attack)
+            kind = UnrolledAttack if args.attacker_second_order else SimulatedAttack
+            attack = kind.of(args, denoiser, model, streams.attack)
             weights = TermWeights((SIMULATED_TERM,), strength=args.strength, **_numbers_of(args, (SIMULATED_TERM,)))
         return cls(objective, attack, weights)
 

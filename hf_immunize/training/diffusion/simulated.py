@@ -11,7 +11,7 @@ Its gradient takes ∂θ_k/∂θ = I (first-order MAML; Finn et al. 2017, sectio
 
 so that ∇L_H(θ_k; B_{k+1}) serves both as the attacker's next step and as the defender's gradient: K steps cost K + 1
 gradients on harmful rows. The same family as SOPHON (Deng et al. 2024) and ResAlign (2025), whose exact schedules
-differ. No second derivative is taken, so fused attention kernels are safe.
+differ. No second derivative is taken, so fused attention kernels are safe; ``unrolled.py`` has the exact gradient.
 
 IMMA (Zheng & Yeh 2024, Algorithm 1) is the case K = 1 with LoRA factors φ that *go on* from step to step, moments of
 AdamW included, while θ moves: φ descends L_H(θ, φ), then θ, attention projections only, ascends it. Published without
@@ -104,6 +104,7 @@ class SimulatedAttack:
         named = {name if name in mine else name.replace(".base_layer.", "."): p
                  for name, p in self._copy.named_parameters()}
         self._weights = {name: p for name, p in named.items() if name in mine}
+        self._trained = self._factors or list(self._weights.values())
 
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """H and its gradient at the weights of ``model``, by parameter name; equal on every rank."""
@@ -125,8 +126,7 @@ class SimulatedAttack:
         return value, total
 
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
-        trained = self._factors or list(self._weights.values())
-        return torch.optim.AdamW(trained, lr=self._rate, weight_decay=0.0)
+        return torch.optim.AdamW(self._trained, lr=self._rate, weight_decay=0.0)
 
     def state(self) -> dict[str, Tensor]:
         """Ceiling, and factors with their moments where the attacker goes on."""
@@ -172,15 +172,27 @@ class SimulatedAttack:
     def _backward(self, step: int, attack_step: int) -> Tensor:
         """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the copy."""
         self._copy.zero_grad(set_to_none=True)
-        batch = self._batches(step, attack_step)
-        with torch.enable_grad(), same_draws(batch.noisy.device, self._seed, "attack", step, attack_step, world()[0]):
-            answer = self._denoiser.call(self._copy, batch.noisy, batch.timesteps, batch.conditions)
-            loss = denoising_losses(answer, batch.target).mean()
+        with torch.enable_grad():
+            loss = self._loss(step, attack_step)
             loss.backward()
         for parameter in self._copy.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if world()[1] > 1:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world()[1]
+        self._average([parameter.grad for parameter in self._copy.parameters()])
         return mean_over_ranks(loss)
+
+    def _loss(self, step: int, attack_step: int) -> Tensor:
+        """Mean harmful loss over this rank's rows; the same draws whenever it is asked."""
+        torch.clear_autocast_cache()  # it holds casts of the weights as they were before the attacker's step
+        batch = self._batches(step, attack_step)
+        with same_draws(batch.noisy.device, self._seed, "attack", step, attack_step, world()[0]):
+            answer = self._denoiser.call(self._copy, batch.noisy, batch.timesteps, batch.conditions)
+        return denoising_losses(answer, batch.target).mean()
+
+    @staticmethod
+    def _average(gradients: list[Tensor]) -> None:
+        """Mean over ranks, in place."""
+        if world()[1] > 1:
+            for gradient in gradients:
+                dist.all_reduce(gradient)
+                gradient /= world()[1]

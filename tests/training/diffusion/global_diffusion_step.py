@@ -17,6 +17,7 @@ CASES = {
         "opt_kappa, accumulated": {"objective": "opt_kappa", "gradient_accumulation_steps": 2},
         "simulated": {"objective": "simulated_attack", "attacker_steps": 1, "distillation": 0.5,
                       "attacker_renamed": 0.5},
+        "second order": {"objective": "simulated_attack", "attacker_steps": 2, "attacker_second_order": True},
     },
     "sd3": {
         "condition_number": {"objective": "condition_number"},

@@ -1,0 +1,147 @@
+"""The simulated attack with its exact gradient: through the attacker's steps, not beside them.
+
+AdamW cannot be differentiated usefully: through its first step from zero moments the factor is eps/(|g| + eps)²,
+1/eps = 10⁸ where a gradient is near 0. The attacker here repeats that step with the scale s of each tensor's gradient
+as its eps, which is smooth. With φ what it trains (all weights, φ_0 = θ, or LoRA factors), g_k = ∇_φ L_H(θ, φ_{k−1};
+B_k), and for every tensor of n entries
+
+    φ_k = φ_{k−1} − u(g_k),   u(g) = η g/(|g| + s),   s = (Σ g²/n)^½,   u(0) = 0
+
+    H(θ) = (1/K) Σ_{k=1..K} relu(c − L_H(θ, φ_k; B_{k+1}))      as in ``simulated.py``
+
+The exact ∇H by the adjoint recursion, backwards from a_K = −(1/K) 1[L_K < c] ∇L_K, with ∇ over θ and φ together and
+L_k = L_H(θ, φ_k; B_{k+1}):
+
+    w_k = J_u(g_k)ᵀ a^φ_k = η (s a/(|g| + s)² − g/(n s) Σ a g/(|g| + s)²)      for every tensor
+    a_{k−1} = a_k − ∇⟨∇_φ L_{k−1}, w_k⟩ − (1/K) 1[k > 1] 1[L_{k−1} < c] ∇L_{k−1}
+
+and ∇H = a_0 on θ. The first-order gradient leaves the second term out. One Hessian-vector product per step of the
+attacker; no more than one step's graph is alive, beside K copies of φ. In the sense of MAML (Finn et al. 2017, equation
+1 with several inner steps), without its first-order approximation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_immunize.errors import ModelError
+from hf_immunize.training.diffusion.simulated import SimulatedAttack
+from hf_immunize.training.distributed import mean_over_ranks
+
+
+class UnrolledAttack(SimulatedAttack):
+    """H and its exact gradient; arguments as for ``SimulatedAttack``. Attention runs on PyTorch's math kernel.
+
+    Raises:
+        ModelError: at the first step, for a model with operations whose second derivative cannot be trusted.
+    """
+
+    _checked = False
+
+    @torch.no_grad()
+    def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """H and its exact gradient at the weights of ``model``, by parameter name; equal on every rank."""
+        self._start(model, step)
+        with sdpa_kernel(SDPBackend.MATH):
+            path = self._attack(step)
+            loss = self._backward(step, self._steps)
+            value = self._harm(loss)
+            everything = list(self._copy.parameters())
+            adjoint = {p: p.grad * self._slope(loss) for p in everything}
+            for attack_step in reversed(range(self._steps)):
+                torch._foreach_copy_(self._trained, path.pop())
+                loss, gradient, pulled = self._pull_back(step, attack_step, adjoint)
+                for parameter in everything:
+                    adjoint[parameter] -= pulled[parameter]
+                if attack_step > 0:
+                    value = value + self._harm(loss)
+                    for parameter in everything:
+                        adjoint[parameter] += gradient[parameter] * self._slope(loss)
+        self._copy.zero_grad(set_to_none=True)
+        return value, {name: adjoint[parameter] for name, parameter in self._weights.items()}
+
+    def _harm(self, loss: Tensor) -> Tensor:
+        return torch.relu(self.ceiling - loss) / self._steps
+
+    def _slope(self, loss: Tensor) -> Tensor:
+        return -(loss < self.ceiling).to(loss) / self._steps
+
+    def _attack(self, step: int) -> list[list[Tensor]]:
+        """Leave φ_K in the copy; φ_0 to φ_{K−1}."""
+        path = []
+        for attack_step in range(self._steps):
+            path.append([parameter.clone() for parameter in self._trained])
+            self._backward(step, attack_step)
+            for parameter in self._trained:
+                parameter -= update(parameter.grad, self._rate)
+        return path
+
+    def _pull_back(
+        self, step: int, attack_step: int, adjoint: dict[nn.Parameter, Tensor]
+    ) -> tuple[Tensor, dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
+        """L, ∇L and ∇⟨∇_φ L, J_uᵀ a⟩ at the copy's weights, each a mean over ranks."""
+        everything = list(adjoint)
+        with torch.enable_grad():
+            loss = self._loss(step, attack_step)
+            self._check(loss)
+            graphs = torch.autograd.grad(loss, everything, create_graph=True, materialize_grads=True)
+            mean = [part.detach().clone() for part in graphs]
+            self._average(mean)
+            gradient = dict(zip(everything, mean, strict=True))
+            told = dict(zip(everything, graphs, strict=True))
+            directions = {p: update_vjp(gradient[p], adjoint[p], self._rate) for p in self._trained}
+            product = sum((told[p] * direction).sum() for p, direction in directions.items())
+            pulled = list(torch.autograd.grad(product, everything, materialize_grads=True))
+        self._average(pulled)
+        return mean_over_ranks(loss), gradient, dict(zip(everything, pulled, strict=True))
+
+    def _check(self, loss: Tensor) -> None:
+        """Once: refuse a graph with operations that may have no second derivative, or a wrong one."""
+        if self._checked:
+            return
+        opaque = sorted(opaque_operations(loss))
+        if opaque:
+            raise ModelError(
+                f"expected a denoiser of PyTorch's own operations for attacker_second_order, got {', '.join(opaque)}: "
+                "their backward may have no second derivative, or a wrong one. Reset the attention backend "
+                "(model.reset_attention_backend(), model.set_default_attn_processor()), do not compile the model, or "
+                "leave attacker_second_order off."
+            )
+        self._checked = True
+
+
+def update(gradient: Tensor, rate: float) -> Tensor:
+    """u(g) of the module's docstring, for one tensor; 0 for a gradient of zeros."""
+    size = gradient.abs() + gradient.square().mean().sqrt()
+    return rate * torch.where(size > 0, gradient / size, 0.0)
+
+
+def update_vjp(gradient: Tensor, wanted: Tensor, rate: float) -> Tensor:
+    """J_u(g)ᵀ a for one tensor g and a of its shape; 0 for a gradient of zeros."""
+    scale = gradient.square().mean().sqrt()
+    size = gradient.abs() + scale
+    scaled = torch.where(size > 0, wanted / size.square(), 0.0)
+    along = (scaled * gradient).mean()
+    return rate * (scale * scaled - torch.where(scale > 0, along / scale, 0.0) * gradient)
+
+
+def opaque_operations(result: Tensor) -> set[str]:
+    """Names of the operations ``result`` comes from whose backward autograd cannot look into.
+
+    Fused attention kernels, and autograd functions written in Python or C++ (attention libraries, compiled models,
+    re-entrant checkpointing).
+    """
+    found, seen, left = set(), set(), [result.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = node.name()
+        if isinstance(node, BackwardCFunction) or "CppNode" in name or "Attention" in name:
+            found.add(name)
+        left += [parent for parent, _ in node.next_functions]
+    return found
