@@ -5,8 +5,8 @@
 The plain step is the loop of diffusers' examples (noise by the scheduler, loss, clipping, AdamW) on one batch that
 holds the retain and the harmful rows of our step. Both see one UNet2DModel of the MNIST recipe, in float32. Steps of
 all kinds alternate; the ratio is that of the medians over rounds of processor time, which other programs on the machine
-disturb less than they disturb the clock; wall time is printed beside it. The simulated attack is run on all weights and
-on LoRA factors. Peak memory is the highest resident size of a process of its own per case.
+disturb less than they disturb the clock; wall time is printed beside it. The simulated attack is run on all weights, on
+LoRA factors, and with its exact gradient. Peak memory is the highest resident size of a process of its own per case.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ CASES = {
     "condition_number": {"objective": "condition_number"},
     "simulated_attack, K=4": {"objective": "simulated_attack", "attacker_steps": 4},
     "simulated_attack, K=4, LoRA": {"objective": "simulated_attack", "attacker_steps": 4, "attacker_rank": 8},
+    "simulated_attack, K=4, second order": {
+        "objective": "simulated_attack", "attacker_steps": 4, "attacker_second_order": True,
+    },
     "imma": {"objective": "imma", "trainable": "attention", "attacker_rank": 8},
 }
 
