@@ -166,9 +166,12 @@ def main() -> None:
             step()
             if turn:  # the first step of each allocates
                 spent[case].append((time.process_time() - start[0], time.perf_counter() - start[1]))
-    medians = {case: [statistics.median(column) for column in zip(*times, strict=True)] for case, times in spent.items()}
-    print(f"Stable Diffusion 1.5 with widths / {arguments.shrink}, {arguments.rows} + {arguments.rows} images of "
-          f"{arguments.size}x{arguments.size}, {torch.get_num_threads()} thread(s), medians of {arguments.rounds} steps")
+    medians = {
+        case: [statistics.median(column) for column in zip(*times, strict=True)] for case, times in spent.items()
+    }
+    rows, size = arguments.rows, arguments.size
+    print(f"Stable Diffusion 1.5 with widths / {arguments.shrink}, {rows} + {rows} images of {size}x{size}, "
+          f"{torch.get_num_threads()} thread(s), medians of {arguments.rounds} steps")
     print("base loss x ceiling and gradient norm, cached and not: "
           + ", ".join(f"{a:.6g} and {b:.6g}" for a, b in zip(once, every, strict=True)))
     for case, (cpu, wall) in medians.items():

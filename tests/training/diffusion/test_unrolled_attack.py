@@ -22,13 +22,13 @@ SECOND = {"objective": "simulated_attack", "attacker_second_order": True, "attac
 
 
 def attack_of(model, family="unet", kind=UnrolledAttack, steps=3, rank=0, rate=1e-3, ceiling=10.0,
-              dtype=torch.float64):
+              dtype=torch.float64, device="cpu"):
     process = NoiseProcess.from_scheduler(build_scheduler(family))
     data = build_examples(family, 12, seed=1, label=9, dtype=dtype)
     stream = NoisyStream(data, process, 6, seed=0, name="attack")
 
     def batches(step, k):
-        return stream.batch(step * (steps + 1) + k, torch.device("cpu"), dtype)
+        return stream.batch(step * (steps + 1) + k, torch.device(device), dtype)
 
     made = kind(denoiser_of(model), model, batches, steps=steps, learning_rate=rate, rank=rank, seed=0)
     made.ceiling = ceiling
@@ -248,6 +248,19 @@ def test_the_attackers_steps_count_under_mixed_precision(kind):
     assert start - full > 0.1
     assert start - half == pytest.approx(start - full, rel=0.1)
     assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, torch sees none")
+@pytest.mark.parametrize("family", ["unet", "sd3"])
+def test_on_a_cuda_device_in_float32_it_is_that_of_the_cpu_in_float64(family):
+    found = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        model = build_denoiser(family, dtype=dtype).to(device).train()
+        attack, _ = attack_of(model, family, dtype=dtype, device=device)
+        gradient = attack.gradient(model, 5)[1]
+        found.append(torch.cat([part.flatten().double().cpu() for part in gradient.values()]))
+    assert float((found[1] - found[0]).norm() / found[0].norm()) <= 0.02
 
 
 def test_it_is_off_by_default_and_only_for_the_simulated_attack(make_trainer):
