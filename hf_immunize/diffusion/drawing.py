@@ -35,7 +35,22 @@ def sampler_of(scheduler: Any) -> Any:
     """A sampler that draws no noise: the Euler steps of flow matching, else DDIM (Song et al. 2021, η = 0)."""
     if NoiseProcess.from_scheduler(scheduler).prediction == "flow":
         return copy.deepcopy(scheduler)
-    return DDIMScheduler.from_config(scheduler.config)
+    # DDIM's own default clips samples to -1..1, which only a scheduler of pixels asks for.
+    return DDIMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))
+
+
+def _set_steps(sampler: Any, steps: int, height: int, width: int) -> None:
+    """Timesteps; where the shift depends on the image's size (Flux), that of one token per 2×2 latents."""
+    config = sampler.config
+    if not config.get("use_dynamic_shifting", False):
+        sampler.set_timesteps(steps)
+        return
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # brings transformers
+
+    mu = calculate_shift(
+        height * width // 4, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    sampler.set_timesteps(steps, mu=mu)
 
 
 @torch.no_grad()
@@ -53,7 +68,7 @@ def draw_latents(
     drawn = []
     for part in torch.arange(len(noise_NCHW)).split(_ROWS):
         sampler = sampler_of(scheduler)
-        sampler.set_timesteps(steps)
+        _set_steps(sampler, steps, *noise_NCHW.shape[-2:])
         told = {
             name: value[part].to(place.device, place.dtype if value.is_floating_point() else None)
             for name, value in conditions.items()

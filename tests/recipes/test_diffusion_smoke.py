@@ -88,7 +88,8 @@ def test_immunizing_stages_ask_for_settings_that_hold_together(name, monkeypatch
     for key, stage in stages.items():
         words = stage["options"].split()
         _, told, config = parse_options((ConceptArguments, base, DiffusionImmunizationConfig), words)
-        assert key == config.objective and config.output_dir == f"{listed['runs']}/{key}"
+        expected = "second_order" if config.attacker_second_order else config.objective
+        assert key == expected and config.output_dir == f"{listed['runs']}/{key}"
         assert told.base_path == f"{listed['runs']}/base"
         assert any(f"{listed['runs']}/{key}" in other["options"] for place, other in listed["stages"].items()
                    if place == f"certify-{key}")

@@ -71,7 +71,7 @@ class DiffusionImmunizationConfig:
         metadata={
             "help": "simulated_attack: the exact gradient, through the attacker's steps, in place of the first-order "
             "one. The attacker then takes smooth steps, of attacker_learning_rate at most per weight, since AdamW's "
-            "have no useful derivative. Attention runs on the math kernel; the term costs three to four times as much."
+            "have no useful derivative. Attention runs on the math kernel; the term costs four to five times as much."
         },
     )
     attacker_renamed: float = field(

@@ -336,6 +336,8 @@ class DiffusionImmunizationTrainer:
             )
         if self.args.trainable == "lora":
             merge_factors(self.bare)
+        # Takes away Accelerate's casting forward: the model in memory answers as the one that is saved.
+        self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.bare.eval()
         if self._exam is not None:
             self.guard_record = self.guard.record(self._points())

@@ -22,6 +22,8 @@ attacker; no more than one step's graph is alive, beside K copies of φ. In the 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
@@ -114,18 +116,27 @@ class UnrolledAttack(SimulatedAttack):
 
 
 def update(gradient: Tensor, rate: float) -> Tensor:
-    """u(g) of the module's docstring, for one tensor; 0 for a gradient of zeros."""
-    size = gradient.abs() + gradient.square().mean().sqrt()
-    return rate * torch.where(size > 0, gradient / size, 0.0)
+    """u(g) of the module's docstring, for one tensor; 0 for a gradient of zeros, or too small to be squared."""
+    largest, alive = _largest(gradient)
+    g = gradient / largest
+    return rate * torch.where(alive, g / (g.abs() + g.square().mean().sqrt()), 0.0)
 
 
 def update_vjp(gradient: Tensor, wanted: Tensor, rate: float) -> Tensor:
-    """J_u(g)ᵀ a for one tensor g and a of its shape; 0 for a gradient of zeros."""
-    scale = gradient.square().mean().sqrt()
-    size = gradient.abs() + scale
-    scaled = torch.where(size > 0, wanted / size.square(), 0.0)
-    along = (scaled * gradient).mean()
-    return rate * (scale * scaled - torch.where(scale > 0, along / scale, 0.0) * gradient)
+    """J_u(g)ᵀ a for one tensor g and a of its shape, as J_u(g/m)ᵀ a/m with m = max |g|; 0 where u is."""
+    largest, alive = _largest(gradient)
+    g = gradient / largest
+    scale = g.square().mean().sqrt()
+    scaled = wanted / (g.abs() + scale).square()
+    found = scale * scaled - (scaled * g).mean() / scale * g
+    return torch.where(alive, found * (rate / largest), 0.0)
+
+
+def _largest(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """max |g| and whether its square is a number of full precision; 1 where not."""
+    largest = gradient.abs().max()
+    alive = largest > math.sqrt(torch.finfo(gradient.dtype).tiny)
+    return torch.where(alive, largest, 1.0), alive
 
 
 def opaque_operations(result: Tensor) -> set[str]:

@@ -249,3 +249,21 @@ def test_validation_images_and_options_round_trip():
     options = scientific_options(DiffusionImmunizationConfig("somewhere", save_steps=3))
     assert "strength" in options and not {"output_dir", "save_steps", "logging_steps"} & set(options)
     assert build_denoiser("unet").config.num_class_embeds == 10 and build_scheduler("sd3").config.shift == 3.0
+
+
+def test_after_mixed_precision_the_model_in_memory_answers_as_the_saved_one(make_trainer, tmp_path):
+    from accelerate.state import AcceleratorState
+    from diffusers import UNet2DModel
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # another precision than that of the tests before
+    try:
+        trainer = make_trainer(mixed_precision="bf16", max_steps=1)
+        trainer.train()
+        trainer.bare.save_pretrained(tmp_path / "saved", safe_serialization=True)
+        loaded = UNet2DModel.from_pretrained(tmp_path / "saved", use_safetensors=True)
+        batch = trainer._batch(trainer.streams.retain, 0)
+        with torch.no_grad():
+            found, truth = (trainer._answer(model.eval(), batch) for model in (trainer.bare, loaded))
+        assert torch.equal(found, truth)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -167,6 +167,18 @@ def test_its_attacker_gains_most_of_what_adamw_gains():
     assert gained[UnrolledAttack] > 0.6 * gained[SimulatedAttack]
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e-17, 1e-21, 1e-30, 1e-40])
+def test_small_gradients_give_finite_numbers_in_float32(size):
+    """Keys' biases have a gradient that is rounding noise; one NaN would spoil the gradient of every weight."""
+    g, a = torch.tensor([1.0, -3.0, 0.0]), torch.tensor([1.0, 0.5, 2.0])
+    moved, pulled = unrolled.update(g * size, 0.1), unrolled.update_vjp(g * size, a, 0.1)
+    if size > 1e-18:
+        assert torch.allclose(moved, unrolled.update(g, 0.1), rtol=1e-5)
+        assert torch.allclose(pulled * size, unrolled.update_vjp(g, a, 0.1), rtol=1e-4, atol=1e-7)
+    else:
+        assert not moved.any() and not pulled.any()
+
+
 def test_fused_attention_is_refused_rather_than_differentiated(monkeypatch):
     """The kernel PyTorch would choose on its own is named; on the math kernel there is nothing to refuse."""
     model = build_denoiser("unet", dtype=torch.float64).train()
