@@ -108,7 +108,8 @@ def encode(pipeline: Any, pixels: Tensor, prompt: str, label: int, names: Sequen
     latents = (torch.cat(parts) - shift) * config.scaling_factor
     model = getattr(pipeline, component_of(pipeline))
     one = encoder(pipeline, prompt, size)
-    conditions = {name: value.expand(len(latents), *value.shape[1:]).clone() for name, value in one.items()}
+    # Encoders keep the dtype of their file, bf16 say; examples are float32, whatever the run's precision.
+    conditions = {name: value.float().expand(len(latents), *value.shape[1:]).clone() for name, value in one.items()}
     denoiser_of(model).check(model, latents, conditions)
     labels = torch.full((len(latents),), label)
     return LatentDataset(latents.float(), conditions, labels, list(names), names[label])

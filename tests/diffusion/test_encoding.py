@@ -120,6 +120,16 @@ def test_latents_are_those_of_the_vae_scaled_and_shifted(photos):
     assert torch.allclose(encode(pipeline, pixels, "a dog", 0, ["dog"]).latents[:1], truth, atol=1e-5)
 
 
+def test_encoders_in_half_precision_give_examples_in_float32(photos):
+    pipeline = build_pipeline("StableDiffusionXLPipeline", "sdxl")
+    answer = [part if part is None else part.bfloat16() for part in pipeline.encode_prompt(
+        "a dog", device="cpu", do_classifier_free_guidance=False)]
+    pipeline.encode_prompt = lambda *args, **options: answer
+    made = encode(pipeline, read_pixels(photos, 16), "a dog", 0, ["dog"])
+    assert {value.dtype for value in (made.latents, *made.conditions.values())} == {torch.float32}
+    assert len(made.fingerprint(source="photos", role="harmful").sha256) == 64
+
+
 def test_what_cannot_be_encoded_is_named(photos):
     pipeline = build_pipeline("StableDiffusionPipeline", "sd")
     pixels = read_pixels(photos, 16)

@@ -154,6 +154,13 @@ class DiffusionImmunizationConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}.")
+        for name in ("attacker_ceiling", "min_snr_gamma", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"expected {name} above 0, got {value}.")
+        for name, least in (("attacker_rank", 0), ("save_steps", 0), ("save_total_limit", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"expected {name} of at least {least}, got {getattr(self, name)}.")
         if self.primary_loss_weight == 0 and self.distillation == 0:
             raise ConfigError("expected something that keeps the model, got primary_loss_weight=distillation=0.")
         if self.max_loss_factor is not None and not self.max_loss_factor >= 1:

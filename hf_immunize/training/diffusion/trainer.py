@@ -124,6 +124,19 @@ class DiffusionImmunizationTrainer:
         """Run all steps, or those left after a checkpoint; leave the guarded (and averaged) weights in the model."""
         if self.accelerator.log_with:
             self.accelerator.init_trackers("immunization", config=asdict(self.args))
+        try:
+            self._run_loop(resume_from_checkpoint)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"expected a step to fit the device, got {error}: lower per_device_train_batch_size or "
+                "per_device_harmful_batch_size (raise gradient_accumulation_steps), set gradient_checkpointing, "
+                "mixed_precision=bf16, trainable=attention, fewer sites, or distillation=0."
+            ) from error
+        for tracker in self.accelerator.trackers:  # end_training would also take the process group away
+            tracker.finish()
+        return self.log_history
+
+    def _run_loop(self, resume_from_checkpoint: str | Path | None) -> None:
         if resume_from_checkpoint:
             self._load(Path(resume_from_checkpoint))
         else:
@@ -135,19 +148,9 @@ class DiffusionImmunizationTrainer:
                 bar.update()
                 self._after_step(bar)
         self._finish()
-        for tracker in self.accelerator.trackers:  # end_training would also take the process group away
-            tracker.finish()
-        return self.log_history
 
     def _take_step(self) -> None:
-        try:
-            self.compute_gradients()
-        except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"expected a step to fit the device, got {error}: lower per_device_train_batch_size or "
-                "per_device_harmful_batch_size (raise gradient_accumulation_steps), set gradient_checkpointing, "
-                "mixed_precision=bf16, trainable=attention, fewer sites, or distillation=0."
-            ) from error
+        self.compute_gradients()
         if self._before_update is not None:
             self._before_update(self)
         if self.args.max_grad_norm > 0:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from denoiser_builders import build_denoiser, build_examples, build_scheduler
+from denoiser_builders import build_examples
 
 from hf_immunize.errors import ConfigError, DataError, DeviceMemoryError, ModelError, TrainingDivergedError
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig
@@ -233,22 +233,34 @@ def test_what_cannot_be_is_refused_before_training(make_trainer, options, error,
 def test_divergence_and_lack_of_memory_are_errors_that_name_the_knobs(make_trainer):
     with pytest.raises(TrainingDivergedError, match="lower the learning rate"):
         make_trainer(learning_rate=1e30, max_steps=6, max_grad_norm=0.0).train()
-    trainer = make_trainer()
 
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    trainer.compute_gradients = exhausted
-    with pytest.raises(DeviceMemoryError, match="per_device_train_batch_size.*gradient_checkpointing"):
-        trainer.train()
+    for place in ("compute_gradients", "_measure_base", "optimizer.step"):
+        trainer = make_trainer()
+        whole, _, name = f"trainer.{place}".rpartition(".")
+        setattr(trainer.optimizer if "optimizer" in whole else trainer, name, exhausted)
+        with pytest.raises(DeviceMemoryError, match="per_device_train_batch_size.*gradient_checkpointing"):
+            trainer.train()
 
 
-def test_validation_images_and_options_round_trip():
+@pytest.mark.parametrize(
+    "options",
+    [{"attacker_ceiling": -1.0}, {"min_snr_gamma": 0.0}, {"learning_rate": -1.0}, {"attacker_rank": -1},
+     {"save_steps": -1}, {"save_total_limit": 0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_numbers_that_would_switch_something_off_unsaid_are_refused(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        DiffusionImmunizationConfig("somewhere", **options)
+
+
+def test_operational_options_do_not_count_as_scientific():
     from hf_immunize.training.diffusion.config import scientific_options
 
     options = scientific_options(DiffusionImmunizationConfig("somewhere", save_steps=3))
     assert "strength" in options and not {"output_dir", "save_steps", "logging_steps"} & set(options)
-    assert build_denoiser("unet").config.num_class_embeds == 10 and build_scheduler("sd3").config.shift == 3.0
 
 
 def test_after_mixed_precision_the_model_in_memory_answers_as_the_saved_one(make_trainer, tmp_path):
