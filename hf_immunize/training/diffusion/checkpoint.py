@@ -25,6 +25,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     atomic_write(path, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
 
 
+def unmark(folder: Path) -> None:
+    """Take the mark off a checkpoint that is about to be rewritten: half of two runs must not pass for one."""
+    (folder / _MARK).unlink(missing_ok=True)
+
+
 def save_loop(
     folder: Path,
     step: int,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
-from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.training.balancing import TermWeights, parse_numbers
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
@@ -31,7 +31,13 @@ def check_data(
     harmful: LatentDataset | None,
     evaluation: LatentDataset | None,
 ) -> None:
-    """Raise DataError or ConfigError for data that this run cannot use."""
+    """Raise DataError, ModelError or ConfigError for data or a model that this run cannot use."""
+    narrow = sorted({str(p.dtype) for p in model.parameters() if p.dtype not in (torch.float32, torch.float64)})
+    if narrow:
+        raise ModelError(
+            f"expected weights in float32, got {', '.join(narrow)}: most updates are smaller than their rounding. Load "
+            "the pipeline with torch_dtype=torch.float32 and set mixed_precision=bf16."
+        )
     if train is None or harmful is None:
         missing = "train_dataset" if train is None else "harmful_dataset"
         raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")

@@ -21,7 +21,7 @@ from hf_immunize.diffusion import DenoisingExam, LatentDataset, NoiseProcess, de
 from hf_immunize.errors import DeviceMemoryError, TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.records import UtilityGuardRecord
-from hf_immunize.training.diffusion.checkpoint import load_loop, prune_checkpoints, save_loop
+from hf_immunize.training.diffusion.checkpoint import load_loop, prune_checkpoints, save_loop, unmark
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import merge_factors
 from hf_immunize.training.diffusion.references import wrong_target_gradients
@@ -350,6 +350,7 @@ class DiffusionImmunizationTrainer:
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
+            unmark(folder)
             save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self._progress)
             save_loop(folder, self.step, self.bare, self.optimizer, self.schedule, self.average, self.log_history)
             prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from denoiser_builders import build_examples
+from denoiser_builders import build_denoiser, build_examples
 
 from hf_immunize.errors import ConfigError, DataError, DeviceMemoryError, ModelError, TrainingDivergedError
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig
@@ -279,3 +279,27 @@ def test_after_mixed_precision_the_model_in_memory_answers_as_the_saved_one(make
         assert torch.equal(found, truth)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_weights_in_half_precision_are_refused(make_trainer):
+    with pytest.raises(ModelError, match="float32, got torch.bfloat16.*mixed_precision=bf16"):
+        make_trainer(model=build_denoiser("unet").to(torch.bfloat16))
+
+
+def test_a_checkpoint_that_is_being_rewritten_is_no_checkpoint(make_trainer, tmp_path, monkeypatch):
+    from hf_immunize.errors import RecordError
+    from hf_immunize.training.diffusion import trainer as module
+
+    options = {"max_steps": 1, "save_steps": 1}
+    make_trainer(**options).train()
+    make_trainer(**options).train(tmp_path / "run" / "checkpoint-1")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_loop", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(**options).train()
+    monkeypatch.undo()
+    with pytest.raises(RecordError):
+        make_trainer(**options).train(tmp_path / "run" / "checkpoint-1")
