@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
+from hf_immunize.training.diffusion.draws import same_draws
 from hf_immunize.training.diffusion.sites import attention_projections
-from hf_immunize.training.diffusion.stream import NoisyBatch, RenamedStream, generator_of, same_draws
+from hf_immunize.training.diffusion.stream import NoisyBatch, RenamedStream, generator_of
 from hf_immunize.training.distributed import mean_over_ranks, world
 from hf_immunize.training.objective import Side, Term
 
@@ -185,7 +186,7 @@ class SimulatedAttack:
         """Mean harmful loss over this rank's rows; the same draws whenever it is asked."""
         torch.clear_autocast_cache()  # it holds casts of the weights as they were before the attacker's step
         batch = self._batches(step, attack_step)
-        with same_draws(batch.noisy.device, self._seed, "attack", step, attack_step, world()[0]):
+        with same_draws(batch.noisy.device, self._seed, "attack", step, attack_step):
             answer = self._denoiser.call(self._copy, batch.noisy, batch.timesteps, batch.conditions)
         return denoising_losses(answer, batch.target).mean()
 

@@ -6,10 +6,9 @@ row of it has a generator of its own.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,14 +21,6 @@ def generator_of(*words: object) -> torch.Generator:
     """A CPU generator seeded with the SHA-256 of ``words``."""
     digest = hashlib.sha256(repr(words).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-@contextlib.contextmanager
-def same_draws(device: torch.device, *words: object) -> Iterator[None]:
-    """Dropout masks inside are drawn from ``words`` alone; the global generators are left as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(generator_of(*words).initial_seed())
-        yield
 
 
 @dataclass(frozen=True)

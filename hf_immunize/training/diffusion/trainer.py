@@ -23,11 +23,12 @@ from hf_immunize.features import capture_inputs
 from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.training.diffusion.checkpoint import load_loop, prune_checkpoints, save_loop, unmark
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
+from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import merge_factors
 from hf_immunize.training.diffusion.references import wrong_target_gradients
 from hf_immunize.training.diffusion.setup import Streams, Terms, check_data, choose_trainable
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM
-from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream, same_draws
+from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream
 from hf_immunize.training.distributed import mean_over_ranks, world
 from hf_immunize.training.global_objective import SIDES, MicroBatch, SiteGradients
 from hf_immunize.training.guard import UtilityGuard
@@ -82,6 +83,7 @@ class DiffusionImmunizationTrainer:
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.bare = model.to(self.accelerator.device)
+        share_draws(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.meter = Meter()
         self.terms = Terms.of(args, self.denoiser, self.bare, self.streams, self.meter)
@@ -206,7 +208,7 @@ class DiffusionImmunizationTrainer:
         return self.denoiser.call(model, batch.noisy, batch.timesteps, batch.conditions)
 
     def _draws(self, name: str, micro: int) -> Any:
-        return same_draws(self.accelerator.device, self.args.seed, name, micro, world()[0])
+        return same_draws(self.accelerator.device, self.args.seed, name, micro)
 
     def _harmful_features(self, model: nn.Module, micro: int) -> tuple[dict[str, Tensor], Tensor]:
         batch = self._batch(self.streams.harmful, micro)
@@ -341,6 +343,7 @@ class DiffusionImmunizationTrainer:
             merge_factors(self.bare)
         # Takes away Accelerate's casting forward: the model in memory answers as the one that is saved.
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        unshare_draws(self.bare)
         self.bare.eval()
         if self._exam is not None:
             self.guard_record = self.guard.record(self._points())

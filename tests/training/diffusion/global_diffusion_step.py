@@ -18,16 +18,37 @@ CASES = {
         "simulated": {"objective": "simulated_attack", "attacker_steps": 1, "distillation": 0.5,
                       "attacker_renamed": 0.5},
         "second order": {"objective": "simulated_attack", "attacker_steps": 2, "attacker_second_order": True},
+        "dropout, recomputed": {"objective": "condition_number+simulated_attack", "attacker_steps": 1,
+                                "gradient_checkpointing": True},
     },
+    "sd": {"distilled": {"objective": "group_kappa", "harmful_group_rows": 6, "distillation": 0.5}},
+    "sdxl": {"ill_only": {"objective": "ill_only"}},
+    "dit": {
+        "condition_number": {"objective": "condition_number"},
+        "simulated, accumulated": {"objective": "ill_only+simulated_attack", "attacker_steps": 1,
+                                   "gradient_accumulation_steps": 2},
+    },
+    "pixart": {"attention": {"objective": "opt_kappa", "trainable": "attention"}},
+    "flux": {"simulated": {"objective": "simulated_attack", "attacker_steps": 1, "attacker_rank": 2}},
     "sd3": {
         "condition_number": {"objective": "condition_number"},
         "lora": {"objective": "ill_only+simulated_attack", "weight": "0.2", "attacker_steps": 1, "attacker_rank": 2},
     },
 }
+
+
+def denoiser(family, case):
+    made = build_denoiser(family, dtype=torch.float64)
+    for part in made.modules():
+        if case.startswith("dropout") and isinstance(part, torch.nn.Dropout):
+            part.p = 0.3
+    return made
+
+
 for family, cases in CASES.items():
     for case, options in cases.items():
         trainer = DiffusionImmunizationTrainer(
-            build_denoiser(family, dtype=torch.float64),
+            denoiser(family, case),
             build_scheduler(family),
             DiffusionImmunizationConfig(
                 tempfile.mkdtemp(), max_steps=1, max_grad_norm=0.0, per_device_train_batch_size=8 // processes,
