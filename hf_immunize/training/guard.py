@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_immunize.records import UtilityGuardRecord
+
+
+class HasState(Protocol):
+    """A model, or the part of one that changes."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Tensors by name."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> object:
+        """Take them back."""
 
 
 class UtilityGuard:
@@ -31,7 +42,7 @@ class UtilityGuard:
         self.best: dict[str, Tensor] | None = None
         self.history: list[dict[str, float]] = []
 
-    def observe(self, step: int, metric: float, progress: float, factor: float, model: nn.Module) -> float:
+    def observe(self, step: int, metric: float, progress: float, factor: float, model: HasState) -> float:
         """Take one evaluation (metric in points, progress: lower is better) and return the new strength factor."""
         assert self.base is not None, "the base metric is measured before training"
         drop = self.base - metric
@@ -45,7 +56,7 @@ class UtilityGuard:
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         return min(factor * 1.25, self.max_factor) if drop <= self.allowed / 2 else factor
 
-    def choose(self, model: nn.Module) -> bool:
+    def choose(self, model: HasState) -> bool:
         """Load the kept weights into the model; False when only the weights before immunization were good enough."""
         if self.allowed is None or self.best is None:
             return False

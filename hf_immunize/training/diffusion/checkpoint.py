@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
+from hf_immunize.training.diffusion.changing import ChangingPart
 
 _MODEL, _OPTIMIZER, _AVERAGE, _MARK = (
     "model.safetensors", "optimizer.safetensors", "average.safetensors", "trainer_state.json",
@@ -33,7 +34,7 @@ def unmark(folder: Path) -> None:
 def save_loop(
     folder: Path,
     step: int,
-    model: nn.Module,
+    model: ChangingPart,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     average: Any | None,
@@ -54,7 +55,7 @@ def save_loop(
 
 
 def load_loop(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, average: Any | None
+    folder: Path, model: ChangingPart, optimizer: torch.optim.Optimizer, scheduler: Any, average: Any | None
 ) -> tuple[int, list[dict[str, float]]]:
     """Take back what ``save_loop`` wrote, strictly; return the step and the log.
 

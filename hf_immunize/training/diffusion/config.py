@@ -64,7 +64,10 @@ class DiffusionImmunizationConfig:
     )
     attacker_rank: int = field(
         default=0,
-        metadata={"help": "simulated_attack, imma: 0 trains all weights, else LoRA of this rank on attention."},
+        metadata={
+            "help": "simulated_attack, imma: 0 trains all weights, in a copy of them; else LoRA of this rank on "
+            "attention, beside weights that are copied only where `trainable` trains them."
+        },
     )
     attacker_second_order: bool = field(
         default=False,
@@ -192,11 +195,8 @@ class DiffusionImmunizationConfig:
                 f"expected simulated_attack for attacker_second_order, got objective={self.objective!r}: an attacker "
                 "that goes on from step to step (imma) has no start to differentiate from."
             )
-        if self.trainable == "lora" and (self.attacker_rank > 0 and self.simulates or self.lora_rank < 1):
-            raise ConfigError(
-                "expected trainable=lora with lora_rank of at least 1 and a simulated attacker on all weights, got "
-                f"lora_rank={self.lora_rank}, attacker_rank={self.attacker_rank}: set attacker_rank=0."
-            )
+        if self.trainable == "lora" and self.lora_rank < 1:
+            raise ConfigError(f"expected lora_rank of at least 1 for trainable=lora, got {self.lora_rank}.")
 
     @property
     def _names(self) -> list[str]:

@@ -20,7 +20,6 @@ a ceiling; ``attacker_ceiling`` bounds it here as well.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -28,10 +27,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
+from hf_immunize.training.diffusion.attacker import Attacker
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.draws import same_draws
-from hf_immunize.training.diffusion.sites import attention_projections
-from hf_immunize.training.diffusion.stream import NoisyBatch, RenamedStream, generator_of
+from hf_immunize.training.diffusion.stream import NoisyBatch, RenamedStream
 from hf_immunize.training.distributed import mean_over_ranks, world
 from hf_immunize.training.objective import Side, Term
 
@@ -90,51 +89,37 @@ class SimulatedAttack:
         """c, set once the base's own loss is known."""
         self._denoiser, self._batches, self._seed = denoiser, batches, seed
         self._steps, self._rate = steps, learning_rate
-        self._copy = copy.deepcopy(model).requires_grad_(True)
-        self._copy.train()
-        self._factors: list[nn.Parameter] = []
-        names = attention_projections(denoiser, model)
-        if rank:
-            from peft import LoraConfig, inject_adapter_in_model
-
-            with torch.random.fork_rng():
-                inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), self._copy)
-            self._factors = [p for name, p in self._copy.named_parameters() if "lora_" in name]
-            self._copy.requires_grad_(True)
-        mine = {name for name, _ in model.named_parameters()}
-        named = {name if name in mine else name.replace(".base_layer.", "."): p
-                 for name, p in self._copy.named_parameters()}
-        self._weights = {name: p for name, p in named.items() if name in mine}
-        self._trained = self._factors or list(self._weights.values())
+        self._attacker = Attacker(denoiser, model, rank)
 
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """H and its gradient at the weights of ``model``, by parameter name; equal on every rank."""
         self._start(model, step)
         optimizer = self._optimizer or self._fresh_optimizer()
-        total = {name: torch.zeros_like(parameter) for name, parameter in self._weights.items()}
-        value = next(iter(total.values())).new_zeros(())
+        weights = [self._attacker.weights[name] for name in self._attacker.wanted]
+        total = {parameter: torch.zeros_like(parameter) for parameter in weights}
+        value = weights[0].new_zeros(())
         for attack_step in range(self._steps + 1):
             loss = self._backward(step, attack_step)
             if attack_step > 0:
                 value = value + torch.relu(self.ceiling - loss) / self._steps
                 if float(loss) < self.ceiling:
-                    for name, parameter in self._weights.items():
-                        total[name] -= parameter.grad / self._steps
+                    for parameter in weights:
+                        total[parameter] -= parameter.grad / self._steps
             if attack_step < self._steps:
                 optimizer.step()
-        self._copy.zero_grad(set_to_none=True)
+        self._attacker.clear()
         self._optimizer = optimizer if self._goes_on else None
-        return value, total
+        return value, self._attacker.by_name(total)
 
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self._trained, lr=self._rate, weight_decay=0.0)
+        return torch.optim.AdamW(self._attacker.trained, lr=self._rate, weight_decay=0.0)
 
     def state(self) -> dict[str, Tensor]:
         """Ceiling, and factors with their moments where the attacker goes on."""
         kept = {"ceiling": torch.tensor(self.ceiling).double()}
         if self._optimizer is not None:
             moments = self._optimizer.state_dict()["state"]
-            for index, factor in enumerate(self._factors):
+            for index, factor in enumerate(self._attacker.factors):
                 kept[f"factor.{index}"] = factor.detach().cpu().clone()
                 kept |= {f"moment.{index}.{name}": torch.as_tensor(v).cpu() for name, v in moments[index].items()}
         return kept
@@ -147,39 +132,29 @@ class SimulatedAttack:
             return
         self._optimizer = self._fresh_optimizer()
         moments: dict[int, dict[str, Tensor]] = {}
-        for index, factor in enumerate(self._factors):
+        for index, factor in enumerate(self._attacker.factors):
             factor.copy_(state[f"factor.{index}"])
             start = f"moment.{index}."
             moments[index] = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
-    @torch.no_grad()
     def _start(self, model: nn.Module, step: int) -> None:
-        """θ_0 = θ; LoRA factors as PEFT draws them: A uniform in ±1/√fan_in, B zero."""
-        for name, parameter in model.named_parameters():
-            self._weights[name].copy_(parameter)
-        if self._optimizer is not None:
-            return
-        generator = generator_of(self._seed, "lora", step)
-        for name, parameter in self._copy.named_parameters() if self._factors else ():
-            if "lora_A" in name:
-                bound = parameter.shape[1] ** -0.5
-                drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.copy_((2 * drawn - 1) * bound)
-            elif "lora_B" in name:
-                parameter.zero_()
+        """θ_0 = θ, and fresh factors unless those of the last step go on."""
+        self._attacker.start(model)
+        if self._optimizer is None:
+            self._attacker.draw_factors(self._seed, "lora", step)
 
     def _backward(self, step: int, attack_step: int) -> Tensor:
-        """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the copy."""
-        self._copy.zero_grad(set_to_none=True)
+        """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the attacker."""
+        self._attacker.clear()
         with torch.enable_grad():
             loss = self._loss(step, attack_step)
             loss.backward()
-        for parameter in self._copy.parameters():
+        for parameter in self._attacker.asked:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._average([parameter.grad for parameter in self._copy.parameters()])
+        self._average([parameter.grad for parameter in self._attacker.asked])
         return mean_over_ranks(loss)
 
     def _loss(self, step: int, attack_step: int) -> Tensor:
@@ -187,7 +162,7 @@ class SimulatedAttack:
         torch.clear_autocast_cache()  # it holds casts of the weights as they were before the attacker's step
         batch = self._batches(step, attack_step)
         with same_draws(batch.noisy.device, self._seed, "attack", step, attack_step):
-            answer = self._denoiser.call(self._copy, batch.noisy, batch.timesteps, batch.conditions)
+            answer = self._denoiser.call(self._attacker.model, batch.noisy, batch.timesteps, batch.conditions)
         return denoising_losses(answer, batch.target).mean()
 
     @staticmethod

@@ -21,6 +21,7 @@ from hf_immunize.diffusion import DenoisingExam, LatentDataset, NoiseProcess, de
 from hf_immunize.errors import DeviceMemoryError, TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.records import UtilityGuardRecord
+from hf_immunize.training.diffusion.changing import ChangingPart
 from hf_immunize.training.diffusion.checkpoint import load_loop, prune_checkpoints, save_loop, unmark
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
@@ -84,11 +85,12 @@ class DiffusionImmunizationTrainer:
             model.enable_gradient_checkpointing()
         self.bare = model.to(self.accelerator.device)
         share_draws(self.bare)
+        self.changing = ChangingPart(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.meter = Meter()
         self.terms = Terms.of(args, self.denoiser, self.bare, self.streams, self.meter)
         self._make_guard(harmful_dataset, eval_dataset)
-        self.teacher = copy.deepcopy(self.bare).requires_grad_(False).eval() if args.distillation > 0 else None
+        self.teacher = self._frozen_copy() if args.distillation > 0 else None
         self._make_optimizer()
         self.model = self.accelerator.prepare(self.bare)
         self.step = 0
@@ -102,20 +104,26 @@ class DiffusionImmunizationTrainer:
         self.guard_record: UtilityGuardRecord | None = None
         self._exam = DenoisingExam(self.process, evaluation, seed=self.args.seed) if evaluation is not None else None
         self._concept_exam = DenoisingExam(self.process, harmful, seed=self.args.seed)
-        kept = self.bare.state_dict() if factor is not None else {}
+        kept = self.changing.state_dict() if factor is not None else {}
         self._initial = {name: value.detach().cpu().clone() for name, value in kept.items()}
+
+    def _frozen_copy(self) -> nn.Module:
+        """The base as it answers now; weights that are not trained are held once."""
+        still = {id(parameter): parameter for parameter in self.bare.parameters() if not parameter.requires_grad}
+        return copy.deepcopy(self.bare, still).requires_grad_(False).eval()
 
     def _make_optimizer(self) -> None:
         args = self.args
-        trained = [parameter for parameter in self.bare.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, weight_decay=args.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.changing.parameters, lr=args.learning_rate, weight_decay=args.weight_decay
+        )
         self.schedule = get_scheduler(
             args.lr_scheduler_type,
             self.optimizer,
             num_warmup_steps=args.warmup_steps,
             num_training_steps=args.max_steps,
         )
-        self.average = EMAModel(self.bare.parameters(), decay=args.ema_decay) if args.ema_decay else None
+        self.average = EMAModel(self.changing.parameters, decay=args.ema_decay) if args.ema_decay else None
 
     def _batch(self, stream: NoisyStream, micro: int) -> NoisyBatch:
         return stream.batch(micro, self.accelerator.device, next(self.bare.parameters()).dtype)
@@ -160,7 +168,7 @@ class DiffusionImmunizationTrainer:
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
-            self.average.step(self.bare.parameters())
+            self.average.step(self.changing.parameters)
         self.step += 1
 
     def compute_gradients(self) -> None:
@@ -283,12 +291,12 @@ class DiffusionImmunizationTrainer:
         if self.average is None:
             yield self.bare
             return
-        self.average.store(self.bare.parameters())
-        self.average.copy_to(self.bare.parameters())
+        self.average.store(self.changing.parameters)
+        self.average.copy_to(self.changing.parameters)
         try:
             yield self.bare
         finally:
-            self.average.restore(self.bare.parameters())
+            self.average.restore(self.changing.parameters)
 
     def _points(self) -> float:
         assert self._exam is not None
@@ -327,14 +335,16 @@ class DiffusionImmunizationTrainer:
 
     def _guard_step(self) -> None:
         progress = sum(value[-1] for value in self._progress.values()) if self._progress else float("inf")
-        with self._judged_weights() as model:
-            self.terms.factor = self.guard.observe(self.step, self._points(), progress, self.terms.factor, model)
+        with self._judged_weights():
+            self.terms.factor = self.guard.observe(
+                self.step, self._points(), progress, self.terms.factor, self.changing
+            )
 
     def _finish(self) -> None:
         if self.average is not None:
-            self.average.copy_to(self.bare.parameters())
-        if self._initial and not self.guard.choose(self.bare):
-            self.bare.load_state_dict(self._initial, strict=True)
+            self.average.copy_to(self.changing.parameters)
+        if self._initial and not self.guard.choose(self.changing):
+            self.changing.load_state_dict(self._initial)
             self.accelerator.print(
                 f"max_loss_factor={self.args.max_loss_factor} was not held at any evaluation: the weights from before "
                 "immunization are returned. Lower the strength, add distillation, or train longer."
@@ -355,10 +365,10 @@ class DiffusionImmunizationTrainer:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
             unmark(folder)
             save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self._progress)
-            save_loop(folder, self.step, self.bare, self.optimizer, self.schedule, self.average, self.log_history)
+            save_loop(folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history)
             prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
         self._progress = load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard)
-        self.step, self.log_history = load_loop(folder, self.bare, self.optimizer, self.schedule, self.average)
+        self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule, self.average)

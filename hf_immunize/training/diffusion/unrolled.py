@@ -51,10 +51,11 @@ class UnrolledAttack(SimulatedAttack):
             path = self._attack(step)
             loss = self._backward(step, self._steps)
             value = self._harm(loss)
-            everything = list(self._copy.parameters())
+            everything, trained = self._attacker.asked, self._attacker.trained
             adjoint = {p: p.grad * self._slope(loss) for p in everything}
+            self._attacker.clear()
             for attack_step in reversed(range(self._steps)):
-                torch._foreach_copy_(self._trained, path.pop())
+                torch._foreach_copy_(trained, path.pop())
                 loss, gradient, pulled = self._pull_back(step, attack_step, adjoint)
                 for parameter in everything:
                     adjoint[parameter] -= pulled[parameter]
@@ -62,8 +63,7 @@ class UnrolledAttack(SimulatedAttack):
                     value = value + self._harm(loss)
                     for parameter in everything:
                         adjoint[parameter] += gradient[parameter] * self._slope(loss)
-        self._copy.zero_grad(set_to_none=True)
-        return value, {name: adjoint[parameter] for name, parameter in self._weights.items()}
+        return value, self._attacker.by_name(adjoint)
 
     def _harm(self, loss: Tensor) -> Tensor:
         return torch.relu(self.ceiling - loss) / self._steps
@@ -72,19 +72,19 @@ class UnrolledAttack(SimulatedAttack):
         return -(loss < self.ceiling).to(loss) / self._steps
 
     def _attack(self, step: int) -> list[list[Tensor]]:
-        """Leave φ_K in the copy; φ_0 to φ_{K−1}."""
+        """Leave φ_K in the attacker; φ_0 to φ_{K−1}."""
         path = []
         for attack_step in range(self._steps):
-            path.append([parameter.clone() for parameter in self._trained])
+            path.append([parameter.clone() for parameter in self._attacker.trained])
             self._backward(step, attack_step)
-            for parameter in self._trained:
+            for parameter in self._attacker.trained:
                 parameter -= update(parameter.grad, self._rate)
         return path
 
     def _pull_back(
         self, step: int, attack_step: int, adjoint: dict[nn.Parameter, Tensor]
     ) -> tuple[Tensor, dict[nn.Parameter, Tensor], dict[nn.Parameter, Tensor]]:
-        """L, ∇L and ∇⟨∇_φ L, J_uᵀ a⟩ at the copy's weights, each a mean over ranks."""
+        """L, ∇L and ∇⟨∇_φ L, J_uᵀ a⟩ at the attacker's weights, each a mean over ranks."""
         everything = list(adjoint)
         with torch.enable_grad():
             loss = self._loss(step, attack_step)
@@ -94,7 +94,7 @@ class UnrolledAttack(SimulatedAttack):
             self._average(mean)
             gradient = dict(zip(everything, mean, strict=True))
             told = dict(zip(everything, graphs, strict=True))
-            directions = {p: update_vjp(gradient[p], adjoint[p], self._rate) for p in self._trained}
+            directions = {p: update_vjp(gradient[p], adjoint[p], self._rate) for p in self._attacker.trained}
             product = sum((told[p] * direction).sum() for p, direction in directions.items())
             pulled = list(torch.autograd.grad(product, everything, materialize_grads=True))
         self._average(pulled)

@@ -218,7 +218,7 @@ def test_with_an_average_the_average_is_judged_and_returned(make_trainer):
         ({"attacker_renamed": 1.5}, ConfigError, "between 0 and 1"),
         ({"objective": "imma"}, ConfigError, "imma as it was published"),
         ({"objective": "imma+simulated_attack", "trainable": "attention", "attacker_rank": 2}, ConfigError, "beside"),
-        ({"trainable": "lora", "objective": "simulated_attack", "attacker_rank": 2}, ConfigError, "attacker_rank=0"),
+        ({"trainable": "lora", "lora_rank": 0}, ConfigError, "lora_rank of at least 1"),
         ({"primary_loss_weight": 0.0}, ConfigError, "keeps the model"),
         ({"harmful": build_examples("unet", 1, label=9)}, DataError, "at least two images"),
         ({"objective": "closed_form_adversary"}, DataError, "at least two classes in harmful_dataset.*got 1"),

@@ -7,8 +7,11 @@ import copy
 import pytest
 import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
+from safetensors.torch import load_file
 
 from hf_immunize.diffusion import NoiseProcess, denoiser_of
+from hf_immunize.training.diffusion.attacker import Attacker
+from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.simulated import SimulatedAttack
 from hf_immunize.training.diffusion.stream import NoisyStream
 
@@ -90,7 +93,7 @@ def test_a_lora_attacker_lowers_the_loss_through_its_factors_alone():
     attack.gradient(model, 0)
     assert losses[-1] < losses[0]
     held = dict(model.named_parameters())
-    assert all(torch.equal(value, held[name]) for name, value in attack._weights.items())
+    assert all(torch.equal(value, held[name]) for name, value in attack._attacker.weights.items())
 
 
 def test_descending_the_term_raises_the_attackers_loss():
@@ -113,8 +116,8 @@ def test_imma_is_an_attacker_that_goes_on_against_the_alternation_written_out():
     attack, batches = attack_of(model, steps=1, rank=2)
     attack._goes_on, attack.ceiling = True, 100.0
     attack.gradient(model, 0)
-    start = [factor.detach().clone() for factor in attack._factors]
-    slow = copy.deepcopy(attack._copy)
+    start = [factor.detach().clone() for factor in attack._attacker.factors]
+    slow = copy.deepcopy(attack._attacker.model)
     factors = [p for name, p in slow.named_parameters() if "lora_" in name]
     assert all(torch.equal(a, b) for a, b in zip(factors, start, strict=True))
     optimizer = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0)
@@ -136,7 +139,7 @@ def test_imma_is_an_attacker_that_goes_on_against_the_alternation_written_out():
     truth = {name.replace(".base_layer.", "."): p.grad for name, p in slow.named_parameters() if "lora_" not in name}
     assert all(torch.allclose(gradient[name], truth[name], rtol=1e-7, atol=1e-13)
                for name in gradient if truth[name] is not None)
-    assert any(not torch.equal(a, b) for a, b in zip(start, attack._factors, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(start, attack._attacker.factors, strict=True))
 
 
 def test_imma_changes_attention_alone_and_resumes_exactly(make_trainer, tmp_path):
@@ -166,6 +169,82 @@ def test_lora_only_immunization_ends_as_an_ordinary_model_and_resumes_exactly(ma
     resumed = make_trainer(**options)
     resumed.train(tmp_path / "run" / "checkpoint-2")
     assert all(torch.equal(value, after[name]) for name, value in resumed.bare.state_dict().items())
+
+
+def test_two_sets_of_factors_beside_one_set_of_weights_are_the_attack_written_out_with_sums_of_products():
+    """W + B_d A_d + B_a A_a by plain algebra on a model without PEFT: what the defender's factors are told."""
+    plain = build_denoiser("unet", dtype=torch.float64).train()
+    model = copy.deepcopy(plain)
+    put_factors(denoiser_of(model), model, 3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    attack, batches = attack_of(model, steps=1, rank=2)
+    attack.ceiling = 100.0
+    value, gradient = attack.gradient(model, 5)
+    held = dict(model.named_parameters())
+    attacker = attack._attacker
+    assert {name: parameter.requires_grad for name, parameter in held.items()} == flags
+    assert all((attacker.weights[name] is held[name]) != flags[name] for name in flags)
+    assert set(gradient) == {name for name in flags if flags[name]} and "lora_A" in str(list(gradient))
+    own = sum(p.numel() for p in attacker.model.parameters() if not any(p is other for other in held.values()))
+    assert own < 0.5 * sum(p.numel() for p in plain.parameters())
+
+    drawn = Attacker(denoiser_of(model), model, 2)
+    drawn.draw_factors(0, "lora", 5)
+    names = [name for name in flags if "lora_A" in name]
+    parts = dict(drawn.model.named_parameters())
+    theirs = {name: [held[name].detach().clone().requires_grad_(),
+                     held[name.replace("lora_A", "lora_B")].detach().clone().requires_grad_()] for name in names}
+    mine = {name: [parts[name.replace("default", "attacker")].detach().clone().requires_grad_(),
+                   torch.zeros_like(parts[name.replace("lora_A.default", "lora_B.attacker")]).requires_grad_()]
+            for name in names}
+
+    def loss_of(k):
+        weights = dict(plain.named_parameters())
+        for name in names:
+            place = name.replace(".lora_A.default", "")
+            for down, up in (theirs[name], mine[name]):
+                weights[place] = weights[place] + up @ down
+        batch = batches(5, k)
+        told = (batch.noisy, batch.timesteps, batch.conditions["class_labels"])
+        answer = torch.func.functional_call(plain, weights, told).sample
+        return (answer - batch.target).square().mean()
+
+    factors = [part for pair in mine.values() for part in pair]
+    optimizer = torch.optim.AdamW(factors, lr=1e-2, weight_decay=0.0)
+    loss_of(0).backward()
+    optimizer.step()
+    for pair in theirs.values():
+        for part in pair:
+            part.grad = None
+    harm = 100.0 - loss_of(1)
+    harm.backward()
+    assert float(value) == pytest.approx(float(harm.detach()), rel=1e-10)
+    for name in names:
+        for part, key in zip(theirs[name], (name, name.replace("lora_A", "lora_B")), strict=True):
+            assert torch.allclose(gradient[key], part.grad, rtol=1e-6, atol=1e-11)
+
+
+def test_lora_against_lora_trains_and_resumes_exactly(make_trainer, tmp_path):
+    options = {"trainable": "lora", "objective": "simulated_attack", "attacker_rank": 2, "attacker_steps": 2,
+               "max_steps": 3, "save_steps": 2, "save_total_limit": 2, "lora_rank": 2, "learning_rate": 1e-2,
+               "distillation": 0.5, "ema_decay": 0.5, "max_loss_factor": 1e6, "eval_steps": 1}
+    data = build_examples("unet", 4, seed=5)
+    for second in (False, True):
+        plain = build_denoiser("unet").state_dict()
+        whole = make_trainer(**options, evaluation=data, attacker_second_order=second)
+        log = whole.train()
+        after = whole.bare.state_dict()
+        assert after.keys() == plain.keys() and all(entry["harmful_simulated_attack"] > 0 for entry in log)
+        changed = {name for name in after if not torch.equal(after[name], plain[name])}
+        assert changed and all(".to_" in name and name.endswith("weight") for name in changed)
+        kept = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+        assert kept and all("lora_" in name for name in kept) and set(whole.guard.best) == set(kept)
+        resumed = make_trainer(**options, evaluation=data, attacker_second_order=second)
+        resumed.train(tmp_path / "run" / "checkpoint-2")
+        assert all(torch.equal(value, after[name]) for name, value in resumed.bare.state_dict().items())
 
 
 def test_the_trainers_attacker_teaches_the_share_of_rows_that_was_asked_for(make_trainer):

@@ -1,0 +1,94 @@
+"""The model of a simulated attacker: a copy of the defended one, or LoRA factors of its own beside the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.diffusion import Denoiser
+from hf_immunize.training.diffusion.sites import attention_projections
+from hf_immunize.training.diffusion.stream import generator_of
+
+_NAME = "attacker"
+
+
+class Attacker:
+    """What a simulated attacker holds.
+
+    With ``rank`` 0 it trains all weights and has a copy of each. With LoRA factors it changes no weight of the model:
+    those that the defender does not train either are held once, by both. A defender that trains LoRA factors as well
+    has its factors beside the attacker's in the same layers; both updates are added.
+
+    Attributes:
+        model: the attacked network, in training mode.
+        weights: its tensors by the defended model's names.
+        factors: LoRA factors, empty for rank 0.
+        trained: what the attacker changes.
+        wanted: names of the weights the defender trains (all for rank 0), at which a gradient is asked for.
+    """
+
+    def __init__(self, denoiser: Denoiser, model: nn.Module, rank: int):
+        mine = dict(model.named_parameters())
+        shared = [parameter for parameter in mine.values() if rank and not parameter.requires_grad]
+        self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+        self.model.train()
+        if rank:
+            _add_factors(denoiser, self.model, rank)
+        named = dict(self.model.named_parameters())
+        self.factors = [parameter for name, parameter in named.items() if f".{_NAME}." in name]
+        plain = {name if name in mine else name.replace(".base_layer.", "."): p for name, p in named.items()}
+        self.weights = {name: parameter for name, parameter in plain.items() if name in mine}
+        self.trained = self.factors or list(self.weights.values())
+        self.wanted = [name for name, parameter in mine.items() if parameter.requires_grad or not rank]
+        self.asked = list(dict.fromkeys([*(self.weights[name] for name in self.wanted), *self.trained]))
+        """Every parameter whose gradient is computed."""
+        for parameter in self.asked:
+            parameter.requires_grad_(True)
+
+    @torch.no_grad()
+    def start(self, model: nn.Module) -> None:
+        """θ_0 = θ."""
+        for name, parameter in model.named_parameters():
+            if self.weights[name] is not parameter:
+                self.weights[name].copy_(parameter)
+
+    @torch.no_grad()
+    def draw_factors(self, *words: object) -> None:
+        """Factors as PEFT draws them, from ``words``: A uniform in ±1/√fan_in, B zero."""
+        generator = generator_of(*words)
+        for name, parameter in self.model.named_parameters():
+            if f"lora_A.{_NAME}." in name:
+                bound = parameter.shape[1] ** -0.5
+                drawn = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_((2 * drawn - 1) * bound)
+            elif f"lora_B.{_NAME}." in name:
+                parameter.zero_()
+
+    def clear(self) -> None:
+        """Drop all gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+    def by_name(self, values: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the wanted weights, by the defended model's names."""
+        return {name: values[self.weights[name]] for name in self.wanted}
+
+
+def _add_factors(denoiser: Denoiser, model: nn.Module, rank: int) -> None:
+    """LoRA factors of the attacker's on every attention projection, active beside those that are there."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=attention_projections(denoiser, model))
+    if hasattr(model, "peft_config"):  # the defender's; PEFT warns of it, and the layers know their own
+        del model.peft_config
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with torch.random.fork_rng():
+        inject_adapter_in_model(config, model, adapter_name=_NAME)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(list(layer.lora_A))
+    for parameter, asked in flags.items():  # PEFT changes flags, of shared weights too
+        parameter.requires_grad_(asked)
