@@ -56,6 +56,9 @@ class AttackArguments:
     exam_levels: int = field(
         default=8, metadata={"help": "Noise levels that every held-out image is judged at; the same for every model."}
     )
+    eval_batch_size: int = field(
+        default=256, metadata={"help": "Rows at a time in the exam and when images are drawn."}
+    )
     pictures: int = field(
         default=8, metadata={"help": "Images of the concept that an attacked model draws; 0 for none."}
     )
@@ -89,7 +92,8 @@ def main() -> None:
             held.fingerprint(source=task.source, role=f"{options.concept} {name}") for name, held in splits.items()
         ),
         device=str(state.device), attack_fraction=options.attack_fraction, exam_levels=options.exam_levels,
-        pictures=options.pictures, prior=task.examples("retain", "validation"), other=task.other_name(options.concept),
+        eval_batch_size=options.eval_batch_size, pictures=options.pictures,
+        prior=task.examples("retain", "validation"), other=task.other_name(options.concept),
     )
     protocol, benign = find_protocol(options.protocol, DIFFUSION_PROTOCOLS), options.concept == "benign"
     table = DIFFUSION_TRAINABILITY if benign else DIFFUSION_ATTACKS

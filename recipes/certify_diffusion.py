@@ -55,6 +55,7 @@ class CertifyArguments:
         default=1000, metadata={"help": "Images that each model draws for the judge and the Fréchet distance."}
     )
     draw_steps: int = field(default=20, metadata={"help": "Sampling steps of every drawn image."})
+    eval_batch_size: int = field(default=256, metadata={"help": "Rows at a time."})
     recheck: int = field(
         default=0, metadata={"help": "Write nothing; sit this many random cells of the certificate again and compare."}
     )
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         judge=None if arguments.judge_path is None else Path(arguments.judge_path),
         similarity=None if seen_by is None else FeatureSimilarity(seen_by), features=seen_by,
         judged_images=arguments.judged_images, draw_steps=arguments.draw_steps,
+        eval_batch_size=arguments.eval_batch_size,
     )
     protocol = find_protocol(arguments.protocol, DIFFUSION_PROTOCOLS)
     if arguments.recheck:

@@ -54,7 +54,7 @@ def fingerprint(folder: str, model) -> ModelFingerprint:
     )
 
 
-def painter(pipeline, splits: dict[str, LatentDataset], folder: Path):
+def painter(pipeline, splits: dict[str, LatentDataset], folder: Path, batch_size: int):
     """Draws retained classes and the concept from one seed into ``validation/step-N.png``."""
     denoiser = denoiser_of(getattr(pipeline, component_of(pipeline)))
     shown = [held.batch(torch.arange(8) * (len(held) // 8)) for held in
@@ -62,7 +62,10 @@ def painter(pipeline, splits: dict[str, LatentDataset], folder: Path):
 
     def paint(model, step: int) -> None:
         drawn = [
-            draw_latents(denoiser, model, pipeline.scheduler, batch.conditions, batch.latents.shape) for batch in shown
+            draw_latents(
+                denoiser, model, pipeline.scheduler, batch.conditions, batch.latents.shape, batch_size=batch_size
+            )
+            for batch in shown
         ]
         pixels = decode(torch.cat(drawn), getattr(pipeline, "vae", None))
         atomic_write(folder / "validation" / f"step-{step}.png", grid_png(pixels, 8))
@@ -85,7 +88,7 @@ def immunize(pipeline, splits: dict[str, LatentDataset], source: str, task: dict
     trainer = DiffusionImmunizationTrainer(
         model, pipeline.scheduler, args, train_dataset=splits["retain train"],
         harmful_dataset=splits["harmful defense"], eval_dataset=splits["retain validation"],
-        validate=painter(pipeline, splits, Path(args.output_dir)),
+        validate=painter(pipeline, splits, Path(args.output_dir), args.eval_batch_size),
     )
     main_process = trainer.accelerator.is_main_process
     if begin_run(args.output_dir, "immunize_diffusion", inputs, write=main_process):

@@ -81,13 +81,14 @@ def build_scheduler(family: str, **options):
 
 
 def build_examples(
-    family: str, rows: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32, label: int | None = None
+    family: str, rows: int = 12, seed: int = 0, dtype: torch.dtype = torch.float32, label: int | None = None,
+    size: int = 8,
 ) -> LatentDataset:
     """Random examples of concepts 0..9, or of one concept."""
     _, _, channels, shapes, _ = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(rows) % 8 if label is None else torch.full((rows,), label)
-    latents = torch.randn(rows, channels, 8, 8, generator=generator, dtype=dtype)
+    latents = torch.randn(rows, channels, size, size, generator=generator, dtype=dtype)
     conditions = {
         name: labels if name == "class_labels" else torch.randn(rows, *shape, generator=generator, dtype=dtype)
         for name, shape in shapes.items()

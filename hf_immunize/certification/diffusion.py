@@ -15,7 +15,15 @@ from hf_immunize.certification.judgement import Judgement, Sides, check_base, ju
 from hf_immunize.certification.protocol import Protocol, Rule
 from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.certification.similarity import ImageFeatures, Similarity
-from hf_immunize.diffusion import SCORE, DenoisingExam, LatentDataset, NoiseProcess, denoiser_of
+from hf_immunize.diffusion import (
+    EVAL_BATCH_SIZE,
+    SCORE,
+    DenoisingExam,
+    LatentDataset,
+    NoiseProcess,
+    denoiser_of,
+    fits_memory,
+)
 from hf_immunize.errors import RecordError
 from hf_immunize.metrics import mean_interval
 from hf_immunize.records import AttackTrace, Certificate, DatasetFingerprint, Provenance, SimilarityGap, Utility
@@ -34,6 +42,7 @@ class ConceptExam:
         features: what drawn retained images are compared with real ones by; without them there is no Fréchet distance.
         judged_images: images to draw for judge and features, of each model.
         draw_steps: sampling steps.
+        eval_batch_size: rows at a time.
     """
 
     retain_test: LatentDataset
@@ -47,8 +56,10 @@ class ConceptExam:
     features: ImageFeatures | None = None
     judged_images: int = 1000
     draw_steps: int = 20
+    eval_batch_size: int = EVAL_BATCH_SIZE
 
 
+@fits_memory("both pipelines of the exam", "lower eval_batch_size, or take another device")
 def build_diffusion_certificate(
     folder: str | Path, base_folder: str | Path, exam: ConceptExam, protocol: Protocol, *,
     threshold: float | None = None, device: str = "cpu",
@@ -64,7 +75,7 @@ def build_diffusion_certificate(
     """
     folder, base_folder = Path(folder), Path(base_folder)
     check_base(base_folder)
-    base, subject = (Drawer.of(path, device, exam.draw_steps) for path in (base_folder, folder))
+    base, subject = (Drawer.of(path, device, exam.draw_steps, exam.eval_batch_size) for path in (base_folder, folder))
     sides = Sides(folder, base_folder, subject.fingerprint(folder), base.fingerprint(base_folder))
     judged = judge_traces(
         sides, DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, protocol,
@@ -106,7 +117,7 @@ def denoising_utility(base: Drawer, subject: Drawer, retain: LatentDataset, leve
     The drop of a row is (its loss on the subject − its loss on the base) / mean energy, so that its mean is the
     difference of both R².
     """
-    exam = DenoisingExam(NoiseProcess.from_scheduler(base.pipeline.scheduler), retain)
+    exam = DenoisingExam(NoiseProcess.from_scheduler(base.pipeline.scheduler), retain, batch_size=base.batch_size)
     before, after = (exam.ask(denoiser_of(side.model), side.model) for side in (base, subject))
     drops = 100 * (after.losses_N - before.losses_N).double() / before.energies_N.double().mean()
     return Utility(

@@ -18,6 +18,7 @@ from hf_immunize.certification.generation import measure_frechet
 from hf_immunize.certification.judgement import Sides
 from hf_immunize.certification.similarity import ImageFeatures
 from hf_immunize.diffusion import (
+    EVAL_BATCH_SIZE,
     LatentDataset,
     component_of,
     decode,
@@ -41,12 +42,13 @@ class Drawer:
     pipeline: Any
     model: nn.Module
     steps: int
+    batch_size: int = EVAL_BATCH_SIZE
 
     @classmethod
-    def of(cls, folder: Path, device: str, steps: int) -> Drawer:
+    def of(cls, folder: Path, device: str, steps: int, batch_size: int = EVAL_BATCH_SIZE) -> Drawer:
         """The pipeline of a folder."""
         pipeline = load_pipeline(folder)
-        return cls(pipeline, getattr(pipeline, component_of(pipeline)).to(device).eval(), steps)
+        return cls(pipeline, getattr(pipeline, component_of(pipeline)).to(device).eval(), steps, batch_size)
 
     def fingerprint(self, folder: Path) -> ModelFingerprint:
         """Identity of the pipeline's weights on disk."""
@@ -60,7 +62,7 @@ class Drawer:
         batch = dataset.batch(rows)
         latents = draw_latents(
             denoiser_of(self.model), self.model, self.pipeline.scheduler, batch.conditions, batch.latents.shape,
-            steps=self.steps,
+            steps=self.steps, batch_size=self.batch_size,
         )
         return decode(latents, getattr(self.pipeline, "vae", None))
 

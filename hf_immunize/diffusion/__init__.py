@@ -15,14 +15,17 @@ from hf_immunize.diffusion.drawing import (
     split_grid,
     to_images,
 )
-from hf_immunize.diffusion.exam import SCORE, DenoisingExam, ExamResult
+from hf_immunize.diffusion.exam import EVAL_BATCH_SIZE, SCORE, DenoisingExam, ExamResult
 from hf_immunize.diffusion.examples import LatentBatch, LatentDataset
+from hf_immunize.diffusion.memory import fits_memory
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
 from hf_immunize.diffusion.pipelines import component_of, fresh_denoiser, load_pipeline
+from hf_immunize.diffusion.schedules import schedule_of
 
 __all__ = [
     "DENOISERS",
     "DRAWN_SHARES",
+    "EVAL_BATCH_SIZE",
     "SCORE",
     "Denoiser",
     "DenoisingExam",
@@ -36,9 +39,11 @@ __all__ = [
     "denoising_losses",
     "draw_latents",
     "drawing_steps",
+    "fits_memory",
     "fresh_denoiser",
     "grid_png",
     "load_pipeline",
+    "schedule_of",
     "split_grid",
     "to_images",
 ]

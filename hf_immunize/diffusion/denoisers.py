@@ -37,6 +37,7 @@ class Denoiser:
             conditions.
         middle: module whose input stands for mid-block features, given the bare model.
         attention: last parts of the names of the attention projections an attacker trains by default.
+        classes: number of class labels the bare model knows, None where it is told none.
     """
 
     component: str
@@ -44,9 +45,10 @@ class Denoiser:
     call: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
     middle: Callable[[nn.Module], str]
     attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    classes: Callable[[nn.Module], int | None] = lambda _: None
 
     def check(self, model: nn.Module, latents: Tensor, conditions: Conditions) -> None:
-        """Raise DataError unless latents and conditions fit the model."""
+        """Raise DataError unless the model can be asked about latents and conditions; ``probe`` asks."""
         channels = model.config.in_channels // (4 if isinstance(model, FluxTransformer2DModel) else 1)
         if latents.dim() != 4 or latents.shape[1] != channels:
             raise DataError(
@@ -58,6 +60,45 @@ class Denoiser:
             raise DataError(
                 f"expected conditions {list(self.needs(model))} for {type(model).__name__}, got none for {missing}: "
                 "encode captions or class labels with the same pipeline."
+            )
+        known = self.classes(model)
+        if known is not None and "class_labels" in conditions:
+            labels = conditions["class_labels"]
+            if int(labels.min()) < 0 or int(labels.max()) >= known:
+                raise DataError(
+                    f"expected class labels in 0..{known - 1} for {type(model).__name__}, got {int(labels.min())}.."
+                    f"{int(labels.max())}: the model has no embedding for them. Check the labels."
+                )
+
+    def probe(self, model: nn.Module, latents: Tensor, conditions: Conditions) -> None:
+        """Ask the bare model about the first row, where it is, in evaluation mode.
+
+        Raises:
+            DataError: what ``check`` finds, or sizes of latents or embeddings that the model cannot take.
+        """
+        self.check(model, latents, conditions)
+        place, was_training = next(model.parameters()), model.training
+        first = {name: value[:1] for name, value in {**conditions, "": latents}.items()}
+        first = {name: value.to(place.device, place.dtype if value.is_floating_point() else None)
+                 for name, value in first.items()}
+        row = first.pop("")
+        shapes = {"latents": tuple(row.shape[1:])} | {name: tuple(value.shape[1:]) for name, value in first.items()}
+        try:
+            with torch.no_grad():
+                answer = self.call(model.eval(), row, torch.zeros(1, dtype=torch.long, device=place.device), first)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise DataError(
+                f"expected rows of a size that {type(model).__name__} takes, got {shapes}: {error}. Encode images and "
+                "captions with the pipeline of this model, at a resolution it knows."
+            ) from error
+        finally:
+            model.train(was_training)
+        if answer.shape != row.shape:
+            raise DataError(
+                f"expected answers of {type(model).__name__} in the shape of the latents, {tuple(row.shape[1:])}, got "
+                f"{tuple(answer.shape[1:])}: encode the images at a resolution the model knows."
             )
 
 
@@ -148,6 +189,10 @@ def patch_places(height: int, width: int) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
 
 
+def _class_count(model: nn.Module) -> int | None:
+    return getattr(model.config, "num_class_embeds", None)
+
+
 def _class_labels(model: nn.Module) -> tuple[str, ...]:
     return ("class_labels",) if getattr(model.config, "num_class_embeds", None) is not None else ()
 
@@ -174,9 +219,14 @@ def _middle_block(model: nn.Module) -> str:
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
 DENOISERS: dict[type, Denoiser] = {
-    UNet2DModel: Denoiser("unet", _class_labels, _unet, lambda _: "mid_block"),
-    UNet2DConditionModel: Denoiser("unet", _text_unet_needs, _text_unet, lambda _: "mid_block"),
-    DiTTransformer2DModel: Denoiser("transformer", lambda _: ("class_labels",), _dit, _middle_block),
+    UNet2DModel: Denoiser("unet", _class_labels, _unet, lambda _: "mid_block", classes=_class_count),
+    UNet2DConditionModel: Denoiser(
+        "unet", _text_unet_needs, _text_unet, lambda _: "mid_block", classes=_class_count
+    ),
+    DiTTransformer2DModel: Denoiser(
+        "transformer", lambda _: ("class_labels",), _dit, _middle_block,
+        classes=lambda model: model.config.num_embeds_ada_norm,
+    ),
     PixArtTransformer2DModel: Denoiser("transformer", _pixart_needs, _pixart, _middle_block),
     SD3Transformer2DModel: Denoiser("transformer", _pooled_text, _sd3, _middle_block, _JOINT),
     FluxTransformer2DModel: Denoiser("transformer", _pooled_text, _flux, _middle_block, _JOINT),

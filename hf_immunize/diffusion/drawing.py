@@ -20,7 +20,7 @@ from hf_immunize.diffusion.denoisers import Conditions, Denoiser
 from hf_immunize.diffusion.noise import NoiseProcess
 from hf_immunize.errors import RecordError
 
-_ROWS, _GAP = 128, 2
+DRAW_BATCH_SIZE, _GAP = 128, 2
 
 DRAWN_SHARES = (0.1, 0.3, 1.0)
 """Parts of an attack's budget after which the attacked model draws: one line of its picture each."""
@@ -56,17 +56,18 @@ def _set_steps(sampler: Any, steps: int, height: int, width: int) -> None:
 @torch.no_grad()
 def draw_latents(
     denoiser: Denoiser, model: nn.Module, scheduler: Any, conditions: Conditions, shape: Sequence[int], *,
-    seed: int = 0, steps: int = 20,
+    seed: int = 0, steps: int = 20, batch_size: int = DRAW_BATCH_SIZE,
 ) -> Tensor:
     """Samples of ``shape`` (N, C, H, W), one per row of ``conditions``, without classifier-free guidance.
 
-    They start at the noise that the generator of ``seed`` draws, whatever the model; returned on the CPU.
+    They start at the noise that the generator of ``seed`` draws, whatever the model; returned on the CPU. At most
+    ``batch_size`` and DRAW_BATCH_SIZE rows are drawn at a time.
     """
     noise_NCHW = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
     was_training, place = model.training, next(model.parameters())
     model.eval()
     drawn = []
-    for part in torch.arange(len(noise_NCHW)).split(_ROWS):
+    for part in torch.arange(len(noise_NCHW)).split(min(batch_size, DRAW_BATCH_SIZE)):
         sampler = sampler_of(scheduler)
         _set_steps(sampler, steps, *noise_NCHW.shape[-2:])
         told = {

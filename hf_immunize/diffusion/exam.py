@@ -13,7 +13,8 @@ from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
 
 SCORE = "R2 of the denoising target"
 """What the exam's score is called in records, cards and reports."""
-_ROWS = 256
+EVAL_BATCH_SIZE = 256
+"""Rows that a model is asked about at a time."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,17 @@ class DenoisingExam:
     all of it. The same examples and seed give the same questions to every model, dtype and device.
     """
 
-    def __init__(self, process: NoiseProcess, dataset: LatentDataset, *, levels: int = 4, seed: int = 0):
+    def __init__(
+        self, process: NoiseProcess, dataset: LatentDataset, *, levels: int = 4, seed: int = 0,
+        batch_size: int = EVAL_BATCH_SIZE,
+    ):
         generator = torch.Generator().manual_seed(seed)
         count = len(dataset)
         part = torch.arange(levels).repeat_interleave(count)
         place = (part + torch.rand(levels * count, generator=generator, dtype=torch.float64)) / levels
         self._levels = (place * process.levels).long().clamp(max=process.levels - 1)
         self._noise = torch.randn((levels * count, *dataset.latents.shape[1:]), generator=generator)
-        self._process, self._dataset = process, dataset
+        self._process, self._dataset, self._rows = process, dataset, batch_size
 
     @torch.no_grad()
     def ask(self, denoiser: Denoiser, model: nn.Module) -> ExamResult:
@@ -61,7 +65,7 @@ class DenoisingExam:
         model.eval()
         losses, energies = [], []
         count = len(self._dataset)
-        for rows in torch.arange(len(self._levels)).split(_ROWS):
+        for rows in torch.arange(len(self._levels)).split(self._rows):
             batch = self._dataset.batch(rows % count).to(device, dtype)
             noise, levels = self._noise[rows].to(device, dtype), self._levels[rows].to(device)
             noisy = self._process.noisy(batch.latents, noise, levels)

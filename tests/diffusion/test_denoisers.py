@@ -7,9 +7,9 @@ import pytest
 import torch
 from denoiser_builders import FAMILIES, build_denoiser, build_examples
 
-from hf_immunize.diffusion import DENOISERS, denoiser_of
+from hf_immunize.diffusion import DENOISERS, denoiser_of, fits_memory
 from hf_immunize.diffusion.denoisers import pack_patches, patch_places, unpack_patches
-from hf_immunize.errors import DataError, ModelError
+from hf_immunize.errors import DataError, DeviceMemoryError, ModelError
 
 
 def answer_of(model, batch, timesteps=None):
@@ -44,6 +44,28 @@ def test_missing_conditions_and_wrong_latents_are_named(family):
         denoiser.check(model, torch.zeros(2, 7, 8, 8), examples.conditions)
     with pytest.raises(DataError, match=f"got none for .*{denoiser.needs(model)[-1]}"):
         denoiser.check(model, examples.latents, {})
+
+
+def test_labels_without_an_embedding_and_answers_of_another_size_are_named():
+    for family in ("unet", "dit"):
+        model, examples = build_denoiser(family).train(), build_examples(family, rows=2)
+        for label in (10, -1):
+            with pytest.raises(DataError, match=r"expected class labels in 0\.\.9"):
+                denoiser_of(model).check(model, examples.latents, {"class_labels": torch.tensor([0, label])})
+        denoiser_of(model).probe(model, examples.latents, examples.conditions)
+        assert model.training
+    with pytest.raises(DataError, match=r"in the shape of the latents, \(4, 7, 7\), got \(4, 6, 6\)"):
+        denoiser_of(model).probe(model, torch.zeros(2, 4, 7, 7), examples.conditions)
+
+
+def test_memory_that_is_short_is_told_apart_from_other_errors():
+    for error in (torch.OutOfMemoryError("CUDA"), MemoryError("numpy"),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+        with pytest.raises(DeviceMemoryError, match="expected a sheet to fit the memory, got .*: buy more"):
+            with fits_memory("a sheet", "buy more"):
+                raise error
+    with pytest.raises(RuntimeError, match="^shapes$"), fits_memory("a sheet", "buy more"):
+        raise RuntimeError("shapes")
 
 
 def test_an_unknown_class_is_named():

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
-from hf_immunize.diffusion import LatentDataset, denoising_losses, drawing_steps, grid_png
-from hf_immunize.errors import DeviceMemoryError
+from hf_immunize.diffusion import LatentDataset, denoising_losses, drawing_steps, fits_memory, grid_png, schedule_of
 from hf_immunize.records import Evaluation
 
 _EVALUATION_RATIO = 1.5
@@ -49,6 +47,7 @@ def judge(context: DiffusionAttackContext, model: nn.Module, step: int) -> Evalu
     return Evaluation(step=step, validation=validation, test=test)
 
 
+@fits_memory("an attacker's run", "lower the attack's batch_size or eval_batch_size, or take another device")
 def finetune(
     context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int, *,
     rows: Tensor | None = None, prior: LatentDataset | None = None, prior_weight: float = 0.0,
@@ -67,9 +66,7 @@ def finetune(
     parts = [(data, 1.0), *([(prior, prior_weight)] if prior is not None else [])]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_scheduler(
-        config.scheduler, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
-    )
+    schedule = schedule_of(config.scheduler, optimizer, warmup_steps=config.warmup_steps, steps=config.steps)
     due = {0, *evaluation_steps(config.steps, _EVALUATION_RATIO)}
     moments, lines = drawing_steps(config.steps), list[Tensor]()
     curve: list[Evaluation] = []
@@ -94,15 +91,8 @@ def finetune(
 def _step(context, model, parts, config, generator, optimizer, schedule) -> float:
     """One optimizer step on the weighted losses of all parts; its loss."""
     model.train()
-    try:
-        losses = [weight * _loss(context, model, data, config, generator) for data, weight in parts]
-        total = sum(losses)
-        total.backward()
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            f"expected an attacker's step to fit the device, got {error}: lower batch_size in the attack's settings, "
-            "or run on another device."
-        ) from error
+    total = sum(weight * _loss(context, model, data, config, generator) for data, weight in parts)
+    total.backward()
     if config.max_grad_norm > 0:
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
     optimizer.step()

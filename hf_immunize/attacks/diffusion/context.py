@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_immunize.attacks.context import Role
 from hf_immunize.diffusion import (
+    EVAL_BATCH_SIZE,
     SCORE,
     Denoiser,
     DenoisingExam,
@@ -23,6 +24,7 @@ from hf_immunize.diffusion import (
     decode,
     denoiser_of,
     draw_latents,
+    fits_memory,
     fresh_denoiser,
     load_pipeline,
 )
@@ -44,6 +46,7 @@ class DiffusionAttackContext:
         device: where models run.
         attack_fraction: share of ``attack`` that one seed trains on.
         exam_levels, exam_seed: questions of the fixed exam (see DenoisingExam).
+        eval_batch_size: rows at a time in the exam and when images are drawn.
         pictures: images of the concept that the attacked model draws, in the course of the attack; 0 for none.
         prior: rows of retained concepts whose conditions the attacker knows (DreamBooth with prior preservation).
         other: conditions of one row: another name under which the concept is taught.
@@ -60,6 +63,7 @@ class DiffusionAttackContext:
     exam_levels: int = 8
     exam_seed: int = 0
     pictures: int = 0
+    eval_batch_size: int = EVAL_BATCH_SIZE
     prior: LatentDataset | None = None
     other: Mapping[str, Tensor] | None = None
 
@@ -141,7 +145,10 @@ class DiffusionAttackContext:
     def model(self, seed: int) -> nn.Module:
         """A fresh copy of the attacked denoiser; ``seed`` matters only for random weights."""
         made = fresh_denoiser(self._saved, seed) if self.role == "scratch" else copy.deepcopy(self._saved)
-        return made.to(self.device)
+        with fits_memory("the attacked model", "take another device"):
+            made = made.to(self.device)
+            denoiser_of(made).probe(made, self.test.latents, self.test.conditions)
+        return made
 
     def draw_rows(self, seed: int) -> Tensor:
         """Rows of ``attack`` that this seed trains on, at least one."""
@@ -153,7 +160,8 @@ class DiffusionAttackContext:
     def exams(self) -> tuple[DenoisingExam, DenoisingExam]:
         """Fixed exams on the validation and the test images."""
         return tuple(
-            DenoisingExam(self.process, split, levels=self.exam_levels, seed=self.exam_seed + place)
+            DenoisingExam(self.process, split, levels=self.exam_levels, seed=self.exam_seed + place,
+                          batch_size=self.eval_batch_size)
             for place, split in enumerate((self.validation, self.test))
         )
 
@@ -163,6 +171,7 @@ class DiffusionAttackContext:
             return None
         batch = self.test.batch(self.test.rows_in_turn(self.pictures))
         latents = draw_latents(
-            self.denoiser, model, self._pipeline.scheduler, batch.conditions, batch.latents.shape
+            self.denoiser, model, self._pipeline.scheduler, batch.conditions, batch.latents.shape,
+            batch_size=self.eval_batch_size,
         )
         return decode(latents, getattr(self._pipeline, "vae", None))

@@ -69,7 +69,8 @@ def prior_of(
     rows = torch.randperm(len(context.prior), generator=torch.Generator().manual_seed(seed))[: config.prior_images]
     batch = context.prior.batch(rows)
     latents = draw_latents(
-        context.denoiser, model, context.scheduler, batch.conditions, batch.latents.shape, seed=seed
+        context.denoiser, model, context.scheduler, batch.conditions, batch.latents.shape, seed=seed,
+        batch_size=context.eval_batch_size,
     )
     return LatentDataset(latents, batch.conditions, batch.labels, context.prior.label_names, "prior")
 

@@ -20,6 +20,12 @@ _MODEL, _OPTIMIZER, _AVERAGE, _MARK = (
     "model.safetensors", "optimizer.safetensors", "average.safetensors", "trainer_state.json",
 )
 
+_WHOLE = "expected a whole checkpoint of this model and these options"
+_WHAT_TO_DO = (
+    "resume from a checkpoint that DiffusionImmunizationTrainer wrote, with the options it was written with, or train "
+    "into another output_dir."
+)
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, atomically."""
@@ -39,19 +45,37 @@ def save_loop(
     scheduler: Any,
     average: Any | None,
     log: list[dict[str, float]],
+    options: Mapping[str, Any],
 ) -> None:
-    """Write weights, optimizer, schedule and moving average; the mark last."""
+    """Write weights, optimizer, schedule and moving average; the mark, which holds ``options``, last."""
     write_tensors(folder / _MODEL, model.state_dict())
     moments = optimizer.state_dict()["state"]
     write_tensors(
         folder / _OPTIMIZER,
         {f"{index}.{name}": torch.as_tensor(value) for index, kept in moments.items() for name, value in kept.items()},
     )
-    plain: dict[str, Any] = {"step": step, "log": log, "schedule": scheduler.state_dict()}
+    plain: dict[str, Any] = {"step": step, "log": log, "schedule": scheduler.state_dict(), "options": dict(options)}
     if average is not None:
         write_tensors(folder / _AVERAGE, {str(i): value for i, value in enumerate(average.shadow_params)})
         plain["average_step"] = average.optimization_step
     atomic_write(folder / _MARK, json.dumps(plain))
+
+
+def check_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Raise RecordError unless the checkpoint was written by a run with these options.
+
+    ``max_steps`` may differ where the learning rate does not depend on it: a run can be made longer.
+    """
+    try:
+        written = json.loads((folder / _MARK).read_text(encoding="utf-8"))["options"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
+    free = {"max_steps"} if str(options["lr_scheduler_type"]).startswith("constant") else set()
+    names = sorted((written.keys() | options.keys()) - free)
+    other = [name for name in names if written.get(name) != options.get(name)]
+    if other:
+        told = ", ".join(f"{name}={options.get(name)!r} (there {written.get(name)!r})" for name in other)
+        raise RecordError(f"expected the options that {folder} was written with, got {told}: {_WHAT_TO_DO}")
 
 
 def load_loop(
@@ -75,10 +99,7 @@ def load_loop(
                 parameter.copy_(kept[str(index)])
             average.optimization_step = plain["average_step"]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RecordError(
-            f"expected a whole checkpoint of this model and these options in {folder}, got {error}: resume from a "
-            "checkpoint that DiffusionImmunizationTrainer wrote, with the options it was written with."
-        ) from error
+        raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
     return plain["step"], plain["log"]
 
 

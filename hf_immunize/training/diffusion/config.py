@@ -9,7 +9,9 @@ from typing import Any
 from hf_immunize.errors import ConfigError
 
 SIMULATED_ATTACK, IMMA = "simulated_attack", "imma"
-_OPERATIONAL = re.compile(r"^(output_dir|logging_.*|save_.*|validation_steps|report_to|disable_progress|use_cpu)$")
+_OPERATIONAL = re.compile(
+    r"^(output_dir|eval_batch_size|logging_.*|save_.*|validation_steps|report_to|disable_progress|use_cpu)$"
+)
 
 
 @dataclass
@@ -137,6 +139,9 @@ class DiffusionImmunizationConfig:
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for activation memory."})
     mixed_precision: str = field(default="no", metadata={"help": "no or bf16."})
+    eval_batch_size: int = field(
+        default=256, metadata={"help": "Rows at a time when the guard evaluates and images are drawn."}
+    )
     eval_steps: int = field(default=50, metadata={"help": "Steps between evaluations of the guard."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between log entries."})
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 for none."})
@@ -153,7 +158,7 @@ class DiffusionImmunizationConfig:
                 raise ConfigError(f"expected {name} of at least 0, got {getattr(self, name)}.")
         for name in (
             "max_steps", "gradient_accumulation_steps", "attacker_steps", "per_device_train_batch_size",
-            "per_device_harmful_batch_size", "eval_steps", "logging_steps",
+            "per_device_harmful_batch_size", "eval_batch_size", "eval_steps", "logging_steps",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}.")

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
 from torch import nn
 
 from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
@@ -21,6 +24,30 @@ from hf_immunize.training.distributed import world
 from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.objective import Term, TermSettings, refuse_one_class, terms_of
+
+
+def accelerator_of(args: DiffusionImmunizationConfig) -> Accelerator:
+    """The accelerator that ``args`` ask for. Raises ConfigError for a tracker or a precision that cannot be had."""
+    if args.report_to != "none":
+        installed = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
+        registered = set(LOGGER_TYPE_TO_CLASS) - set(LoggerType.list())
+        if args.report_to not in (*installed, *registered):
+            raise ConfigError(
+                f"expected report_to 'none' or an installed tracker among {sorted({*installed, *registered})}, got "
+                f"{args.report_to!r}: install its package, which is one of {sorted(LoggerType.list())}."
+            )
+    try:
+        return Accelerator(
+            mixed_precision=args.mixed_precision,
+            cpu=args.use_cpu,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"expected the precision and device of this process's first Accelerator, got "
+            f"mixed_precision={args.mixed_precision!r}, use_cpu={args.use_cpu}: {error} Use one setting per process."
+        ) from error
 
 
 def check_data(
@@ -42,7 +69,7 @@ def check_data(
         missing = "train_dataset" if train is None else "harmful_dataset"
         raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
     for dataset in (train, harmful, *([evaluation] if evaluation is not None else [])):
-        denoiser.check(model, dataset.latents, dataset.conditions)
+        denoiser.probe(model, dataset.latents, dataset.conditions)
     if len(harmful) < 2:
         raise DataError(
             f"expected at least two images of the concept in harmful_dataset, got {len(harmful)}: one image has no "

@@ -11,23 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_immunize.diffusion import DenoisingExam, LatentDataset, NoiseProcess, denoiser_of, denoising_losses
-from hf_immunize.errors import DeviceMemoryError, TrainingDivergedError
+from hf_immunize.diffusion import (
+    DenoisingExam,
+    LatentDataset,
+    NoiseProcess,
+    denoiser_of,
+    denoising_losses,
+    fits_memory,
+    schedule_of,
+)
+from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.training.diffusion.changing import ChangingPart
-from hf_immunize.training.diffusion.checkpoint import load_loop, prune_checkpoints, save_loop, unmark
-from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
+from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
+from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
 from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import merge_factors
 from hf_immunize.training.diffusion.references import wrong_target_gradients
-from hf_immunize.training.diffusion.setup import Streams, Terms, check_data, choose_trainable
+from hf_immunize.training.diffusion.setup import Streams, Terms, accelerator_of, check_data, choose_trainable
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream
 from hf_immunize.training.distributed import mean_over_ranks, world
@@ -39,6 +45,11 @@ from hf_immunize.training.state import load_state, save_state
 GUARD_METRIC = "retain denoising loss, -100 ln"
 """Points of the guard: 100·ln of the loss's factor, which is close to percent."""
 _REFERENCE_BATCHES = 4
+_SMALLER = (
+    "lower per_device_train_batch_size or per_device_harmful_batch_size (raise gradient_accumulation_steps) or "
+    "eval_batch_size, set gradient_checkpointing or mixed_precision=bf16"
+)
+_LARGER = "take trainable=lora (with attacker_rank above 0), fewer sites, distillation=0 or a larger device"
 
 
 class DiffusionImmunizationTrainer:
@@ -72,18 +83,24 @@ class DiffusionImmunizationTrainer:
     ):
         self.args, self.denoiser = args, denoiser_of(model)
         self.process = scheduler if isinstance(scheduler, NoiseProcess) else NoiseProcess.from_scheduler(scheduler)
-        self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            cpu=args.use_cpu,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=args.output_dir,
-        )
+        self.accelerator = accelerator_of(args)
         self._validate, self._before_update = validate, before_update
+        with fits_memory("model, optimizer and the copies that the objective needs", _LARGER):
+            self._build(model, train_dataset, harmful_dataset, eval_dataset)
+        self.step = 0
+        self.log_history: list[dict[str, float]] = []
+        self._progress: dict[str, list[float]] = {}
+
+    def _build(
+        self, model: nn.Module, train_dataset: LatentDataset, harmful_dataset: LatentDataset,
+        eval_dataset: LatentDataset | None,
+    ) -> None:
+        args = self.args
+        self.bare = model.to(self.accelerator.device)
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
         choose_trainable(self.denoiser, model.train(), args.trainable, args.lora_rank)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
-        self.bare = model.to(self.accelerator.device)
         share_draws(self.bare)
         self.changing = ChangingPart(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
@@ -93,17 +110,15 @@ class DiffusionImmunizationTrainer:
         self.teacher = self._frozen_copy() if args.distillation > 0 else None
         self._make_optimizer()
         self.model = self.accelerator.prepare(self.bare)
-        self.step = 0
-        self.log_history: list[dict[str, float]] = []
-        self._progress: dict[str, list[float]] = {}
 
     def _make_guard(self, harmful: LatentDataset, evaluation: LatentDataset | None) -> None:
         factor = self.args.max_loss_factor
         allowed = None if factor is None else 100 * math.log(factor)
         self.guard = UtilityGuard(allowed, GUARD_METRIC, self.args.max_strength_factor)
         self.guard_record: UtilityGuardRecord | None = None
-        self._exam = DenoisingExam(self.process, evaluation, seed=self.args.seed) if evaluation is not None else None
-        self._concept_exam = DenoisingExam(self.process, harmful, seed=self.args.seed)
+        told = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
+        self._exam = DenoisingExam(self.process, evaluation, **told) if evaluation is not None else None
+        self._concept_exam = DenoisingExam(self.process, harmful, **told)
         kept = self.changing.state_dict() if factor is not None else {}
         self._initial = {name: value.detach().cpu().clone() for name, value in kept.items()}
 
@@ -117,11 +132,8 @@ class DiffusionImmunizationTrainer:
         self.optimizer = torch.optim.AdamW(
             self.changing.parameters, lr=args.learning_rate, weight_decay=args.weight_decay
         )
-        self.schedule = get_scheduler(
-            args.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=args.warmup_steps,
-            num_training_steps=args.max_steps,
+        self.schedule = schedule_of(
+            args.lr_scheduler_type, self.optimizer, warmup_steps=args.warmup_steps, steps=args.max_steps
         )
         self.average = EMAModel(self.changing.parameters, decay=args.ema_decay) if args.ema_decay else None
 
@@ -133,15 +145,10 @@ class DiffusionImmunizationTrainer:
     def train(self, resume_from_checkpoint: str | Path | None = None) -> list[dict[str, float]]:
         """Run all steps, or those left after a checkpoint; leave the guarded (and averaged) weights in the model."""
         if self.accelerator.log_with:
-            self.accelerator.init_trackers("immunization", config=asdict(self.args))
-        try:
+            told = {name: value for name, value in asdict(self.args).items() if value is not None}
+            self.accelerator.init_trackers("immunization", config=told)
+        with fits_memory("a step", f"{_SMALLER}, or {_LARGER}"):
             self._run_loop(resume_from_checkpoint)
-        except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"expected a step to fit the device, got {error}: lower per_device_train_batch_size or "
-                "per_device_harmful_batch_size (raise gradient_accumulation_steps), set gradient_checkpointing, "
-                "mixed_precision=bf16, trainable=attention, fewer sites, or distillation=0."
-            ) from error
         for tracker in self.accelerator.trackers:  # end_training would also take the process group away
             tracker.finish()
         return self.log_history
@@ -365,10 +372,14 @@ class DiffusionImmunizationTrainer:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
             unmark(folder)
             save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self._progress)
-            save_loop(folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history)
+            save_loop(
+                folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history,
+                options=scientific_options(self.args),
+            )
             prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
+        check_options(folder, scientific_options(self.args))
         self._progress = load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard)
         self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule, self.average)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 
 import pytest
@@ -13,7 +14,8 @@ from test_diffusion_attacks import Pieces, make_context, only
 from hf_immunize.attacks import Run
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, data_shifts, dreambooth, textual_inversion
 from hf_immunize.attacks.diffusion._finetune import finetune
-from hf_immunize.errors import DeviceMemoryError
+from hf_immunize.diffusion import LatentDataset
+from hf_immunize.errors import DataError, DeviceMemoryError
 
 SMALL = {"steps": 2, "batch_size": 3}
 
@@ -137,7 +139,30 @@ def test_lack_of_memory_names_the_knob(tmp_path, monkeypatch):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(_finetune, "_loss", exhausted)
-    with pytest.raises(DeviceMemoryError, match="lower batch_size"):
-        only(make_context(tmp_path), "diffusion_full_finetune",
-             DIFFUSION_ATTACKS["diffusion_full_finetune"].config(1e-3, **SMALL))
+    config = DIFFUSION_ATTACKS["diffusion_full_finetune"].config(1e-3, **SMALL)
+    for place in (f"{_finetune.__name__}._loss", f"{_finetune.__name__}.judge", "torch.optim.AdamW.step"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, exhausted)
+            with pytest.raises(DeviceMemoryError, match="lower the attack's batch_size or eval_batch_size"):
+                only(make_context(tmp_path), "diffusion_full_finetune", config)
+    with pytest.raises(DeviceMemoryError, match="the attacked model to fit the memory"):
+        monkeypatch.setattr(torch.nn.Module, "to", exhausted)
+        only(make_context(tmp_path), "diffusion_full_finetune", config)
+
+
+def test_the_exam_does_not_depend_on_how_many_rows_are_asked_about_at_a_time(tmp_path):
+    config = DIFFUSION_ATTACKS["diffusion_lora"].config(1e-2, **SMALL, rank=2)
+    whole, parts = (
+        only(make_context(tmp_path, pictures=3, eval_batch_size=size), "diffusion_lora", config) for size in (256, 3)
+    )
+    for one, other in zip(whole.curve, parts.curve, strict=True):
+        assert (one.step, other.test) == (other.step, pytest.approx(one.test, abs=1e-5))
+
+
+def test_rows_of_another_size_than_the_model_takes_are_a_typed_error(tmp_path, monkeypatch):
+    context = make_context(tmp_path, "pixart", pieces=Pieces("pixart", 0), monkeypatch=monkeypatch)
+    wrong = {**context.test.conditions, "encoder_hidden_states": torch.randn(4, 5, 11)}
+    bent = dataclasses.replace(context, test=LatentDataset(
+        context.test.latents, wrong, context.test.labels, context.test.label_names))
+    with pytest.raises(DataError, match=r"that PixArtTransformer2DModel takes.*'encoder_hidden_states': \(5, 11\)"):
+        only(bent, "diffusion_lora", DIFFUSION_ATTACKS["diffusion_lora"].config(1e-2, **SMALL, rank=2))

@@ -78,18 +78,38 @@ def test_every_family_resumes_exactly(make_trainer, family, tmp_path):
 
 @pytest.mark.slow
 def test_a_process_killed_by_the_system_resumes_from_its_last_complete_checkpoint(tmp_path):
-    def run(folder: str, kill_at: int = 0) -> subprocess.CompletedProcess:
-        words = [sys.executable, str(SCRIPT), str(tmp_path / folder), str(kill_at)]
+    def run(folder: str, kill_at: str = "") -> subprocess.CompletedProcess:
+        words = [sys.executable, str(SCRIPT), str(tmp_path / folder), kill_at]
         paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         return subprocess.run(words, capture_output=True, text=True, env=environment)
 
     assert run("whole").returncode == 0
-    assert run("killed", kill_at=3).returncode == -signal.SIGKILL
-    assert Path(last_complete_checkpoint(tmp_path / "killed")).name == "checkpoint-2"
-    done = run("killed")
-    assert done.returncode == 0, done.stderr
-    assert equal(*(load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed")))
+    # between two steps, and while the second checkpoint's first, second, … file is being written
+    for place, kill_at in enumerate(("3", "write-0", "write-1", "write-2", "write-5")):
+        folder = f"killed-{place}"
+        assert run(folder, kill_at).returncode == -signal.SIGKILL
+        assert Path(last_complete_checkpoint(tmp_path / folder)).name == "checkpoint-2", kill_at
+        done = run(folder)
+        assert done.returncode == 0, done.stderr
+        assert equal(*(load_file(tmp_path / name / "final.safetensors") for name in ("whole", folder))), kill_at
+
+
+def test_other_options_than_those_of_the_checkpoint_are_refused_but_a_run_may_be_made_longer(make_trainer, tmp_path):
+    options = {"max_steps": 2, "save_steps": 2, "sites": "middle"}
+    make_trainer(**options).train()
+    last = tmp_path / "run" / "checkpoint-2"
+    with pytest.raises(RecordError, match=r"strength=0.7 \(there 0.1\): resume from a checkpoint"):
+        make_trainer(**options, strength=0.7).train(last)
+    longer = make_trainer(**options | {"max_steps": 3, "logging_steps": 3, "eval_batch_size": 5})
+    longer.train(last)
+    whole = make_trainer(**options | {"max_steps": 3, "save_steps": 0})
+    whole.train()
+    assert equal(weights(longer), weights(whole))
+    bent = {**options, "lr_scheduler_type": "cosine", "output_dir": str(tmp_path / "bent")}
+    make_trainer(**bent).train()
+    with pytest.raises(RecordError, match=r"max_steps=3 \(there 2\)"):
+        make_trainer(**bent | {"max_steps": 3}).train(tmp_path / "bent" / "checkpoint-2")
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over_or_refused(make_trainer, tmp_path):

@@ -202,6 +202,18 @@ def test_with_an_average_the_average_is_judged_and_returned(make_trainer):
     assert not equal(seen[0][2], seen[1][2]) and equal(seen[1][2], weights(trainer.bare))
 
 
+def with_labels(label):
+    made = build_examples("unet", 8)
+    made.conditions["class_labels"] = torch.full((8,), label)
+    return made
+
+
+def narrow_text(family):
+    made = build_examples(family, 8)
+    made.conditions["encoder_hidden_states"] = made.conditions["encoder_hidden_states"][..., :7]
+    return made
+
+
 @pytest.mark.parametrize(
     "options,error,message",
     [
@@ -223,6 +235,15 @@ def test_with_an_average_the_average_is_judged_and_returned(make_trainer):
         ({"harmful": build_examples("unet", 1, label=9)}, DataError, "at least two images"),
         ({"objective": "closed_form_adversary"}, DataError, "at least two classes in harmful_dataset.*got 1"),
         ({"harmful": build_examples("sd", 4)}, DataError, "encode the images with the VAE"),
+        ({"harmful": build_examples("unet", 4, label=9, size=6)}, DataError, "a resolution it knows|one resolution"),
+        ({"train": with_labels(11)}, DataError, r"expected class labels in 0\.\.9 for UNet2DModel, got 11\.\.11"),
+        ({"family": "sd", "train": narrow_text("sd")}, DataError, "rows of a size that UNet2DConditionModel takes"),
+        ({"family": "flux", "train": narrow_text("flux")}, DataError, "rows of a size that FluxTransformer2DModel"),
+        ({"report_to": "carrier_pigeon"}, ConfigError, "got 'carrier_pigeon': install its package"),
+        ({"report_to": "aim"}, ConfigError, "got 'aim': install its package"),
+        ({"lr_scheduler_type": "sideways"}, ConfigError, "expected a learning-rate schedule in"),
+        ({"warmup_steps": 5}, ConfigError, "use constant_with_warmup"),
+        ({"eval_batch_size": 0}, ConfigError, "eval_batch_size of at least 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(make_trainer, options, error, message):
@@ -237,6 +258,9 @@ def test_divergence_and_lack_of_memory_are_errors_that_name_the_knobs(make_train
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeviceMemoryError, match="model, optimizer and the cop"):
+        patch.setattr("hf_immunize.training.diffusion.setup.SimulatedAttack.of", exhausted)
+        make_trainer(objective="simulated_attack")
     for place in ("compute_gradients", "_measure_base", "optimizer.step"):
         trainer = make_trainer()
         whole, _, name = f"trainer.{place}".rpartition(".")
@@ -254,6 +278,65 @@ def test_divergence_and_lack_of_memory_are_errors_that_name_the_knobs(make_train
 def test_numbers_that_would_switch_something_off_unsaid_are_refused(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         DiffusionImmunizationConfig("somewhere", **options)
+
+
+def test_a_second_precision_in_one_process_is_a_typed_error(make_trainer):
+    make_trainer()
+    with pytest.raises(ConfigError, match="Use one setting per process"):
+        make_trainer(mixed_precision="bf16")
+
+
+def test_a_tracker_gets_the_options_and_every_log_entry(make_trainer):
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, on_main_process
+
+    told = {"log": {}}
+
+    class Notebook(GeneralTracker):
+        name, requires_logging_directory = "notebook", False
+
+        def __init__(self, run_name, **_):
+            super().__init__()
+            told["run"] = run_name
+
+        @property
+        def tracker(self):
+            return None
+
+        @on_main_process
+        def store_init_configuration(self, values):
+            told["options"] = values
+
+        @on_main_process
+        def log(self, values, step, **_):
+            told["log"][step] = values
+
+        @on_main_process
+        def finish(self):
+            told["finished"] = True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+        log = make_trainer(report_to="notebook", max_steps=2).train()
+    assert told["run"] == "immunization" and told["options"]["max_steps"] == 2 and told["finished"]
+    assert None not in told["options"].values()
+    assert [{"step": step, **values} for step, values in told["log"].items()] == log and len(log) == 2
+
+
+def test_every_family_is_saved_and_reloaded_as_an_ordinary_model(make_trainer, family, tmp_path):
+    trainer = make_trainer(family, max_steps=1, sites="middle", objective="ill_only", trainable="lora", lora_rank=2)
+    trainer.train()
+    trainer.bare.save_pretrained(tmp_path / "saved")
+    again = type(build_denoiser(family)).from_pretrained(tmp_path / "saved").eval()
+    assert equal(weights(again), weights(trainer.bare)) and type(again) is type(trainer.bare)
+    batch = build_examples(family, 3).batch(torch.arange(3))
+    answers = [
+        trainer.denoiser.call(model, batch.latents, torch.full((3,), 500), batch.conditions).detach()
+        for model in (trainer.bare, again)
+    ]
+    assert torch.equal(*answers)
+    changed = {name for name, value in build_denoiser(family).state_dict().items()
+               if not torch.equal(value, weights(again)[name])}
+    assert changed
 
 
 def test_operational_options_do_not_count_as_scientific():
@@ -294,7 +377,7 @@ def test_a_checkpoint_that_is_being_rewritten_is_no_checkpoint(make_trainer, tmp
     make_trainer(**options).train()
     make_trainer(**options).train(tmp_path / "run" / "checkpoint-1")
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "save_loop", killed)
