@@ -18,6 +18,7 @@ from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABIL
 from hf_immunize.attacks.plan import find_attack
 from hf_immunize.certification import find_protocol
 from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+from hf_immunize.diffusion.prompts import PromptTask
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
 from hf_immunize.errors import ConfigError, ImmunizeError
 from hf_immunize.options import parse_options
@@ -77,14 +78,13 @@ class AttackArguments:
     overwrite: bool = field(default=False, metadata={"help": "Make runs again whose trace tells of another run."})
 
 
-def main() -> None:
-    task_options, options = parse_options((ConceptArguments, AttackArguments), description=__doc__.splitlines()[0])
+def attack(task: ConceptTask | PromptTask, options: AttackArguments) -> None:
+    """Run what is planned and not on disk yet, and say what was done."""
     state = PartialState(cpu=options.device == "cpu")
     if state.num_processes > 1:
         raise ConfigError(f"expected one process, got {state.num_processes}: attack several models side by side.")
     if options.concept not in ("harmful", "benign"):
         raise ConfigError(f"expected concept 'harmful' or 'benign', got {options.concept!r}.")
-    task = ConceptTask(task_options)
     splits = {name: task.examples(options.concept, name) for name in ("attack", "validation", "test")}
     context = DiffusionAttackContext(
         folder=Path(options.model_path), role=options.role, **splits,
@@ -92,8 +92,7 @@ def main() -> None:
             held.fingerprint(source=task.source, role=f"{options.concept} {name}") for name, held in splits.items()
         ),
         device=str(state.device), attack_fraction=options.attack_fraction, exam_levels=options.exam_levels,
-        eval_batch_size=options.eval_batch_size, pictures=options.pictures,
-        prior=task.examples("retain", "validation"), other=task.other_name(options.concept),
+        eval_batch_size=options.eval_batch_size, pictures=options.pictures, **task.attacker_knows(options.concept),
     )
     protocol, benign = find_protocol(options.protocol, DIFFUSION_PROTOCOLS), options.concept == "benign"
     table = DIFFUSION_TRAINABILITY if benign else DIFFUSION_ATTACKS
@@ -106,8 +105,8 @@ def main() -> None:
     tuning = (protocol.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds) or None
     planned = 0
     for name in names:
-        attack = find_attack(name, table)
-        planned += count_runs(attack, plan_runs(attack, seeds, settings.get(name), trials), seeds, tuning)
+        entry = find_attack(name, table)
+        planned += count_runs(entry, plan_runs(entry, seeds, settings.get(name), trials), seeds, tuning)
     output = Path(options.output_path or options.model_path)
     with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=None) as bar:
 
@@ -123,6 +122,11 @@ def main() -> None:
         f"{output / 'traces' / options.role}: {summary.made} runs made, {summary.kept} kept from before, "
         f"{summary.diverged} diverged (failed tries of the attacker)."
     )
+
+
+def main() -> None:
+    task_options, options = parse_options((ConceptArguments, AttackArguments), description=__doc__.splitlines()[0])
+    attack(ConceptTask(task_options), options)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from hf_immunize.certification import find_protocol
 from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate, recheck_pipeline
 from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS, Rule
 from hf_immunize.certification.similarity import FeatureSimilarity, ImageFeatures
+from hf_immunize.diffusion.prompts import PromptTask
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
 from hf_immunize.errors import ImmunizeError
 from hf_immunize.hub import write_card
@@ -63,28 +64,28 @@ class CertifyArguments:
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Judge, write, and print."""
-    task_options, arguments = parse_options((ConceptArguments, CertifyArguments), argv, description=__doc__)
+def certify(task: ConceptTask | PromptTask, arguments: CertifyArguments) -> None:
+    """Judge, write, and print; or sit a part of the exam again."""
     diffusers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     state = PartialState(cpu=arguments.device == "cpu")
     if not state.is_main_process:
         return
-    task, folder = ConceptTask(task_options), Path(arguments.model_path)
+    folder = Path(arguments.model_path)
     retain = task.examples("retain", "test")
     attackers = {
         side: [task.examples(side, split).fingerprint(source=task.source, role=f"{side} {split}")
                for split in ("attack", "validation", "test")]
-        for side in ("harmful", "benign")
+        for side in task.sides if side != "retain"
     }
+    benign = "benign" in task.sides
     features = arguments.features_path or arguments.judge_path
     seen_by = None if features is None else ImageFeatures.of(features, str(state.device))
     exam = ConceptExam(
         retain_test=retain, harmful_test=task.examples("harmful", "test"),
         retain=(retain.fingerprint(source=task.source, role="retain test"),),
-        harmful=tuple(attackers["harmful"]), benign=tuple(attackers["benign"]),
-        benign_test=task.examples("benign", "test"),
+        harmful=tuple(attackers["harmful"]), benign=tuple(attackers.get("benign", ())),
+        benign_test=task.examples("benign", "test") if benign else None,
         judge=None if arguments.judge_path is None else Path(arguments.judge_path),
         similarity=None if seen_by is None else FeatureSimilarity(seen_by), features=seen_by,
         judged_images=arguments.judged_images, draw_steps=arguments.draw_steps,
@@ -106,18 +107,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_again(
-    arguments: CertifyArguments, task: ConceptTask, exam: ConceptExam, rule: Rule, device: str
+    arguments: CertifyArguments, task: ConceptTask | PromptTask, exam: ConceptExam, rule: Rule, device: str
 ) -> None:
     """Sit random cells again; leave with an error when a stored interval does not hold."""
     found = recheck_pipeline(
         arguments.model_path, arguments.base_path,
         {split: task.examples("harmful", split) for split in ("attack", "validation", "test")}, exam, rule,
         cells=arguments.recheck, seed=arguments.recheck_seed, device=device,
-        prior=task.examples("retain", "validation"), other=task.other_name("harmful"),
+        **task.attacker_knows("harmful"),
     )
     print("\n".join(line.told for line in found))
     if not all(line.agrees for line in found):
         sys.exit("the certificate does not hold on this machine: see above.")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    task_options, arguments = parse_options((ConceptArguments, CertifyArguments), argv, description=__doc__)
+    certify(ConceptTask(task_options), arguments)
 
 
 if __name__ == "__main__":

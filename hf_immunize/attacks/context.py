@@ -133,6 +133,12 @@ class AttackContext:
             raise DataError("expected benign data for an attack that mixes some in, got none: set benign_dataset.")
         return fingerprint_rows(self.benign, source="", role="").sha256
 
+    def holding(self, need: str) -> str | None:
+        """Digest of what the attacker holds under this name beside model and harmful data; None for nothing."""
+        if getattr(self, need) is None:
+            return None
+        return self.base_digest if need == "base" else self.benign_digest
+
     @cached_property
     def head(self) -> str:
         """Module name of the classification head."""

@@ -53,7 +53,7 @@ class Attack:
     run: Callable[[AttackContext, Sequence[Run]], Iterator[tuple[Run, Result]]]
     family: str
     unit: Literal["step", "solve"] = "step"
-    needs: tuple[Literal["base", "benign"], ...] = ()
+    needs: tuple[str, ...] = ()
     """What the attacker must hold beside the model and harmful data; written into every trace of the attack."""
     batched: bool = False
     """Whether runs are columns of one tensor program. Their rounding then depends on their company, which large rates
@@ -65,10 +65,15 @@ class Attack:
 _LACKING = {
     "base": "the attacker of this exam does not hold the base model (recipes/attack.py --base_path, on every side)",
     "benign": "the attacker of this exam holds no benign data (benign_dataset)",
+    "prior": "the attacker of this exam holds no conditions of retained concepts (context.prior)",
+    "other": "the attacker of this exam holds no other name for the concept (context.other)",
+    "placeholder": "the attacker of this exam holds no placeholder for a name (context.placeholder)",
+    "generic": "the attacker of this exam holds no generic name (context.generic)",
+    "other_images": "the attacker of this exam holds no images from another source (context.other_images)",
 }
 
 
-def lacking(attack_needs: Sequence[str], context: AttackContext) -> str | None:
+def lacking(attack_needs: Sequence[str], context: Any) -> str | None:
     """Why an attack with these needs does not apply, or None."""
     return next((_LACKING[need] for need in attack_needs if getattr(context, need) is None), None)
 

@@ -176,13 +176,7 @@ def trace_of(
 
 def holdings(context: AttackContext, attack: Attack) -> dict[str, str | None]:
     """Digests of what the attacker needs beside model and harmful data, so that both sides are given the same."""
-    held: dict[str, str | None] = {}
-    for need in attack.needs:
-        if getattr(context, need) is None:
-            held[need] = None
-        else:
-            held[need] = context.base_digest if need == "base" else context.benign_digest
-    return held
+    return {need: context.holding(need) for need in attack.needs}
 
 
 def _check_same(found: AttackTrace, wanted: AttackTrace, path: Path) -> AttackTrace:

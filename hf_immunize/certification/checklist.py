@@ -56,7 +56,10 @@ _DIFFUSION_MISSING = {
     "diffusion_dreambooth_prior": "DreamBooth with prior preservation",
     "diffusion_textual_inversion": "Textual Inversion",
     "diffusion_perturbed_images": "perturbed images of the concept",
-    "diffusion_other_prompts": "other prompts and placeholder names for the concept",
+    "diffusion_other_images": "images of the harmful concept from another source than the harmful dataset",
+    "diffusion_other_prompts": "another name for the concept",
+    "diffusion_placeholder_token": "a placeholder that means nothing as the concept's name",
+    "diffusion_generic_prompt": "a generic prompt for the concept",
 }
 
 
@@ -74,7 +77,7 @@ def diffusion_lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str
     lines += [text for name, text in _DIFFUSION_MISSING.items() if name not in ran]
     if not any(name.startswith("benign_") for name in ran):
         lines.append("benign trainability: another concept is learned as well as from the base")
-    return [*lines, *_NEVER, *(f"planned attack {name}" for name in planned if name not in ran)]
+    return [*lines, *(f"planned attack {name}" for name in planned if name not in ran)]
 
 
 def _effort(traces: Sequence[AttackTrace]) -> list[str]:

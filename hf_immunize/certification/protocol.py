@@ -209,7 +209,8 @@ DIFFUSION_PROTOCOLS: dict[str, Protocol] = {
         name="diffusion_standard",
         attacks=(
             "diffusion_lora", "diffusion_full_finetune", "diffusion_dreambooth", "diffusion_dreambooth_prior",
-            "diffusion_textual_inversion", "diffusion_perturbed_images", "diffusion_other_prompts",
+            "diffusion_textual_inversion", "diffusion_perturbed_images", "diffusion_other_images",
+            "diffusion_other_prompts", "diffusion_placeholder_token", "diffusion_generic_prompt",
         ),
         seeds=(0, 1, 2, 3, 4),
         settings=("diffusion_lora.rank=1,8,64",),

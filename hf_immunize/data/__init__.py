@@ -7,7 +7,14 @@ from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.row_store import RowStore
 from hf_immunize.data.rows import NamedRows, named_workers, read_image
 from hf_immunize.data.sources import describe_source, load_source
-from hf_immunize.data.splits import HARMFUL_SPLITS, PRIMARY_SPLITS, parse_fractions, select_classes, split_by_content
+from hf_immunize.data.splits import (
+    HARMFUL_SPLITS,
+    PRIMARY_SPLITS,
+    parse_fractions,
+    select_classes,
+    split_by_content,
+    split_few_by_content,
+)
 from hf_immunize.data.streams import StepBatchSampler
 from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows
 
@@ -41,4 +48,5 @@ __all__ = [
     "read_image",
     "select_classes",
     "split_by_content",
+    "split_few_by_content",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -85,3 +86,31 @@ def split_by_content(
     if empty:
         raise DataError(f"expected rows in every split, got none in {empty} of {len(dataset)} rows: bring more data.")
     return {name: dataset.select(rows) for name, rows in chosen.items()}
+
+
+def split_few_by_content(
+    digests: Sequence[bytes], fractions: Mapping[str, float], *, seed: int = 0
+) -> dict[str, list[int]]:
+    """Rows of every split for a handful of images, where hashes alone would leave splits empty.
+
+    Different contents are put in the order of the SHA-256 of their digest and ``seed``, and cut where the fractions
+    say, each split getting at least one. Equal contents land on one side. Adding images can move others.
+
+    Raises:
+        DataError: fewer different contents than splits.
+    """
+    places: dict[bytes, list[int]] = {}
+    for row, digest in enumerate(digests):
+        places.setdefault(hashlib.sha256(digest + str(seed).encode()).digest(), []).append(row)
+    count, names = len(places), list(fractions)
+    if count < len(names):
+        raise DataError(f"expected at least {len(names)} different images, one for each of {names}, got {count}.")
+    edges = [0]
+    for index, share in enumerate(np.cumsum(list(fractions.values()))):
+        most = count - (len(names) - 1 - index)
+        edges.append(min(most, max(edges[-1] + 1, round(float(share) * count))))
+    ordered = [places[key] for key in sorted(places)]
+    return {
+        name: sorted(row for rows in ordered[first:last] for row in rows)
+        for name, (first, last) in zip(names, pairwise(edges), strict=True)
+    }

@@ -1,115 +1,151 @@
-"""Folders of images with a prompt as examples of a text-conditional pipeline: encoded once by its own VAE and encoders.
+"""Images and prompts as examples of a pipeline: encoded once, by its own VAE and encoders.
 
-Images that are not RGB are converted; the shorter side is resized, the middle cropped. Nothing is augmented.
+One table says how each class of pipeline reads a prompt, one what it is told of an image's size.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
+    DiTPipeline,
     FluxPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion.denoisers import denoiser_of
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.diffusion.pipelines import component_of
 from hf_immunize.errors import DataError, ModelError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Told = dict[str, Tensor]
 
 
-@dataclass
-class PromptArguments:
-    """What a text-to-image model keeps, and which concept it shall not learn: folders of images, each with a prompt."""
-
-    retain_images: str = field(metadata={"help": "Folder of images the model draws and must keep."})
-    harmful_images: str = field(metadata={"help": "Folder of images of the concept it shall not learn."})
-    retain_prompt: str = field(metadata={"help": "Prompt of the retained images."})
-    harmful_prompt: str = field(metadata={"help": "Prompt of the concept, e.g. 'a photo of sks person'."})
-    resolution: int = field(default=512, metadata={"help": "Side of the images in pixels, a multiple of 16."})
+def _one_encoder(pipeline: Any, prompt: str, device: str) -> Told:
+    return {"encoder_hidden_states": pipeline.encode_prompt(prompt, device, 1, False)[0]}
 
 
-def read_pixels(folder: str | Path, resolution: int) -> Tensor:
-    """Every image of a folder as N×3×R×R in −1..1, by name. Raises DataError for none, or one that cannot be read."""
-    names = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _SUFFIXES)
-    if not names:
-        raise DataError(f"expected images ({', '.join(_SUFFIXES)}) in {Path(folder).name!r}, got none: check the path.")
-    rows = []
-    for path in names:
-        try:
-            with Image.open(path) as opened:
-                image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (resolution, resolution))
-        except (OSError, ValueError) as error:
-            raise DataError(f"expected a readable image, got {path.name!r}: {error}: remove or replace it.") from error
-        rows.append(torch.from_numpy(np.asarray(image).astype(np.float32) / 127.5 - 1).permute(2, 0, 1))
-    return torch.stack(rows)
+def _two_encoders(pipeline: Any, prompt: str, device: str) -> Told:
+    states, _, pooled, _ = pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": states, "text_embeds": pooled}
 
 
-def _one_encoder(pipeline: Any, prompt: str, size: int) -> dict[str, Tensor]:
-    return {"encoder_hidden_states": pipeline.encode_prompt(prompt, "cpu", 1, False)[0]}
-
-
-def _two_encoders(pipeline: Any, prompt: str, size: int) -> dict[str, Tensor]:
-    states, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
-    # original size, crop and target size (Podell et al. 2023, section 2.2): nothing was cropped away
-    times = torch.tensor([[size, size, 0, 0, size, size]], dtype=states.dtype)
-    return {"encoder_hidden_states": states, "text_embeds": pooled, "time_ids": times}
-
-
-def _three_encoders(pipeline: Any, prompt: str, size: int) -> dict[str, Tensor]:
-    states, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, device="cpu", do_classifier_free_guidance=False)
+def _three_encoders(pipeline: Any, prompt: str, device: str) -> Told:
+    states, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, device=device, do_classifier_free_guidance=False)
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
-def _flux_encoders(pipeline: Any, prompt: str, size: int) -> dict[str, Tensor]:
-    states, pooled, _ = pipeline.encode_prompt(prompt, None, device="cpu")
+def _flux_encoders(pipeline: Any, prompt: str, device: str) -> Told:
+    states, pooled, _ = pipeline.encode_prompt(prompt, None, device=device)
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
 
-PROMPT_ENCODERS: dict[type, Callable[[Any, str, int], dict[str, Tensor]]] = {
+def _masked_encoder(pipeline: Any, prompt: str, device: str) -> Told:
+    states, mask, _, _ = pipeline.encode_prompt(prompt, False, device=device)
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+
+def _class_name(pipeline: Any, prompt: str, device: str) -> Told:
+    known = pipeline.labels
+    if prompt not in known and not prompt.isdecimal():
+        raise DataError(
+            f"expected the name or the number of a class of this pipeline as prompt, got {prompt!r}: names are "
+            f"{sorted(known)[:10]} and so on, see pipeline.labels."
+        )
+    return {"class_labels": torch.tensor([known.get(prompt, int(prompt) if prompt.isdecimal() else 0)], device=device)}
+
+
+PROMPT_ENCODERS: dict[type, Callable[[Any, str, str], Told]] = {
     StableDiffusionPipeline: _one_encoder,
     StableDiffusionXLPipeline: _two_encoders,
     StableDiffusion3Pipeline: _three_encoders,
     FluxPipeline: _flux_encoders,
+    PixArtAlphaPipeline: _masked_encoder,
+    PixArtSigmaPipeline: _masked_encoder,
+    DiTPipeline: _class_name,
 }
+"""What a pipeline's encoders make of a prompt: one row, by the denoiser's names; DiT's prompt is a class."""
+
+
+def _sdxl_size(pipeline: Any, size: int) -> Told:
+    # original size, crop and target size (Podell et al. 2023, section 2.2): nothing was cropped away
+    return {"time_ids": torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)}
+
+
+def _pixart_size(pipeline: Any, size: int) -> Told:
+    if not pipeline.transformer.use_additional_conditions:
+        return {}
+    return {"resolution": torch.full((1, 2), float(size)), "aspect_ratio": torch.ones(1, 1)}
+
+
+SIZE_CONDITIONS: dict[type, Callable[[Any, int], Told]] = {
+    StableDiffusionXLPipeline: _sdxl_size,
+    PixArtAlphaPipeline: _pixart_size,
+    PixArtSigmaPipeline: _pixart_size,
+}
+"""What a denoiser is told of square images of a side in pixels, where it is told of them."""
+
+
+def check_pipeline(pipeline: Any) -> None:
+    """Raise ModelError for a pipeline class that is not in ``PROMPT_ENCODERS``, or one without a VAE."""
+    if type(pipeline) not in PROMPT_ENCODERS or getattr(pipeline, "vae", None) is None:
+        known = sorted(kind.__name__ for kind in PROMPT_ENCODERS)
+        raise ModelError(f"expected a pipeline among {known} with a VAE, got {type(pipeline).__name__}.")
 
 
 @torch.no_grad()
-def encode(pipeline: Any, pixels: Tensor, prompt: str, label: int, names: Sequence[str]) -> LatentDataset:
-    """Latents of every image and the prompt's conditions, as rows of one concept.
+def encode_pixels(pipeline: Any, pixels: Tensor) -> Tensor:
+    """Latents N×C×H×W float32 of pixels N×3×R×R in −1..1: the mode of the VAE's posterior, shifted and scaled.
 
     Raises:
-        ModelError: a pipeline class that is not in ``PROMPT_ENCODERS``, or one without a VAE.
-        DataError: no prompt, a resolution the VAE cannot halve often enough, or a VAE that does not fit the denoiser.
+        DataError: a resolution the VAE cannot halve often enough.
     """
-    encoder, vae = PROMPT_ENCODERS.get(type(pipeline)), getattr(pipeline, "vae", None)
-    if encoder is None or vae is None:
-        known = sorted(kind.__name__ for kind in PROMPT_ENCODERS)
-        raise ModelError(f"expected a pipeline among {known} with a VAE, got {type(pipeline).__name__}.")
-    if not prompt.strip():
-        raise DataError(f"expected a prompt for the images of {names[label]!r}, got none: give retain_prompt and "
-                        "harmful_prompt.")
-    size, step = pixels.shape[-1], 2 * pipeline.vae_scale_factor
+    vae = pipeline.vae
+    size, step = pixels.shape[-1], 2 ** len(vae.config.block_out_channels)  # latents of an even side
     if size % step:
         raise DataError(f"expected images whose side is a multiple of {step}, got {size}: set resolution.")
     config, shift = vae.config, getattr(vae.config, "shift_factor", None) or 0.0
-    parts = [vae.encode(part.to(vae.dtype)).latent_dist.mode() for part in pixels.split(4)]
-    latents = (torch.cat(parts) - shift) * config.scaling_factor
+    parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode().cpu() for part in pixels.split(4)]
+    return ((torch.cat(parts) - shift) * config.scaling_factor).float()
+
+
+@torch.no_grad()
+def encode_prompt(pipeline: Any, prompt: str, size: int) -> Told:
+    """Conditions of one row, on the CPU, for a prompt and square images of a side in pixels.
+
+    Encoders keep the dtype of their file, bf16 say; conditions are float32, whatever the run's precision.
+    """
+    kind = type(pipeline)
+    made = PROMPT_ENCODERS[kind](pipeline, prompt, "cpu")
+    if kind in SIZE_CONDITIONS:
+        made |= SIZE_CONDITIONS[kind](pipeline, size)
+    return {name: value.float() if value.is_floating_point() else value for name, value in made.items()}
+
+
+def encode(pipeline: Any, pixels: Tensor, prompt: str, label: int, names: Sequence[str]) -> LatentDataset:
+    """Latents of every image and the prompt's conditions, as rows of one concept, known by pixels and prompt.
+
+    Raises:
+        ModelError: see ``check_pipeline``.
+        DataError: no prompt, a resolution the VAE cannot halve often enough, a VAE that does not fit the denoiser, or
+            an unknown class.
+    """
+    check_pipeline(pipeline)
+    if not prompt.strip():
+        raise DataError(f"expected a prompt for the images of {names[label]!r}, got none: give {names[label]}_prompt.")
+    latents, one = encode_pixels(pipeline, pixels), encode_prompt(pipeline, prompt, pixels.shape[-1])
+    conditions = {name: value.expand(len(latents), *value.shape[1:]) for name, value in one.items()}
     model = getattr(pipeline, component_of(pipeline))
-    one = encoder(pipeline, prompt, size)
-    # Encoders keep the dtype of their file, bf16 say; examples are float32, whatever the run's precision.
-    conditions = {name: value.float().expand(len(latents), *value.shape[1:]).clone() for name, value in one.items()}
     denoiser_of(model).check(model, latents, conditions)
+    known = [hashlib.sha256(digest_pixels(row.numpy()) + prompt.encode()).hexdigest() for row in pixels]
     labels = torch.full((len(latents),), label)
-    return LatentDataset(latents.float(), conditions, labels, list(names), names[label])
+    return LatentDataset(latents, conditions, labels, list(names), names[label], digests=known)

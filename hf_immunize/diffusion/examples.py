@@ -39,6 +39,9 @@ class LatentBatch:
 class LatentDataset:
     """Latents (N×C×H×W; pixels in −1..1 for a model without a VAE), one row of each condition, and a concept label.
 
+    ``digests`` says what the rows are made of, by row. With them the fingerprint is that of images and prompts, and
+    does not depend on how a machine rounds when it encodes them; without them it is that of the tensors.
+
     Raises:
         DataError: no rows, rows that do not match, values that are not finite, or a label without a name.
     """
@@ -50,11 +53,13 @@ class LatentDataset:
         labels: Tensor,
         label_names: Sequence[str],
         name: str = "",
+        digests: Sequence[str] | None = None,
     ):
         where = f" in {name}" if name else ""
         if latents.dim() != 4 or len(latents) == 0:
             raise DataError(f"expected N x C x H x W latents, N at least 1{where}, got {tuple(latents.shape)}.")
         lengths = {key: len(value) for key, value in {**conditions, "labels": labels}.items()}
+        lengths |= {} if digests is None else {"digests": len(digests)}
         if set(lengths.values()) != {len(latents)}:
             raise DataError(f"expected {len(latents)} rows of every condition{where}, got {lengths}: check captions.")
         for key, value in {"latents": latents, **conditions}.items():
@@ -64,6 +69,7 @@ class LatentDataset:
             raise DataError(f"expected labels in 0..{len(label_names) - 1}{where}, got {int(labels.max())}.")
         self.latents, self.conditions, self.labels = latents, dict(conditions), labels
         self.label_names = list(label_names)
+        self.digests = None if digests is None else list(digests)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -76,7 +82,8 @@ class LatentDataset:
     def subset(self, rows: Tensor) -> LatentDataset:
         """A dataset of some rows."""
         batch = self.batch(rows)
-        return LatentDataset(batch.latents, batch.conditions, batch.labels, self.label_names)
+        known = None if self.digests is None else [self.digests[row] for row in rows.tolist()]
+        return LatentDataset(batch.latents, batch.conditions, batch.labels, self.label_names, digests=known)
 
     def rows_in_turn(self, count: int) -> Tensor:
         """``count`` rows that go through the classes in turn, rows of a class repeated where there are too few."""
@@ -85,13 +92,16 @@ class LatentDataset:
         return torch.stack([classes[of][turn % len(classes[of])] for turn, of in turns])
 
     def fingerprint(self, *, source: str, role: str) -> DatasetFingerprint:
-        """Identity by content: latents, conditions and label of every row, in order."""
+        """Identity by content of every row, in order: its digest, else latents and conditions; and its label."""
         digest = hashlib.sha256()
         names = sorted(self.conditions)
         for row in range(len(self)):
-            digest.update(digest_pixels(self.latents[row].numpy()))
-            for name in names:
-                digest.update(name.encode() + digest_pixels(self.conditions[name][row].numpy()))
+            if self.digests is not None:
+                digest.update(self.digests[row].encode())
+            else:
+                digest.update(digest_pixels(self.latents[row].numpy()))
+                for name in names:
+                    digest.update(name.encode() + digest_pixels(self.conditions[name][row].numpy()))
             digest.update(str(int(self.labels[row])).encode())
         counts = Counter(self.labels.tolist())
         classes = {name: counts[label] for label, name in enumerate(self.label_names) if counts[label]}

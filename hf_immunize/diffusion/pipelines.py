@@ -22,7 +22,17 @@ def load_pipeline(folder: str | Path) -> Any:
             f"expected a diffusers pipeline saved with save_pretrained in {folder}, got {error}: check the path."
         ) from error
     component_of(pipeline)
+    _keep_class_names(pipeline)
     return pipeline
+
+
+def _keep_class_names(pipeline: Any) -> None:
+    """Have ``save_pretrained`` write the class names of a DiTPipeline, which it would lose otherwise."""
+    names: dict[str, list[str]] = {}
+    for name, number in (getattr(pipeline, "labels", None) or {}).items():
+        names.setdefault(str(number), []).append(name)
+    if names:
+        pipeline.register_to_config(id2label={number: ", ".join(parts) for number, parts in names.items()})
 
 
 def component_of(pipeline: Any) -> str:

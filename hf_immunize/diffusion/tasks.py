@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,10 @@ class ConceptArguments:
             "recipes/attack.py takes (Hub id, image folder, parquet file, builder:digits). Several, separated by "
             "commas: labels go on from one to the next, so that class 0 of a second source of 10 classes is 10."
         }
+    )
+    other_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Images of the same classes from another source, which one of the attackers trains on."},
     )
     retain_labels: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "Classes the model draws and must keep."})
     harmful_labels: str = field(default="9", metadata={"help": "The concept it shall not learn."})
@@ -132,6 +136,9 @@ class ConceptTask:
         everything = read_images(arguments)
         self.label_names = [str(label) for label in range(int(everything.labels.max()) + 1)]
         self._splits: dict[str, dict[str, ArrayImages]] = {}
+        self._other = None
+        if arguments.other_dataset is not None:
+            self._other = read_images(replace(arguments, dataset=arguments.other_dataset))
         chosen: list[int] = []
         for side in ("retain", "harmful", "benign"):
             labels = _label_ids(getattr(arguments, f"{side}_labels"))
@@ -144,21 +151,39 @@ class ConceptTask:
                 everything.select(rows), parse_fractions(splits), seed=arguments.split_seed
             )
 
+    sides = ("retain", "harmful", "benign")
+
     def examples(self, side: str, split: str) -> LatentDataset:
         """Pixels in −1..1 with the class label as condition. Raises DataError for a split that is not there."""
         if split not in self._splits[side]:
             raise DataError(f"expected a split of {side} in {sorted(self._splits[side])}, got {split!r}.")
-        held = self._splits[side][split]
+        return self._rows(self._splits[side][split], f"{side} {split}")
+
+    def _rows(self, held: ArrayImages, name: str) -> LatentDataset:
         pixels = torch.from_numpy(held.images.astype(np.float32)) / 127.5 - 1
         pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(held.labels.astype(np.int64))
-        return LatentDataset(pixels, {"class_labels": labels}, labels, self.label_names, f"{side} {split}")
+        return LatentDataset(pixels, {"class_labels": labels}, labels, self.label_names, name)
 
+    def attacker_knows(self, concept: str) -> dict[str, Any]:
+        """What an attacker holds beside images of the concept, as DiffusionAttackContext takes it.
 
-    def other_name(self, concept: str) -> dict[str, torch.Tensor]:
-        """The class that stands for another name of a concept: the one which its attack is not about."""
-        conditions = self.examples("benign" if concept == "harmful" else "harmful", "attack").conditions
-        return {name: value[:1] for name, value in conditions.items()}
+        Another name is the class that the attack is not about (harmful for benign, and the other way round), a generic
+        one the first retained class. A model that is told numbers has no placeholders. Images of another source, where
+        there are any, are those of the concept's classes.
+        """
+        names = {"other": self.examples("benign" if concept == "harmful" else "harmful", "attack"),
+                 "generic": self.examples("retain", "validation")}
+        known: dict[str, Any] = {
+            key: {name: value[held.labels == held.labels.min()][:1] for name, value in held.conditions.items()}
+            for key, held in names.items()
+        }
+        known["prior"] = self.examples("retain", "validation")
+        if self._other is not None:
+            labels = self.examples(concept, "attack").labels.unique().tolist()
+            rows = _rows_of(self._other.labels, labels, None, f"{concept} (other_dataset)")
+            known["other_images"] = self._rows(self._other.select(rows), f"other {concept}")
+        return known
 
 
 def _rows_of(labels: np.ndarray, wanted: Sequence[int], limit: int | None, side: str) -> np.ndarray:

@@ -17,7 +17,8 @@ from hf_immunize.hub.names import problem_with
 from hf_immunize.hub.remote import asked, careful
 from hf_immunize.records import HUB_SOURCE, HubSource
 
-_WANTED = ("*.safetensors", "*.json", "*.txt")
+_VARIANT = re.compile(r"\.[A-Za-z0-9_]+(-\d+-of-\d+)?\.safetensors$|\.safetensors\.index\.[A-Za-z0-9_]+\.json$")
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*spiece.model")
 
 
 def is_hub_id(text: str) -> bool:
@@ -41,8 +42,8 @@ def local_folder(
 ) -> tuple[Path, HubSource | None]:
     """The folder of a model named by path or by Hub id, and where on the Hub it came from.
 
-    A local folder is returned as it is. Of a repository only safetensors, JSON and text files are downloaded; pickles
-    are left where they are.
+    A local folder is returned as it is. Of a repository only safetensors, JSON and text files and SentencePiece
+    vocabularies are downloaded; pickles are left where they are.
 
     Args:
         revision: branch, tag or commit of a Hub repository.
@@ -101,7 +102,7 @@ def _download(
     with careful(timeout, secret):
         info = asked("describe the repository", secret, lambda: api.repo_info(repo_id, revision=revision))
         names = [item.rfilename for item in info.siblings or []]
-        wanted = [name for name in names if _fits(name, patterns)]
+        wanted = [name for name in _parts_of_a_pipeline(names) if _fits(name, patterns)]
         bad = [f"{name!r}: {problem}" for name in wanted if (problem := problem_with(name)) is not None]
         if bad or not any(name.endswith(".safetensors") for name in wanted):
             raise ModelError(
@@ -109,8 +110,23 @@ def _download(
                 f"{'; '.join(bad[:5]) or 'no safetensors file'}: convert the model with save_pretrained and load that."
             )
         folder = asked("send the files", secret, lambda: api.snapshot_download(
-            repo_id, revision=info.sha, allow_patterns=patterns))
+            repo_id, revision=info.sha, allow_patterns=[_literal(name) for name in wanted]))
     return Path(str(folder)), HubSource(repo_id=repo_id, revision=str(info.sha), asked=revision)
+
+
+def _parts_of_a_pipeline(names: Sequence[str]) -> list[str]:
+    """Of a diffusers pipeline the files that loading reads: no single-file checkpoints beside the folders of its parts,
+    and no second precision of weights (``model.fp16.safetensors``) where there is the plain one."""
+    if "model_index.json" not in names:
+        return list(names)
+    parts = [name for name in names if "/" in name or not name.endswith(".safetensors")]
+    plain = [name for name in parts if not _VARIANT.search(name)]
+    return plain if any(name.endswith(".safetensors") for name in plain) else parts
+
+
+def _literal(name: str) -> str:
+    """A pattern that fits this name alone."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:

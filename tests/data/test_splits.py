@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from hf_immunize.data import (
@@ -17,6 +19,7 @@ from hf_immunize.data import (
     parse_fractions,
     select_classes,
     split_by_content,
+    split_few_by_content,
 )
 from hf_immunize.data.sources import describe_source
 from hf_immunize.errors import DataError
@@ -140,3 +143,27 @@ def test_the_digits_tasks_share_no_image(digits_primary):
 def test_label_lists_must_be_numbers():
     with pytest.raises(DataError, match="comma-separated class ids"):
         Task(TaskArguments("builder:digits", "builder:digits", primary_labels="one,two"), "primary")
+
+
+@given(
+    contents=st.lists(st.integers(0, 8), min_size=3, max_size=20).filter(lambda rows: len(set(rows)) >= 3),
+    seed=st.integers(0, 5),
+)
+def test_a_handful_of_images_fills_every_split_and_equal_ones_stay_together(contents, seed):
+    digests = [bytes([content]) for content in contents]
+    parts = split_few_by_content(digests, {"a": 0.6, "b": 0.1, "c": 0.3}, seed=seed)
+    rows = [row for held in parts.values() for row in held]
+    assert sorted(rows) == list(range(len(contents))) and all(parts.values())
+    sides = [{contents[row] for row in held} for held in parts.values()]
+    assert sum(map(len, sides)) == len(set(contents))
+    shuffled = split_few_by_content(digests[::-1], {"a": 0.6, "b": 0.1, "c": 0.3}, seed=seed)
+    assert [{contents[::-1][row] for row in held} for held in shuffled.values()] == sides
+
+
+def test_splits_of_many_images_have_the_sizes_asked_for_and_too_few_are_refused():
+    digests = [bytes([row]) for row in range(100)]
+    parts = split_few_by_content(digests, {"a": 0.35, "b": 0.35, "c": 0.1, "d": 0.2})
+    assert [len(held) for held in parts.values()] == [35, 35, 10, 20]
+    assert parts != split_few_by_content(digests, {"a": 0.35, "b": 0.35, "c": 0.1, "d": 0.2}, seed=1)
+    with pytest.raises(DataError, match="at least 2 different images, one for each of .*, got 1"):
+        split_few_by_content([b"x", b"x"], {"a": 0.5, "b": 0.5})

@@ -1,11 +1,10 @@
 """Folders of images with a prompt, through tiny random pipelines of every class and the YAML of the real ones.
 
-Random weights prove the plumbing and nothing else; the text encoders are stood in for by tensors of their shapes.
+Random weights prove the plumbing and nothing else.
 """
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from pathlib import Path
 
@@ -14,60 +13,30 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from denoiser_builders import FAMILIES, build_denoiser, build_scheduler
+from denoiser_builders import build_denoiser, build_scheduler
 from linear_builders import shared_folder
 from PIL import Image
+from pipeline_builders import KINDS, autoencoder, build_text_pipeline
 
 from hf_immunize.attacks import Run
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DiffusionAttackContext
 from hf_immunize.attacks.diffusion import context as context_module
 from hf_immunize.attacks.diffusion.dreambooth import DreamBooth, DreamBoothPrior
-from hf_immunize.diffusion.encoding import PROMPT_ENCODERS, PromptArguments, encode, read_pixels
+from hf_immunize.diffusion import component_of, denoiser_of, load_pipeline
+from hf_immunize.diffusion.encoding import PROMPT_ENCODERS, encode
+from hf_immunize.diffusion.photos import read_pixels
+from hf_immunize.diffusion.prompts import PromptArguments
 from hf_immunize.errors import DataError, ModelError
 from hf_immunize.options import parse_options
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
-    "stable-diffusion-1-5": ("StableDiffusionPipeline", "sd"),
-    "stable-diffusion-xl": ("StableDiffusionXLPipeline", "sdxl"),
-    "stable-diffusion-3": ("StableDiffusion3Pipeline", "sd3"),
-    "flux-1-dev": ("FluxPipeline", "flux"),
+    "stable-diffusion-1-5": "StableDiffusionPipeline",
+    "stable-diffusion-xl": "StableDiffusionXLPipeline",
+    "stable-diffusion-3": "StableDiffusion3Pipeline",
+    "flux-1-dev": "FluxPipeline",
 }
-
-
-def autoencoder(channels: int = 4) -> diffusers.AutoencoderKL:
-    torch.manual_seed(0)
-    return diffusers.AutoencoderKL(
-        block_out_channels=(4, 8), latent_channels=channels, norm_num_groups=2,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    ).eval()
-
-
-def build_pipeline(kind: str, family: str, channels: int = 4):
-    """A pipeline of the real class; its ``encode_prompt`` checks the call against the real one's signature."""
-    real = getattr(diffusers, kind)
-    wanted = set(inspect.signature(real.__init__).parameters) - {"self"}
-    parts = {name: None for name in wanted if name.startswith(("text_encoder", "tokenizer"))}
-    parts |= {name: None for name in ("image_encoder", "feature_extractor", "safety_checker") if name in wanted}
-    name = "unet" if "UNet" in FAMILIES[family][0] else "transformer"
-    parts |= {name: build_denoiser(family), "vae": autoencoder(channels), "scheduler": build_scheduler(family)}
-    if "requires_safety_checker" in wanted:
-        parts["requires_safety_checker"] = False
-    pipeline = real(**parts)
-    states = torch.randn(1, *FAMILIES[family][3]["encoder_hidden_states"])
-    pooled = torch.randn(1, 10)
-    answers = {
-        "sd": (states, None), "sdxl": (states, None, pooled, None), "sd3": (states, None, pooled, None),
-        "flux": (states, pooled, None),
-    }
-
-    def encode_prompt(*args, **options):
-        inspect.signature(real.encode_prompt).bind(pipeline, *args, **options)
-        return answers[family]
-
-    pipeline.encode_prompt = encode_prompt
-    return pipeline
 
 
 @pytest.fixture
@@ -78,15 +47,67 @@ def photos(tmp_path):
     return tmp_path
 
 
-def test_every_pipeline_class_has_a_recipe():
-    assert {getattr(diffusers, kind) for kind, _ in RECIPES.values()} == set(PROMPT_ENCODERS)
+def prompt_of(kind):
+    return "cat" if kind == "DiTPipeline" else "a photo of sks dog"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_pipeline_class_is_told_what_it_tells_itself(kind, photos, tmp_path, monkeypatch):
+    """The conditions are those with which the pipeline's own __call__ asks its denoiser."""
+    assert {getattr(diffusers, name) for name in KINDS} == set(PROMPT_ENCODERS)
+    build_text_pipeline(kind).save_pretrained(tmp_path / "saved")
+    pipeline = load_pipeline(tmp_path / "saved")
+    pipeline.set_progress_bar_config(disable=True)
+    made = encode(pipeline, read_pixels(photos, 16), prompt_of(kind), 0, ["dog"])
+    model, seen = getattr(pipeline, component_of(pipeline)), []
+    denoiser_of(model).probe(model, made.latents, made.conditions)
+    real = type(model).forward
+
+    def watched(self, *args, **options):
+        seen.append(options | (options.get("added_cond_kwargs") or {}))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(type(model), "forward", watched)
+    if kind == "DiTPipeline":
+        pipeline(pipeline.get_label_ids(["cat"]), guidance_scale=1.0, num_inference_steps=1, output_type="latent")
+    else:
+        binning = {"use_resolution_binning": False} if "PixArt" in kind else {}
+        pipeline(prompt_of(kind), height=16, width=16, guidance_scale=1.0, num_inference_steps=1,
+                 output_type="latent", **binning)
+    for name, value in made.conditions.items():
+        assert torch.equal(value[:1], seen[0][name][:1].to(value.dtype)), name
+
+
+def test_a_class_is_known_by_any_of_its_names_and_by_its_number(photos):
+    pipeline, pixels = build_text_pipeline("DiTPipeline"), read_pixels(photos, 16)
+    for words, label in (("house cat", 1), ("dog", 0), ("7", 7)):
+        assert encode(pipeline, pixels, words, 0, ["c"]).conditions["class_labels"].tolist() == [label] * 3
+    pipeline.save_pretrained(photos / "first")
+    load_pipeline(photos / "first").save_pretrained(photos / "second")
+    assert diffusers.DiTPipeline.from_pretrained(photos / "second").labels == pipeline.labels
+    with pytest.raises(DataError, match="name or the number of a class of this pipeline as prompt, got 'a dog'"):
+        encode(pipeline, pixels, "a dog", 0, ["c"])
+    with pytest.raises(DataError, match=r"class labels in 0\.\.9 for DiTTransformer2DModel, got 12"):
+        encode(pipeline, pixels, "12", 0, ["c"])
+
+
+def test_the_fingerprint_is_that_of_images_and_prompt_whatever_encodes_them(photos):
+    pixels = read_pixels(photos, 16)
+
+    def told(kind="StableDiffusionPipeline", seed=0, prompt="a dog", given=pixels):
+        held = encode(build_text_pipeline(kind, seed), given, prompt, 0, ["dog"])
+        return held.subset(torch.tensor([2, 0])).fingerprint(source="", role="").sha256
+
+    assert told() == told(seed=1) == told("PixArtSigmaPipeline")
+    assert len({told(), told(prompt="a cat"), told(given=pixels.flip(0)), told(given=-pixels)}) == 4
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 @pytest.mark.parametrize("objective", ["condition_number", "simulated_attack"])
 def test_the_recipe_of_a_real_model_builds_and_steps_with_a_tiny_random_one(name, objective, photos, tmp_path):
-    path = ROOT / "recipes" / name / f"{objective}.yaml"
-    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    keys = {}
+    for part in ("task", objective):
+        keys |= yaml.safe_load((ROOT / "recipes" / name / f"{part}.yaml").read_text(encoding="utf-8"))
     assert keys["base_path"].count("/") == 1 and keys["resolution"] % 64 == 0
     del keys["base_path"]
     small = {"output_dir": str(tmp_path / "out"), "max_steps": 1, "mixed_precision": "no", "use_cpu": True,
@@ -97,7 +118,7 @@ def test_the_recipe_of_a_real_model_builds_and_steps_with_a_tiny_random_one(name
         (PromptArguments, DiffusionImmunizationConfig), ["--config", str(tmp_path / "stage.yaml")], description=""
     )
     assert args.objective == objective and (args.trainable == "lora") == (name != "stable-diffusion-1-5")
-    pipeline = build_pipeline(*RECIPES[name])
+    pipeline = build_text_pipeline(RECIPES[name])
     pixels = read_pixels(photos, 16)
     splits = [encode(pipeline, pixels, prompt, label, ["retain", "harmful"])
               for label, prompt in enumerate((task.retain_prompt, task.harmful_prompt))]
@@ -112,7 +133,7 @@ def test_the_recipe_of_a_real_model_builds_and_steps_with_a_tiny_random_one(name
 
 
 def test_latents_are_those_of_the_vae_scaled_and_shifted(photos):
-    pipeline = build_pipeline("StableDiffusion3Pipeline", "sd3")
+    pipeline = build_text_pipeline("StableDiffusion3Pipeline")
     pipeline.vae.register_to_config(shift_factor=0.5, scaling_factor=2.0)
     pixels = read_pixels(photos, 16)
     with torch.no_grad():
@@ -121,24 +142,25 @@ def test_latents_are_those_of_the_vae_scaled_and_shifted(photos):
 
 
 def test_encoders_in_half_precision_give_examples_in_float32(photos):
-    pipeline = build_pipeline("StableDiffusionXLPipeline", "sdxl")
-    answer = [part if part is None else part.bfloat16() for part in pipeline.encode_prompt(
-        "a dog", device="cpu", do_classifier_free_guidance=False)]
-    pipeline.encode_prompt = lambda *args, **options: answer
+    pipeline = build_text_pipeline("StableDiffusionXLPipeline")
+    for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+        encoder.bfloat16()
     made = encode(pipeline, read_pixels(photos, 16), "a dog", 0, ["dog"])
     assert {value.dtype for value in (made.latents, *made.conditions.values())} == {torch.float32}
     assert len(made.fingerprint(source="photos", role="harmful").sha256) == 64
 
 
 def test_what_cannot_be_encoded_is_named(photos):
-    pipeline = build_pipeline("StableDiffusionPipeline", "sd")
+    pipeline = build_text_pipeline("StableDiffusionPipeline")
     pixels = read_pixels(photos, 16)
     with pytest.raises(DataError, match="expected a prompt for the images of 'dog', got none"):
         encode(pipeline, pixels, " ", 0, ["dog"])
     with pytest.raises(DataError, match="side is a multiple of 4, got 18"):
         encode(pipeline, read_pixels(photos, 18), "a dog", 0, ["dog"])
+    six = build_text_pipeline("StableDiffusionPipeline")
+    six.vae = autoencoder(6)
     with pytest.raises(DataError, match="encode the images with the VAE of the same pipeline"):
-        encode(build_pipeline("StableDiffusionPipeline", "sd", channels=6), pixels, "a dog", 0, ["dog"])
+        encode(six, pixels, "a dog", 0, ["dog"])
     with pytest.raises(ModelError, match="expected a pipeline among"):
         made = diffusers.ConsistencyModelPipeline(build_denoiser("unet"), build_scheduler("unet"))
         encode(made, pixels, "a dog", 0, ["dog"])
@@ -152,7 +174,7 @@ def test_what_cannot_be_encoded_is_named(photos):
 
 def test_dreambooth_on_real_photos_runs_through_a_tiny_random_pipeline(monkeypatch):
     """The attack's whole path, from photo files to R² on held-out photos: plumbing, not protection."""
-    photos, pipeline = shared_folder("data") / "dreambooth", build_pipeline("StableDiffusionPipeline", "sd")
+    photos, pipeline = shared_folder("data") / "dreambooth", build_text_pipeline("StableDiffusionPipeline")
     dog, cat = (
         encode(pipeline, read_pixels(photos / name, 16), f"a photo of {name}", label, ["sks dog", "cat"])
         for label, name in enumerate(("dog", "cat"))

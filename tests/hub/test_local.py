@@ -58,6 +58,31 @@ def test_only_safe_files_are_downloaded_and_the_revision_is_known(hub, upload):
     assert (with_code / "modeling.py").is_file() and not (with_code / "pytorch_model.bin").exists()
 
 
+def test_of_a_pipeline_only_what_loading_reads_is_downloaded(hub, upload, tmp_path):
+    from diffusers import DiffusionPipeline
+    from pipeline_builders import build_text_pipeline
+
+    made = build_text_pipeline("StableDiffusionPipeline")
+    made.save_pretrained(tmp_path / "pipe")
+    for extra in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+                  "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+                  "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "tokenizer/spiece.model"):
+        (tmp_path / "pipe" / extra).write_bytes(b"{}")
+    client(hub).create_repo("me/pipe")
+    client(hub).upload_folder(repo_id="me/pipe", folder_path=tmp_path / "pipe")
+    folder, _ = local_folder("me/pipe", api=client(hub))
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert "unet/diffusion_pytorch_model.safetensors" in names and "tokenizer/spiece.model" in names
+    assert not [name for name in names if "fp16" in name or "pruned" in name]
+    again = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    assert type(again) is type(made)
+    only = ["model_index.json", "unet/model.fp16.safetensors", "unet/config.json"]
+    assert local._parts_of_a_pipeline(only) == only, "a repository with one precision keeps it"
+    shards = ["model_index.json", "unet/model-00001-of-00002.safetensors", "unet/model.safetensors.index.json"]
+    assert local._parts_of_a_pipeline(shards) == shards
+    assert local._parts_of_a_pipeline(["model.safetensors"]) == ["model.safetensors"]
+
+
 def test_a_working_copy_is_made_once_and_never_of_two_models(hub, upload, tmp_path):
     first = upload("net", 0)
     second = upload("net", 1)

@@ -13,7 +13,10 @@ DIFFUSION_ATTACKS: dict[str, Attack] = {
     "diffusion_dreambooth_prior": dreambooth.PRIOR,
     "diffusion_textual_inversion": textual_inversion.ATTACK,
     "diffusion_perturbed_images": data_shifts.PERTURBED,
-    "diffusion_other_prompts": data_shifts.RENAMED,
+    "diffusion_other_images": data_shifts.OTHER_IMAGES,
+    "diffusion_other_prompts": data_shifts.OTHER_NAME,
+    "diffusion_placeholder_token": data_shifts.PLACEHOLDER,
+    "diffusion_generic_prompt": data_shifts.GENERIC,
 }
 
 DIFFUSION_TRAINABILITY: dict[str, Attack] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks.context import Role
+from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion import (
     EVAL_BATCH_SIZE,
     SCORE,
@@ -49,7 +51,10 @@ class DiffusionAttackContext:
         eval_batch_size: rows at a time in the exam and when images are drawn.
         pictures: images of the concept that the attacked model draws, in the course of the attack; 0 for none.
         prior: rows of retained concepts whose conditions the attacker knows (DreamBooth with prior preservation).
-        other: conditions of one row: another name under which the concept is taught.
+        other, placeholder, generic: conditions of one row each, under which the concept is taught in place of its own:
+            another name, one that means nothing, one that says only what kind of thing it is.
+        other_images: images of the concept from another source.
+        pixels: the images behind ``attack``, in −1..1, of a pipeline with a VAE.
     """
 
     folder: Path
@@ -66,6 +71,10 @@ class DiffusionAttackContext:
     eval_batch_size: int = EVAL_BATCH_SIZE
     prior: LatentDataset | None = None
     other: Mapping[str, Tensor] | None = None
+    placeholder: Mapping[str, Tensor] | None = None
+    generic: Mapping[str, Tensor] | None = None
+    other_images: LatentDataset | None = None
+    pixels: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.role not in ("subject", "control", "scratch"):
@@ -77,7 +86,10 @@ class DiffusionAttackContext:
                 "expected different attack, validation and test splits, got one split twice: an attacker who trains "
                 "on the test images measures nothing. Check concept_splits."
             )
-        for split in (self.attack, self.validation, self.test):
+        if self.pixels is not None and len(self.pixels) != len(self.attack):
+            raise DataError(f"expected pixels of {len(self.attack)} attack rows, got {len(self.pixels)}.")
+        others = [] if self.other_images is None else [self.other_images]
+        for split in (self.attack, self.validation, self.test, *others):
             self.denoiser.check(self._saved, split.latents, split.conditions)
 
     @cached_property
@@ -104,15 +116,22 @@ class DiffusionAttackContext:
         return self._pipeline.scheduler
 
     @property
-    def reads_text(self) -> bool:
-        """Whether one tokenizer and one text encoder make the conditions, and nothing else does."""
-        parts = self._pipeline.components
-        one = parts.get("text_encoder") is not None and parts.get("tokenizer") is not None
-        return one and parts.get("text_encoder_2") is None and "encoder_hidden_states" in self.attack.conditions
+    def pipeline(self) -> Any:
+        """The attacked pipeline as it was saved; nobody may change it."""
+        return self._pipeline
 
-    def text_parts(self) -> tuple[nn.Module, Any]:
-        """A fresh copy of the text encoder, and the tokenizer."""
-        return copy.deepcopy(self._pipeline.components["text_encoder"]), self._pipeline.components["tokenizer"]
+    def holding(self, need: str) -> str | None:
+        """Digest of what the attacker holds under this name beside the concept's images; None for nothing."""
+        held = getattr(self, need)
+        if held is None:
+            return None
+        if isinstance(held, LatentDataset):
+            return held.fingerprint(source="", role=need).sha256
+        parts = held if isinstance(held, Mapping) else {"": held}
+        digest = hashlib.sha256()
+        for name in sorted(parts):
+            digest.update(name.encode() + digest_pixels(parts[name].numpy()))
+        return digest.hexdigest()
 
     @cached_property
     def process(self) -> NoiseProcess:

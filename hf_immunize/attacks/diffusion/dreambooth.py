@@ -10,10 +10,8 @@ import torch
 from hf_immunize.attacks.diffusion._finetune import DiffusionFinetune, finetune
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.attacks.diffusion.full_finetune import unfrozen
-from hf_immunize.attacks.shape import Attack, Result, Run, not_applicable
+from hf_immunize.attacks.shape import Attack, Result, Run, lacking, not_applicable
 from hf_immunize.diffusion import LatentDataset, draw_latents
-
-_NO_PRIOR = "the attacker of this exam holds no conditions of retained concepts (context.prior)"
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[
 
 def run_with_prior(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
     """The same, where the attacker has conditions to draw retained concepts by."""
-    yield from not_applicable(runs, _NO_PRIOR) if context.prior is None else run(context, runs)
+    why = lacking(PRIOR.needs, context)
+    yield from not_applicable(runs, why) if why else run(context, runs)
 
 
 def few_rows(context: DiffusionAttackContext, images: int, seed: int) -> torch.Tensor:
@@ -76,4 +75,6 @@ def prior_of(
 
 
 ATTACK = Attack(config=DreamBooth, run=run, family="DreamBooth", own_threshold=True)
-PRIOR = Attack(config=DreamBoothPrior, run=run_with_prior, family="DreamBooth", own_threshold=True)
+PRIOR = Attack(
+    config=DreamBoothPrior, run=run_with_prior, family="DreamBooth", own_threshold=True, needs=("prior",)
+)

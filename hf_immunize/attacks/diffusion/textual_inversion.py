@@ -1,30 +1,33 @@
-"""Textual Inversion (Gal et al. 2023): the denoiser stays, one embedding is learned.
+"""Textual Inversion (Gal et al. 2023): the denoiser stays, an embedding that names the concept is learned.
 
-For a text-conditional pipeline that is the embedding of a new token, with the text encoder in the loop; for a
-class-conditional one the row of the concept's class, which is all that names it.
+For a text-conditional pipeline that is the embedding of one token in every text encoder, with the encoders in the loop;
+for a class-conditional one the row of the concept's class, which is all that names it (in DiT, one in every block).
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from hf_immunize.attacks.diffusion._finetune import DiffusionFinetune, run_finetunes
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.attacks.shape import Attack, Result, Run, not_applicable
 
-_NO_NAME = "nothing names the concept by a learnable embedding: no single text encoder and no class embedding"
+_NO_NAME = "nothing names the concept by a learnable embedding: no text encoder and no class embedding"
 _TEMPLATE, _STAND_IN = "a photo of", "x"
+_PROMPT = f"{_TEMPLATE} {_STAND_IN}"
 
 
 @dataclass(frozen=True)
 class TextualInversion(DiffusionFinetune):
-    """AdamW on one embedding."""
+    """AdamW on the embeddings of one name."""
 
     learning_rate: float = field(
         default=5e-3,
@@ -33,66 +36,115 @@ class TextualInversion(DiffusionFinetune):
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
 
 
-class _NewToken(nn.Module):
-    """A denoiser that is told ``a photo of *``, * being an embedding of its own beyond the vocabulary."""
+class _LearnedRow(nn.Module):
+    """A table of embeddings, one row of which is a parameter of its own."""
 
-    def __init__(self, denoiser: nn.Module, text_encoder: nn.Module, tokenizer: Any):
+    def __init__(self, table: nn.Module, row: int):
         super().__init__()
-        self.denoiser, self.text_encoder = denoiser.requires_grad_(False), text_encoder.requires_grad_(False)
-        table = text_encoder.get_input_embeddings()
-        self._table = next(f"{name}.weight" for name, part in text_encoder.named_modules() if part is table)
-        ids, without = (_ids(tokenizer, words) for words in (f"{_TEMPLATE} {_STAND_IN}", _TEMPLATE))
-        place = int((ids != without).nonzero()[0])
-        self.token = nn.Parameter(table.weight[ids[place]].detach().clone())
-        ids[place] = len(table.weight)
-        self.register_buffer("ids", ids)
+        self.table, self.row = table, row
+        self.token = nn.Parameter(table.weight[row].detach().float().clone())
 
-    def encoded(self) -> Tensor:
-        """1×T×D hidden states of the prompt, with gradients at the new token."""
-        table = self.text_encoder.get_input_embeddings().weight
-        longer = {self._table: torch.cat([table, self.token[None].to(table)])}
-        return torch.func.functional_call(self.text_encoder, longer, (self.ids[None],))[0]
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.table(ids)
+        return torch.where((ids == self.row)[..., None], self.token.to(found), found)
 
 
-def _ids(tokenizer: Any, words: str) -> Tensor:
-    found = tokenizer(
-        words, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    return found.input_ids[0]
+class _NewName(nn.Module):
+    """A denoiser that is told ``a photo of x``, the embedding of x being learned in every text encoder.
+
+    Encoders share their weights with the pipeline's; tokens of the vocabulary keep their numbers, so that what an
+    encoder finds by number (the end of the text) is found as ever.
+    """
+
+    def __init__(self, denoiser: nn.Module, pipeline: Any):
+        super().__init__()
+        self.denoiser = denoiser.requires_grad_(False)
+        self._told = copy.copy(pipeline)
+        self.encoders = nn.ModuleDict()
+        for name, tokenizer in _readers(pipeline):
+            inner = getattr(pipeline, name)
+            encoder = copy.deepcopy(inner, {id(part): part for part in (*inner.parameters(), *inner.buffers())})
+            encoder.requires_grad_(False)
+            encoder.set_input_embeddings(_LearnedRow(encoder.get_input_embeddings(), _stand_in(tokenizer)))
+            self.encoders[name] = encoder
+            self._told.__dict__[name] = encoder
+
+    def train(self, mode: bool = True) -> _NewName:
+        """The denoiser's mode; encoders stay in evaluation, T5's dropout off."""
+        super().train(mode)
+        self.encoders.eval()
+        return self
+
+    @property
+    def tokens(self) -> list[nn.Parameter]:
+        """The learned embeddings."""
+        return [part.token for part in self.modules() if isinstance(part, _LearnedRow)]
+
+    def encoded(self) -> dict[str, Tensor]:
+        """Conditions of one row, with gradients at the tokens."""
+        from hf_immunize.diffusion.encoding import PROMPT_ENCODERS
+
+        return PROMPT_ENCODERS[type(self._told)](self._told, _PROMPT, str(self.tokens[0].device))
+
+
+def _readers(pipeline: Any) -> list[tuple[str, Any]]:
+    """Names of the text encoders that a pipeline has, each with its tokenizer."""
+    pairs = [(f"text_encoder{end}", getattr(pipeline, f"tokenizer{end}", None)) for end in ("", "_2", "_3")]
+    return [(name, tokenizer) for name, tokenizer in pairs
+            if tokenizer is not None and getattr(pipeline, name, None) is not None]
+
+
+def _stand_in(tokenizer: Any) -> int:
+    """The number of the token that ``a photo of x`` has and ``a photo of`` has not."""
+    with_it, without = (tokenizer(words).input_ids for words in (_PROMPT, _TEMPLATE))
+    return next(token for token in with_it if token not in without)
 
 
 def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
-    """One loop per run on the embedding that names the concept."""
-    if context.reads_text:
-        yield from run_finetunes(_told_by_token(context), runs, _with_token)
-    elif isinstance(getattr(context.model(0), "class_embedding", None), nn.Embedding):
-        yield from run_finetunes(context, runs, _class_row)
+    """One loop per run on the embeddings that name the concept."""
+    if _readers(context.pipeline):
+        yield from run_finetunes(_told_by_name(context), runs, _with_name)
+    elif _class_tables(context.model(0)):
+        yield from run_finetunes(context, runs, _class_rows)
     else:
         yield from not_applicable(runs, _NO_NAME)
 
 
-def _told_by_token(context: DiffusionAttackContext) -> DiffusionAttackContext:
-    """The same exam, whose every question is told by the learned prompt."""
+def _told_by_name(context: DiffusionAttackContext) -> DiffusionAttackContext:
+    """The same exam, whose every question is told by the learned prompt; what is told of sizes stays."""
     inner = context.denoiser
 
-    def call(model: _NewToken, noisy: Tensor, timesteps: Tensor, conditions: Any) -> Tensor:
-        told = model.encoded().to(noisy).expand(len(noisy), -1, -1)
-        return inner.call(model.denoiser, noisy, timesteps, {**conditions, "encoder_hidden_states": told})
+    def call(model: _NewName, noisy: Tensor, timesteps: Tensor, conditions: Any) -> Tensor:
+        told = {
+            name: (value.to(noisy) if value.is_floating_point() else value).expand(len(noisy), *value.shape[1:])
+            for name, value in model.encoded().items()
+        }
+        return inner.call(model.denoiser, noisy, timesteps, {**conditions, **told})
 
     asked = dataclasses.replace(context)
     vars(asked)["denoiser"] = dataclasses.replace(inner, call=call)
     return asked
 
 
-def _with_token(context: DiffusionAttackContext, planned: Run) -> nn.Module:
-    encoder, tokenizer = context.text_parts()
-    return _NewToken(context.model(planned.seed), encoder, tokenizer).to(context.device)
+def _with_name(context: DiffusionAttackContext, planned: Run) -> nn.Module:
+    return _NewName(context.model(planned.seed), context.pipeline).to(context.device)
 
 
-def _class_row(context: DiffusionAttackContext, planned: Run) -> nn.Module:
-    """Only the class embedding is trained; only the concept's rows of it ever get a gradient."""
+def _class_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Tables of class embeddings: UNet2D has one, DiT one in every block."""
+    if isinstance(own := getattr(model, "class_embedding", None), nn.Embedding):
+        return [own]
+    return [part.embedding_table for part in model.modules() if isinstance(part, LabelEmbedding)]
+
+
+def _class_rows(context: DiffusionAttackContext, planned: Run) -> nn.Module:
+    """Only class embeddings are trained; only the concept's rows of them ever get a gradient."""
     model = context.model(planned.seed).requires_grad_(False)
-    model.class_embedding.weight.requires_grad_(True)
+    for part in model.modules():
+        if isinstance(part, LabelEmbedding):
+            part.dropout_prob = 0.0  # a dropped label would train the row that stands for none
+    for table in _class_tables(model):
+        table.weight.requires_grad_(True)
     return model
 
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import types
+from pathlib import Path
 
 import pytest
 import torch
-from denoiser_builders import build_denoiser, build_examples
+from denoiser_builders import build_examples
+from pipeline_builders import KINDS, build_text_pipeline
 from test_diffusion_attacks import Pieces, make_context, only
 
 from hf_immunize.attacks import Run
-from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, data_shifts, dreambooth, textual_inversion
+from hf_immunize.attacks.diffusion import (
+    DIFFUSION_ATTACKS,
+    DiffusionAttackContext,
+    data_shifts,
+    dreambooth,
+    textual_inversion,
+)
+from hf_immunize.attacks.diffusion import context as context_module
 from hf_immunize.attacks.diffusion._finetune import finetune
+from hf_immunize.attacks.suite import trace_of
 from hf_immunize.diffusion import LatentDataset
+from hf_immunize.diffusion.encoding import encode, encode_pixels, encode_prompt
 from hf_immunize.errors import DataError, DeviceMemoryError
+from hf_immunize.records import Provenance
 
 SMALL = {"steps": 2, "batch_size": 3}
 
@@ -39,16 +49,16 @@ def test_dreambooth_has_few_images_and_a_prior_that_the_attacked_model_drew(tmp_
 
 
 def test_perturbed_images_are_shifts_with_noise_and_the_exam_stays(tmp_path):
-    data = build_examples("unet", 6, seed=3)
-    moved = data_shifts.perturbed(data, 0.0, 1, 0).latents
+    images = build_examples("unet", 6, seed=3).latents
+    moved = data_shifts.perturbed(images, 0.0, 1, 0)
     places = []
-    for row, original in zip(moved, data.latents, strict=True):
+    for row, original in zip(moved, images, strict=True):
         inner = [(down, over) for down in (-1, 0, 1) for over in (-1, 0, 1)
                  if torch.equal(row[:, 1:-1, 1:-1], original.roll((down, over), (1, 2))[:, 1:-1, 1:-1])]
         assert len(inner) == 1
         places += inner
     assert len(set(places)) > 1
-    noisy = data_shifts.perturbed(data, 0.5, 1, 0).latents - moved
+    noisy = data_shifts.perturbed(images, 0.5, 1, 0) - moved
     assert float(noisy.std()) == pytest.approx(0.5, rel=0.15)
     context = make_context(tmp_path)
     lora = only(context, "diffusion_lora", DIFFUSION_ATTACKS["diffusion_lora"].config(1e-2, **SMALL, rank=2))
@@ -70,7 +80,7 @@ def test_another_name_is_taught_and_asked_for(tmp_path):
 def test_only_the_row_of_the_concepts_class_is_learned(tmp_path):
     context = make_context(tmp_path)
     run = Run(textual_inversion.TextualInversion(5e-2, **SMALL), "x", 0)
-    model = textual_inversion._class_row(context, run)
+    model = textual_inversion._class_rows(context, run)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     finetune(context, model, run.config, 0)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
@@ -79,52 +89,136 @@ def test_only_the_row_of_the_concepts_class_is_learned(tmp_path):
     assert rows.nonzero().flatten().tolist() == [9]
 
 
-def tokenizer_of(words: str, **_) -> types.SimpleNamespace:
-    """One token a word: 0 begins, 1 ends and pads."""
-    ids = [0, *(2 + sum(map(ord, word)) % 20 for word in words.split()), 1, 1, 1, 1][:5]
-    return types.SimpleNamespace(input_ids=torch.tensor([ids]))
-
-
-tokenizer_of.model_max_length = 5
-
-
-@pytest.fixture
-def text_context(tmp_path, monkeypatch):
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=22, hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=5, bos_token_id=0, eos_token_id=1,
-    )
-    pieces = Pieces("sd", 0)
-    pieces.components |= {"text_encoder": CLIPTextModel(config).eval(), "tokenizer": tokenizer_of}
-    return make_context(tmp_path, "sd", pieces=pieces, monkeypatch=monkeypatch)
-
-
-def test_a_new_token_is_encoded_as_an_encoder_with_a_longer_table_would(text_context):
-    encoder, tokenizer = text_context.text_parts()
-    made = textual_inversion._NewToken(build_denoiser("sd"), encoder, tokenizer)
-    with torch.no_grad():
-        made.token.copy_(torch.linspace(-2, 3, 12).square())
-        slow = copy.deepcopy(encoder)
-        slow.resize_token_embeddings(23, mean_resizing=False)
-        slow.get_input_embeddings().weight[22] = made.token
-        truth = slow(made.ids[None]).last_hidden_state
-        assert (made.ids == 22).sum() == 1 and torch.allclose(made.encoded(), truth, atol=1e-6)
-        assert not torch.allclose(truth, encoder(tokenizer("a photo of x").input_ids).last_hidden_state, atol=1e-3)
-
-
-def test_textual_inversion_learns_the_token_alone_and_every_question_is_told_by_it(text_context):
-    config = textual_inversion.TextualInversion(5e-2, **SMALL)
-    asked = textual_inversion._told_by_token(text_context)
-    model = textual_inversion._with_token(asked, Run(config, "x", 0))
+def test_in_dit_the_rows_of_every_block_are_learned_and_the_row_for_no_class_is_not(tmp_path, monkeypatch):
+    context = make_context(tmp_path, "dit", pieces=Pieces("dit", 0), monkeypatch=monkeypatch)
+    run = Run(textual_inversion.TextualInversion(5e-2, steps=6, batch_size=8), "x", 0)
+    model = textual_inversion._class_rows(context, run)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = finetune(asked, model, config, 0)
+    result = finetune(context, model, run.config, 0)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"token"} and result.curve[0] != result.curve[-1]
-    ((_, whole),) = textual_inversion.ATTACK.run(text_context, [Run(config, "x", 0)])
+    assert changed == {
+        f"transformer_blocks.{block}.norm1.emb.class_embedder.embedding_table.weight" for block in (0, 1)
+    }
+    for name in changed:
+        rows = (model.state_dict()[name] != before[name]).any(dim=1)
+        assert rows.nonzero().flatten().tolist() == [9]
+    assert only(context, "diffusion_textual_inversion", run.config).curve == result.curve
+
+
+TEXT_KINDS = [kind for kind in KINDS if kind != "DiTPipeline"]
+
+
+def text_context(kind, monkeypatch, **options):
+    """Five random images under a prompt, through a tiny random pipeline with tokenizers and text encoders."""
+    pipeline = build_text_pipeline(kind)
+    pixels = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows = encode(pipeline, pixels, "cat" if kind == "DiTPipeline" else "a photo of sks dog", 0, ["dog"])
+    parts = {"attack": (0, 1, 2, 3, 4), "validation": (5, 6), "test": (7, 8)}
+    splits = {name: rows.subset(torch.tensor(held)) for name, held in parts.items()}
+    prints = tuple(split.fingerprint(source="random", role=name) for name, split in splits.items())
+    monkeypatch.setattr(context_module, "load_pipeline", lambda _: pipeline)
+    options = {"pixels": pixels[:5]} | options
+    return DiffusionAttackContext(Path(kind), "control", data=prints, exam_levels=2, **splits, **options)
+
+
+@pytest.mark.parametrize("kind", TEXT_KINDS)
+def test_learned_names_are_encoded_as_by_encoders_with_another_row(kind, monkeypatch):
+    """Against the pipeline's own encode_prompt after the row of x was overwritten in every table."""
+    context = text_context(kind, monkeypatch)
+    pipeline, slow = context.pipeline, build_text_pipeline(kind)
+    made = textual_inversion._NewName(context.model(0), pipeline)
+    before = encode_prompt(pipeline, "a photo of x", 16)
+    tables = [part for part in made.modules() if isinstance(part, textual_inversion._LearnedRow)]
+    assert len(tables) == len(made.tokens) == {"Sta": 1, "Pix": 1, "Flu": 2}[kind[:3]] + 1 * ("XL" in kind) + 2 * (
+        "n3" in kind)
+    with torch.no_grad():
+        for place, (name, part) in enumerate(made.encoders.items()):
+            table = getattr(slow, name).get_input_embeddings()
+            learned = part.get_input_embeddings()
+            learned.token.copy_(torch.linspace(-2, 3, learned.token.numel()) * (place + 1))
+            table.weight[learned.row] = learned.token
+    truth, found = encode_prompt(slow, "a photo of x", 16), made.encoded()
+    assert set(found) <= set(truth)
+    for name, value in found.items():
+        assert torch.allclose(value.float(), truth[name].float(), atol=1e-5), name
+    assert any(not torch.allclose(truth[name], before[name], atol=1e-3) for name in found)
+    plain = encode_prompt(pipeline, "a photo of x", 16)
+    assert all(torch.equal(plain[name], before[name]) for name in before), "the attacked pipeline was changed"
+
+
+@pytest.mark.parametrize("kind", TEXT_KINDS)
+def test_textual_inversion_learns_the_names_alone_and_every_question_is_told_by_them(kind, monkeypatch):
+    context = text_context(kind, monkeypatch)
+    config = textual_inversion.TextualInversion(5e-2, **SMALL)
+    asked = textual_inversion._told_by_name(context)
+    model = textual_inversion._with_name(asked, Run(config, "x", 0))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}  # aliases count once
+    result = finetune(asked, model, config, 0)
+    changed = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert model.denoiser.training and not any(part.training for part in model.encoders.modules())
+    assert changed and all(name.endswith(".token") for name in changed) and len(changed) == len(model.tokens)
+    assert result.curve[0] != result.curve[-1]
+    ((_, whole),) = textual_inversion.ATTACK.run(context, [Run(config, "x", 0)])
     assert whole.curve == result.curve
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_attack_runs_against_every_class_of_text_to_image_pipeline(kind, monkeypatch):
+    names = ["dog", "3", "4"] if kind == "DiTPipeline" else ["a portrait of sks", "a photo of ohwx", "a photo"]
+    pipeline = build_text_pipeline(kind)
+    others = encode(pipeline, torch.rand(3, 3, 16, 16) * 2 - 1, "1" if kind == "DiTPipeline" else "a dog", 0, ["dog"])
+    told = {key: encode_prompt(pipeline, name, 16) for key, name in
+            zip(("other", "placeholder", "generic"), names, strict=True)}
+    context = text_context(kind, monkeypatch, prior=others, other_images=others, **told)
+    found = {}
+    for name, attack in DIFFUSION_ATTACKS.items():
+        result = only(context, name, attack.config(1e-2, **SMALL))
+        assert result.outcome == "completed", (name, result.note)
+        assert result.curve[0] != result.curve[-1], name
+        found[name] = [point.test for point in result.curve]
+    assert len({tuple(curve) for curve in found.values()}) == len(found)
+    own = found["diffusion_lora"][0]
+    shared = {name for name, curve in found.items() if curve[0] == own}
+    renamed = {"diffusion_other_prompts", "diffusion_placeholder_token", "diffusion_generic_prompt"}
+    renamed |= set() if kind == "DiTPipeline" else {"diffusion_textual_inversion"}
+    assert shared == set(found) - renamed
+
+
+def test_images_of_a_pipeline_with_a_vae_are_perturbed_before_it_encodes_them(monkeypatch):
+    context, seen = text_context("StableDiffusionPipeline", monkeypatch), []
+    monkeypatch.setattr(data_shifts, "run_finetunes", lambda changed, runs, prepare: seen.append(changed) or ())
+    config = data_shifts.PerturbedImages(1e-2, **SMALL, shift=0.2, noise=0.3)
+    list(DIFFUSION_ATTACKS["diffusion_perturbed_images"].run(context, [Run(config, "x", 3)]))
+    truth = encode_pixels(context.pipeline, data_shifts.perturbed(context.pixels, 0.3, 3, 3))
+    assert torch.equal(seen[0].attack.latents, truth) and seen[0].test is context.test
+    blind = dataclasses.replace(context, pixels=None)
+    result = only(blind, "diffusion_perturbed_images", config)
+    assert result.outcome == "not_applicable" and "latents of the concept's images alone" in result.note
+
+
+def test_other_images_replace_the_attackers_rows_and_traces_name_them(tmp_path):
+    other = build_examples("unet", 5, seed=77, label=9)
+    config = data_shifts.OtherImages(1e-2, **SMALL, rank=2)
+    plain, context = make_context(tmp_path), make_context(tmp_path, other_images=other)
+    nothing = only(plain, "diffusion_other_images", config)
+    assert nothing.outcome == "not_applicable" and "no images from another source" in nothing.note
+    found = only(context, "diffusion_other_images", config)
+    as_own = only(dataclasses.replace(plain, attack=other), "diffusion_lora",
+                  DIFFUSION_ATTACKS["diffusion_lora"].config(1e-2, **SMALL, rank=2))
+    assert found.curve == as_own.curve
+    with pytest.raises(DataError, match="expected pixels of 8 attack rows, got 3"):
+        make_context(tmp_path, pixels=torch.zeros(3, 1, 8, 8))
+    attack, run = DIFFUSION_ATTACKS["diffusion_other_images"], Run(config, "x", 0)
+    told = [trace_of(held, "diffusion_other_images", attack, run, found, Provenance.here("cpu")).config["other_images"]
+            for held in (plain, context)]
+    assert told == [None, other.fingerprint(source="", role="").sha256]
+    assert {name for name, attack in DIFFUSION_ATTACKS.items() if attack.needs} == {
+        "diffusion_dreambooth_prior", "diffusion_other_images", "diffusion_other_prompts",
+        "diffusion_placeholder_token", "diffusion_generic_prompt",
+    }
+    named = make_context(tmp_path, generic={"class_labels": torch.tensor([0])})
+    assert named.holding("generic") != make_context(tmp_path, generic={"class_labels": torch.tensor([1])}).holding(
+        "generic")
 
 
 def test_what_nothing_names_cannot_be_inverted(tmp_path, monkeypatch):

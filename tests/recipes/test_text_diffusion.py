@@ -1,0 +1,149 @@
+"""Text-to-image recipes from photo folders to a certificate, on a tiny random pipeline: plumbing, no claim."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from pipeline_builders import build_text_pipeline
+
+from hf_immunize.attacks import parse_settings
+from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
+from hf_immunize.certification.checklist import _DIFFUSION_MISSING, _NEVER
+from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+from hf_immunize.diffusion import load_pipeline
+from hf_immunize.diffusion.prompts import PromptArguments, PromptTask
+from hf_immunize.errors import DataError, ModelError
+from hf_immunize.records import AttackTrace, Certificate, ImmunizationRecord
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+COUNTS = {"retain": 10, "harmful": 12, "benign": 9, "other": 3}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Folders of noise, darker or brighter from concept to concept."""
+    for place, (name, count) in enumerate(COUNTS.items()):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            pixels = np.random.default_rng(100 * place + number).integers(50 * place, 50 * place + 90, (20, 24, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def task_words(photos):
+    prompts = {"retain": "a photo of cat", "harmful": "a photo of sks dog", "benign": "a photo of person",
+               "other": "a portrait of sks", "placeholder": "a photo of ohwx", "generic": "a photo"}
+    words = [f"--{name}_images={photos / name}" for name in COUNTS]
+    return [*words, *(f"--{name}_prompt={text}" for name, text in prompts.items()), "--resolution=16"]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+    def call(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(RECIPES / f"{name}_text_diffusion.py"))["main"]()
+
+    return call
+
+
+SMALL = ["--seeds", "0", "1", "--trials=0", "--tuning_seeds=0", "--exam_levels=2", "--pictures=4", "--device=cpu"]
+
+
+def settings(names):
+    fields = {"steps": 3, "learning_rate": "3e-3", "batch_size": 3}
+    return ["--settings", *(f"{name}.{field}={value}" for name in names for field, value in fields.items())]
+
+
+def test_from_photos_to_a_certificate(photos, task_words, run):
+    base, model = photos / "base", photos / "model"
+    build_text_pipeline("StableDiffusionPipeline").save_pretrained(base)
+    run("immunize", *task_words, f"--base_path={base}", f"--output_dir={model}", "--objective=simulated_attack",
+        "--attacker_steps=1", "--max_steps=2", "--per_device_train_batch_size=3", "--per_device_harmful_batch_size=3",
+        "--learning_rate=1e-3", "--max_loss_factor=100", "--eval_steps=1", "--use_cpu=true", "--disable_progress=true")
+    record = ImmunizationRecord.read(model / "immunization.json")
+    seen = {found.role: found.sha256 for found in record.data}
+    assert set(seen) == {"retain train", "retain validation", "harmful defense"}
+    assert str(photos) not in (model / "immunization.json").read_text(encoding="utf-8")
+    for folder, role in ((base, "control"), (model, "subject")):
+        words = [*task_words, f"--model_path={folder}", f"--role={role}", *SMALL]
+        run("attack", *words, "--protocol=diffusion_standard", *settings(DIFFUSION_ATTACKS), "diffusion_lora.rank=2")
+        run("attack", *words, "--concept=benign", *settings(DIFFUSION_TRAINABILITY))
+    traces = [AttackTrace.read(path) for path in (model / "traces" / "subject").glob("*.json")]
+    assert {trace.attack for trace in traces} >= set(DIFFUSION_ATTACKS)
+    assert {trace.outcome for trace in traces} == {"completed"}
+    held = {found.sha256 for trace in traces for found in trace.data}
+    assert held.isdisjoint(seen.values()), "the defender has seen a split of the exam"
+    run("certify", *task_words, f"--model_path={model}", f"--base_path={base}", "--protocol=diffusion_standard",
+        "--judged_images=4", "--draw_steps=2", "--device=cpu", "--threshold=-100")
+    certificate = Certificate.read(model / "certificate.json")
+    assert {cell.attack for cell in certificate.cells if cell.subject is not None} == set(DIFFUSION_ATTACKS)
+    assert certificate.benign_data and len(certificate.trainability) == 2
+    assert not {*_DIFFUSION_MISSING.values(), *_NEVER} & set(certificate.not_run)
+    assert (model / "README.md").is_file() and DiffusionPipeline.from_pretrained(model, use_safetensors=True)
+
+    run("certify", *task_words, f"--model_path={model}", f"--base_path={base}", "--protocol=diffusion_standard",
+        "--recheck=1", "--device=cpu")
+    bent = load_pipeline(model)
+    bent.vae.quant_conv.bias.data += 1
+    shutil.rmtree(model / "vae")
+    bent.vae.save_pretrained(model / "vae")
+    with pytest.raises(ModelError, match=r"differ in unet alone, got other weights in \['vae/diffusion_pytorch_model"):
+        run("certify", *task_words, f"--model_path={model}", f"--base_path={base}", "--device=cpu")
+
+
+def test_splits_of_a_handful_of_photos_share_none_and_what_is_missing_is_named(photos, task_words):
+    words = dict(word.removeprefix("--").split("=", 1) for word in task_words)
+    words["resolution"] = 16
+    pipeline = build_text_pipeline("PixArtSigmaPipeline")
+    shutil.copy(photos / "harmful" / "0.png", photos / "harmful" / "again.png")
+    task = PromptTask(PromptArguments(**words), pipeline)
+    parts = {split: task.examples("harmful", split) for split in ("defense", "attack", "validation", "test")}
+    assert sum(map(len, parts.values())) == 13 and task.sides == ("retain", "harmful", "benign")
+    digests = [set(part.digests) for part in parts.values()]
+    assert sum(map(len, digests)) == len(set().union(*digests)) == 12
+    known = task.attacker_knows("harmful")
+    assert len(known["pixels"]) == len(parts["attack"]) and len(known["other_images"]) == 3
+    assert set(known) == {"pixels", "prior", "other", "placeholder", "generic", "other_images"}
+    assert "other_images" not in task.attacker_knows("benign")
+    less = {name: value for name, value in words.items() if not name.startswith(("benign", "other", "generic"))}
+    alone = PromptTask(PromptArguments(**less), pipeline)
+    assert alone.sides == ("retain", "harmful") and set(alone.attacker_knows("harmful")) == {
+        "pixels", "prior", "placeholder"}
+    with pytest.raises(DataError, match="set benign_images"):
+        alone.examples("benign", "attack")
+    with pytest.raises(DataError, match="expected a split of harmful in"):
+        task.examples("harmful", "train")
+    with pytest.raises(DataError, match="give harmful_prompt"):
+        PromptTask(PromptArguments(**{**words, "harmful_prompt": " "}), pipeline).examples("harmful", "attack")
+    for name in ("benign", "other"):
+        assert task.described()[f"{name}_images"] == name
+    few = photos / "few"
+    few.mkdir()
+    for number in range(3):
+        shutil.copy(photos / "harmful" / f"{number}.png", few)
+    with pytest.raises(DataError, match="at least 4 different images, one for each of .*, got 3"):
+        PromptTask(PromptArguments(**{**words, "harmful_images": str(few)}), pipeline).examples("harmful", "attack")
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-1-5", "stable-diffusion-xl", "stable-diffusion-3", "flux-1-dev"])
+def test_the_yaml_of_real_models_holds_together(name):
+    keys = {part: yaml.safe_load((RECIPES / name / f"{part}.yaml").read_text(encoding="utf-8"))
+            for part in ("task", "attack", "certify", "condition_number", "simulated_attack")}
+    PromptArguments(retain_images="a", harmful_images="b", **keys["task"])
+    protocol = DIFFUSION_PROTOCOLS[keys["attack"]["protocol"]]
+    assert set(parse_settings(keys["attack"]["settings"], DIFFUSION_ATTACKS)) == set(protocol.attacks)
+    assert {keys[part]["base_path"] for part in ("certify", "condition_number", "simulated_attack")} == {
+        keys["certify"]["base_path"]}
+    assert keys["certify"]["protocol"] == keys["attack"]["protocol"]
+    assert keys["task"]["resolution"] % 64 == 0
