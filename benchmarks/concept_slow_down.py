@@ -3,9 +3,10 @@
     python benchmarks/concept_slow_down.py --base_path runs/mnist-diffusion/base \
         --model_paths runs/mnist-diffusion/{simulated_attack,condition_number,ill_only,opt_kappa,imma}
 
-Reads traces/ and certificate.json of finished exams and prints one line per model. Harmful cells are those of the
-certificate. Benign ones are judged in steps by the same code: threshold at 80 % of what the base itself gained by that
-method. (The certificate asks of the benign concept whether as much is learned in the end, not how soon.)
+Reads traces/ and certificate.json of finished exams and prints, per model, one line per attack. Harmful cells are those
+of the certificate; SGR is that of the drawings after the whole attack. Benign cells are judged in steps by the same
+code: threshold at 80 % of what the base itself gained by that method. (The certificate asks of the benign concept
+whether as much is learned in the end, not how soon.)
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def main() -> None:
         for cell in certificate.cells:
             if cell.subject is not None:
                 print(f"  {cell.attack}: {told(cell.slow_down)}, {cell.verdict}")
+        for gap in certificate.similarity:
+            print(f"  {gap.attack}: SGR of {gap.concept} {told(gap.ratio[-1])}")
         for name, attack in DIFFUSION_TRAINABILITY.items():
             places = {"subject": folder, "control": arguments.base_path}
             runs = {role: traces_of(place, role, name) for role, place in places.items()}

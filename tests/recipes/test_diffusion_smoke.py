@@ -93,3 +93,24 @@ def test_immunizing_stages_ask_for_settings_that_hold_together(name, monkeypatch
         assert told.base_path == f"{listed['runs']}/base"
         assert any(f"{listed['runs']}/{key}" in other["options"] for place, other in listed["stages"].items()
                    if place == f"certify-{key}")
+
+
+def test_what_the_quick_exam_leaves_out_is_in_the_standard_one():
+    from hf_immunize.attacks import parse_settings
+    from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS
+    from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+    from hf_immunize.diffusion.tasks import ConceptArguments
+
+    folder = ROOT / "recipes" / "mnist-diffusion"
+    told = {name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+            for name in ("task", "attack", "attack_standard", "pipeline", "objectives", "standard")}
+    more = told["attack_standard"]
+    assert {*more["attacks"], *DIFFUSION_PROTOCOLS[told["attack"]["protocol"]].attacks} == set(
+        DIFFUSION_PROTOCOLS[more["protocol"]].attacks)
+    assert set(parse_settings(more["settings"], DIFFUSION_ATTACKS)) | {"diffusion_placeholder_token"} == set(
+        more["attacks"])
+    ConceptArguments(**told["task"], other_dataset=more["other_dataset"])
+    assert more["exam_levels"] == told["attack"]["exam_levels"]
+    stages = told["standard"]["stages"]
+    attacked = {name.removeprefix("attack-").removesuffix("-standard") for name in stages if name.startswith("attack-")}
+    assert attacked <= {*told["pipeline"]["stages"], *told["objectives"]["stages"]} and "base" in attacked
