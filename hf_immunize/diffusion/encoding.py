@@ -125,14 +125,18 @@ def encode_prompt(pipeline: Any, prompt: str, size: int) -> Told:
     Encoders keep the dtype of their file, bf16 say; conditions are float32, whatever the run's precision.
     """
     kind = type(pipeline)
-    made = PROMPT_ENCODERS[kind](pipeline, prompt, "cpu")
+    made = PROMPT_ENCODERS[kind](pipeline, prompt, str(pipeline.device))
     if kind in SIZE_CONDITIONS:
         made |= SIZE_CONDITIONS[kind](pipeline, size)
-    return {name: value.float() if value.is_floating_point() else value for name, value in made.items()}
+    return {name: (value.float() if value.is_floating_point() else value).cpu() for name, value in made.items()}
 
 
-def encode(pipeline: Any, pixels: Tensor, prompt: str, label: int, names: Sequence[str]) -> LatentDataset:
-    """Latents of every image and the prompt's conditions, as rows of one concept, known by pixels and prompt.
+def encode(
+    pipeline: Any, pixels: Tensor, prompt: str | Sequence[str], label: int | Sequence[int], names: Sequence[str]
+) -> LatentDataset:
+    """Latents of every image and its prompt's conditions, known by pixels and prompt.
+
+    Prompt and label are those of all images, or one each. Each prompt is encoded once.
 
     Raises:
         ModelError: see ``check_pipeline``.
@@ -140,12 +144,24 @@ def encode(pipeline: Any, pixels: Tensor, prompt: str, label: int, names: Sequen
             an unknown class.
     """
     check_pipeline(pipeline)
-    if not prompt.strip():
-        raise DataError(f"expected a prompt for the images of {names[label]!r}, got none: give {names[label]}_prompt.")
-    latents, one = encode_pixels(pipeline, pixels), encode_prompt(pipeline, prompt, pixels.shape[-1])
-    conditions = {name: value.expand(len(latents), *value.shape[1:]) for name, value in one.items()}
+    prompts = [prompt] * len(pixels) if isinstance(prompt, str) else list(prompt)
+    labels = torch.tensor([label] * len(pixels) if isinstance(label, int) else list(label))
+    if empty := [names[label] for text, label in zip(prompts, labels.tolist(), strict=True) if not text.strip()]:
+        option = f"{empty[0].split()[0]}_prompt"
+        raise DataError(f"expected a prompt for the images of {empty[0]!r}, got none: give {option}.")
+    latents, said = encode_pixels(pipeline, pixels), list(dict.fromkeys(prompts))
+    told = [encode_prompt(pipeline, text, pixels.shape[-1]) for text in said]
+    places = torch.tensor([said.index(text) for text in prompts])
+    conditions = {
+        # one prompt is held once, however many images it has
+        name: value.expand(len(latents), *value.shape[1:]) if len(said) == 1
+        else torch.cat([one[name] for one in told])[places]
+        for name, value in told[0].items()
+    }
     model = getattr(pipeline, component_of(pipeline))
     denoiser_of(model).check(model, latents, conditions)
-    known = [hashlib.sha256(digest_pixels(row.numpy()) + prompt.encode()).hexdigest() for row in pixels]
-    labels = torch.full((len(latents),), label)
-    return LatentDataset(latents, conditions, labels, list(names), names[label], digests=known)
+    known = [
+        hashlib.sha256(digest_pixels(row.numpy()) + text.encode()).hexdigest()
+        for row, text in zip(pixels, prompts, strict=True)
+    ]
+    return LatentDataset(latents, conditions, labels, list(names), names[int(labels[0])], digests=known)

@@ -14,7 +14,7 @@ from hf_immunize.data import parse_fractions, split_few_by_content
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion.encoding import check_pipeline, encode, encode_prompt
 from hf_immunize.diffusion.examples import LatentDataset
-from hf_immunize.diffusion.photos import read_pixels
+from hf_immunize.diffusion.photos import read_captions, read_pixels
 from hf_immunize.errors import DataError
 
 SIDES = ("retain", "harmful", "benign")
@@ -22,7 +22,11 @@ SIDES = ("retain", "harmful", "benign")
 
 @dataclass
 class PromptArguments:
-    """Folders of images, each with a prompt. The same values belong in every stage."""
+    """Folders of images, each with a prompt. The same values belong in every stage.
+
+    ``metadata.jsonl`` in a folder (lines with file_name and text) gives each image a caption in place of the prompt.
+    Sub-folders of a folder are concepts of their own.
+    """
 
     retain_images: str = field(metadata={"help": "Folder of images the model draws and must keep."})
     harmful_images: str = field(metadata={"help": "Folder of images of the concept it shall not learn."})
@@ -61,7 +65,8 @@ class PromptTask:
 
     Raises:
         ModelError: a pipeline that cannot be told prompts (see ``PROMPT_ENCODERS``).
-        DataError: from every method: no or unreadable images, fewer than there are splits, or no prompt.
+        DataError: from every method: no or unreadable images, fewer than there are splits, no prompt, or a missing
+            caption.
     """
 
     source = "folders of images"
@@ -76,9 +81,14 @@ class PromptTask:
         """``retain``, ``harmful``, and ``benign`` where there are images of it."""
         return SIDES if self._arguments.benign_images is not None else SIDES[:2]
 
+    @property
+    def label_names(self) -> list[str]:
+        """Every concept of every side: a side's own name, or that of each sub-folder of its images."""
+        return [name for side in self.sides for name, _ in self._concepts(side)]
+
     def examples(self, side: str, split: str) -> LatentDataset:
-        """Encoded images of one split under the prompt of their side."""
-        pixels, rows = self._read(side)
+        """Encoded images of one split under their prompts."""
+        rows = self._read(side)[1]
         if split not in rows:
             raise DataError(f"expected a split of {side} in {sorted(rows)}, got {split!r}.")
         return self._encoded(side).subset(torch.tensor(rows[split]))
@@ -86,16 +96,15 @@ class PromptTask:
     def attacker_knows(self, concept: str) -> dict[str, Any]:
         """What an attacker holds beside images of the concept, as DiffusionAttackContext takes it."""
         given, size = self._arguments, self._arguments.resolution
-        pixels, rows = self._read(concept)
-        known: dict[str, Any] = {"pixels": pixels[rows["attack"]], "prior": self.examples("retain", "validation")}
+        shown, rows = self._read(concept)
+        known: dict[str, Any] = {"pixels": shown.pixels[rows["attack"]], "prior": self.examples("retain", "validation")}
         for name in ("other", "placeholder", "generic"):
             prompt = getattr(given, f"{name}_prompt")
             if prompt is not None:
                 known[name] = encode_prompt(self._pipeline, prompt, size)
         if given.other_images is not None and concept == "harmful":
-            known["other_images"] = encode(
-                self._pipeline, read_pixels(given.other_images, size), given.harmful_prompt, SIDES.index(concept), SIDES
-            )
+            # The same concepts in the same order: names of sub-folders are those of the harmful images.
+            known["other_images"] = self._encode(_shown(self._concepts("harmful", given.other_images), size), "harmful")
         return known
 
     def described(self) -> dict[str, Any]:
@@ -104,18 +113,52 @@ class PromptTask:
         return {name: Path(value).name if name.endswith("_images") and value else value
                 for name, value in values.items()}
 
-    def _read(self, side: str) -> tuple[Tensor, dict[str, list[int]]]:
-        """All pixels of a side, and the rows of its splits."""
-        folder = getattr(self._arguments, f"{side}_images")
-        if folder is None:
+    def _concepts(self, side: str, folder: str | None = None) -> list[tuple[str, Path]]:
+        """Name and folder of every concept of a side."""
+        root = Path(folder or getattr(self._arguments, f"{side}_images") or "")
+        if folder is None and getattr(self._arguments, f"{side}_images") is None:
             raise DataError(f"expected a folder of images of the {side} concept, got none: set {side}_images.")
-        pixels = read_pixels(folder, self._arguments.resolution)
-        splits = self._arguments.retain_splits if side == "retain" else self._arguments.concept_splits
-        digests = [digest_pixels(row.numpy()) for row in pixels]
-        return pixels, split_few_by_content(digests, parse_fractions(splits), seed=self._arguments.split_seed)
+        parts = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+        return [(f"{side} {path.name}", path) for path in parts] or [(side, root)]
+
+    def _read(self, side: str) -> tuple[_Shown, dict[str, list[int]]]:
+        """All images of a side, and the rows of its splits, in each of which every concept is."""
+        shown = _shown(self._concepts(side), self._arguments.resolution)
+        fractions = parse_fractions(
+            self._arguments.retain_splits if side == "retain" else self._arguments.concept_splits
+        )
+        rows: dict[str, list[int]] = {split: [] for split in fractions}
+        for name in dict.fromkeys(shown.concepts):
+            own = [row for row, concept in enumerate(shown.concepts) if concept == name]
+            digests = [digest_pixels(shown.pixels[row].numpy()) for row in own]
+            for split, found in split_few_by_content(digests, fractions, seed=self._arguments.split_seed).items():
+                rows[split] += [own[place] for place in found]
+        return shown, rows
 
     def _encoded(self, side: str) -> LatentDataset:
-        pixels, _ = self._read(side)
-        return encode(
-            self._pipeline, pixels, getattr(self._arguments, f"{side}_prompt") or "", SIDES.index(side), list(SIDES)
-        )
+        return self._encode(self._read(side)[0], side)
+
+    def _encode(self, shown: _Shown, side: str) -> LatentDataset:
+        names, own = self.label_names, getattr(self._arguments, f"{side}_prompt") or ""
+        if unknown := sorted(set(shown.concepts) - set(names)):
+            raise DataError(f"expected sub-folders named like those of the {side} images, got {unknown}.")
+        captions = [own if caption is None else caption for caption in shown.captions]
+        return encode(self._pipeline, shown.pixels, captions, [names.index(name) for name in shown.concepts], names)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Images with their captions, None where the side's prompt is meant, and concepts."""
+
+    pixels: Tensor
+    captions: list[str | None]
+    concepts: list[str]
+
+
+def _shown(concepts: list[tuple[str, Path]], resolution: int) -> _Shown:
+    parts = [(name, read_pixels(folder, resolution), read_captions(folder)) for name, folder in concepts]
+    return _Shown(
+        torch.cat([pixels for _, pixels, _ in parts]),
+        [caption for _, pixels, captions in parts for caption in captions or [None] * len(pixels)],
+        [name for name, pixels, _ in parts for _ in range(len(pixels))],
+    )

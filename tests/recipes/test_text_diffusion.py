@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -19,6 +20,7 @@ from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABIL
 from hf_immunize.certification.checklist import _DIFFUSION_MISSING, _NEVER
 from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
 from hf_immunize.diffusion import load_pipeline
+from hf_immunize.diffusion.encoding import encode_pixels, encode_prompt
 from hf_immunize.diffusion.prompts import PromptArguments, PromptTask
 from hf_immunize.errors import DataError, ModelError
 from hf_immunize.records import AttackTrace, Certificate, ImmunizationRecord
@@ -134,6 +136,47 @@ def test_splits_of_a_handful_of_photos_share_none_and_what_is_missing_is_named(p
         shutil.copy(photos / "harmful" / f"{number}.png", few)
     with pytest.raises(DataError, match="at least 4 different images, one for each of .*, got 3"):
         PromptTask(PromptArguments(**{**words, "harmful_images": str(few)}), pipeline).examples("harmful", "attack")
+
+
+def test_captions_replace_the_prompt_and_sub_folders_are_concepts(photos, task_words):
+    words = dict(word.removeprefix("--").split("=", 1) for word in task_words) | {"resolution": 16}
+    del words["other_images"]
+    pipeline, many = build_text_pipeline("StableDiffusionXLPipeline"), photos / "many"
+    for place, name in enumerate(("dog", "cat")):
+        shutil.copytree(photos / "harmful", many / name)
+        for file in (many / name).glob("*.png"):
+            pixels = np.asarray(Image.open(file)) + np.uint8(place)
+            Image.fromarray(pixels).save(file)
+    lines = [f'{{"file_name": "{number}.png", "text": "a photo of {"x" if number % 2 else "sks"}"}}'
+             for number in range(12)]
+    (many / "cat" / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    task = PromptTask(PromptArguments(**words | {"harmful_images": str(many)}), pipeline)
+    assert task.label_names == ["retain", "harmful cat", "harmful dog", "benign"]
+    for split in ("defense", "attack", "validation", "test"):
+        assert set(task.examples("harmful", split).labels.tolist()) == {1, 2}
+    truth = {text: encode_prompt(pipeline, text, 16)["text_embeds"][0]
+             for text in ("a photo of x", "a photo of sks", words["harmful_prompt"])}
+    rows = task.examples("harmful", "defense")
+    found = [next(text for text, value in truth.items() if torch.equal(value, row))
+             for row in rows.conditions["text_embeds"]]
+    assert set(found) == set(truth)
+    assert {text for text, label in zip(found, rows.labels.tolist(), strict=True) if label == 2} == {
+        words["harmful_prompt"]}
+    known = task.attacker_knows("harmful")
+    again = encode_pixels(pipeline, known["pixels"])
+    assert torch.allclose(again, task.examples("harmful", "attack").latents, atol=1e-6)
+
+    (many / "cat" / "metadata.jsonl").write_text("\n".join(lines[:-1]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"a caption of every image in cat/metadata.jsonl, got none for \['11.png'\]"):
+        PromptTask(PromptArguments(**words | {"harmful_images": str(many)}), pipeline).examples("harmful", "test")
+    (many / "cat" / "metadata.jsonl").write_text('{"file_name": "0.png"}', encoding="utf-8")
+    with pytest.raises(DataError, match="in line 1: KeyError 'text'"):
+        PromptTask(PromptArguments(**words | {"harmful_images": str(many)}), pipeline).examples("harmful", "test")
+    shutil.move(many / "cat", many / "cow")
+    (many / "cow" / "metadata.jsonl").unlink()
+    wrong = PromptArguments(**words | {"harmful_images": str(photos / "harmful"), "other_images": str(many)})
+    with pytest.raises(DataError, match=r"sub-folders named like those of the harmful images, got \['harmful cow'"):
+        PromptTask(wrong, pipeline).attacker_knows("harmful")
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-1-5", "stable-diffusion-xl", "stable-diffusion-3", "flux-1-dev"])

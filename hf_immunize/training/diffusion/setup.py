@@ -31,7 +31,7 @@ def accelerator_of(args: DiffusionImmunizationConfig) -> Accelerator:
     if args.report_to != "none":
         installed = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
         registered = set(LOGGER_TYPE_TO_CLASS) - set(LoggerType.list())
-        if args.report_to not in (*installed, *registered):
+        if args.report_to not in (*installed, *registered, *(["all"] if installed else [])):
             raise ConfigError(
                 f"expected report_to 'none' or an installed tracker among {sorted({*installed, *registered})}, got "
                 f"{args.report_to!r}: install its package, which is one of {sorted(LoggerType.list())}."
