@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
@@ -78,9 +79,18 @@ class AttackArguments:
     overwrite: bool = field(default=False, metadata={"help": "Make runs again whose trace tells of another run."})
 
 
+def start(device: str) -> PartialState:
+    """The process on the device that was asked for."""
+    known = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not known.get(device, False):
+        there = [name for name, usable in known.items() if usable]
+        raise ConfigError(f"expected device among {there} on this machine, got {device!r}.")
+    return PartialState(cpu=device == "cpu")
+
+
 def attack(task: ConceptTask | PromptTask, options: AttackArguments) -> None:
     """Run what is planned and not on disk yet, and say what was done."""
-    state = PartialState(cpu=options.device == "cpu")
+    state = start(options.device)
     if state.num_processes > 1:
         raise ConfigError(f"expected one process, got {state.num_processes}: attack several models side by side.")
     if options.concept not in ("harmful", "benign"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 import diffusers
-from accelerate import PartialState
+from attack_diffusion import start
 from rich.console import Console
 
 from hf_immunize.certification import find_protocol
@@ -68,7 +68,7 @@ def certify(task: ConceptTask | PromptTask, arguments: CertifyArguments) -> None
     """Judge, write, and print; or sit a part of the exam again."""
     diffusers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    state = PartialState(cpu=arguments.device == "cpu")
+    state = start(arguments.device)
     if not state.is_main_process:
         return
     folder = Path(arguments.model_path)
@@ -86,7 +86,7 @@ def certify(task: ConceptTask | PromptTask, arguments: CertifyArguments) -> None
         retain=(retain.fingerprint(source=task.source, role="retain test"),),
         harmful=tuple(attackers["harmful"]), benign=tuple(attackers.get("benign", ())),
         benign_test=task.examples("benign", "test") if benign else None,
-        judge=None if arguments.judge_path is None else Path(arguments.judge_path),
+        judge=None if arguments.judge_path is None else Path(arguments.judge_path), judge_names=task.judge_names,
         similarity=None if seen_by is None else FeatureSimilarity(seen_by), features=seen_by,
         judged_images=arguments.judged_images, draw_steps=arguments.draw_steps,
         eval_batch_size=arguments.eval_batch_size,
@@ -113,7 +113,7 @@ def check_again(
     found = recheck_pipeline(
         arguments.model_path, arguments.base_path,
         {split: task.examples("harmful", split) for split in ("attack", "validation", "test")}, exam, rule,
-        cells=arguments.recheck, seed=arguments.recheck_seed, device=device,
+        cells=arguments.recheck, seed=arguments.recheck_seed, device=device, eval_batch_size=arguments.eval_batch_size,
         **task.attacker_knows("harmful"),
     )
     print("\n".join(line.told for line in found))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from accelerate import PartialState
 from immunize_diffusion import BaseArguments, immunize
 
 from hf_immunize.diffusion import load_pipeline
@@ -28,7 +29,8 @@ def main() -> None:
     given, base, args = parse_options(
         (PromptArguments, BaseArguments, DiffusionImmunizationConfig), description=__doc__.splitlines()[0]
     )
-    folder = fetch(base.base_path)
+    with PartialState(cpu=args.use_cpu).local_main_process_first():
+        folder = fetch(base.base_path)
     pipeline = load_pipeline(folder)
     task = PromptTask(given, pipeline)
     names = ("retain train", "retain validation", "harmful defense")

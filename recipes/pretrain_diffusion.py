@@ -12,7 +12,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from accelerate import PartialState
+from attack_diffusion import start
 from tqdm.auto import tqdm
 
 from hf_immunize.diffusion import DenoisingExam, NoiseProcess, denoiser_of, denoising_losses
@@ -35,6 +35,14 @@ class PretrainArguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW, decayed linearly."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, rows, noise and levels."})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or mps."})
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 1), ("batch_size", 1), ("num_classes", 1), ("learning_rate", 1e-12)):
+            if not getattr(self, name) >= least:
+                raise ConfigError(f"expected {name} of at least {least}, got {getattr(self, name)}.")
+        parts = [part.strip() for part in self.block_channels.split(",")]
+        if not all(part.isdecimal() and int(part) % 8 == 0 and int(part) for part in parts):
+            raise ConfigError(f"expected block_channels like '32,64', multiples of 8, got {self.block_channels!r}.")
 
 
 def build(task: ConceptArguments, options: PretrainArguments) -> diffusers.DiffusionPipeline:
@@ -77,7 +85,7 @@ def train(pipeline, examples, options: PretrainArguments, device: torch.device) 
 
 def main() -> None:
     task_options, options = parse_options((ConceptArguments, PretrainArguments), description=__doc__.splitlines()[0])
-    state = PartialState(cpu=options.device == "cpu")
+    state = start(options.device)
     if state.num_processes > 1:
         raise ConfigError(f"expected one process, got {state.num_processes}: pretraining here is for small models.")
     task = ConceptTask(task_options)
@@ -91,6 +99,7 @@ def main() -> None:
         print(f"{options.output_dir}: already trained, nothing to do")
         return
     pipeline = build(task_options, options)
+    denoiser_of(pipeline.unet).check(pipeline.unet, examples.latents, examples.conditions)
     train(pipeline, examples, options, state.device)
     exam = DenoisingExam(NoiseProcess.from_scheduler(pipeline.scheduler), held)
     found = exam.ask(denoiser_of(pipeline.unet), pipeline.unet)

@@ -35,7 +35,7 @@ LONG_HORIZON_EPOCHS = 50
 
 def lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str]) -> list[str]:
     """Lines of a full certification that these traces do not cover, in plain words."""
-    told = [trace for trace in traces if trace.outcome != "not_applicable"]
+    told = _examined([trace for trace in traces if trace.outcome != "not_applicable"])
     ran = {trace.attack for trace in told}
     lines = [*_effort(told), *_rates(told)]
     if not any(trace.role == "scratch" for trace in told):
@@ -48,7 +48,21 @@ def lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str]) -> list
     if told and not any(_epochs(trace) >= LONG_HORIZON_EPOCHS for trace in told if "scheduler" in trace.config):
         lines.append(f"fine-tuning of the network over {LONG_HORIZON_EPOCHS} epochs")
     lines += _NEVER
-    return lines + [f"planned attack {name}" for name in planned if name not in {trace.attack for trace in traces}]
+    sat = {trace.attack for trace in _examined(traces)}
+    return lines + [f"planned attack {name}" for name in planned if name not in sat]
+
+
+def _examined(traces: Sequence[AttackTrace]) -> list[AttackTrace]:
+    """Traces of attacks that both the subject and its base have been through; one side alone shows nothing."""
+    sat = [{trace.attack for trace in traces if trace.role == role} for role in ("subject", "control")]
+    return [trace for trace in traces if trace.attack in sat[0] & sat[1]]
+
+
+def _seeds(traces: Sequence[AttackTrace]) -> list[str]:
+    """The line on seeds: the fewest that any attack was run with counts."""
+    attacks = {trace.attack for trace in traces}
+    fewest = min((len({trace.seed for trace in traces if trace.attack == name}) for name in attacks), default=0)
+    return [] if fewest >= 5 else [f"at least 5 attack seeds (here {fewest})"]
 
 
 _DIFFUSION_MISSING = {
@@ -65,11 +79,10 @@ _DIFFUSION_MISSING = {
 
 def diffusion_lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str]) -> list[str]:
     """The same for attacks on diffusion models."""
-    told = [trace for trace in traces if trace.outcome != "not_applicable"]
+    told = _examined([trace for trace in traces if trace.outcome != "not_applicable"])
     ran = {trace.attack for trace in told}
-    seeds = {trace.seed for trace in told}
     ranks = {trace.config.get("rank") for trace in told if trace.attack == "diffusion_lora"}
-    lines = [] if len(seeds) >= 5 else [f"at least 5 attack seeds (here {len(seeds)})"]
+    lines = _seeds(told)
     lines += [] if len(ranks) >= 2 else ["LoRA at several ranks"]
     lines += _rates(told)
     if not any(trace.role == "scratch" for trace in told):
@@ -82,9 +95,8 @@ def diffusion_lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str
 
 def _effort(traces: Sequence[AttackTrace]) -> list[str]:
     """Seeds, and LoRA's ranks."""
-    seeds = {trace.seed for trace in traces}
     ranks = {trace.config.get("rank") for trace in traces if trace.attack == "lora"}
-    lines = [] if len(seeds) >= 5 else [f"at least 5 attack seeds (here {len(seeds)})"]
+    lines = _seeds(traces)
     return lines if len(ranks) >= 2 else [*lines, "LoRA at several ranks"]
 
 

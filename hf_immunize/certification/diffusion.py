@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, METRIC, DiffusionAttackContext
 from hf_immunize.certification.checklist import diffusion_lines_not_run
@@ -22,9 +24,10 @@ from hf_immunize.diffusion import (
     LatentDataset,
     NoiseProcess,
     denoiser_of,
+    differences,
     fits_memory,
 )
-from hf_immunize.errors import RecordError
+from hf_immunize.errors import ConfigError, ModelError, RecordError
 from hf_immunize.metrics import mean_interval
 from hf_immunize.records import AttackTrace, Certificate, DatasetFingerprint, Provenance, SimilarityGap, Utility
 
@@ -38,6 +41,7 @@ class ConceptExam:
         retain, harmful, benign: fingerprints of the retained test split and of each attacker's three splits.
         judge: folder of an image classifier that knows the retained classes by name; utility is then the share of
             drawn images that it recognises.
+        judge_names: what the judge calls a retained class, where it has another name for it.
         similarity: what pictures of attacked models are compared with real images by; without one there is no SGR.
         features: what drawn retained images are compared with real ones by; without them there is no Fréchet distance.
         judged_images: images to draw for judge and features, of each model.
@@ -52,11 +56,17 @@ class ConceptExam:
     benign: tuple[DatasetFingerprint, ...] = ()
     benign_test: LatentDataset | None = None
     judge: Path | None = None
+    judge_names: Mapping[str, str] = field(default_factory=dict)
     similarity: Similarity | None = None
     features: ImageFeatures | None = None
     judged_images: int = 1000
     draw_steps: int = 20
     eval_batch_size: int = EVAL_BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        for name in ("judged_images", "draw_steps", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}.")
 
 
 @fits_memory("both pipelines of the exam", "lower eval_batch_size, or take another device")
@@ -70,12 +80,18 @@ def build_diffusion_certificate(
 
     Raises:
         IncompleteExamError: no base, no control traces, or a control that sat another exam.
-        ModelError: a base of another architecture, or a judge that does not know the retained classes.
+        ModelError: a base of another architecture or with other parts, answers that are not finite, or a judge that
+            does not know the retained classes.
         RecordError: traces that are broken, of other weights, of other data or in another score.
     """
     folder, base_folder = Path(folder), Path(base_folder)
     check_base(base_folder)
     base, subject = (Drawer.of(path, device, exam.draw_steps, exam.eval_batch_size) for path in (base_folder, folder))
+    if other := differences(subject.pipeline, base.pipeline):
+        raise ModelError(
+            f"expected pipelines that differ in their denoisers alone, got other {', '.join(other)}: the exam asks "
+            "both about the same latents, prompts and noise. Take these parts from the base."
+        )
     sides = Sides(folder, base_folder, subject.fingerprint(folder), base.fingerprint(base_folder))
     judged = judge_traces(
         sides, DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, protocol,
@@ -86,7 +102,7 @@ def build_diffusion_certificate(
     measured = [denoising_utility(base, subject, exam.retain_test, level)]
     drawn = RetainedDrawings.of(base, subject, exam.retain_test, exam.judged_images)
     if exam.judge is not None:
-        measured.insert(0, drawn.recognised_by(exam.judge, level))
+        measured.insert(0, drawn.recognised_by(exam.judge, level, exam.judge_names))
     pictures = keep_pictures(
         sides, {"control": base, "subject": subject}, exam.retain_test, exam.harmful_test, judged.traces
     )
@@ -119,6 +135,9 @@ def denoising_utility(base: Drawer, subject: Drawer, retain: LatentDataset, leve
     """
     exam = DenoisingExam(NoiseProcess.from_scheduler(base.pipeline.scheduler), retain, batch_size=base.batch_size)
     before, after = (exam.ask(denoiser_of(side.model), side.model) for side in (base, subject))
+    for name, answers in (("base", before), ("subject", after)):
+        if not bool(torch.isfinite(answers.losses_N).all()):
+            raise ModelError(f"expected finite answers of the {name}, got NaN or infinity: its weights are broken.")
     drops = 100 * (after.losses_N - before.losses_N).double() / before.energies_N.double().mean()
     return Utility(
         metric=SCORE, base=100 * before.explained, immunized=100 * after.explained,
@@ -152,7 +171,7 @@ def recheck_pipeline(
 
     Args:
         splits: ``attack``, ``validation`` and ``test`` rows of the harmful concept, as the exam was sat with.
-        known: ``prior`` and ``other`` of the attackers' context, where its attacks had them.
+        known: what else the attackers held, and ``eval_batch_size`` (see DiffusionAttackContext).
 
     Raises:
         RecordError: other rows, weights or traces than the certificate's, or no cell that was run.

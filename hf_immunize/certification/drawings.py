@@ -90,9 +90,13 @@ class RetainedDrawings:
         """Those of the base, those of the subject."""
         return tuple(to_images(side.draw(self.retain, self.rows)) for side in (self.base, self.subject))
 
-    def recognised_by(self, judge: Path, level: float = 0.95) -> Utility:
-        """Share of drawn images that the judge recognises, with the interval of the difference for matched pairs."""
-        wanted = [self.retain.label_names[label] for label in self.retain.labels[self.rows].tolist()]
+    def recognised_by(self, judge: Path, level: float = 0.95, names: Mapping[str, str] | None = None) -> Utility:
+        """Share of drawn images that the judge recognises, with the interval of the difference for matched pairs.
+
+        ``names`` holds what the judge calls a class, where it has another name for it.
+        """
+        own = [self.retain.label_names[label] for label in self.retain.labels[self.rows].tolist()]
+        wanted = [(names or {}).get(name, name) for name in own]
         before, after = (recognised(judge, images, wanted) for images in self.images)
         return Utility(
             metric="accuracy of a judge on drawn images", base=100 * sum(before) / len(before),

@@ -122,10 +122,21 @@ def encode_pixels(pipeline: Any, pixels: Tensor) -> Tensor:
 def encode_prompt(pipeline: Any, prompt: str, size: int) -> Told:
     """Conditions of one row, on the CPU, for a prompt and square images of a side in pixels.
 
+    Raises:
+        ModelError: a pipeline whose tokenizers or encoders are missing or do not fit.
+
     Encoders keep the dtype of their file, bf16 say; conditions are float32, whatever the run's precision.
     """
     kind = type(pipeline)
-    made = PROMPT_ENCODERS[kind](pipeline, prompt, str(pipeline.device))
+    try:
+        made = PROMPT_ENCODERS[kind](pipeline, prompt, str(pipeline.device))
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, OverflowError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"expected a {kind.__name__} with the tokenizers and text encoders it was published with, got "
+            f"{type(error).__name__}: {error}."
+        ) from error
     if kind in SIZE_CONDITIONS:
         made |= SIZE_CONDITIONS[kind](pipeline, size)
     return {name: (value.float() if value.is_floating_point() else value).cpu() for name, value in made.items()}

@@ -91,6 +91,17 @@ class LatentDataset:
         turns = (divmod(place, len(classes)) for place in range(count))
         return torch.stack([classes[of][turn % len(classes[of])] for turn, of in turns])
 
+    def row_digests(self) -> list[str]:
+        """Identity of every row: its digest, else that of latents and conditions."""
+        if self.digests is not None:
+            return self.digests
+        names = sorted(self.conditions)
+        return [
+            hashlib.sha256(digest_pixels(self.latents[row].numpy()) + b"".join(
+                name.encode() + digest_pixels(self.conditions[name][row].numpy()) for name in names)).hexdigest()
+            for row in range(len(self))
+        ]
+
     def fingerprint(self, *, source: str, role: str) -> DatasetFingerprint:
         """Identity by content of every row, in order: its digest, else latents and conditions; and its label."""
         digest = hashlib.sha256()

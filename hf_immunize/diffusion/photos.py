@@ -17,6 +17,12 @@ from hf_immunize.errors import DataError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = "metadata.jsonl"
+_EXAMPLE = '{"file_name": "a.png", "text": "a photo"}'
+
+
+def has_images(folder: str | Path) -> bool:
+    """Whether image files lie directly in a folder."""
+    return any(path.suffix.lower() in _SUFFIXES for path in Path(folder).glob("*"))
 
 
 def image_files(folder: str | Path) -> list[Path]:
@@ -30,30 +36,52 @@ def image_files(folder: str | Path) -> list[Path]:
 def read_captions(folder: str | Path) -> list[str] | None:
     """The ``text`` that ``metadata.jsonl`` gives each image of a folder; None where there is no such file.
 
+    It lies in the folder, or above it with ``folder/name`` as file names.
+
     Raises:
-        DataError: a line that is not JSON with ``file_name`` and ``text``, or an image without a caption.
+        DataError: a line that is not JSON with ``file_name`` and ``text``, an image without a caption, or captions in
+            another kind of file.
     """
-    path = Path(folder) / CAPTIONS
+    folder, start = Path(folder), ""
+    path = folder / CAPTIONS
+    if not path.is_file() and (folder.parent / CAPTIONS).is_file() and not has_images(folder.parent):
+        path, start = folder.parent / CAPTIONS, f"{folder.name}/"
     if not path.is_file():
+        for other in (folder / "metadata.csv", folder / "metadata.parquet"):
+            if other.is_file():
+                raise DataError(f"expected captions in {CAPTIONS}, got {other.name} in {folder.name}: convert it.")
         return None
+    told = _captions_of(path)
+    missing = [file.name for file in image_files(folder) if not told.get(start + file.name, "").strip()]
+    if missing:
+        raise DataError(
+            f"expected a caption of every image in {folder.name}/{CAPTIONS}, got none for {missing[:5]}: add one."
+        )
+    return [told[start + file.name] for file in image_files(folder)]
+
+
+def _captions_of(path: Path) -> dict[str, str]:
     told: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    where = f"{path.parent.name}/{path.name}"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split inside captions as well
+    except (OSError, ValueError) as error:
+        raise DataError(f"expected {where} in UTF-8, got {error}.") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            told[str(row["file_name"])] = str(row["text"])
+            name, text = row["file_name"], row["text"]
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise TypeError("file_name and text must be strings")
+            told[name] = text
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"expected lines like {{\"file_name\": \"a.png\", \"text\": \"a photo\"}} in {Path(folder).name}/"
-                f"{CAPTIONS}, got {line[:60]!r} in line {number}: {type(error).__name__} {error}."
+                f"expected lines like {_EXAMPLE} in {where}, got {line[:60]!r} in line {number}: "
+                f"{type(error).__name__} {error}."
             ) from error
-    missing = [file.name for file in image_files(folder) if not told.get(file.name, "").strip()]
-    if missing:
-        raise DataError(
-            f"expected a caption of every image in {Path(folder).name}/{CAPTIONS}, got none for {missing[:5]}: add one."
-        )
-    return [told[file.name] for file in image_files(folder)]
+    return told
 
 
 def read_pixels(folder: str | Path, resolution: int) -> Tensor:
@@ -62,8 +90,10 @@ def read_pixels(folder: str | Path, resolution: int) -> Tensor:
     for path in image_files(folder):
         try:
             with Image.open(path) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise ValueError(f"mode {opened.mode}: convert it to 8 bits a channel")
                 image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (resolution, resolution))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"expected a readable image, got {path.name!r}: {error}: remove or replace it.") from error
         rows.append(torch.from_numpy(np.asarray(image).astype(np.float32) / 127.5 - 1).permute(2, 0, 1))
     return torch.stack(rows)

@@ -2,28 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from hf_immunize.diffusion.denoisers import DENOISERS
 from hf_immunize.errors import ModelError
 
 
 def load_pipeline(folder: str | Path) -> Any:
-    """The pipeline of a folder, from safetensors only. Raises ModelError when it cannot be read."""
+    """The pipeline of a folder, from safetensors only. Raises ModelError when it cannot be read, or not all of it."""
     try:
         pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # diffusers and transformers raise many unrelated classes for files that are broken
         raise ModelError(
-            f"expected a diffusers pipeline saved with save_pretrained in {folder}, got {error}: check the path."
+            f"expected a diffusers pipeline saved with save_pretrained in {folder}, got {type(error).__name__}: "
+            f"{error}: check the path."
         ) from error
     component_of(pipeline)
+    hollow = [name for name, part in _networks(pipeline).items() if any(p.is_meta for p in part.parameters())]
+    if hollow:
+        raise ModelError(f"expected all weights of the pipeline in {folder}, got gaps in {hollow}: save it again.")
     _keep_class_names(pipeline)
     return pipeline
+
+
+def _networks(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def differences(pipeline: Any, base: Any) -> list[str]:
+    """What two pipelines do not share beside their denoisers: class, scheduler, weights or settings of other parts.
+
+    Weights are compared as numbers, whatever files and precision they are kept in. An exam asks both pipelines about
+    the same latents, prompts and noise, which makes sense only where nothing is left.
+    """
+    found = [] if type(pipeline) is type(base) else ["class"]
+    mine, theirs = pipeline.components, base.components
+    for name in sorted((mine.keys() | theirs.keys()) - {component_of(base)}):
+        one, other = mine.get(name), theirs.get(name)
+        if type(one) is not type(other) or _settings(one) != _settings(other):
+            found.append(name)
+        elif isinstance(one, nn.Module) and not _equal(one.state_dict(), other.state_dict()):
+            found.append(name)
+    return found
+
+
+_KEPT_APART = ("dtype", "transformers_version", "architectures")
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """A part's config less what tells where, when and in which precision it was saved."""
+    config = getattr(part, "config", None)
+    if hasattr(part, "get_vocab"):
+        return {"vocabulary": part.get_vocab(), "length": part.model_max_length}
+    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
+    return {name: value for name, value in plain.items() if not name.startswith("_") and name not in _KEPT_APART}
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name].float(), other[name].float()) for name in one)
 
 
 def _keep_class_names(pipeline: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hf_immunize.data import parse_fractions, split_few_by_content
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion.encoding import check_pipeline, encode, encode_prompt
 from hf_immunize.diffusion.examples import LatentDataset
-from hf_immunize.diffusion.photos import read_captions, read_pixels
+from hf_immunize.diffusion.photos import has_images, read_captions, read_pixels
 from hf_immunize.errors import DataError
 
 SIDES = ("retain", "harmful", "benign")
@@ -22,7 +22,7 @@ SIDES = ("retain", "harmful", "benign")
 
 @dataclass
 class PromptArguments:
-    """Folders of images, each with a prompt. The same values belong in every stage.
+    """Folders of images, each with a prompt. The same values belong in every stage; no photo may be in two folders.
 
     ``metadata.jsonl`` in a folder (lines with file_name and text) gives each image a caption in place of the prompt.
     Sub-folders of a folder are concepts of their own.
@@ -73,8 +73,10 @@ class PromptTask:
 
     def __init__(self, arguments: PromptArguments, pipeline: Any):
         check_pipeline(pipeline)
+        if arguments.resolution < 16:
+            raise DataError(f"expected a resolution of at least 16 pixels, got {arguments.resolution}.")
         self._arguments, self._pipeline = arguments, pipeline
-        self._read, self._encoded = cache(self._read), cache(self._encoded)
+        self._read, self._encoded, self._apart = cache(self._read), cache(self._encoded), False
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -86,8 +88,14 @@ class PromptTask:
         """Every concept of every side: a side's own name, or that of each sub-folder of its images."""
         return [name for side in self.sides for name, _ in self._concepts(side)]
 
+    @property
+    def judge_names(self) -> dict[str, str]:
+        """A judge calls a retained concept by the name of its folder."""
+        return {name: folder.name for name, folder in self._concepts("retain")}
+
     def examples(self, side: str, split: str) -> LatentDataset:
         """Encoded images of one split under their prompts."""
+        self._check_apart()
         rows = self._read(side)[1]
         if split not in rows:
             raise DataError(f"expected a split of {side} in {sorted(rows)}, got {split!r}.")
@@ -104,8 +112,30 @@ class PromptTask:
                 known[name] = encode_prompt(self._pipeline, prompt, size)
         if given.other_images is not None and concept == "harmful":
             # The same concepts in the same order: names of sub-folders are those of the harmful images.
-            known["other_images"] = self._encode(_shown(self._concepts("harmful", given.other_images), size), "harmful")
+            known["other_images"] = self._encode(self._other(), "harmful")
         return known
+
+    def _other(self) -> _Shown:
+        return _shown(self._concepts("harmful", self._arguments.other_images), self._arguments.resolution)
+
+    def _check_apart(self) -> None:
+        """Raise DataError for a photo in two folders: who trains on one would be judged on the other."""
+        if self._apart:
+            return
+        seen: dict[bytes, str] = {}
+        shown = [self._read(side)[0] for side in self.sides]
+        if self._arguments.other_images is not None:
+            other = self._other()
+            shown.append(replace(other, concepts=[f"other {concept}" for concept in other.concepts]))
+        for part in shown:
+            for digest, concept in zip(part.digests, part.concepts, strict=True):
+                first = seen.setdefault(digest, concept)
+                if first != concept:
+                    raise DataError(
+                        f"expected each photo in one folder, got one both in those of {first!r} and of {concept!r}: "
+                        "defender, attacker and exam must not share any. Remove it from one of them."
+                    )
+        self._apart = True
 
     def described(self) -> dict[str, Any]:
         """The arguments without local paths: folders by their last name."""
@@ -118,7 +148,14 @@ class PromptTask:
         root = Path(folder or getattr(self._arguments, f"{side}_images") or "")
         if folder is None and getattr(self._arguments, f"{side}_images") is None:
             raise DataError(f"expected a folder of images of the {side} concept, got none: set {side}_images.")
+        if not root.is_dir():
+            raise DataError(f"expected a folder of {side} images, got {root.name!r}: check {side}_images.")
         parts = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+        if parts and has_images(root):
+            raise DataError(
+                f"expected images or sub-folders in {root.name!r}, one for each concept, got both: move the images "
+                "into sub-folders, or the sub-folders elsewhere."
+            )
         return [(f"{side} {path.name}", path) for path in parts] or [(side, root)]
 
     def _read(self, side: str) -> tuple[_Shown, dict[str, list[int]]]:
@@ -130,7 +167,7 @@ class PromptTask:
         rows: dict[str, list[int]] = {split: [] for split in fractions}
         for name in dict.fromkeys(shown.concepts):
             own = [row for row, concept in enumerate(shown.concepts) if concept == name]
-            digests = [digest_pixels(shown.pixels[row].numpy()) for row in own]
+            digests = [shown.digests[row] for row in own]
             for split, found in split_few_by_content(digests, fractions, seed=self._arguments.split_seed).items():
                 rows[split] += [own[place] for place in found]
         return shown, rows
@@ -153,6 +190,11 @@ class _Shown:
     pixels: Tensor
     captions: list[str | None]
     concepts: list[str]
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """Of every image's pixels."""
+        return [digest_pixels(row.numpy()) for row in self.pixels]
 
 
 def _shown(concepts: list[tuple[str, Path]], resolution: int) -> _Shown:

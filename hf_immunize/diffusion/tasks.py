@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,25 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with np.load(path, allow_pickle=False) as held:
             for image_key, label_key in _NPZ_KEYS:
                 if image_key in held and label_key in held:
-                    return held[image_key].astype(np.uint8), held[label_key].astype(np.int64)
+                    return _checked(held[image_key], held[label_key], path.name)
             found = sorted(held.keys())
-    except (OSError, ValueError) as error:
+    except DataError:
+        raise
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"expected a readable .npz file, got {path.name}: {error}.") from error
     raise DataError(f"expected x_train and y_train, or images and labels, in {path.name}, got {found}.")
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images as uint8 and labels as int64; DataError where that would change a value."""
+    if len(images) == 0 or len(images) != len(labels):
+        raise DataError(f"expected one label for each image in {name}, got {len(images)} images, {len(labels)} labels.")
+    whole = [images.astype(np.uint8), labels.astype(np.int64)]
+    wanted = ("pixels in 0..255", "whole numbers as labels")
+    for told, held, made in zip(wanted, (images, labels), whole, strict=True):
+        if not np.array_equal(held, made):
+            raise DataError(f"expected {told} in {name}, got {held.dtype} in {held.min()}..{held.max()}: convert them.")
+    return whole[0], whole[1]
 
 
 def _read_dataset(source: str, arguments: ConceptArguments) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +148,8 @@ class ConceptTask:
 
     def __init__(self, arguments: ConceptArguments):
         self.source = ",".join(map(describe_source, sources(arguments)))
+        if arguments.rows_per_class is not None and arguments.rows_per_class < 1:
+            raise DataError(f"expected rows_per_class of at least 1, got {arguments.rows_per_class}.")
         everything = read_images(arguments)
         self.label_names = [str(label) for label in range(int(everything.labels.max()) + 1)]
         self._splits: dict[str, dict[str, ArrayImages]] = {}
@@ -152,6 +169,8 @@ class ConceptTask:
             )
 
     sides = ("retain", "harmful", "benign")
+    judge_names: Mapping[str, str] = {}
+    """A judge calls the classes as they are."""
 
     def examples(self, side: str, split: str) -> LatentDataset:
         """Pixels in −1..1 with the class label as condition. Raises DataError for a split that is not there."""

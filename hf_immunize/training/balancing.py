@@ -50,6 +50,9 @@ class TermWeights:
                 self.fixed = {name: float(weight) for name in names}
             except ValueError:
                 self.fixed = {name: 1.0 for name in names} | parse_numbers(weight, names, "weight")
+        for option, values in (("weight", self.fixed or {}), ("term_shares", self.shares)):
+            if wrong := {name: value for name, value in values.items() if not value >= 0}:
+                raise ConfigError(f"expected {option} of at least 0, got {wrong}: a term's sign is in its formula.")
         self.reference: Tensor | None = None
         self.norms: dict[str, Tensor] = {}
 

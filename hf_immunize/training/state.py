@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -50,7 +51,8 @@ def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard)
     try:
         tensors = load_file(folder / TENSORS)
         plain = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        guarded, progress = plain["guard"], plain["progress"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RecordError(
             f"expected {TENSORS} and {PLAIN} in {folder}, got {error}: resume from a checkpoint that "
             "ImmunizationTrainer wrote completely."
@@ -65,5 +67,5 @@ def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard)
                 "the options it was written with."
             ) from error
     kept = {k.removeprefix("guard."): v for k, v in tensors.items() if k.startswith("guard.")}
-    guard.load_state(kept, plain["guard"])
-    return plain["progress"]
+    guard.load_state(kept, guarded)
+    return progress

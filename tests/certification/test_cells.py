@@ -84,7 +84,7 @@ def test_the_threshold_is_a_share_of_the_reference_at_its_best_validation_trial(
 
 
 def test_the_checklist_names_what_is_missing_and_only_that():
-    narrow = side_of("subject", (10, 10))
+    narrow = side_of("subject", (10, 10)) + side_of("control", (10, 10))
     lines = " | ".join(lines_not_run(narrow, ["lora", "ridge_probe"]))
     for words in ("at least 5 attack seeds (here 2)", "LoRA at several ranks", "three decades for lora", "from scratch",
                   "planned attack ridge_probe", "structural attackers", "benign trainability"):
@@ -100,8 +100,9 @@ def test_the_checklist_names_what_is_missing_and_only_that():
     ] + side_of("scratch", (10,) * 5) + [
         run.model_copy(update={"attack": name}) for name in ("distil_fresh", "fold_linear_map", "subtract_difference",
                                                             "mixed_finetune", "augmented_finetune")
-        for run in side_of("subject", (10,), config={})
+        for run in side_of("subject", (10,) * 5, config={})
     ]
+    wide += [run.model_copy(update={"role": "control"}) for run in wide if run.role == "subject"]
     lines = " | ".join(lines_not_run(wide, ["lora"]))
     for words in ("seeds", "LoRA at several ranks", "three decades", "from scratch", "planned attack", "schedule",
                   "warm-up", "decay", "batch sizes", "clipping", "epochs", "distillation", "public base",

@@ -24,7 +24,7 @@ from hf_immunize.certification.diffusion import (
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings
 from hf_immunize.certification.protocol import DIFFUSION_RULE
 from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images
-from hf_immunize.errors import IncompleteExamError, RecordError
+from hf_immunize.errors import ConfigError, IncompleteExamError, ModelError, RecordError
 from hf_immunize.hub import render_card, write_card
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import scan
@@ -253,3 +253,26 @@ def test_a_pipelines_certificate_holds_when_it_is_sat_again_and_a_flattered_one_
     with pytest.raises(RecordError, match="harmful rows that the certificate names"):
         other = dataclasses.replace(exam, harmful=exam.benign)
         recheck_pipeline(subject, base, concept(8), other, DIFFUSION_RULE, cells=1)
+
+
+def test_an_attack_on_one_side_alone_and_the_fewest_seeds_are_told(folders):
+    base, subject, exam = folders
+    sit(base, "control", ("diffusion_dreambooth",))
+    certificate = build_diffusion_certificate(subject, base, exam, PROTOCOL)
+    assert "DreamBooth: all weights on a handful of images" in certificate.not_run
+    assert "at least 5 attack seeds (here 2)" in certificate.not_run
+    assert "planned attack diffusion_lora" in certificate.not_run
+
+
+def test_other_parts_and_weights_that_are_not_numbers_are_refused(folders):
+    base, subject, exam = folders
+    shutil.rmtree(base / "scheduler")
+    build_scheduler("unet", prediction_type="v_prediction").save_pretrained(base / "scheduler")
+    with pytest.raises(ModelError, match="differ in their denoisers alone, got other scheduler"):
+        build_diffusion_certificate(subject, base, exam, PROTOCOL)
+    good, broken = (Drawer.of(subject, "cpu", 2) for _ in range(2))
+    broken.model.conv_in.weight.data[0] = float("nan")
+    with pytest.raises(ModelError, match="expected finite answers of the subject, got NaN"):
+        denoising_utility(good, broken, exam.retain_test)
+    with pytest.raises(ConfigError, match="draw_steps of at least 1, got 0"):
+        dataclasses.replace(exam, draw_steps=0)

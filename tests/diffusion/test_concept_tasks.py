@@ -77,3 +77,35 @@ def test_archives_that_cannot_be_read_are_refused(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(DataError, match=r"got \['a'\]"):
         ConceptTask(ConceptArguments(str(tmp_path / "other.npz")))
+
+
+def test_images_of_another_source_and_generic_names(archive, tmp_path):
+    second = tmp_path / "second.npz"
+    images = np.random.default_rng(5).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+    np.savez(second, images=images, labels=np.arange(30) % 10)
+    both = ConceptArguments(str(archive), image_size=8, other_dataset=str(second))
+    known = ConceptTask(both).attacker_knows("harmful")
+    scaled = {(images[row][None].astype(np.float32) / 127.5 - 1).tobytes() for row in (9, 19, 29)}
+    assert {row.numpy().tobytes() for row in known["other_images"].latents} == scaled
+    assert known["other"]["class_labels"].tolist() == [8] and known["generic"]["class_labels"].tolist() == [0]
+    alone = ConceptTask(ConceptArguments(str(archive), image_size=8))
+    assert alone.attacker_knows("benign")["other"]["class_labels"].tolist() == [9]
+    assert "other_images" not in alone.attacker_knows("harmful") and "placeholder" not in known
+
+
+@pytest.mark.parametrize("images,labels,message", [
+    (np.zeros((3, 8, 8)), np.zeros(4), "got 3 images, 4 labels"),
+    (np.zeros((0, 8, 8)), np.zeros(0), "got 0 images"),
+    (np.full((3, 8, 8), 300, dtype=np.int16), np.zeros(3), "expected pixels in 0..255"),
+    (np.zeros((3, 8, 8)), np.full(3, 0.5), "expected whole numbers as labels"),
+])
+def test_archives_whose_values_would_be_changed_are_refused(tmp_path, images, labels, message):
+    np.savez(tmp_path / "odd.npz", images=images, labels=labels)
+    with pytest.raises(DataError, match=message):
+        ConceptTask(ConceptArguments(str(tmp_path / "odd.npz"), image_size=8))
+    whole = (tmp_path / "odd.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[:-30])
+    with pytest.raises(DataError, match="readable .npz"):
+        ConceptTask(ConceptArguments(str(tmp_path / "cut.npz"), image_size=8))
+    with pytest.raises(DataError, match="rows_per_class of at least 1"):
+        ConceptTask(ConceptArguments("builder:digits", image_size=8, rows_per_class=0))

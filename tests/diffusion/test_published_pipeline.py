@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
+from pipeline_builders import build_text_pipeline
+from safetensors.torch import load_file, save_file
 
 from hf_immunize.diffusion import component_of, load_pipeline
-from hf_immunize.errors import ModelError
+from hf_immunize.diffusion.encoding import encode_prompt
+from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 
 STRANGER = """
@@ -75,3 +81,39 @@ def test_folders_without_a_pipeline_or_a_known_denoiser_are_refused(tmp_path):
     )
     with pytest.raises(ModelError, match="expected one denoiser among .* got none"):
         component_of(odd)
+
+
+def test_pipelines_that_are_broken_or_not_whole_are_refused(tmp_path):
+    build_text_pipeline("StableDiffusionPipeline").save_pretrained(tmp_path / "whole")
+    cases = {
+        "truncated": lambda path: (path / "text_encoder/model.safetensors").write_bytes(
+            (path / "text_encoder/model.safetensors").read_bytes()[:100]),
+        "unknown": lambda path: (path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline"}'),
+        "lacking": lambda path: save_file(
+            dict(list(load_file(path / "vae/diffusion_pytorch_model.safetensors").items())[3:]),
+            path / "vae/diffusion_pytorch_model.safetensors"),
+        "silent": lambda path: shutil.rmtree(path / "unet"),
+    }
+    for name, damage in cases.items():
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        damage(tmp_path / name)
+        with pytest.raises(ModelError, match="expected (a diffusers pipeline|all weights|one denoiser)"):
+            load_pipeline(tmp_path / name)
+    mute = load_pipeline(tmp_path / "whole")
+    mute.tokenizer = None
+    with pytest.raises(ModelError, match="with the tokenizers and text encoders it was published with"):
+        encode_prompt(mute, "a photo", 16)
+
+
+@pytest.mark.parametrize("options", [
+    ["--block_channels=a"], ["--block_channels=8,12"], ["--batch_size=0"], ["--max_steps=0"], ["--learning_rate=-1"],
+    ["--num_classes=3"], ["--device=toaster"],
+])
+def test_the_pretraining_recipe_names_options_it_cannot_use(options, tmp_path, monkeypatch):
+    recipes = Path(__file__).parents[2] / "recipes"
+    monkeypatch.syspath_prepend(str(recipes))
+    monkeypatch.setattr(sys, "argv", [
+        "pretrain", "--dataset=builder:digits", "--image_size=8", f"--output_dir={tmp_path / 'out'}", "--device=cpu",
+        "--max_steps=1", *options])
+    with pytest.raises((ConfigError, DataError), match=options[0].split("=")[0].removeprefix("--") + "|class labels"):
+        runpy.run_path(str(recipes / "pretrain_diffusion.py"))["main"]()

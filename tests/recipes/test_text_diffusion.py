@@ -19,8 +19,9 @@ from hf_immunize.attacks import parse_settings
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
 from hf_immunize.certification.checklist import _DIFFUSION_MISSING, _NEVER
 from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
-from hf_immunize.diffusion import load_pipeline
+from hf_immunize.diffusion import differences, load_pipeline
 from hf_immunize.diffusion.encoding import encode_pixels, encode_prompt
+from hf_immunize.diffusion.photos import read_captions, read_pixels
 from hf_immunize.diffusion.prompts import PromptArguments, PromptTask
 from hf_immunize.errors import DataError, ModelError
 from hf_immunize.records import AttackTrace, Certificate, ImmunizationRecord
@@ -96,12 +97,76 @@ def test_from_photos_to_a_certificate(photos, task_words, run):
 
     run("certify", *task_words, f"--model_path={model}", f"--base_path={base}", "--protocol=diffusion_standard",
         "--recheck=1", "--device=cpu")
-    bent = load_pipeline(model)
-    bent.vae.quant_conv.bias.data += 1
-    shutil.rmtree(model / "vae")
-    bent.vae.save_pretrained(model / "vae")
-    with pytest.raises(ModelError, match=r"differ in unet alone, got other weights in \['vae/diffusion_pytorch_model"):
+    load_pipeline(base).vae.bfloat16().float().save_pretrained(model / "vae")  # other files, and numbers
+    with pytest.raises(ModelError, match="differ in their denoisers alone, got other vae: the exam asks both"):
         run("certify", *task_words, f"--model_path={model}", f"--base_path={base}", "--device=cpu")
+
+
+def test_what_two_pipelines_do_not_share_is_found_whatever_files_they_come_from(tmp_path):
+    base = build_text_pipeline("StableDiffusionPipeline")
+    base.vae.bfloat16().float()  # numbers that both precisions hold
+    base.save_pretrained(tmp_path / "base")
+    shutil.copytree(tmp_path / "base" / "vae", tmp_path / "base" / "vae_1_0")
+
+    def again(folder="base"):
+        return load_pipeline(tmp_path / folder)
+
+    half = again()
+    half.vae.bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    assert differences(again("half"), again()) == []
+    changes = {
+        "scheduler": lambda pipeline: pipeline.scheduler.register_to_config(prediction_type="v_prediction"),
+        "vae": lambda pipeline: pipeline.vae.register_to_config(scaling_factor=5.0),
+        "text_encoder": lambda pipeline: pipeline.text_encoder.get_input_embeddings().weight.data.add_(1),
+        "tokenizer": lambda pipeline: pipeline.tokenizer.add_tokens(["new"]),
+        "unet": lambda pipeline: pipeline.unet.conv_in.weight.data.add_(1),
+    }
+    for name, change in changes.items():
+        changed = again()
+        change(changed)
+        assert differences(changed, again()) == ([] if name == "unet" else [name])
+
+
+def test_a_photo_in_two_folders_and_images_beside_sub_folders_are_refused(photos, task_words):
+    words = dict(word.removeprefix("--").split("=", 1) for word in task_words) | {"resolution": 16}
+    pipeline = build_text_pipeline("DiTPipeline")
+    numbers = {name: str(place) for place, name in enumerate(words) if name.endswith("_prompt")}
+    for option in ("retain_images", "benign_images", "other_images"):
+        wrong = PromptArguments(**words | numbers | {option: words["harmful_images"]})
+        with pytest.raises(DataError, match="expected each photo in one folder, got one both in those of"):
+            PromptTask(wrong, pipeline).examples("harmful", "attack")
+    shutil.copytree(photos / "other", photos / "harmful" / "thumbs")
+    with pytest.raises(DataError, match="images or sub-folders in 'harmful', one for each concept, got both"):
+        PromptTask(PromptArguments(**words | numbers), pipeline).examples("harmful", "attack")
+    with pytest.raises(DataError, match="expected a folder of retain images, got 'nowhere': check retain_images"):
+        PromptTask(PromptArguments(**words | {"retain_images": "nowhere"}), pipeline).examples("retain", "test")
+    with pytest.raises(DataError, match="at least 16 pixels, got 0"):
+        PromptTask(PromptArguments(**words | {"resolution": 0}), pipeline)
+
+
+def test_captions_above_the_folders_and_files_that_are_no_captions(photos):
+    both = photos / "both"
+    for name in ("dog", "cat"):
+        shutil.copytree(photos / "other", both / name)
+    lines = [f'{{"file_name": "{name}/{number}.png", "text": "{name}\u2028{number}"}}'
+             for name in ("dog", "cat") for number in range(3)]
+    (both / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert read_captions(both / "dog") == [f"dog\u2028{number}" for number in range(3)]
+    assert read_captions(photos / "other") is None
+    for text, message in (('{"file_name": "0.png", "text": null}', "must be strings"), ("nonsense", "JSONDecodeError")):
+        (photos / "other" / "metadata.jsonl").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=message):
+            read_captions(photos / "other")
+    (photos / "other" / "metadata.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="other/metadata.jsonl in UTF-8"):
+        read_captions(photos / "other")
+    (photos / "benign" / "metadata.csv").write_text("file_name,text\n", encoding="utf-8")
+    with pytest.raises(DataError, match="expected captions in metadata.jsonl, got metadata.csv in benign: convert it"):
+        read_captions(photos / "benign")
+    Image.fromarray(np.full((16, 16), 40000, dtype=np.uint16)).save(photos / "retain" / "0.png")
+    with pytest.raises(DataError, match="got '0.png': mode I;16: convert it to 8 bits"):
+        read_pixels(photos / "retain", 16)
 
 
 def test_splits_of_a_handful_of_photos_share_none_and_what_is_missing_is_named(photos, task_words):
@@ -174,6 +239,8 @@ def test_captions_replace_the_prompt_and_sub_folders_are_concepts(photos, task_w
         PromptTask(PromptArguments(**words | {"harmful_images": str(many)}), pipeline).examples("harmful", "test")
     shutil.move(many / "cat", many / "cow")
     (many / "cow" / "metadata.jsonl").unlink()
+    for file in many.rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(file)) + np.uint8(7)).save(file)
     wrong = PromptArguments(**words | {"harmful_images": str(photos / "harmful"), "other_images": str(many)})
     with pytest.raises(DataError, match=r"sub-folders named like those of the harmful images, got \['harmful cow'"):
         PromptTask(wrong, pipeline).attacker_knows("harmful")
@@ -182,7 +249,7 @@ def test_captions_replace_the_prompt_and_sub_folders_are_concepts(photos, task_w
 @pytest.mark.parametrize("name", ["stable-diffusion-1-5", "stable-diffusion-xl", "stable-diffusion-3", "flux-1-dev"])
 def test_the_yaml_of_real_models_holds_together(name):
     keys = {part: yaml.safe_load((RECIPES / name / f"{part}.yaml").read_text(encoding="utf-8"))
-            for part in ("task", "attack", "certify", "condition_number", "simulated_attack")}
+            for part in ("task", "attack", "benign", "certify", "condition_number", "simulated_attack")}
     PromptArguments(retain_images="a", harmful_images="b", **keys["task"])
     protocol = DIFFUSION_PROTOCOLS[keys["attack"]["protocol"]]
     assert set(parse_settings(keys["attack"]["settings"], DIFFUSION_ATTACKS)) == set(protocol.attacks)
@@ -190,3 +257,5 @@ def test_the_yaml_of_real_models_holds_together(name):
         keys["certify"]["base_path"]}
     assert keys["certify"]["protocol"] == keys["attack"]["protocol"]
     assert keys["task"]["resolution"] % 64 == 0
+    assert set(parse_settings(keys["benign"]["settings"], DIFFUSION_TRAINABILITY)) == set(DIFFUSION_TRAINABILITY)
+    assert {keys[part].get("eval_batch_size") for part in keys if part != "task"} == {8}

@@ -1,10 +1,25 @@
 """Adversaries of diffusion models, on diffusers and PEFT alone: one file each, one plain table."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hf_immunize.attacks.diffusion import data_shifts, dreambooth, full_finetune, lora, textual_inversion
 from hf_immunize.attacks.diffusion.context import METRIC, DiffusionAttackContext
-from hf_immunize.attacks.shape import Attack
+from hf_immunize.attacks.shape import Attack, Result, Run
+from hf_immunize.diffusion import fits_memory
+
+_SMALLER = "lower the attack's batch_size or eval_batch_size, or take another device"
+
+
+def _guarded(attack: Attack) -> Attack:
+    """The attack, with any lack of memory on its way as a typed error."""
+
+    def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+        with fits_memory("an attacker's run", _SMALLER):
+            yield from attack.run(context, runs)
+
+    return replace(attack, run=run)
+
 
 DIFFUSION_ATTACKS: dict[str, Attack] = {
     "diffusion_lora": lora.ATTACK,
@@ -18,6 +33,7 @@ DIFFUSION_ATTACKS: dict[str, Attack] = {
     "diffusion_placeholder_token": data_shifts.PLACEHOLDER,
     "diffusion_generic_prompt": data_shifts.GENERIC,
 }
+DIFFUSION_ATTACKS = {name: _guarded(attack) for name, attack in DIFFUSION_ATTACKS.items()}
 
 DIFFUSION_TRAINABILITY: dict[str, Attack] = {
     f"benign_{name}": replace(DIFFUSION_ATTACKS[name], family="benign trainability")

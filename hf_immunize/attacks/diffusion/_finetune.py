@@ -12,10 +12,18 @@ from torch import Tensor, nn
 
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.attacks.shape import Result, Run, evaluation_steps
-from hf_immunize.diffusion import LatentDataset, denoising_losses, drawing_steps, fits_memory, grid_png, schedule_of
+from hf_immunize.diffusion import LatentDataset, denoising_losses, drawing_steps, grid_png, schedule_of
+from hf_immunize.errors import ConfigError
 from hf_immunize.records import Evaluation
 
 _EVALUATION_RATIO = 1.5
+_LEAST = (
+    ("learning_rate", 0, True), ("steps", 1, False), ("batch_size", 1, False), ("warmup_steps", 0, False),
+    ("weight_decay", 0, False), ("max_grad_norm", 0, False), ("min_snr_gamma", 0, True), ("rank", 1, False),
+    ("alpha", 0, True), ("images", 1, False), ("prior_images", 1, False), ("prior_weight", 0, False),
+    ("noise", 0, False), ("shift", 0, False),
+)
+"""Bounds of whatever fields an attack has: name, bound, and whether the bound itself is out."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,12 @@ class DiffusionFinetune:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 switches it off."})
     min_snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting with this gamma."})
 
+    def __post_init__(self) -> None:
+        for name, least, strictly in _LEAST:
+            value = getattr(self, name, None)
+            if value is not None and not (value > least if strictly else value >= least):
+                raise ConfigError(f"expected {name} {'above' if strictly else 'of at least'} {least}, got {value}.")
+
 
 def judge(context: DiffusionAttackContext, model: nn.Module, step: int) -> Evaluation | None:
     """R² on both held-out splits; None when an answer is not finite."""
@@ -47,7 +61,6 @@ def judge(context: DiffusionAttackContext, model: nn.Module, step: int) -> Evalu
     return Evaluation(step=step, validation=validation, test=test)
 
 
-@fits_memory("an attacker's run", "lower the attack's batch_size or eval_batch_size, or take another device")
 def finetune(
     context: DiffusionAttackContext, model: nn.Module, config: DiffusionFinetune, seed: int, *,
     rows: Tensor | None = None, prior: LatentDataset | None = None, prior_weight: float = 0.0,

@@ -26,7 +26,6 @@ from hf_immunize.diffusion import (
     decode,
     denoiser_of,
     draw_latents,
-    fits_memory,
     fresh_denoiser,
     load_pipeline,
 )
@@ -86,6 +85,16 @@ class DiffusionAttackContext:
                 "expected different attack, validation and test splits, got one split twice: an attacker who trains "
                 "on the test images measures nothing. Check concept_splits."
             )
+        for name, least in (("exam_levels", 1), ("eval_batch_size", 1), ("pictures", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"expected {name} of at least {least}, got {getattr(self, name)}.")
+        if self.other_images is not None:
+            judged = {*self.validation.row_digests(), *self.test.row_digests()}
+            if shared := judged.intersection(self.other_images.row_digests()):
+                raise DataError(
+                    f"expected other_images that the exam does not judge on, got {len(shared)} of its own: name "
+                    "another source."
+                )
         if self.pixels is not None and len(self.pixels) != len(self.attack):
             raise DataError(f"expected pixels of {len(self.attack)} attack rows, got {len(self.pixels)}.")
         others = [] if self.other_images is None else [self.other_images]
@@ -164,9 +173,8 @@ class DiffusionAttackContext:
     def model(self, seed: int) -> nn.Module:
         """A fresh copy of the attacked denoiser; ``seed`` matters only for random weights."""
         made = fresh_denoiser(self._saved, seed) if self.role == "scratch" else copy.deepcopy(self._saved)
-        with fits_memory("the attacked model", "take another device"):
-            made = made.to(self.device)
-            denoiser_of(made).probe(made, self.test.latents, self.test.conditions)
+        made = made.to(self.device)
+        denoiser_of(made).probe(made, self.test.latents, self.test.conditions)
         return made
 
     def draw_rows(self, seed: int) -> Tensor:

@@ -100,7 +100,6 @@ def _under(name: str) -> Attack:
                   for part in ("attack", "validation", "test")}
         yield from run_finetunes(dataclasses.replace(context, **splits), runs, adapted)
 
-
     return Attack(config=OtherPrompts, run=run, family="data shift", own_threshold=True, needs=(name,))
 
 

@@ -63,9 +63,10 @@ def few_rows(context: DiffusionAttackContext, images: int, seed: int) -> torch.T
 def prior_of(
     context: DiffusionAttackContext, model: torch.nn.Module, config: DreamBoothPrior, seed: int
 ) -> LatentDataset:
-    """Latents that the attacked model draws for retained conditions."""
+    """Latents that the attacked model draws for retained conditions, each in turn, from other noise every time."""
     assert context.prior is not None
-    rows = torch.randperm(len(context.prior), generator=torch.Generator().manual_seed(seed))[: config.prior_images]
+    order = torch.randperm(len(context.prior), generator=torch.Generator().manual_seed(seed))
+    rows = order[torch.arange(config.prior_images) % len(order)]
     batch = context.prior.batch(rows)
     latents = draw_latents(
         context.denoiser, model, context.scheduler, batch.conditions, batch.latents.shape, seed=seed,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -68,8 +69,10 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
     """
     try:
         written = json.loads((folder / _MARK).read_text(encoding="utf-8"))["options"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
+    if not isinstance(written, dict):
+        raise RecordError(f"{_WHOLE} in {folder}, got options {written!r}: {_WHAT_TO_DO}")
     free = {"max_steps"} if str(options["lr_scheduler_type"]).startswith("constant") else set()
     names = sorted((written.keys() | options.keys()) - free)
     other = [name for name in names if written.get(name) != options.get(name)]
@@ -98,7 +101,7 @@ def load_loop(
             for index, parameter in enumerate(average.shadow_params):
                 parameter.copy_(kept[str(index)])
             average.optimization_step = plain["average_step"]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
     return plain["step"], plain["log"]
 
@@ -111,12 +114,12 @@ def _load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` checkpoints."""
+def prune_checkpoints(folder: Path, keep: int, step: int) -> None:
+    """Delete all but the newest ``keep`` checkpoints up to ``step``; later ones are of another run."""
     numbered = sorted(
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
+        if path.name.removeprefix("checkpoint-").isdigit() and int(path.name.removeprefix("checkpoint-")) <= step
     )
     for _, path in numbered[: max(0, len(numbered) - keep)]:
         shutil.rmtree(path)

@@ -153,12 +153,15 @@ class DiffusionImmunizationConfig:
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is a GPU."})
 
     def __post_init__(self) -> None:
-        for name in ("strength", "distillation", "primary_loss_weight", "attacker_learning_rate", "ema_decay"):
+        for name in (
+            "strength", "distillation", "primary_loss_weight", "attacker_learning_rate", "ema_decay", "weight_decay",
+            "warmup_steps", "max_grad_norm",
+        ):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"expected {name} of at least 0, got {getattr(self, name)}.")
         for name in (
             "max_steps", "gradient_accumulation_steps", "attacker_steps", "per_device_train_batch_size",
-            "per_device_harmful_batch_size", "eval_batch_size", "eval_steps", "logging_steps",
+            "per_device_harmful_batch_size", "eval_batch_size", "eval_steps", "logging_steps", "harmful_group_rows",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}.")
@@ -171,8 +174,12 @@ class DiffusionImmunizationConfig:
                 raise ConfigError(f"expected {name} of at least {least}, got {getattr(self, name)}.")
         if self.primary_loss_weight == 0 and self.distillation == 0:
             raise ConfigError("expected something that keeps the model, got primary_loss_weight=distillation=0.")
-        if self.max_loss_factor is not None and not self.max_loss_factor >= 1:
-            raise ConfigError(f"expected max_loss_factor of at least 1, got {self.max_loss_factor}.")
+        if self.max_loss_factor is not None and not 1 <= self.max_loss_factor < float("inf"):
+            raise ConfigError(f"expected max_loss_factor of at least 1, and finite, got {self.max_loss_factor}.")
+        if not self.max_strength_factor >= 1:
+            raise ConfigError(f"expected max_strength_factor of at least 1, got {self.max_strength_factor}.")
+        if not all(self._names):
+            raise ConfigError(f"expected objectives joined with '+', got {self.objective!r}.")
         if self.mixed_precision not in ("no", "bf16"):
             raise ConfigError(
                 f"expected mixed_precision 'no' or 'bf16', got {self.mixed_precision!r}: fp16 scales gradients, and "

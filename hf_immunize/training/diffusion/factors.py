@@ -28,3 +28,5 @@ def merge_factors(model: nn.Module) -> None:
         layer.merge()
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config

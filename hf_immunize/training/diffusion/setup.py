@@ -79,6 +79,13 @@ def check_data(
         refuse_one_class(terms_of(args.feature_objective), harmful.labels.tolist())
     if args.max_loss_factor is not None and evaluation is None:
         raise ConfigError("expected an eval_dataset for max_loss_factor, got none: pass held-out retain rows.")
+    if args.simulates and args.attacker_renamed > 0:
+        told = [{name: tuple(value.shape[1:]) for name, value in held.conditions.items()} for held in (train, harmful)]
+        if told[0] != told[1]:
+            raise DataError(
+                f"expected retain and harmful rows with conditions of one shape for attacker_renamed, got {told[0]} "
+                f"and {told[1]}: encode both with one pipeline."
+            )
     if train.latents.shape[1:] != harmful.latents.shape[1:]:
         raise DataError(
             f"expected harmful latents of the retain latents' shape {tuple(train.latents.shape[1:])}, got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion import (
     DenoisingExam,
     LatentDataset,
@@ -85,6 +87,7 @@ class DiffusionImmunizationTrainer:
         self.process = scheduler if isinstance(scheduler, NoiseProcess) else NoiseProcess.from_scheduler(scheduler)
         self.accelerator = accelerator_of(args)
         self._validate, self._before_update = validate, before_update
+        self._rows = {"train_dataset": train_dataset, "harmful_dataset": harmful_dataset, "eval_dataset": eval_dataset}
         with fits_memory("model, optimizer and the copies that the objective needs", _LARGER):
             self._build(model, train_dataset, harmful_dataset, eval_dataset)
         self.step = 0
@@ -98,6 +101,7 @@ class DiffusionImmunizationTrainer:
         args = self.args
         self.bare = model.to(self.accelerator.device)
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
+        self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         choose_trainable(self.denoiser, model.train(), args.trainable, args.lora_rank)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -148,6 +152,8 @@ class DiffusionImmunizationTrainer:
             told = {name: value for name, value in asdict(self.args).items() if value is not None}
             self.accelerator.init_trackers("immunization", config=told)
         with fits_memory("a step", f"{_SMALLER}, or {_LARGER}"):
+            if self.args.save_steps or resume_from_checkpoint:
+                self._identity = self._identify()
             self._run_loop(resume_from_checkpoint)
         for tracker in self.accelerator.trackers:  # end_training would also take the process group away
             tracker.finish()
@@ -358,6 +364,8 @@ class DiffusionImmunizationTrainer:
             )
         if self.args.trainable == "lora":
             merge_factors(self.bare)
+        for name, parameter in self.bare.named_parameters():
+            parameter.requires_grad_(self._asked[name])
         # Takes away Accelerate's casting forward: the model in memory answers as the one that is saved.
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         unshare_draws(self.bare)
@@ -367,6 +375,15 @@ class DiffusionImmunizationTrainer:
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
+    def _identify(self) -> dict[str, Any]:
+        """What a checkpoint may be continued with: options, model as it was given, rows, number of processes."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.bare.state_dict().items()):
+            digest.update(name.encode() + digest_pixels(value.detach().cpu().numpy()))
+        told = {name: None if held is None else held.fingerprint(source="", role="").sha256
+                for name, held in self._rows.items()}
+        return {**scientific_options(self.args), "model": digest.hexdigest(), **told, "processes": world()[1]}
+
     def _save(self) -> None:
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
@@ -374,12 +391,12 @@ class DiffusionImmunizationTrainer:
             save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self._progress)
             save_loop(
                 folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history,
-                options=scientific_options(self.args),
+                options=self._identity,
             )
-            prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit)
+            prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.step)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
-        check_options(folder, scientific_options(self.args))
+        check_options(folder, self._identity)
         self._progress = load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard)
         self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule, self.average)

@@ -24,7 +24,7 @@ from hf_immunize.attacks.diffusion._finetune import finetune
 from hf_immunize.attacks.suite import trace_of
 from hf_immunize.diffusion import LatentDataset
 from hf_immunize.diffusion.encoding import encode, encode_pixels, encode_prompt
-from hf_immunize.errors import DataError, DeviceMemoryError
+from hf_immunize.errors import ConfigError, DataError, DeviceMemoryError
 from hf_immunize.records import Provenance
 
 SMALL = {"steps": 2, "batch_size": 3}
@@ -239,9 +239,37 @@ def test_lack_of_memory_names_the_knob(tmp_path, monkeypatch):
             patch.setattr(place, exhausted)
             with pytest.raises(DeviceMemoryError, match="lower the attack's batch_size or eval_batch_size"):
                 only(make_context(tmp_path), "diffusion_full_finetune", config)
-    with pytest.raises(DeviceMemoryError, match="the attacked model to fit the memory"):
-        monkeypatch.setattr(torch.nn.Module, "to", exhausted)
-        only(make_context(tmp_path), "diffusion_full_finetune", config)
+    monkeypatch.setattr(torch.nn.Module, "to", exhausted)
+    for name, attack in DIFFUSION_ATTACKS.items():
+        known = {need: build_examples("unet", 3, seed=9) for need in attack.needs if need in ("prior", "other_images")}
+        known |= {need: {"class_labels": torch.tensor([1])} for need in attack.needs if need not in known}
+        with pytest.raises(DeviceMemoryError, match="lower the attack's batch_size or eval_batch_size"):
+            only(make_context(tmp_path, **known), name, attack.config(1e-3, **SMALL))
+
+
+def test_settings_that_no_attack_can_have_are_refused(tmp_path):
+    for attack in DIFFUSION_ATTACKS.values():
+        for field, value in (("learning_rate", -1), ("steps", 0), ("batch_size", 0), ("weight_decay", -1),
+                             ("min_snr_gamma", -5), ("rank", 0), ("prior_images", 0), ("images", 0), ("noise", -1)):
+            if field in attack.config.__dataclass_fields__:
+                with pytest.raises(ConfigError, match=f"expected {field} (above|of at least)"):
+                    attack.config(**{field: value})
+    context = make_context(tmp_path)
+    for option in ({"exam_levels": 0}, {"eval_batch_size": 0}, {"pictures": -1}):
+        with pytest.raises(ConfigError, match=f"expected {next(iter(option))} of at least"):
+            dataclasses.replace(context, **option)
+
+
+def test_a_small_prior_is_gone_through_again_from_other_noise(tmp_path):
+    context = make_context(tmp_path, prior=build_examples("unet", 2, seed=4))
+    drawn = dreambooth.prior_of(context, context.model(0), dreambooth.DreamBoothPrior(prior_images=5), 0)
+    assert len(drawn) == 5 and len({row.numpy().tobytes() for row in drawn.latents}) == 5
+
+
+def test_images_that_the_exam_judges_on_are_no_other_images(tmp_path):
+    plain = make_context(tmp_path)
+    with pytest.raises(DataError, match="other_images that the exam does not judge on, got 4 of its own"):
+        dataclasses.replace(plain, other_images=plain.test)
 
 
 def test_the_exam_does_not_depend_on_how_many_rows_are_asked_about_at_a_time(tmp_path):

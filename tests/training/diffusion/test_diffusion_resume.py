@@ -106,10 +106,22 @@ def test_other_options_than_those_of_the_checkpoint_are_refused_but_a_run_may_be
     whole = make_trainer(**options | {"max_steps": 3, "save_steps": 0})
     whole.train()
     assert equal(weights(longer), weights(whole))
+    other = build_examples("unet", 12, seed=8, label=9)
+    for change, message in (
+        ({"model": build_denoiser("unet", seed=3)}, "model="), ({"harmful": other}, "harmful_dataset=")
+    ):
+        with pytest.raises(RecordError, match=f"written with, got {message}"):
+            make_trainer(**options, **change).train(last)
     bent = {**options, "lr_scheduler_type": "cosine", "output_dir": str(tmp_path / "bent")}
     make_trainer(**bent).train()
     with pytest.raises(RecordError, match=r"max_steps=3 \(there 2\)"):
         make_trainer(**bent | {"max_steps": 3}).train(tmp_path / "bent" / "checkpoint-2")
+
+
+def test_checkpoints_of_an_earlier_longer_run_do_not_cost_the_new_ones(make_trainer, tmp_path):
+    make_trainer(max_steps=6, save_steps=6, sites="middle").train()
+    make_trainer(max_steps=4, save_steps=2, save_total_limit=1, sites="middle", seed=9).train()
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over_or_refused(make_trainer, tmp_path):
@@ -119,5 +131,17 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over_or_refused(make_trainer, 
     (last / "optimizer.safetensors").unlink()
     with pytest.raises(RecordError, match="expected a whole checkpoint"):
         make_trainer(sites="middle").train(last)
+    for name in ("model.safetensors", "immunization_state.safetensors"):
+        whole = (last / name).read_bytes()
+        (last / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(RecordError):
+            make_trainer(max_steps=2, save_steps=1, save_total_limit=2, sites="middle").train(last)
+        (last / name).write_bytes(whole)
+    state = (last / "trainer_state.json").read_text(encoding="utf-8")
+    for broken in ("[]", '{"options": null}', "{}"):
+        (last / "trainer_state.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(RecordError, match="expected a whole checkpoint"):
+            make_trainer(max_steps=2, save_steps=1, save_total_limit=2, sites="middle").train(last)
+    (last / "trainer_state.json").write_text(state, encoding="utf-8")
     (last / "trainer_state.json").unlink()
     assert last_complete_checkpoint(tmp_path / "run").endswith("checkpoint-1")

@@ -208,6 +208,13 @@ def with_labels(label):
     return made
 
 
+def longer_text(family):
+    made = build_examples(family, 8, label=9)
+    states = made.conditions["encoder_hidden_states"]
+    made.conditions["encoder_hidden_states"] = torch.cat([states, states], dim=1)
+    return made
+
+
 def narrow_text(family):
     made = build_examples(family, 8)
     made.conditions["encoder_hidden_states"] = made.conditions["encoder_hidden_states"][..., :7]
@@ -244,6 +251,15 @@ def narrow_text(family):
         ({"lr_scheduler_type": "sideways"}, ConfigError, "expected a learning-rate schedule in"),
         ({"warmup_steps": 5}, ConfigError, "use constant_with_warmup"),
         ({"eval_batch_size": 0}, ConfigError, "eval_batch_size of at least 1"),
+        ({"weight_decay": -1.0}, ConfigError, "weight_decay of at least 0"),
+        ({"warmup_steps": -5}, ConfigError, "warmup_steps of at least 0"),
+        ({"weight": "-3"}, ConfigError, "expected weight of at least 0"),
+        ({"max_strength_factor": -1.0}, ConfigError, "max_strength_factor of at least 1"),
+        ({"max_loss_factor": float("inf")}, ConfigError, "and finite"),
+        ({"harmful_group_rows": 0}, ConfigError, "harmful_group_rows of at least 1"),
+        ({"objective": ""}, ConfigError, r"objectives joined with '\+', got ''"),
+        ({"family": "sd", "objective": "simulated_attack", "attacker_renamed": 0.5, "harmful": longer_text("sd")},
+         DataError, "conditions of one shape for attacker_renamed"),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(make_trainer, options, error, message):
@@ -336,7 +352,8 @@ def test_every_family_is_saved_and_reloaded_as_an_ordinary_model(make_trainer, f
     assert torch.equal(*answers)
     changed = {name for name, value in build_denoiser(family).state_dict().items()
                if not torch.equal(value, weights(again)[name])}
-    assert changed
+    assert changed and not hasattr(trainer.bare, "peft_config")
+    assert all(parameter.requires_grad for parameter in trainer.bare.parameters())
 
 
 def test_operational_options_do_not_count_as_scientific():
