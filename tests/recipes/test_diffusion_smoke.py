@@ -103,7 +103,7 @@ def test_what_the_quick_exam_leaves_out_is_in_the_standard_one():
 
     folder = ROOT / "recipes" / "mnist-diffusion"
     told = {name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
-            for name in ("task", "attack", "attack_standard", "pipeline", "objectives", "standard")}
+            for name in ("task", "attack", "attack_standard", "pipeline", "frontier", "standard")}
     more = told["attack_standard"]
     assert {*more["attacks"], *DIFFUSION_PROTOCOLS[told["attack"]["protocol"]].attacks} == set(
         DIFFUSION_PROTOCOLS[more["protocol"]].attacks)
@@ -113,4 +113,4 @@ def test_what_the_quick_exam_leaves_out_is_in_the_standard_one():
     assert more["exam_levels"] == told["attack"]["exam_levels"]
     stages = told["standard"]["stages"]
     attacked = {name.removeprefix("attack-").removesuffix("-standard") for name in stages if name.startswith("attack-")}
-    assert attacked <= {*told["pipeline"]["stages"], *told["objectives"]["stages"]} and "base" in attacked
+    assert attacked <= {*told["pipeline"]["stages"], *told["frontier"]["stages"]} and "base" in attacked
