@@ -62,9 +62,9 @@ def t5_encoder(tokenizer: T5Tokenizer, width: int) -> torch.nn.Module:
     )).eval()
 
 
-def autoencoder(channels: int = LATENT) -> diffusers.AutoencoderKL:
+def autoencoder(channels: int = LATENT, **config: float) -> diffusers.AutoencoderKL:
     return diffusers.AutoencoderKL(
-        block_out_channels=(4, 8), latent_channels=channels, norm_num_groups=2,
+        **config, block_out_channels=(4, 8), latent_channels=channels, norm_num_groups=2,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     ).eval()
 
@@ -110,7 +110,7 @@ def _sd3(kind):
             **BLOCKS, sample_size=8, in_channels=LATENT, out_channels=LATENT, joint_attention_dim=24,
             caption_projection_dim=16, pooled_projection_dim=24, pos_embed_max_size=8,
         ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=autoencoder(shift_factor=0.1),
         text_encoder=clip_encoder(tokenizer, 12, CLIPTextModelWithProjection), tokenizer=tokenizer,
         text_encoder_2=clip_encoder(tokenizer, 12, CLIPTextModelWithProjection), tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5_encoder(third, 24), tokenizer_3=third,
@@ -120,7 +120,8 @@ def _sd3(kind):
 def _flux(kind):
     tokenizer, second = clip_tokenizer(), t5_tokenizer()
     return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=autoencoder(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=autoencoder(shift_factor=0.1),
         text_encoder=clip_encoder(tokenizer, 12), tokenizer=tokenizer, text_encoder_2=t5_encoder(second, 12),
         tokenizer_2=second,
         transformer=diffusers.FluxTransformer2DModel(

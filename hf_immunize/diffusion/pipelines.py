@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from hf_immunize.errors import ModelError
 def load_pipeline(folder: str | Path) -> Any:
     """The pipeline of a folder, from safetensors only. Raises ModelError when it cannot be read, or not all of it."""
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False)
+        encoders = _text_encoders(Path(folder))
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(folder), use_safetensors=True, trust_remote_code=False, **encoders
+        )
+    except ModelError:
+        raise
     except Exception as error:  # diffusers and transformers raise many unrelated classes for files that are broken
         raise ModelError(
             f"expected a diffusers pipeline saved with save_pretrained in {folder}, got {type(error).__name__}: "
@@ -29,6 +35,32 @@ def load_pipeline(folder: str | Path) -> Any:
         raise ModelError(f"expected all weights of the pipeline in {folder}, got gaps in {hollow}: save it again.")
     _keep_class_names(pipeline)
     return pipeline
+
+
+def _text_encoders(folder: Path) -> dict[str, nn.Module]:
+    """The models of transformers in a pipeline's folder. Raises ModelError for one whose file lacks weights.
+
+    transformers draws such weights at random and warns; every load would then read prompts differently.
+    """
+    import transformers
+
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    found = {}
+    for name, entry in index.items():
+        library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+        loader = getattr(transformers, str(kind), None) if library == "transformers" else None
+        if loader is None or not any((folder / name).glob("*.safetensors")):
+            continue
+        model, told = loader.from_pretrained(
+            folder / name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        if told["missing_keys"]:
+            raise ModelError(
+                f"expected all weights of {name} in {folder}, got none for {sorted(told['missing_keys'])[:5]}: save "
+                "the pipeline again."
+            )
+        found[name] = model
+    return found
 
 
 def _networks(pipeline: Any) -> dict[str, nn.Module]:
