@@ -14,11 +14,13 @@ import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
 from pipeline_builders import build_text_pipeline
+from typer.testing import CliRunner
 
 from hf_immunize.attacks import parse_settings
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
 from hf_immunize.certification.checklist import _DIFFUSION_MISSING, _NEVER
 from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+from hf_immunize.cli import app
 from hf_immunize.diffusion import differences, load_pipeline
 from hf_immunize.diffusion.encoding import encode_pixels, encode_prompt
 from hf_immunize.diffusion.photos import read_captions, read_pixels
@@ -95,6 +97,8 @@ def test_from_photos_to_a_certificate(photos, task_words, run):
     assert not {*_DIFFUSION_MISSING.values(), *_NEVER} & set(certificate.not_run)
     assert (model / "README.md").is_file() and DiffusionPipeline.from_pretrained(model, use_safetensors=True)
 
+    told = CliRunner().invoke(app, ["verify", str(model)])
+    assert told.exit_code == 0, told.output
     run("certify", *task_words, f"--model_path={model}", f"--base_path={base}", "--protocol=diffusion_standard",
         "--recheck=1", "--device=cpu")
     load_pipeline(base).vae.bfloat16().float().save_pretrained(model / "vae")  # other files, and numbers
