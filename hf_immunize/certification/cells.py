@@ -44,7 +44,8 @@ def reference_threshold(control: Sequence[AttackTrace], rule: Rule) -> float:
         )
     reached = [chosen_evaluation(run) for run in runs_of_trial(runs, trial).values()]
     level = sum(point.test for point in reached if point is not None) / len(reached)
-    start = score_before(control) if rule.gain else 0.0
+    # of the reference's own runs: others are asked under other names and start elsewhere
+    start = score_before(runs) if rule.gain else 0.0
     if rule.gain and level <= start:
         raise IncompleteExamError(
             f"expected {rule.reference_attack} to learn something on the base, got a score of {level:.4f} from "

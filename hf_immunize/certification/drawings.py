@@ -48,6 +48,8 @@ class Drawer:
     def of(cls, folder: Path, device: str, steps: int, batch_size: int = EVAL_BATCH_SIZE) -> Drawer:
         """The pipeline of a folder."""
         pipeline = load_pipeline(folder)
+        if (autoencoder := getattr(pipeline, "vae", None)) is not None:
+            autoencoder.to(device)
         return cls(pipeline, getattr(pipeline, component_of(pipeline)).to(device).eval(), steps, batch_size)
 
     def fingerprint(self, folder: Path) -> ModelFingerprint:

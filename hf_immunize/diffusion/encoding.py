@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion.denoisers import denoiser_of
@@ -114,7 +115,8 @@ def encode_pixels(pipeline: Any, pixels: Tensor) -> Tensor:
     if size % step:
         raise DataError(f"expected images whose side is a multiple of {step}, got {size}: set resolution.")
     config, shift = vae.config, getattr(vae.config, "shift_factor", None) or 0.0
-    parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode().cpu() for part in pixels.split(4)]
+    batches = tqdm(pixels.split(4), desc="encode images", leave=False, disable=None)
+    parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode().cpu() for part in batches]
     return ((torch.cat(parts) - shift) * config.scaling_factor).float()
 
 
@@ -129,7 +131,8 @@ def encode_prompt(pipeline: Any, prompt: str, size: int) -> Told:
     """
     kind = type(pipeline)
     try:
-        made = PROMPT_ENCODERS[kind](pipeline, prompt, str(pipeline.device))
+        encoder = getattr(pipeline, "text_encoder", None) or getattr(pipeline, "text_encoder_2", None)
+        made = PROMPT_ENCODERS[kind](pipeline, prompt, "cpu" if encoder is None else str(encoder.device))
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, OverflowError, TypeError, RuntimeError) as error:

@@ -103,6 +103,20 @@ def test_the_threshold_is_a_share_of_the_way_from_the_start_to_what_is_reached(f
         score_before(late)
 
 
+def test_the_threshold_starts_where_the_reference_starts_whatever_others_are_asked(folders):
+    """Attacks under another name are judged under it, and start at another score."""
+    base, _, _ = folders
+    runs = traces_of(base, "control")
+    elsewhere = [
+        run.model_copy(update={
+            "attack": "diffusion_other_prompts",
+            "curve": [point.model_copy(update={"test": point.test - 0.5}) for point in run.curve],
+        })
+        for run in runs
+    ]
+    assert reference_threshold(runs + elsewhere, DIFFUSION_RULE) == reference_threshold(runs, DIFFUSION_RULE)
+
+
 def test_certificate_card_and_page_tell_one_story(folders):
     base, subject, exam = folders
     certificate = build_diffusion_certificate(subject, base, exam, PROTOCOL)

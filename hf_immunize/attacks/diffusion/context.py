@@ -103,7 +103,10 @@ class DiffusionAttackContext:
 
     @cached_property
     def _pipeline(self) -> Any:
-        return load_pipeline(self.folder)
+        pipeline = load_pipeline(self.folder)
+        if (autoencoder := getattr(pipeline, "vae", None)) is not None:
+            autoencoder.to(self.device)
+        return pipeline
 
     @cached_property
     def component(self) -> str:
