@@ -105,15 +105,8 @@ class LatentDataset:
     def fingerprint(self, *, source: str, role: str) -> DatasetFingerprint:
         """Identity by content of every row, in order: its digest, else latents and conditions; and its label."""
         digest = hashlib.sha256()
-        names = sorted(self.conditions)
-        for row in range(len(self)):
-            if self.digests is not None:
-                digest.update(self.digests[row].encode())
-            else:
-                digest.update(digest_pixels(self.latents[row].numpy()))
-                for name in names:
-                    digest.update(name.encode() + digest_pixels(self.conditions[name][row].numpy()))
-            digest.update(str(int(self.labels[row])).encode())
+        for known, label in zip(self.row_digests(), self.labels.tolist(), strict=True):
+            digest.update(f"{known}{label}".encode())
         counts = Counter(self.labels.tolist())
         classes = {name: counts[label] for label, name in enumerate(self.label_names) if counts[label]}
         return DatasetFingerprint(source=source, role=role, rows=len(self), classes=classes, sha256=digest.hexdigest())

@@ -20,14 +20,18 @@ CAPTIONS = "metadata.jsonl"
 _EXAMPLE = '{"file_name": "a.png", "text": "a photo"}'
 
 
+def _images_in(folder: str | Path) -> list[Path]:
+    return sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _SUFFIXES)
+
+
 def has_images(folder: str | Path) -> bool:
     """Whether image files lie directly in a folder."""
-    return any(path.suffix.lower() in _SUFFIXES for path in Path(folder).glob("*"))
+    return bool(_images_in(folder))
 
 
 def image_files(folder: str | Path) -> list[Path]:
     """Image files of a folder, by name. Raises DataError for none."""
-    names = sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _SUFFIXES)
+    names = _images_in(folder)
     if not names:
         raise DataError(f"expected images ({', '.join(_SUFFIXES)}) in {Path(folder).name!r}, got none: check the path.")
     return names
@@ -52,12 +56,13 @@ def read_captions(folder: str | Path) -> list[str] | None:
                 raise DataError(f"expected captions in {CAPTIONS}, got {other.name} in {folder.name}: convert it.")
         return None
     told = _captions_of(path)
-    missing = [file.name for file in image_files(folder) if not told.get(start + file.name, "").strip()]
+    files = image_files(folder)
+    missing = [file.name for file in files if not told.get(start + file.name, "").strip()]
     if missing:
         raise DataError(
             f"expected a caption of every image in {folder.name}/{CAPTIONS}, got none for {missing[:5]}: add one."
         )
-    return [told[start + file.name] for file in image_files(folder)]
+    return [told[start + file.name] for file in files]
 
 
 def _captions_of(path: Path) -> dict[str, str]:

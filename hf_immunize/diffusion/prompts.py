@@ -145,9 +145,10 @@ class PromptTask:
 
     def _concepts(self, side: str, folder: str | None = None) -> list[tuple[str, Path]]:
         """Name and folder of every concept of a side."""
-        root = Path(folder or getattr(self._arguments, f"{side}_images") or "")
-        if folder is None and getattr(self._arguments, f"{side}_images") is None:
+        named = folder or getattr(self._arguments, f"{side}_images")
+        if named is None:
             raise DataError(f"expected a folder of images of the {side} concept, got none: set {side}_images.")
+        root = Path(named)
         if not root.is_dir():
             raise DataError(f"expected a folder of {side} images, got {root.name!r}: check {side}_images.")
         parts = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
