@@ -23,7 +23,6 @@ from hf_immunize.attacks import (
     TRAINABILITY,
     AttackContext,
     count_runs,
-    load_processor,
     parse_settings,
     plan_runs,
     run_suite,
@@ -33,6 +32,7 @@ from hf_immunize.certification.protocol import PROTOCOLS, Protocol, find_protoco
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ConfigError, ImmunizeError
 from hf_immunize.hub import local_folder, working_folder
+from hf_immunize.models import load_processor
 from hf_immunize.options import parse_options
 
 

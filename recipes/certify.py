@@ -17,12 +17,13 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 
-from hf_immunize.attacks import AttackContext, load_processor
+from hf_immunize.attacks import AttackContext
 from hf_immunize.certification import PROTOCOLS, ExamData, Rule, build_certificate, find_protocol, recheck
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ImmunizeError
 from hf_immunize.hub import is_hub_id, local_folder, working_folder, write_card
 from hf_immunize.hub.tables import certificate_table
+from hf_immunize.models import load_processor
 from hf_immunize.options import parse_options
 
 

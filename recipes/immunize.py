@@ -18,11 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
 from hf_immunize.data import Task, TaskArguments, describe_source
 from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
 from hf_immunize.hub import local_folder
+from hf_immunize.models import load_classifier, load_processor, refuse_folder
 from hf_immunize.options import parse_options
 from hf_immunize.records import (
     DatasetFingerprint,
@@ -57,19 +59,13 @@ class BaseArguments:
 
 def load_base(options: BaseArguments, label_names: list[str]) -> tuple:
     """Model, processor and fingerprint of the base, from safetensors only; with from_scratch, of random weights."""
-    trusted = {"trust_remote_code": options.trust_remote_code}
+    refuse_folder(options.base_path)
     folder, source = local_folder(
         options.base_path, revision=options.base_revision, with_code=options.trust_remote_code
     )
     name = describe_source(options.base_path)
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **trusted)
-        model = load_weights(folder, options, label_names)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"expected an image classifier with its processor, weights in safetensors, in {options.base_path}, got "
-            f"{error}: check the path, or save both with save_pretrained."
-        ) from error
+    processor = load_processor(folder, trust_remote_code=options.trust_remote_code)
+    model = load_weights(folder, options, label_names)
     if options.from_scratch:
         print_of = ModelFingerprint(
             name=f"{name} architecture, random weights", architecture=type(model).__name__,
@@ -86,10 +82,10 @@ def load_weights(folder: Path, options: BaseArguments, label_names: list[str]) -
     """The classifier of a folder; with from_scratch, its architecture with a head for these labels."""
     trusted = {"trust_remote_code": options.trust_remote_code}
     if not options.from_scratch:
-        return AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **trusted)
+        return load_classifier(folder, **trusted)
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
     config = AutoConfig.from_pretrained(folder, **labels, **trusted)
-    return AutoModelForImageClassification.from_config(config, **trusted)
+    return AutoModelForImageClassification.from_config(config, dtype=torch.float32, **trusted)
 
 
 def refuse_base_options(args: ImmunizationConfig) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     Trainer,
     TrainingArguments,
@@ -24,6 +23,7 @@ from transformers import (
 
 from hf_immunize.data import Task, TaskArguments, collate_pixels, describe_source
 from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
+from hf_immunize.models import load_classifier, load_processor
 from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run
 from hf_immunize.training.checkpoints import scientific_options
@@ -101,18 +101,14 @@ def load_model(options: PretrainArguments, label_names: list[str]) -> Any:
     source = {"trust_remote_code": options.trust_remote_code}
     labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
     overrides = parse_overrides(options.config_overrides)
+    if not options.from_scratch:
+        return load_classifier(options.model_name_or_path, labels=labels, **overrides, **source)
     try:
         config = AutoConfig.from_pretrained(options.model_name_or_path, **labels, **overrides, **source)
-        if options.from_scratch:
-            return AutoModelForImageClassification.from_config(config, **source)
-        return AutoModelForImageClassification.from_pretrained(
-            options.model_name_or_path, config=config, ignore_mismatched_sizes=True, dtype=torch.float32,
-            use_safetensors=True, **source,
-        )
+        return AutoModelForImageClassification.from_config(config, dtype=torch.float32, **source)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"expected an image model with weights in safetensors in {options.model_name_or_path}, got {error}: check "
-            "the path, or convert the weights with save_pretrained."
+            f"expected the config of an image classifier in {options.model_name_or_path}, got {error}: check the path."
         ) from error
 
 
@@ -122,9 +118,7 @@ def main() -> None:
     )
     set_seed(args.seed)
     source = {"trust_remote_code": model_options.trust_remote_code}
-    processor = AutoImageProcessor.from_pretrained(
-        model_options.processor_name_or_path or model_options.model_name_or_path, backend="pil", **source
-    )
+    processor = load_processor(model_options.processor_name_or_path or model_options.model_name_or_path, **source)
     task = Task(task_options, "primary")
     splits = {role: task.pixels(role, processor) for role in ("train", "validation")}
     prints = {role: task.fingerprint(dataset, role) for role, dataset in splits.items()}

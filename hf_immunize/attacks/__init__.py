@@ -32,10 +32,11 @@ from hf_immunize.attacks import (
     vera,
     whitened_probe_gd,
 )
-from hf_immunize.attacks.context import AttackContext, Role, describe_model, load_classifier, load_processor
+from hf_immunize.attacks.context import AttackContext, Role, describe_model
 from hf_immunize.attacks.plan import parse_settings, plan_runs, plan_trials
 from hf_immunize.attacks.shape import Attack, Result, Run, evaluation_steps
 from hf_immunize.attacks.suite import SuiteSummary, count_runs, run_suite
+from hf_immunize.models import load_classifier, load_processor
 
 ATTACKS: dict[str, Attack] = {
     "linear_probe_gd": linear_probe_gd.ATTACK,

@@ -98,7 +98,7 @@ class _Exam(TrainerCallback):
 
 def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: str) -> TrainingArguments:
     """Stock arguments with everything that costs time and is not the attack switched off."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -120,6 +120,9 @@ def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: s
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    # Where several GPUs are visible the stock Trainer wraps the model in DataParallel and multiplies the batch.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class MuonAdamW(torch.optim.Optimizer):

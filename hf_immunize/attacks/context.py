@@ -11,45 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from hf_immunize.data import PixelDataset, batches
 from hf_immunize.data import fingerprint as fingerprint_rows
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import extract_features, find_classifier, prefer_channels_last
+from hf_immunize.models import load_classifier, random_classifier
 from hf_immunize.records import DatasetFingerprint, ModelFingerprint, fingerprint_of, sha256_file, weight_files
 
 Role = Literal["subject", "control", "scratch"]
-
-
-def load_classifier(folder: str | Path) -> nn.Module:
-    """The image classifier of a folder or Hub id, from safetensors only. Raises ModelError when it cannot be read."""
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            str(folder), use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"expected an image classifier saved with save_pretrained in {folder}, got {error}: check the path."
-        ) from error
-
-
-def load_processor(folder: str | Path) -> Any:
-    """The image processor saved beside a model, PIL backend. Raises ModelError when there is none."""
-    try:
-        return AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"expected an image processor in {folder}, got {error}: save it beside the model with save_pretrained."
-        ) from error
-
-
-def random_classifier(folder: str | Path, seed: int) -> nn.Module:
-    """The architecture of ``folder`` with random weights drawn from ``seed``: what training from scratch starts at."""
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
 
 
 def describe_model(folder: str | Path, model: nn.Module, role: Role = "subject") -> ModelFingerprint:

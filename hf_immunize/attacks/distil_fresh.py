@@ -16,9 +16,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_immunize.attacks._finetune import FinetuneConfig, run_finetunes, train
 from hf_immunize.attacks._rows import training_rows
-from hf_immunize.attacks.context import AttackContext, random_classifier
+from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.data import batches
+from hf_immunize.models import random_classifier
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from hf_immunize.attacks._probes import gradient_descent, run_probes
-from hf_immunize.attacks.context import AttackContext, load_classifier
+from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Attack, Result, Run, lacking, not_applicable
 from hf_immunize.linalg import fit_linear_map
+from hf_immunize.models import load_classifier
 
 
 @dataclass(frozen=True)

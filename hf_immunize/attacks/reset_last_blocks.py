@@ -10,9 +10,10 @@ from torch import nn
 
 from hf_immunize.attacks._blocks import last_blocks
 from hf_immunize.attacks._finetune import FinetuneConfig, run_finetunes
-from hf_immunize.attacks.context import AttackContext, random_classifier
+from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.errors import ModelError
+from hf_immunize.models import random_classifier
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks._finetune import FinetuneConfig, run_finetunes
-from hf_immunize.attacks.context import AttackContext, load_classifier
+from hf_immunize.attacks.context import AttackContext
 from hf_immunize.attacks.shape import Attack, Result, Run, lacking, not_applicable
 from hf_immunize.linalg import truncated
+from hf_immunize.models import load_classifier
 
 
 @dataclass(frozen=True)

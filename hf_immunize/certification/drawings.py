@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_immunize.attacks import load_classifier, load_processor
 from hf_immunize.attacks.suite import picture_name
 from hf_immunize.certification.generation import measure_frechet
 from hf_immunize.certification.judgement import Sides
@@ -30,6 +29,7 @@ from hf_immunize.diffusion import (
 )
 from hf_immunize.errors import ModelError
 from hf_immunize.metrics import paired_drop_interval
+from hf_immunize.models import load_classifier, load_processor
 from hf_immunize.records import AttackTrace, FrechetGap, ModelFingerprint, Utility, atomic_write, sha256_file
 
 _SHOWN = 8

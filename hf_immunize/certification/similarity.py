@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from hf_immunize.attacks import load_classifier, load_processor
 from hf_immunize.errors import ModelError
 from hf_immunize.features import capture_inputs, find_classifier
+from hf_immunize.models import load_classifier, load_processor
 
 _ROWS = 50
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
-from hf_immunize.attacks import AttackContext, load_processor
+from hf_immunize.attacks import AttackContext
 from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS, PROTOCOLS, Rule
 from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.models import load_processor
 from hf_immunize.records import Certificate
 
 _SPLITS = ("attack", "validation", "test")

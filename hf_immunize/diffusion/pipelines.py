@@ -13,16 +13,23 @@ from torch import Tensor, nn
 
 from hf_immunize.diffusion.denoisers import DENOISERS
 from hf_immunize.errors import ModelError
+from hf_immunize.models import refuse_folder, refuse_non_finite, variant_of
 
 
 def load_pipeline(folder: str | Path) -> Any:
-    """The pipeline of a folder, from safetensors only. Raises ModelError when it cannot be read, or not all of it."""
+    """The pipeline of a folder, from safetensors only: denoiser and VAE in float32 whatever is stored, text encoders as
+    they are stored, every weight finite.
+
+    Raises:
+        ModelError: what cannot be read, or not all of it; an adapter, a single file or pickles; NaN or infinity.
+    """
+    refuse_folder(folder)
     try:
         encoders = _text_encoders(Path(folder))
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), use_safetensors=True, trust_remote_code=False, **encoders
+            str(folder), use_safetensors=True, trust_remote_code=False, variant=_variant(Path(folder)), **encoders
         )
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except Exception as error:  # diffusers and transformers raise many unrelated classes for files that are broken
         raise ModelError(
@@ -33,8 +40,26 @@ def load_pipeline(folder: str | Path) -> Any:
     hollow = [name for name, part in _networks(pipeline).items() if any(p.is_meta for p in part.parameters())]
     if hollow:
         raise ModelError(f"expected all weights of the pipeline in {folder}, got gaps in {hollow}: save it again.")
+    for name, part in _networks(pipeline).items():
+        refuse_non_finite(part, f"{name} of {folder}")
+    # An attacker's optimizer, a teacher and a guard all need the digits; diffusers may come to keep what is stored.
+    pipeline.register_modules(**{component_of(pipeline): _whole(getattr(pipeline, component_of(pipeline)))})
     _keep_class_names(pipeline)
     return pipeline
+
+
+def _whole(denoiser: nn.Module) -> nn.Module:
+    narrow = any(p.is_floating_point() and p.element_size() < 4 for p in denoiser.parameters())
+    return denoiser.float() if narrow else denoiser
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant, e.g. ``fp16``, to ask for where some part has no plain weights. Raises ModelError for several."""
+    parts = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = {name for part in parts if (name := variant_of(part)) is not None}
+    if len(found) > 1:
+        raise ModelError(f"expected one variant of weights in {folder}, got {sorted(found)}: save the pipeline again.")
+    return found.pop() if found else None
 
 
 def _text_encoders(folder: Path) -> dict[str, nn.Module]:
@@ -52,7 +77,8 @@ def _text_encoders(folder: Path) -> dict[str, nn.Module]:
         if loader is None or not any((folder / name).glob("*.safetensors")):
             continue
         model, told = loader.from_pretrained(
-            folder / name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder / name, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            variant=variant_of(folder / name),
         )
         if told["missing_keys"]:
             raise ModelError(

@@ -8,7 +8,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_immunize.errors import TrainingDivergedError
+from hf_immunize.models import refuse_non_finite
 from hf_immunize.training.state import load_state, save_state
+from hf_immunize.training.watch import Watch
 
 
 class StrictCheckpointMixin:
@@ -22,29 +25,39 @@ class StrictCheckpointMixin:
     average: Any
     attacker: Any
     guard: Any
-    _progress: dict[str, list[float]]
+    watch: Watch
 
     @property
     def _stateful(self) -> dict[str, Any]:
         parts = {"objective": self.objective, "average": self.average, "attacker": self.attacker}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def _refuse_ruined(self) -> None:
+        """Raise TrainingDivergedError before weights that are no numbers reach the disk."""
+        self.watch.settle()
+        refuse_non_finite(
+            self.accelerator.unwrap_model(self.model), "the trained model", error=TrainingDivergedError,
+            remedy="training diverged, and nothing was saved. Lower the learning rate or the strength.",
+        )
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._refuse_ruined()
         super()._save(output_dir, state_dict)
         # A pickle has no place in a folder that is meant to be published; immunization.json holds the options.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Our state goes first: the Trainer's own state file is its last, and marks a complete checkpoint.
+        self._refuse_ruined()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self._stateful, self.guard, self._progress)
+            save_state(folder, self._stateful, self.guard, self.watch)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._progress = load_state(Path(checkpoint), self._stateful, self.guard)
+            load_state(Path(checkpoint), self._stateful, self.guard, self.watch)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_strictly(resume_from_checkpoint, model):

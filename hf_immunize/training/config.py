@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_immunize.data import parse_augmentation
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.support import refuse_deepspeed, refuse_unsupported
+from hf_immunize.training.support import refuse_deepspeed, refuse_unsupported, use_one_device
 
 
 @dataclass
@@ -186,8 +186,9 @@ class ImmunizationConfig(TrainingArguments):
         refuse_deepspeed(self)
         if self.max_primary_drop is not None and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy = "steps"
-            self.eval_steps = self.eval_steps or 50
+            self.eval_steps = self.eval_steps or 0.05  # a share of all steps: a short run is guarded as well
         super().__post_init__()
+        use_one_device(self)
         self._validate_immunization()
 
     @property

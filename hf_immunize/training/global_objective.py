@@ -112,12 +112,8 @@ class GlobalObjective:
             self.meter.add({f"{name}{end}": value for name, value in evaluated.values.items()})
         for side, rows in evaluated.rows.items() if spectra else ():
             spectrum = rows.spectrum
-            self.meter.add(
-                {
-                    f"{side}_log_kappa{end}": spectrum.log_condition.detach(),
-                    f"{side}_effective_rank{end}": spectrum.effective_rank.detach(),
-                }
-            )
+            found = {"log_kappa": spectrum.log_condition, "effective_rank": spectrum.effective_rank}
+            self.meter.add({f"{side}_{name}{end}": value.detach() for name, value in found.items()}, diagnostic=True)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors."""

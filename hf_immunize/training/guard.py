@@ -63,6 +63,15 @@ class UtilityGuard:
         model.load_state_dict(self.best, strict=True)
         return self.best_step > 0
 
+    def why_nothing(self) -> str:
+        """In words, why no evaluation's weights are returned."""
+        drops = [row["drop"] for row in self.history]
+        if not drops:
+            return "was never checked: there was no evaluation"
+        if min(drops) <= (self.allowed or 0.0):
+            return "was held, but the terms were not measured before an evaluation"
+        return f"was held at none of {len(drops)} evaluations (smallest drop {min(drops):.2f} points)"
+
     def record(self, final: float) -> UtilityGuardRecord:
         """What was seen and done. ``final`` is the metric of the returned weights."""
         assert self.base is not None

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_immunize.errors import ConfigError, TrainingDivergedError
+from hf_immunize.errors import ConfigError
 from hf_immunize.training.average import WeightAverage
 from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.guard import UtilityGuard
 from hf_immunize.training.meter import Meter
+from hf_immunize.training.watch import Watch
 
 logger = logging.get_logger(__name__)
 
@@ -30,22 +31,16 @@ class GuardedMixin:
     objective: GlobalObjective
     average: WeightAverage | None
     _initial: dict[str, Tensor] | None
-    _progress: dict[str, list[float]]
+    watch: Watch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of what was measured since the last log; stop on anything that is not finite."""
+        """Add the means of what was measured since the last log. A log only tells: see ``Watch`` for what decides.
+
+        A number that is not defined, as log κ of features that have collapsed to a point, is left out.
+        """
         if "loss" in logs:
-            means = self.meter.drain()
-            for term in self.objective.terms:
-                if term.name in means:
-                    self._progress.setdefault(term.name, []).append(means[term.name])
+            means = {name: value for name, value in self.meter.drain().items() if math.isfinite(value)}
             logs = {**logs, **means, "strength": self.objective.strength}
-            broken = sorted(key for key, value in logs.items() if isinstance(value, float) and not math.isfinite(value))
-            if broken and not self.args.logging_nan_inf_filter:
-                raise TrainingDivergedError(
-                    f"expected finite losses and spectra, got {broken} at step {self.state.global_step}: lower the "
-                    "learning rate or the strength, and check the images for constant or broken ones."
-                )
         super().log(logs, start_time)  # type: ignore[misc]
 
     def _metric_points(self, metrics: dict[str, float], prefix: str = "eval") -> float:
@@ -64,10 +59,7 @@ class GuardedMixin:
         return metrics
 
     def _guard_step(self, metrics: dict[str, float]) -> None:
-        recent = [
-            term.progress(value[-1]) for term in self.objective.terms if (value := self._progress.get(term.name))
-        ]
-        progress = sum(recent) if recent else float("inf")
+        progress = self.watch.progress()
         bare = self.accelerator.unwrap_model(self.model)
         points = self._metric_points(metrics)
         self.objective.factor = self.guard.observe(
@@ -79,6 +71,7 @@ class GuardedMixin:
     def _finish(self) -> None:
         """Give the model the weights that are returned: averaged, and within the allowance or those of before."""
         bare = self.accelerator.unwrap_model(self.model)
+        self._refuse_ruined()  # type: ignore[attr-defined]
         if self.average:
             self.average.copy_to(bare)
         if self.guard.base is None:
@@ -86,7 +79,7 @@ class GuardedMixin:
         if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
             self._guard_step(self.evaluate())  # type: ignore[attr-defined]
         if self.guard.allowed is not None and not self.guard.choose(bare):
-            self._return_initial("was not held at any evaluation")
+            self._return_initial(self.guard.why_nothing())
         final = self._metric_points(self.evaluate(metric_key_prefix="final"), "final")  # type: ignore[attr-defined]
         if self.guard.allowed is not None and not self.guard.base - final <= self.guard.allowed:
             self._return_initial(f"was not held when the chosen weights were measured again ({final:.2f} points)")

@@ -1,4 +1,4 @@
-"""Running means that stay on the device until they are logged."""
+"""Running means that stay on the device until they are logged, and on to the watch that decides."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hf_immunize.training.watch import Watch
+
 
 class Meter:
-    """Sums detached scalars; ``drain`` reads the means once and starts again."""
+    """Sums detached scalars; ``drain`` reads the means once and starts again.
 
-    def __init__(self) -> None:
+    Args:
+        watch: is told everything but diagnostics.
+    """
+
+    def __init__(self, watch: Watch | None = None) -> None:
+        self._watch = watch
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add one observation of each named scalar."""
+    def add(self, values: Mapping[str, Tensor], *, diagnostic: bool = False) -> None:
+        """Add one observation of each named scalar; a ``diagnostic`` explains, and may be undefined."""
+        if self._watch is not None and not diagnostic:
+            self._watch.add(values)
         for name, value in values.items():
             value = value.detach().clone()
             self._sums[name] = self._sums[name] + value if name in self._sums else value

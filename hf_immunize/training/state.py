@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
 from hf_immunize.training.guard import UtilityGuard
+from hf_immunize.training.watch import Watch
 
 TENSORS, PLAIN = "immunization_state.safetensors", "immunization_state.json"
 
@@ -29,7 +30,7 @@ class Stateful(Protocol):
 
 
 def save_state(
-    folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, progress: dict[str, list[float]]
+    folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, watch: Watch
 ) -> None:
     """Write what ``load_state`` needs into a checkpoint folder."""
     kept, plain = guard.state()
@@ -37,12 +38,11 @@ def save_state(
     for part, stateful in parts.items():
         tensors |= {f"{part}.{name}": value for name, value in stateful.state().items()}
     atomic_write(folder / TENSORS, save({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}))
-    recent = {name: values[-1:] for name, values in progress.items()}
-    atomic_write(folder / PLAIN, json.dumps({"guard": plain, "progress": recent}))
+    atomic_write(folder / PLAIN, json.dumps({"guard": plain, "watch": watch.state()}))
 
 
-def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard) -> dict[str, list[float]]:
-    """Restore every part and the guard; return the progress of the terms.
+def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, watch: Watch) -> None:
+    """Restore every part, the guard and the watch.
 
     Raises:
         RecordError: the checkpoint was not written by this trainer, is incomplete, or was written without one of the
@@ -51,7 +51,7 @@ def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard)
     try:
         tensors = load_file(folder / TENSORS)
         plain = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
-        guarded, progress = plain["guard"], plain["progress"]
+        guarded, watched = plain["guard"], plain["watch"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RecordError(
             f"expected {TENSORS} and {PLAIN} in {folder}, got {error}: resume from a checkpoint that "
@@ -68,4 +68,4 @@ def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard)
             ) from error
     kept = {k.removeprefix("guard."): v for k, v in tensors.items() if k.startswith("guard.")}
     guard.load_state(kept, guarded)
-    return progress
+    watch.load_state(watched)

@@ -25,6 +25,7 @@ from hf_immunize.training.norms import frozen_statistics, unlearned_statistics
 from hf_immunize.training.objective import IMMA, Rows, imma_training_loss
 from hf_immunize.training.preconditioning import Preconditioner
 from hf_immunize.training.primary import UNLABELLED, wrong_labels
+from hf_immunize.training.watch import Watch
 
 _NOT_INPUTS = ("labels", "classes", "harmful")
 """What a batch holds besides the arguments of a forward without loss."""
@@ -60,6 +61,7 @@ class StepMixin:
     preconditioner: Preconditioner | None
     attacker: LoraAttacker | None
     meter: Meter
+    watch: Watch
     current_gradient_accumulation_steps: int
     _harmful: HarmfulStream
     _planned: list[Plan] | None
@@ -68,6 +70,7 @@ class StepMixin:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        self.watch.step = self.state.global_step + 1
         first = self.state.global_step * self.args.gradient_accumulation_steps
         samples = [{**sample, "harmful": self._harmful_batch(first + i)} for i, sample in enumerate(samples)]
         if self.args.augmentation:

@@ -10,8 +10,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from transformers.utils import logging
 
 from hf_immunize.errors import ConfigError
+
+logger = logging.get_logger(__name__)
 
 _LAUNCHER = "accelerate's launcher or configuration file"
 
@@ -28,6 +31,17 @@ def refuse_deepspeed(args: Any) -> None:
             f"expected no DeepSpeed, got it {where}: its engine runs backward on its own and has not been shown to "
             "give the gradient of the global batch. Use DDP or FSDP2."
         )
+
+
+def use_one_device(args: Any) -> None:
+    """Train on one device per process: where several GPUs are visible to a single process, the stock Trainer would
+    wrap the model in DataParallel, multiply the batch, and read features of one replica only."""
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs are visible to one process, and one is used: start with `accelerate launch "
+            f"--num_processes {args.n_gpu}` to use all of them."
+        )
+        args._n_gpu = 1
 
 
 def refuse_unsupported(args: Any) -> None:

@@ -43,6 +43,7 @@ from hf_immunize.training.publishing import GatedPushMixin
 from hf_immunize.training.sites import choose_sites
 from hf_immunize.training.steps import StepMixin
 from hf_immunize.training.support import refuse_accelerator, refuse_model, refuse_sites, refuse_terms
+from hf_immunize.training.watch import Watch
 
 logger = logging.get_logger(__name__)
 
@@ -56,6 +57,18 @@ class _Averaging(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After ``optimizer.step()``."""
         self._average.update(self._bare())
+
+
+class _Watching(TrainerCallback):
+    """Stops a run whose numbers are not finite, however rarely it logs."""
+
+    def __init__(self, watch: Watch):
+        self._watch = watch
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After every optimizer step; values are read when that costs nothing, or has waited long enough."""
+        if self._watch.is_due:
+            self._watch.settle()
 
 
 class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, StepMixin, Trainer):
@@ -133,7 +146,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         refuse_terms(args, terms)
         metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
         self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
-        self.meter = Meter()
+        self.watch = Watch(terms)
+        self.meter = Meter(self.watch)
         self.frozen = FrozenPart(model, sample.shape)
         self.objective = GlobalObjective(
             terms,
@@ -158,16 +172,14 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         )
         self._planned = None
         self._place = 0
-        self._progress: dict[str, list[float]] = {}
         self.guard_record = None
 
     def _set_up_rest(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> None:
         """What needs Trainer's own constructor to have run: devices, callbacks, precision."""
         args = self.args
-        if args.n_gpu > 1:
-            raise ConfigError("expected one device per process, got DataParallel: start with `accelerate launch`.")
         guarded = args.max_primary_drop is not None
         self._initial = {k: v.cpu().clone() for k, v in model.state_dict().items()} if guarded else None
+        self.add_callback(_Watching(self.watch))
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
         if self.average:
             self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))

@@ -138,6 +138,12 @@ class Streams:
         )
 
 
+def named_terms(args: DiffusionImmunizationConfig) -> tuple[Term, ...]:
+    """Every term that ``args.objective`` names."""
+    of_features = terms_of(args.feature_objective) if args.feature_objective else ()
+    return (*of_features, *((SIMULATED_TERM,) if args.simulates else ()))
+
+
 @dataclass
 class Terms:
     """Feature terms, the simulated attack and its weight; each None where the objective has none."""
@@ -152,7 +158,7 @@ class Terms:
     ) -> Terms:
         """The terms that ``args.objective`` names."""
         terms = terms_of(args.feature_objective) if args.feature_objective else ()
-        names = [term.name for term in (*terms, *((SIMULATED_TERM,) if args.simulates else ()))]
+        names = [term.name for term in named_terms(args)]
         if "=" in args.weight:
             parse_numbers(args.weight, names, "weight")
         parse_numbers(args.term_shares, names, "term_shares")
@@ -175,12 +181,6 @@ class Terms:
             attack = kind.of(args, denoiser, model, streams.attack)
             weights = TermWeights((SIMULATED_TERM,), strength=args.strength, **_numbers_of(args, (SIMULATED_TERM,)))
         return cls(objective, attack, weights)
-
-    @property
-    def all(self) -> tuple[Term, ...]:
-        """Every term."""
-        of_features = self.objective.terms if self.objective is not None else ()
-        return (*of_features, *((SIMULATED_TERM,) if self.attack is not None else ()))
 
     @property
     def sites(self) -> list[str]:

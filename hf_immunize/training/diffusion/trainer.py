@@ -28,6 +28,7 @@ from hf_immunize.diffusion import (
 )
 from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.features import capture_inputs
+from hf_immunize.models import refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.training.diffusion.changing import ChangingPart
 from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
@@ -35,7 +36,14 @@ from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, s
 from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import merge_factors
 from hf_immunize.training.diffusion.references import wrong_target_gradients
-from hf_immunize.training.diffusion.setup import Streams, Terms, accelerator_of, check_data, choose_trainable
+from hf_immunize.training.diffusion.setup import (
+    Streams,
+    Terms,
+    accelerator_of,
+    check_data,
+    choose_trainable,
+    named_terms,
+)
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream
 from hf_immunize.training.distributed import mean_over_ranks, world
@@ -43,6 +51,7 @@ from hf_immunize.training.global_objective import SIDES, MicroBatch, SiteGradien
 from hf_immunize.training.guard import UtilityGuard
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.state import load_state, save_state
+from hf_immunize.training.watch import Watch
 
 GUARD_METRIC = "retain denoising loss, -100 ln"
 """Points of the guard: 100·ln of the loss's factor, which is close to percent."""
@@ -92,7 +101,6 @@ class DiffusionImmunizationTrainer:
             self._build(model, train_dataset, harmful_dataset, eval_dataset)
         self.step = 0
         self.log_history: list[dict[str, float]] = []
-        self._progress: dict[str, list[float]] = {}
 
     def _build(
         self, model: nn.Module, train_dataset: LatentDataset, harmful_dataset: LatentDataset,
@@ -108,7 +116,8 @@ class DiffusionImmunizationTrainer:
         share_draws(self.bare)
         self.changing = ChangingPart(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
-        self.meter = Meter()
+        self.watch = Watch(named_terms(args))
+        self.meter = Meter(self.watch)
         self.terms = Terms.of(args, self.denoiser, self.bare, self.streams, self.meter)
         self._make_guard(harmful_dataset, eval_dataset)
         self.teacher = self._frozen_copy() if args.distillation > 0 else None
@@ -186,6 +195,7 @@ class DiffusionImmunizationTrainer:
 
     def compute_gradients(self) -> None:
         """Leave the gradient of the whole objective of this step in the parameters, equal on every rank."""
+        self.watch.step = self.step + 1
         self.optimizer.zero_grad(set_to_none=True)
         count = self.args.gradient_accumulation_steps
         first = self.step * count
@@ -317,6 +327,8 @@ class DiffusionImmunizationTrainer:
 
     def _after_step(self, bar: Any) -> None:
         args = self.args
+        if self.watch.is_due or self.step == args.max_steps:
+            self.watch.settle()
         if self.step % args.logging_steps == 0 or self.step == args.max_steps:
             self._log(bar)
         if self._exam is not None and (self.step % args.eval_steps == 0 or self.step == args.max_steps):
@@ -331,35 +343,34 @@ class DiffusionImmunizationTrainer:
             self._save()
 
     def _log(self, bar: Any) -> None:
-        means = self.meter.drain()
-        for term in self.terms.all:
-            if term.name in means and math.isfinite(means[term.name]):
-                self._progress[term.name] = [term.progress(means[term.name])]
-        broken = sorted(name for name, value in means.items() if not math.isfinite(value))
-        if broken:
-            raise TrainingDivergedError(
-                f"expected finite losses and spectra, got {broken} at step {self.step}: lower the learning rate or the "
-                "strength, and check the images for constant or broken ones."
-            )
+        means = {name: value for name, value in self.meter.drain().items() if math.isfinite(value)}
         self.log_history.append({"step": self.step, **means})
         bar.set_postfix_str(f"retain loss {means.get('retain_loss', math.nan):.4f}", refresh=False)
         if self.accelerator.log_with:
             self.accelerator.log(means, step=self.step)
 
     def _guard_step(self) -> None:
-        progress = sum(value[-1] for value in self._progress.values()) if self._progress else float("inf")
+        progress = self.watch.progress()
         with self._judged_weights():
             self.terms.factor = self.guard.observe(
                 self.step, self._points(), progress, self.terms.factor, self.changing
             )
 
+    def _refuse_ruined(self) -> None:
+        self.watch.settle()
+        refuse_non_finite(
+            self.bare, "the trained model", error=TrainingDivergedError,
+            remedy="training diverged, and nothing was saved. Lower the learning rate or the strength.",
+        )
+
     def _finish(self) -> None:
+        self._refuse_ruined()
         if self.average is not None:
             self.average.copy_to(self.changing.parameters)
         if self._initial and not self.guard.choose(self.changing):
             self.changing.load_state_dict(self._initial)
             self.accelerator.print(
-                f"max_loss_factor={self.args.max_loss_factor} was not held at any evaluation: the weights from before "
+                f"max_loss_factor={self.args.max_loss_factor} {self.guard.why_nothing()}: the weights from before "
                 "immunization are returned. Lower the strength, add distillation, or train longer."
             )
         if self.args.trainable == "lora":
@@ -385,10 +396,11 @@ class DiffusionImmunizationTrainer:
         return {**scientific_options(self.args), "model": digest.hexdigest(), **told, "processes": world()[1]}
 
     def _save(self) -> None:
+        self._refuse_ruined()
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
             unmark(folder)
-            save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self._progress)
+            save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch)
             save_loop(
                 folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history,
                 options=self._identity,
@@ -398,5 +410,5 @@ class DiffusionImmunizationTrainer:
 
     def _load(self, folder: Path) -> None:
         check_options(folder, self._identity)
-        self._progress = load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard)
+        load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch)
         self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule, self.average)

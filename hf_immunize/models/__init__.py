@@ -1,0 +1,16 @@
+"""Models that others saved, read one way: from safetensors, in float32, and only where every weight is a number."""
+
+from hf_immunize.models.classifiers import load_classifier, load_processor, random_classifier
+from hf_immunize.models.folders import refuse_folder, variant_of
+from hf_immunize.models.weights import non_finite, refuse_below_float32, refuse_non_finite
+
+__all__ = [
+    "load_classifier",
+    "load_processor",
+    "non_finite",
+    "random_classifier",
+    "refuse_below_float32",
+    "refuse_folder",
+    "refuse_non_finite",
+    "variant_of",
+]

@@ -1,0 +1,80 @@
+"""Image classifiers and their processors, from a folder or the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+import hf_immunize.features.headed  # noqa: F401  (makes the Auto classes know models made by add_head)
+from hf_immunize.errors import ModelError
+from hf_immunize.models.folders import refuse_folder, variant_of
+from hf_immunize.models.weights import refuse_non_finite
+
+
+def load_classifier(
+    source: str | Path, *, labels: Mapping[str, Any] | None = None, trust_remote_code: bool = False, **config: Any
+) -> nn.Module:
+    """The image classifier of a folder or Hub id: safetensors only, float32 whatever is stored, every weight finite.
+
+    Args:
+        source: folder of ``save_pretrained``, or Hub id.
+        labels: ``id2label`` and ``label2id`` of a new head for a model that has none, or one of other classes; the
+            head is drawn at random then. By default every weight has to be there.
+        trust_remote_code: run model code that comes with the model.
+        config: numbers of its config to change.
+
+    Raises:
+        ModelError: nothing that can be read, an adapter, a single file, pickles or quantized weights (with what to do
+            about each), weights that are missing, or weights that are not finite.
+    """
+    refuse_folder(source)
+    variant = variant_of(source) if Path(source).is_dir() else None
+    try:
+        known = AutoConfig.from_pretrained(
+            str(source), trust_remote_code=trust_remote_code, **(dict(labels or {}) | config)
+        )
+        model, told = AutoModelForImageClassification.from_pretrained(
+            str(source), config=known, dtype=torch.float32, variant=variant, ignore_mismatched_sizes=labels is not None,
+            use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
+        )
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:  # transformers, safetensors and hub raise many unrelated classes for what cannot be read
+        raise ModelError(
+            f"expected an image classifier saved with save_pretrained in {source}, weights in safetensors, got "
+            f"{type(error).__name__}: {error}: check the path."
+        ) from error
+    if labels is None and told["missing_keys"]:
+        missing = sorted(told["missing_keys"])
+        raise ModelError(
+            f"expected all weights of {type(model).__name__} in {source}, got none for {missing[:5]}: transformers "
+            "would draw them at random. A backbone without a head gets one from recipes/pretrain.py or "
+            "hf_immunize.features.add_head."
+        )
+    refuse_non_finite(model, str(source), remedy="restore the weights, or train the model again.")
+    return model
+
+
+def random_classifier(source: str | Path, seed: int) -> nn.Module:
+    """The architecture of ``source`` with random float32 weights drawn from ``seed``: where training from scratch
+    starts."""
+    config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+def load_processor(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The image processor saved beside a model, PIL backend. Raises ModelError when there is none."""
+    try:
+        return AutoImageProcessor.from_pretrained(str(source), backend="pil", trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above
+        raise ModelError(
+            f"expected an image processor in {source}, got {type(error).__name__}: {error}: save it beside the model "
+            "with save_pretrained."
+        ) from error

@@ -1,0 +1,102 @@
+"""What a model's folder holds in the place of a whole model, said before a loader trips over it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from hf_immunize.errors import ModelError
+
+_SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".h5", ".msgpack")
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_CONFIGS = ("config.json", "model_index.json")
+_PLAIN = re.compile(r"^(pytorch_|diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors$")
+_VARIANT = re.compile(r"^(?:pytorch_|diffusion_pytorch_)?model\.(?P<variant>[A-Za-z0-9_]+)(-\d+-of-\d+)?\.safetensors$")
+
+
+def variant_of(folder: str | Path) -> str | None:
+    """The only variant (``fp16`` of ``model.fp16.safetensors``) a folder's weights come in; None where there are plain
+    ones, or none at all.
+
+    Raises:
+        ModelError: several variants and no plain weights.
+    """
+    names = [path.name for path in Path(folder).glob("*.safetensors")]
+    if any(_PLAIN.match(name) for name in names):
+        return None
+    found = sorted({match["variant"] for name in names if (match := _VARIANT.match(name))})
+    if len(found) > 1:
+        raise ModelError(
+            f"expected one set of weights in {folder}, got variants {found} and no plain one: keep one of them, or "
+            "load it with from_pretrained(..., variant=...) and save it again."
+        )
+    return found[0] if found else None
+
+
+def refuse_folder(source: str | Path) -> None:
+    """Raise ModelError for a file, an adapter or a quantized model where the folder of a whole model is expected.
+
+    Anything that is not on this disk is left to the loader: it may be a Hub id.
+    """
+    path = Path(source)
+    if path.is_file() or (path.suffix in _SINGLE_FILES and not path.exists()):
+        raise _single_file(path)
+    if not path.is_dir():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise _adapter(path)
+    if not any((path / name).is_file() for name in _CONFIGS):
+        files = sorted(file for file in path.iterdir() if file.suffix in _SINGLE_FILES)
+        if files:
+            raise _single_file(files[0])
+    _refuse_pickles(path)
+    _refuse_quantized(path)
+
+
+def _single_file(path: Path) -> ModelError:
+    if not path.is_file():
+        return ModelError(f"expected a folder saved with save_pretrained, got {path.name!r}, which is not there.")
+    return ModelError(
+        f"expected a folder with config.json or model_index.json, got the single file {path.name!r}: convert it once. "
+        "A pipeline: diffusers.StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER). A classifier: "
+        "build it from its config, load_state_dict(safetensors.torch.load_file(FILE)), save_pretrained(FOLDER). Then "
+        "name the folder."
+    )
+
+
+def _adapter(path: Path) -> ModelError:
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        base = None
+    return ModelError(
+        f"expected a whole model in {path}, got a PEFT adapter of {base or 'a base it does not name'}: merge it first, "
+        "PeftModel.from_pretrained(BASE, ADAPTER).merge_and_unload().save_pretrained(FOLDER), save the image processor "
+        "beside it, and name that folder."
+    )
+
+
+def _refuse_pickles(path: Path) -> None:
+    """A folder whose only weights are pickles: they can run code when they are read, and are not."""
+    files = sorted(file.name for file in path.iterdir() if file.is_file())
+    pickles = [name for name in files if name.endswith(_PICKLES) and name != "training_args.bin"]
+    if pickles and not any(path.rglob("*.safetensors")):
+        raise ModelError(
+            f"expected weights in safetensors in {path}, got {pickles[0]}, a pickle, which can run code when it is "
+            "read: convert it where you trust it, with from_pretrained(...).save_pretrained(FOLDER)."
+        )
+
+
+def _refuse_quantized(path: Path) -> None:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # a loader says what is wrong with it
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    if found:
+        kind = found.get("quant_method", "some method") if isinstance(found, dict) else "some method"
+        raise ModelError(
+            f"expected float weights in {path}, got weights quantized by {kind}: they cannot be trained or compared "
+            "with a base in float32. Name the model they were quantized from."
+        )

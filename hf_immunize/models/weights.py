@@ -1,0 +1,67 @@
+"""What weights must be before anything is trained, attacked, judged or saved: numbers, and enough digits of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.errors import ModelError
+
+_NAMED = 5
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by name, one at a time: a state dict of a large model would be a second reference."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of the floating-point tensors that hold a NaN or an infinity; each tensor is looked at once."""
+    found = []
+    for name, value in tensors:
+        if value.is_meta or not (value.is_floating_point() or value.is_complex()):
+            continue
+        if value.numel() and not bool(torch.isfinite(value.detach()).all()):
+            found.append(name)
+    return found
+
+
+def refuse_non_finite(
+    model: nn.Module, where: str, *, error: type[Exception] = ModelError, remedy: str = "restore the weights."
+) -> None:
+    """Raise ``error`` (ModelError) where a parameter or a buffer of ``model`` holds NaN or infinity.
+
+    Args:
+        where: what the model is called in the message.
+        remedy: what to do.
+    """
+    everything = list(_tensors(model))
+    if found := non_finite(everything):
+        more = ", …" if len(found) > _NAMED else ""
+        raise error(
+            f"expected finite weights in {where}, got NaN or infinity in {len(found)} of {len(everything)} tensors "
+            f"({', '.join(found[:_NAMED])}{more}): {remedy}"
+        )
+
+
+def refuse_below_float32(model: nn.Module, what: str) -> None:
+    """Raise ModelError where a parameter that is trained has fewer digits than float32.
+
+    An optimizer's small steps are lost in the rounding of float16 and bfloat16 weights, or overflow there: what looks
+    like a slow or a failed training is then the storage format.
+    """
+    low = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() < 4
+    ]
+    if low:
+        kind = str(model.get_parameter(low[0]).dtype).removeprefix("torch.")
+        raise ModelError(
+            f"expected trained weights of {what} in float32, got {kind} in {len(low)} parameters ({low[0]}, …): load "
+            "with from_pretrained(..., dtype=torch.float32) and set bf16=True for speed; transformers loads weights "
+            "in the precision they are stored in."
+        )
