@@ -130,8 +130,15 @@ class ImmunizationConfig(TrainingArguments):
     max_strength_factor: float = field(
         default=8.0, metadata={"help": "How far above `strength` the guard may raise it while there is room."}
     )
+    learning_rate: float = field(
+        default=3e-4,
+        metadata={"help": "Initial learning rate. TrainingArguments' own default, 5e-5, hardly moves a term."},
+    )
+    per_device_train_batch_size: int = field(
+        default=32, metadata={"help": "Primary rows per device and micro-batch."}
+    )
     per_device_harmful_batch_size: int = field(
-        default=64, metadata={"help": "Harmful rows per device and micro-batch; spectra are of the global batch."}
+        default=128, metadata={"help": "Harmful rows per device and micro-batch; spectra are of the global batch."}
     )
     dataloader_timeout: float = field(
         default=600.0,

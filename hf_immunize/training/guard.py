@@ -24,9 +24,11 @@ class HasState(Protocol):
 class UtilityGuard:
     """Adapts the strength factor at each evaluation and remembers the best weights within the allowance.
 
-    Above the allowance the factor is halved; below half of it the factor grows by a quarter, up to ``max_factor``.
-    Of the evaluations within the allowance the one with the most progress on the terms is kept; the model
-    before immunization counts as one of them, so there is always something to return.
+    Above the allowance the factor is halved, unless the drop is smaller than at the last evaluation: it takes steps to
+    recover, and a factor that is halved meanwhile ends at nothing. Below half of the allowance the factor grows by a
+    quarter, up to ``max_factor``. Of the evaluations within the allowance the one with the most progress on the terms
+    is kept, of equal ones the latest; the model before immunization counts as one of them, so there is always something
+    to return.
 
     Args:
         allowed: largest drop in points of the metric; None watches and reports only.
@@ -46,12 +48,13 @@ class UtilityGuard:
         """Take one evaluation (metric in points, progress: lower is better) and return the new strength factor."""
         assert self.base is not None, "the base metric is measured before training"
         drop = self.base - metric
+        before = self.history[-1]["drop"] if self.history else float("-inf")
         self.history.append({"step": step, "metric": metric, "drop": drop, "progress": progress, "factor": factor})
         if self.allowed is None:
             return factor
         if not drop <= self.allowed:  # a metric that is not a number holds nothing
-            return factor / 2
-        if progress < self.best_progress:
+            return factor if drop < before else factor / 2
+        if progress <= self.best_progress and _finite(progress):
             self.best_step, self.best_progress = step, progress
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         return min(factor * 1.25, self.max_factor) if drop <= self.allowed / 2 else factor
