@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
-from hf_immunize.data import Task, TaskArguments, describe_source
-from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
+from hf_immunize.data import Task, TaskArguments, describe_source, for_model
+from hf_immunize.errors import ConfigError, ImmunizeError
 from hf_immunize.hub import local_folder
 from hf_immunize.models import load_classifier, load_processor, refuse_folder
 from hf_immunize.options import parse_options
@@ -111,11 +111,6 @@ def main() -> None:
     primary, harmful = Task(task_options, "primary"), Task(task_options, "harmful")
     set_seed(args.seed)
     model, processor, base = load_base(base_options, primary.label_names)
-    if model.config.num_labels != len(primary.label_names):
-        raise ModelError(
-            f"expected a base with {len(primary.label_names)} labels, got {model.config.num_labels}: train its head on "
-            "the primary task first (recipes/pretrain.py)."
-        )
     train, validation = primary.pixels("train", processor), primary.pixels("validation", processor)
     defense = harmful.pixels("defense", processor)
     data = [
@@ -130,9 +125,9 @@ def main() -> None:
     trainer = ImmunizationTrainer(
         model=model,
         args=args,
-        train_dataset=train,
+        train_dataset=for_model(train, model.config.id2label),
         harmful_dataset=defense,
-        eval_dataset=validation,
+        eval_dataset=for_model(validation, model.config.id2label),
         processing_class=processor,
     )
     base_spectra = training_spectra(trainer)

@@ -1,5 +1,6 @@
 """Data of both tasks: sources, content-hash splits, pixels, fingerprints, and the harmful stream."""
 
+from hf_immunize.data.alignment import align_labels, for_model, names_classes, output_names, refuse_other_labels
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
 from hf_immunize.data.labels import check_classes, check_label_range, check_sample, label_names_of, labels_of
@@ -28,6 +29,7 @@ __all__ = [
     "StepBatchSampler",
     "Task",
     "TaskArguments",
+    "align_labels",
     "augment",
     "batches",
     "check_classes",
@@ -37,15 +39,19 @@ __all__ = [
     "describe_source",
     "digest_rows",
     "fingerprint",
+    "for_model",
     "forward_rows",
     "label_names_of",
     "labels_of",
     "load_source",
     "named_workers",
+    "names_classes",
+    "output_names",
     "parse_fractions",
     "parse_augmentation",
     "preprocess",
     "read_image",
+    "refuse_other_labels",
     "select_classes",
     "split_by_content",
     "split_few_by_content",

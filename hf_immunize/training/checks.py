@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.data import check_classes, check_label_range, check_sample, label_names_of, labels_of
+from hf_immunize.data import (
+    PixelDataset,
+    align_labels,
+    check_classes,
+    check_label_range,
+    check_sample,
+    for_model,
+    label_names_of,
+    labels_of,
+    names_classes,
+)
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import capture_inputs, find_classifier, linear_sites
 from hf_immunize.training.primary import SINGLE, UNLABELLED, check_primary_labels, kind_of
@@ -50,6 +60,7 @@ def check_data(
     check_head(model, primary, kind)
     for name, rows in _parts(evaluation) if kind != UNLABELLED else ():
         check_primary_labels(model, rows, kind, name)
+        check_head(model, rows, kind, name)
     harmful_labels = labels_of(harmful, "harmful_dataset")
     names = label_names_of(harmful)
     classes = len(names) if names else max(harmful_labels) + 1
@@ -71,14 +82,37 @@ def _parts(evaluation: Any) -> Iterator[tuple[str, Any]]:
         yield "eval_dataset", evaluation
 
 
-def check_head(model: Any, primary: Any, kind: str) -> None:
-    """Raise ModelError when the primary dataset names its classes and the head has more outputs than that."""
+def matched(model: Any, dataset: Any) -> Any:
+    """A PixelDataset with the labels of the model's outputs, by name; anything else as it is (see ``check_head``)."""
+    if isinstance(dataset, dict):
+        return {name: matched(model, rows) for name, rows in dataset.items()}
+    if not isinstance(dataset, PixelDataset) or not names_classes(model.config.id2label):
+        return dataset
+    return for_model(dataset, model.config.id2label)
+
+
+def check_head(model: Any, primary: Any, kind: str, name: str = "train_dataset") -> None:
+    """Labels are compared with the head's outputs by name, where both sides have names.
+
+    Raises:
+        ModelError: classes that the head has no output for.
+        DataError: the same classes in another order.
+    """
     names = label_names_of(primary) if kind == SINGLE else None
-    if names is not None and len(names) != model.config.num_labels:
+    if names is None:
+        return
+    if len(names) != model.config.num_labels and not names_classes(model.config.id2label):
         raise ModelError(
-            f"expected a head with {len(names)} outputs, one for each class of train_dataset, got "
-            f"{model.config.num_labels}: load the model with num_labels={len(names)} and train that head first, or "
-            "pass the rows its head was trained on."
+            f"expected a head with {len(names)} outputs, one for each class of {name}, got {model.config.num_labels}: "
+            f"load the model with num_labels={len(names)} and train that head first, or pass the rows its head was "
+            "trained on."
+        )
+    places = align_labels(names, model.config.id2label, name)
+    if moved := [place for place, output in enumerate(places) if place != output]:
+        told = ", ".join(f"{names[place]!r} is label {place} and output {places[place]}" for place in moved[:5])
+        raise DataError(
+            f"expected the labels of {name} in the order of the model's outputs, got {told}: map them by name with "
+            "dataset.align_labels_with_mapping(model.config.label2id, 'label')."
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_immunize.data import check_label_range, labels_of
+from hf_immunize.data import check_label_range, labels_of, refuse_other_labels
 from hf_immunize.errors import DataError
 
 SINGLE, MULTI, REGRESSION, UNLABELLED = (
@@ -104,6 +104,32 @@ def r2(prediction: Any) -> dict[str, float]:
     targets = np.asarray(prediction.label_ids, dtype=np.float64)
     outputs = np.asarray(_predicted(prediction), dtype=np.float64).reshape(targets.shape)
     return {"r2": float(1 - np.square(outputs - targets).sum() / np.square(targets - targets.mean(axis=0)).sum())}
+
+
+class BaseLabels:
+    """A ``compute_metrics`` that also remembers, while it is ``open``, what the model before immunization predicted.
+
+    Args:
+        metrics: what is computed of each prediction.
+    """
+
+    def __init__(self, metrics: Callable[..., dict[str, float]]):
+        self._metrics, self.open = metrics, False
+        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __call__(self, prediction: Any, **options: Any) -> dict[str, float]:
+        """The metrics of one prediction, as ``Trainer`` asks for them."""
+        if self.open:
+            logits, labels = (np.asarray(part) for part in (_predicted(prediction), prediction.label_ids))
+            self._seen.append((np.argmax(logits, axis=-1), labels))
+        return self._metrics(prediction, **options)
+
+    def refuse_other_order(self, names: Sequence[str], where: str) -> None:
+        """Raise DataError where the predictions are right under another order of the labels."""
+        self.open, seen, self._seen = False, self._seen, []
+        if seen:
+            predicted, labels = (torch.as_tensor(np.concatenate(part)) for part in zip(*seen, strict=True))
+            refuse_other_labels(predicted, labels, names, where)
 
 
 METRICS: dict[str, Callable[[Any], dict[str, float]] | None] = {

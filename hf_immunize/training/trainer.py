@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from hf_immunize.data import NamedRows, collate_pixels, named_workers
+from hf_immunize.data import NamedRows, collate_pixels, named_workers, output_names
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
+from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.training.average import WeightAverage
 from hf_immunize.training.checkpointing import StrictCheckpointMixin
-from hf_immunize.training.checks import check_data, check_unlabelled, head_of
+from hf_immunize.training.checks import check_data, check_unlabelled, head_of, matched
 from hf_immunize.training.config import ImmunizationConfig
 from hf_immunize.training.distillation import feature_distance
 from hf_immunize.training.distributed import mean_over_ranks
@@ -34,7 +35,10 @@ from hf_immunize.training.preconditioning import Preconditioner
 from hf_immunize.training.primary import (
     METRICS,
     REGRESSION,
+    SINGLE,
     UNLABELLED,
+    BaseLabels,
+    accuracy,
     check_primary_labels,
     collate_with_labels,
     divergence,
@@ -110,17 +114,21 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         **kwargs: Any,
     ):
         refuse_model(args, model)
+        refuse_non_finite(model, "the model before immunization")
         if args.max_primary_drop is not None and eval_dataset is None:
             raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out primary rows.")
         if args.trainable_modules is not None:
             freeze_all_but(model, args.trainable_modules)
+        refuse_below_float32(model, "the model")
         self.site = head_of(model, args)
+        train_dataset, eval_dataset = matched(model, train_dataset), matched(model, eval_dataset)
         self.kind, *labels = check_data(model, train_dataset, harmful_dataset, eval_dataset)
         if self.kind == UNLABELLED:
             check_unlabelled(model, args, train_dataset, self.site)
         sample = torch.as_tensor(train_dataset[0]["pixel_values"])
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self._set_up(model, args, sample, max(labels[1]) + 1)
+        self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
         super().__init__(
             model=model,
@@ -128,7 +136,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=collate_with_boundary(plain),
-            compute_metrics=compute_metrics or METRICS[self.kind],
+            compute_metrics=self._base_labels or compute_metrics or METRICS[self.kind],
             **kwargs,
         )
         refuse_accelerator(self.accelerator)
@@ -262,12 +270,22 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         with named_workers("train_dataset", self.args.dataloader_timeout):
             if not resume_from_checkpoint:
                 if self.eval_dataset is not None and self.kind != UNLABELLED:
-                    self.guard.base = self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
+                    self.guard.base = self._measure_base()
                 self._measure_references()
                 set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._finish()
         return output
+
+    def _measure_base(self) -> float:
+        """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
+        if self._base_labels is None:
+            return self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
+        self._base_labels.open = True
+        points = self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
+        config = self.accelerator.unwrap_model(self.model).config
+        self._base_labels.refuse_other_order(output_names(config.id2label), "eval_dataset")
+        return points
 
     def compute_loss(
         self,

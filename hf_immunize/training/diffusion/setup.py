@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
 from hf_immunize.errors import ConfigError, DataError, ModelError
+from hf_immunize.models import refuse_non_finite
 from hf_immunize.training.balancing import TermWeights, parse_numbers
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
@@ -65,6 +66,7 @@ def check_data(
             f"expected weights in float32, got {', '.join(narrow)}: most updates are smaller than their rounding. Load "
             "the pipeline with torch_dtype=torch.float32 and set mixed_precision=bf16."
         )
+    refuse_non_finite(model, "the model before immunization")
     if train is None or harmful is None:
         missing = "train_dataset" if train is None else "harmful_dataset"
         raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
