@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
-from hf_immunize.data import Task, TaskArguments, describe_source, for_model
-from hf_immunize.errors import ConfigError, ImmunizeError
+from hf_immunize.data import Task, TaskArguments, describe_source, for_model, names_classes
+from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
 from hf_immunize.hub import local_folder
 from hf_immunize.models import load_classifier, load_processor, refuse_folder
 from hf_immunize.options import parse_options
@@ -111,6 +111,11 @@ def main() -> None:
     primary, harmful = Task(task_options, "primary"), Task(task_options, "harmful")
     set_seed(args.seed)
     model, processor, base = load_base(base_options, primary.label_names)
+    if model.config.num_labels != len(primary.label_names) and not names_classes(model.config.id2label):
+        raise ModelError(
+            f"expected a base with {len(primary.label_names)} labels, got {model.config.num_labels}: train its head on "
+            "the primary task first (recipes/pretrain.py), or set id2label in its config.json."
+        )
     train, validation = primary.pixels("train", processor), primary.pixels("validation", processor)
     defense = harmful.pixels("defense", processor)
     data = [

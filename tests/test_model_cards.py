@@ -51,8 +51,10 @@ def test_its_metadata_holds_the_numbers_of_its_certificate(folder):
     results = {item.metric_name: item.metric_value for item in ModelCard.load(folder / "README.md").data.eval_results}
     assert results["Primary metric, percent"] == certificate.utility.immunized
     for cell in certificate.cells:
-        assert results[f"Harmful accuracy after {cell.attack}"] == pytest.approx(
-            sum(cell.subject.accuracy) / len(cell.subject.accuracy))
+        assert results[f"Harmful accuracy after {cell.attack}, percent"] == pytest.approx(
+            100 * sum(cell.subject.accuracy) / len(cell.subject.accuracy))
+    accuracies = [value for name, value in results.items() if name.endswith("percent")]
+    assert len(accuracies) == 1 + len(certificate.cells) and min(accuracies) > 1.0, "a share among percent"
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)

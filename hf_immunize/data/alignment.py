@@ -47,7 +47,7 @@ def align_labels(names: Sequence[str], id2label: Mapping[int, str], where: str) 
         places.setdefault(_plain(name), []).append(number)
     if len(names) == len(known) and not any(_plain(name) in places for name in names):
         pairs = ", ".join(f"{mine!r} is {theirs!r}" for mine, theirs in list(zip(names, known, strict=True))[:_NAMED])
-        logger.warning(f"{where}: no class has the name of an output of the model, so classes keep their order: {pairs}")
+        logger.warning(f"{where}: no class has the name of an output of the model, classes keep their order: {pairs}")
         return list(range(len(names)))
     missing = [name for name in names if _plain(name) not in places]
     twice = [name for name in names if len(places.get(_plain(name), ())) > 1]

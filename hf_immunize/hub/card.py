@@ -163,7 +163,10 @@ def _line(name: str) -> str:
 
 
 def _results(certificate: Certificate, task: str) -> list[EvalResult]:
-    """Primary metric, slow-downs, harmful accuracies and RIR. A figure that was not measured is left out, not zero."""
+    """Primary metric, slow-downs, harmful accuracies and RIR; accuracies in percent, as everywhere in the card.
+
+    A figure that was not measured is left out, not zero.
+    """
     primary, harmful = _where(certificate.primary_data, task), _where(certificate.harmful_data, task)
     utility = certificate.utility
     found = [
@@ -185,8 +188,8 @@ def _results(certificate: Certificate, task: str) -> list[EvalResult]:
         if accuracy is not None:
             found.append(EvalResult(
                 **harmful, metric_type=_line(certificate.harmful_metric),
-                metric_name=_line(f"Harmful {certificate.harmful_metric} after {cell.attack}"),
-                metric_value=accuracy, metric_args=about | {"base": text.accuracy(cell.control)},
+                metric_name=_line(f"Harmful {certificate.harmful_metric} after {cell.attack}, percent"),
+                metric_value=100 * accuracy, metric_args=about | {"base": _percent(text.accuracy(cell.control))},
             ))
     if certificate.immunization_ratio is not None:
         found.append(EvalResult(
@@ -194,6 +197,10 @@ def _results(certificate: Certificate, task: str) -> list[EvalResult]:
             metric_name="Relative immunization ratio (explains, does not certify)",
         ))
     return found
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _slow_down(interval: Interval) -> tuple[str, float] | None:

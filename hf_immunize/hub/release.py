@@ -90,6 +90,7 @@ def prepare(
     rendered = _rendered(everything, card, repo_id)
     small, weights = _contents(chosen, verification)
     _refuse_remote_code(small, everything)
+    _refuse_non_finite(weights)
     small |= rendered
     digests = {name: chosen.digest(name) for name in chosen.files} | _digests_of(small)
     digests |= _digests_of(_signed(small, digests, signing_key))
@@ -97,6 +98,18 @@ def prepare(
     _refuse_secrets(small, token)
     left_out = sorted(name for name in set(everything.files) - set(chosen.files) if not _is_written_here(name))
     return Release(weights, small, digests | _digests_of({SEAL: small[SEAL]}), tuple(left_out), verification)
+
+
+def _refuse_non_finite(weights: dict[str, Path]) -> None:
+    """Raise PublishRefusedError for weights that are no numbers: no exam of them means anything."""
+    from hf_immunize.models import non_finite_in_file  # torch is needed here alone
+
+    for name, path in weights.items():
+        if found := non_finite_in_file(path):
+            raise PublishRefusedError(
+                f"expected finite weights in {name}, got NaN or infinity in {len(found)} tensors ({found[0]}, …): the "
+                "model is ruined. Train it again, and attack and certify what comes out."
+            )
 
 
 def _rendered(folder: Inventory, card: CardOptions | None, repo_id: str | None) -> dict[str, bytes]:

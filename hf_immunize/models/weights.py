@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hf_immunize.errors import ModelError
@@ -27,6 +29,18 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
         if value.numel() and not bool(torch.isfinite(value.detach()).all()):
             found.append(name)
     return found
+
+
+def non_finite_in_file(path: str | Path) -> list[str]:
+    """Names of the tensors in a safetensors file that hold a NaN or an infinity; one tensor is in memory at a time.
+
+    A file that is no safetensors file holds none; whoever loads it says what is wrong with it.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return non_finite((name, file.get_tensor(name)) for name in file.keys())
+    except SafetensorError:
+        return []
 
 
 def refuse_non_finite(

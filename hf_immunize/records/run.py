@@ -15,6 +15,7 @@ from hf_immunize.records.files import sha256_file
 from hf_immunize.records.provenance import Provenance
 
 RUN_FILE = "run.json"
+_LOGS = ("runs", "logs")
 
 
 class RunRecord(Record):
@@ -39,6 +40,8 @@ def fingerprint_of(inputs: dict[str, Any]) -> str:
 def begin_run(folder: str | Path, stage: str, inputs: dict[str, Any], *, write: bool = True) -> bool:
     """Claim a folder for a run; True when that same run is already finished there and its files are intact.
 
+    A claim of a run that stopped before it left anything, as one that was refused for an option, does not count.
+
     Args:
         folder: output folder.
         stage: name of the stage.
@@ -50,7 +53,7 @@ def begin_run(folder: str | Path, stage: str, inputs: dict[str, Any], *, write: 
     """
     path = Path(folder) / RUN_FILE
     fingerprint = fingerprint_of(inputs)
-    if path.exists():
+    if path.exists() and _has_content(Path(folder), path):
         held = RunRecord.read(path)
         if held.stage != stage or held.fingerprint != fingerprint:
             keys = {*held.inputs, *inputs}
@@ -70,6 +73,18 @@ def begin_run(folder: str | Path, stage: str, inputs: dict[str, Any], *, write: 
     elif write:
         _record(stage, fingerprint, inputs, {}).write(path)
     return False
+
+
+def _has_content(folder: Path, claim: Path) -> bool:
+    """Whether a run has left anything beside its claim: a result, a checkpoint, a trace; no log and no empty folder."""
+    if RunRecord.read(claim).finished:
+        return True
+    left = (path for path in folder.rglob("*") if path.is_file() and path != claim)
+    return any(
+        not any(part.startswith(".") or part in _LOGS for part in path.relative_to(folder).parts)
+        and not path.name.startswith("events.out.tfevents") and path.suffix not in (".log", ".part")
+        for path in left
+    )
 
 
 def finish_run(folder: str | Path, stage: str, inputs: dict[str, Any], files: list[str]) -> RunRecord:

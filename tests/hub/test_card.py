@@ -78,8 +78,8 @@ def test_metadata_parses_back_to_the_same_numbers(tmp_path):
     assert results["Slow-down under lora"].metric_args["verdict"] == "FAILS"
     bound = results["Slow-down under gradient_descent_probe, lower bound"]
     assert bound.metric_value == certificate.cells[0].slow_down.low and "estimate" not in bound.metric_args["interval"]
-    ridge = results["Harmful accuracy after ridge_probe"]
-    assert ridge.metric_value == pytest.approx(sum(certificate.cells[2].subject.accuracy) / 3)
+    ridge = results["Harmful accuracy after ridge_probe, percent"]
+    assert ridge.metric_value == pytest.approx(100 * sum(certificate.cells[2].subject.accuracy) / 3)
     assert results["Relative immunization ratio (explains, does not certify)"].metric_value == 1585.0
     assert {result.dataset_type for result in data.eval_results} == {"owner/digits"}
 

@@ -10,7 +10,7 @@ import pytest
 from loopback import UPLOAD, Fault
 from published import certified, client, publish_in_child, write_release
 
-from hf_immunize.errors import HubError
+from hf_immunize.errors import HubError, PublishRefusedError
 from hf_immunize.hub import publish, verify_folder, verify_model
 from hf_immunize.hub.release import prepare
 
@@ -176,3 +176,16 @@ def test_kill_during_upload(hub, folder, whole, spawner, at, phase):
     assert hub.requests[:at] == names[:at]
     assert not complete_or_none(hub, whole) or names[at - 1] == "commit"
     second_attempt(hub, folder, whole)
+
+
+def test_weights_that_are_no_numbers_do_not_go_out(tmp_path):
+    from models import certify, save_vit
+    from safetensors.torch import load_file, save_file
+
+    base, model = save_vit(tmp_path / "base", 0), save_vit(tmp_path / "model", 1)
+    weights = load_file(model / "model.safetensors")
+    weights["classifier.bias"][1] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    certify(model, base, "tiny", "ViTForImageClassification")
+    with pytest.raises(PublishRefusedError, match=r"got NaN or infinity in 1 tensors \(classifier.bias"):
+        prepared(model)

@@ -59,7 +59,7 @@ def test_the_metadata_parses_back_to_the_numbers_of_the_certificate(hub, tmp_pat
     assert results["Slow-down under adam_probe"].metric_value == cells["adam_probe"].slow_down.estimate
     for attack, cell in cells.items():
         mean = sum(cell.subject.accuracy) / len(cell.subject.accuracy)
-        assert results[f"Harmful accuracy after {attack}"].metric_value == pytest.approx(mean, rel=1e-12)
+        assert results[f"Harmful accuracy after {attack}, percent"].metric_value == pytest.approx(100 * mean, rel=1e-12)
 
 
 def test_a_backbone_without_head(hub, tmp_path):

@@ -89,7 +89,9 @@ def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
 
     wrong = immunize("--primary_labels", "0,1,2")
     assert wrong.returncode != 0 and "expected a base with 3 labels, got 5" in wrong.stderr
-    first = immunize()
+    refused = immunize("--per_device_harmful_batch_size", "3")
+    assert refused.returncode != 0 and "raise per_device_harmful_batch_size" in refused.stderr
+    first = immunize()  # corrected, in the same folder
     assert first.returncode == 0, first.stderr
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "preprocessor_config.json", "immunization.json", "run.json"} <= names

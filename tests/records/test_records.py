@@ -33,6 +33,22 @@ def record(**changes) -> RunRecord:
     return RunRecord(**{**values, **changes})
 
 
+def test_a_claim_of_a_run_that_left_nothing_does_not_bind(tmp_path):
+    """Refused before its first step, corrected, and run again in the same folder."""
+    inputs = {"options": {"per_device_harmful_batch_size": 3}}
+    corrected = {"options": {"per_device_harmful_batch_size": 12}}
+    assert begin_run(tmp_path, "immunize", inputs) is False
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "events.out.tfevents.1").write_text("a log")
+    assert begin_run(tmp_path, "immunize", corrected) is False
+    assert RunRecord.read(tmp_path / "run.json").inputs == corrected
+    (tmp_path / "checkpoint-1").mkdir()
+    assert begin_run(tmp_path, "immunize", inputs) is False  # an empty folder is nothing
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(RunMismatchError, match="differs in \\['options'\\]"):
+        begin_run(tmp_path, "immunize", corrected)
+
+
 def test_a_record_reads_back_equal(tmp_path):
     original = record()
     assert RunRecord.read(original.write(tmp_path / "run.json")) == original
