@@ -83,8 +83,8 @@ def _refuse_pickles(path: Path) -> None:
     pickles = [name for name in files if name.endswith(_PICKLES) and name != "training_args.bin"]
     if pickles and not any(path.rglob("*.safetensors")):
         raise ModelError(
-            f"expected an image model with weights in safetensors in {path}, got {pickles[0]}, a pickle, which can run code when it is "
-            "read: convert it where you trust it, with from_pretrained(...).save_pretrained(FOLDER)."
+            f"expected an image model with weights in safetensors in {path}, got {pickles[0]}, a pickle, which can run "
+            "code when it is read: convert it where you trust it, with from_pretrained(...).save_pretrained(FOLDER)."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -43,8 +45,7 @@ def test_another_order_of_names_changes_nothing(trained):
 
 def test_a_subject_whose_outputs_were_moved_is_read_by_its_own_names(trained):
     base, rows = trained
-    subject = type(base)(base.config)
-    subject.load_state_dict(base.state_dict())
+    subject = copy.deepcopy(base)
     order = torch.tensor([2, 0, 1])
     subject.classifier.weight.data, subject.classifier.bias.data = (
         base.classifier.weight.data[order], base.classifier.bias.data[order])
@@ -56,7 +57,8 @@ def test_a_subject_whose_outputs_were_moved_is_read_by_its_own_names(trained):
 @pytest.mark.parametrize("names", [["0", "1", "2"], ["Kuh", "Hund", "Katze"]])
 def test_a_base_that_calls_classes_by_other_numbers_is_an_error_with_the_confusion(trained, names):
     model, rows = trained
-    with pytest.raises(DataError, match=r"got them in another order: .* output 0 \('\w+'\) is '\w+' in \d+ of \d+ rows"):
+    told = r"got them in another order: .* output 0 \('\w+'\) is '\w+' in \d+ of \d+ rows"
+    with pytest.raises(DataError, match=told):
         correct_rows(model, reordered(rows, [2, 1, 0], names), is_base=True)
 
 
