@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from hf_immunize.data import Task, TaskArguments, collate_pixels, describe_source
-from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
-from hf_immunize.models import load_classifier, load_processor
+from hf_immunize.errors import ConfigError, ImmunizeError, ModelError, TrainingDivergedError
+from hf_immunize.models import DIVERGED, load_classifier, load_processor, refuse_non_finite
 from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run
 from hf_immunize.training.checkpoints import scientific_options
@@ -155,6 +155,7 @@ def main() -> None:
     trainer.model_accepts_loss_kwargs = False
     trainer.loss_is_scaled_for_ga = False
     trainer.train()
+    refuse_non_finite(model, "the trained model", error=TrainingDivergedError, remedy=DIVERGED)
     print(f"validation accuracy {trainer.evaluate()['eval_accuracy']:.4f}")
     trainer.save_model()
     if trainer.is_world_process_zero():

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from hf_immunize.diffusion import DenoisingExam, NoiseProcess, denoiser_of, denoising_losses
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
-from hf_immunize.errors import ConfigError, ImmunizeError
+from hf_immunize.errors import ConfigError, ImmunizeError, TrainingDivergedError
+from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run, weight_files
 
@@ -101,6 +102,7 @@ def main() -> None:
     pipeline = build(task_options, options)
     denoiser_of(pipeline.unet).check(pipeline.unet, examples.latents, examples.conditions)
     train(pipeline, examples, options, state.device)
+    refuse_non_finite(pipeline.unet, "the trained model", error=TrainingDivergedError, remedy=DIVERGED)
     exam = DenoisingExam(NoiseProcess.from_scheduler(pipeline.scheduler), held)
     found = exam.ask(denoiser_of(pipeline.unet), pipeline.unet)
     pipeline.to("cpu").save_pretrained(options.output_dir)

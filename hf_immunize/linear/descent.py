@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hf_immunize.errors import ConfigError
+from hf_immunize.errors import ConfigError, TrainingDivergedError
 from hf_immunize.linalg.pencil import union_basis
 from hf_immunize.linear.directions import Through, ill_direction, log_condition_direction, well_direction
 from hf_immunize.linear.tasks import LinearTask
@@ -84,6 +84,7 @@ class Descent:
 
         Raises:
             ConfigError: an unknown method, or "imma" without labels on both tasks.
+            TrainingDivergedError: θ is not finite at the end.
         """
         if method not in METHODS:
             raise ConfigError(f"expected one of {', '.join(METHODS)}, got {method!r}.")
@@ -95,6 +96,11 @@ class Descent:
             for inner in range(config.steps_per_epoch):
                 done = (epoch * config.steps_per_epoch + inner) / total
                 self._step(method, state, config.strength * (1 - done if config.decay else 1.0))
+        if not bool(torch.isfinite(state.theta_UU).all()):
+            raise TrainingDivergedError(
+                f"expected a finite θ after {config.epochs} epochs of {method}, got NaN or infinity: lower "
+                "learning_rate or the weights."
+            )
         basis = self.union_DU
         eye = torch.eye(self.width, dtype=basis.dtype)
         return eye + basis @ (state.theta_UU - torch.eye(basis.shape[1], dtype=basis.dtype)) @ basis.T

@@ -2,9 +2,10 @@
 
 from hf_immunize.models.classifiers import load_classifier, load_processor, random_classifier
 from hf_immunize.models.folders import refuse_folder, variant_of
-from hf_immunize.models.weights import non_finite, non_finite_in_file, refuse_below_float32, refuse_non_finite
+from hf_immunize.models.weights import DIVERGED, non_finite, non_finite_in_file, refuse_below_float32, refuse_non_finite
 
 __all__ = [
+    "DIVERGED",
     "load_classifier",
     "load_processor",
     "non_finite",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from hf_immunize.errors import ModelError
 
 _NAMED = 5
+DIVERGED = "training diverged, and nothing was saved. Lower the learning rate or the strength."
+"""What to do about weights that training ruined."""
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

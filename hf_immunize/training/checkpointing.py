@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_immunize.errors import TrainingDivergedError
-from hf_immunize.models import refuse_non_finite
+from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.training.state import load_state, save_state
 from hf_immunize.training.watch import Watch
 
@@ -37,7 +37,7 @@ class StrictCheckpointMixin:
         self.watch.settle()
         refuse_non_finite(
             self.accelerator.unwrap_model(self.model), "the trained model", error=TrainingDivergedError,
-            remedy="training diverged, and nothing was saved. Lower the learning rate or the strength.",
+            remedy=DIVERGED,
         )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from linear_builders import gaussian, spread_rows
 
-from hf_immunize.errors import ConfigError, DataError, ModelError, SpectrumError
+from hf_immunize.errors import ConfigError, DataError, ModelError, SpectrumError, TrainingDivergedError
 from hf_immunize.linalg.pencil import union_basis
 from hf_immunize.linear import (
     DescentConfig,
@@ -232,3 +232,8 @@ def test_experiment_rows_and_tables(immunizer):
         list(run_methods(immunizer, [{"method": "magic"}], [0]))
     with pytest.raises(ConfigError, match="options of algorithm1"):
         list(run_methods(immunizer, [{"method": "algorithm1", "magic": 1}], [0]))
+
+
+def test_descent_that_leaves_the_numbers_is_an_error(immunizer):
+    with pytest.raises((TrainingDivergedError, SpectrumError), match="finite|not finite"):
+        immunizer.algorithm1(epochs=50, primary_weight=1e200, harmful_weight=1e200)

@@ -28,7 +28,7 @@ from hf_immunize.diffusion import (
 )
 from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.features import capture_inputs
-from hf_immunize.models import refuse_non_finite
+from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.training.diffusion.changing import ChangingPart
 from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
@@ -360,7 +360,7 @@ class DiffusionImmunizationTrainer:
         self.watch.settle()
         refuse_non_finite(
             self.bare, "the trained model", error=TrainingDivergedError,
-            remedy="training diverged, and nothing was saved. Lower the learning rate or the strength.",
+            remedy=DIVERGED,
         )
 
     def _finish(self) -> None:
