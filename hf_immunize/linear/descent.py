@@ -84,7 +84,7 @@ class Descent:
 
         Raises:
             ConfigError: an unknown method, or "imma" without labels on both tasks.
-            TrainingDivergedError: θ is not finite at the end.
+            TrainingDivergedError: θ stopped being finite.
         """
         if method not in METHODS:
             raise ConfigError(f"expected one of {', '.join(METHODS)}, got {method!r}.")
@@ -96,11 +96,6 @@ class Descent:
             for inner in range(config.steps_per_epoch):
                 done = (epoch * config.steps_per_epoch + inner) / total
                 self._step(method, state, config.strength * (1 - done if config.decay else 1.0))
-        if not bool(torch.isfinite(state.theta_UU).all()):
-            raise TrainingDivergedError(
-                f"expected a finite θ after {config.epochs} epochs of {method}, got NaN or infinity: lower "
-                "learning_rate or the weights."
-            )
         basis = self.union_DU
         eye = torch.eye(self.width, dtype=basis.dtype)
         return eye + basis @ (state.theta_UU - torch.eye(basis.shape[1], dtype=basis.dtype)) @ basis.T
@@ -133,6 +128,11 @@ class Descent:
         moves.append(self._scaled(ill, config.harmful_weight, length * config.balance))
         for move in moves:
             theta = theta if move is None else theta - move
+        if not bool(torch.isfinite(theta).all()):
+            raise TrainingDivergedError(
+                f"expected a finite θ after each step of {method}, got NaN or infinity: lower learning_rate or the "
+                "weights."
+            )
         state.theta_UU = theta
 
     def _scaled(self, direction: Tensor | None, weight: float | None, length: float) -> Tensor | None:
