@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+import torch
+from sklearn.linear_model import RidgeClassifierCV
+from transformers import ViTForImageClassification
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_runs_as_printed(tmp_path, monkeypatch):
+def test_the_python_example_immunizes_as_printed(tmp_path, monkeypatch, digits_base):
+    """Its own assertions say that the probe got worse and the metric held; another probe, in another way, agrees."""
     (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    config = ViTConfig(
-        image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        num_labels=5,
-    )
-    ViTForImageClassification(config).save_pretrained(tmp_path / "my-classifier")
-    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "my-classifier")
+    assert block.count("assert") == 2
+    shutil.copytree(digits_base, tmp_path / "my-classifier")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert ViTForImageClassification.from_pretrained(tmp_path / "immunized").config.num_labels == 5
+    names = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["trainer"].outcome.immunized and names["trainer"].outcome.told.startswith("IMMUNIZED")
+    harmful, primary, processor = names["harmful"], names["primary"], names["processor"]
+    learn, judge, kept = (harmful.pixels("attack", processor), harmful.pixels("test", processor),
+                          primary.pixels("test", processor))
+    found = {}
+    for folder in ("my-classifier", "immunized"):
+        model = ViTForImageClassification.from_pretrained(tmp_path / folder).eval()
+        with torch.no_grad():
+            phi, psi = (model.vit(pixel_values=rows.pixel_values).last_hidden_state[:, 0] for rows in (learn, judge))
+            right = model(pixel_values=kept.pixel_values).logits.argmax(-1) == kept.labels
+        probe = RidgeClassifierCV([10.0**power for power in range(-4, 6)]).fit(phi.numpy(), learn.labels.numpy())
+        found[folder] = probe.score(psi.numpy(), judge.labels.numpy()), float(right.float().mean())
+    (before, kept_before), (after, kept_after) = found["my-classifier"], found["immunized"]
+    assert before > 0.7 and after < before - 0.15, found  # rows that training never saw
+    assert kept_after > kept_before - 0.02, found
 
 
 def test_every_command_names_files_and_targets_that_exist():

@@ -5,6 +5,8 @@ Shape legend: N rows (samples), D columns (feature width), C label columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,49 @@ def spectral_adversary(
     penalty = torch.maximum(sigma_1 / horizon, noise.square()).clamp(min=torch.finfo(support.dtype).tiny)
     weights = ridge_weights(support, labels, penalty)
     return r_squared(query_labels - query @ weights, query_labels), r_squared(labels - support @ weights, labels)
+
+
+def ridge_accuracies(
+    support_ND: Tensor,
+    support_labels_N: Tensor,
+    query_MD: Tensor,
+    query_labels_M: Tensor,
+    horizons: Sequence[float],
+    feature_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Held-out accuracies of ridge probes on one-hot labels with λ = σ₁(ΦᵀΦ)/t, one for each horizon t, from one SVD.
+
+    Features and labels are centred by support means. Directions below the features' own rounding noise do not count.
+
+    Args:
+        support_ND, query_MD: features, N×D and M×D.
+        support_labels_N, query_labels_M: integer classes.
+        horizons: t, in gradient-descent steps at rate 1/σ₁.
+
+    Returns:
+        Shares of query rows in 0..1, float64, one per horizon.
+
+    Raises:
+        SpectrumError: features that are not finite or not a matrix.
+    """
+    for features in (support_ND, query_MD):
+        check_features(features)
+    support, query = to_double(support_ND.detach()), to_double(query_MD.detach())
+    classes = int(torch.cat([support_labels_N, query_labels_M]).max()) + 1
+    targets = torch.nn.functional.one_hot(support_labels_N.long().to(support.device), classes).to(support)
+    raw_norm = torch.linalg.vector_norm(support)
+    phi_mean, label_mean = support.mean(dim=0), targets.mean(dim=0)
+    left, sigma, right = torch.linalg.svd(support - phi_mean, full_matrices=False)
+    rows, width = support.shape
+    floor = singular_value_floor(raw_norm, raw_norm, rows, width, feature_dtype or support_ND.dtype)
+    kept = sigma > floor
+    fitted, seen = left.T @ (targets - label_mean), (query - phi_mean) @ right.T
+    found = []
+    for horizon in horizons:
+        shrunk = torch.where(kept, sigma / (sigma.square() + sigma.square()[:1] / horizon), torch.zeros_like(sigma))
+        answers = (seen * shrunk.nan_to_num(0.0)) @ fitted + label_mean
+        found.append((answers.argmax(dim=1).cpu() == query_labels_M.cpu()).double().mean())
+    return torch.stack(found)
 
 
 def spectral_steps(features_ND: Tensor, labels_NC: Tensor, tolerance: float) -> float:

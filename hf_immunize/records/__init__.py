@@ -14,7 +14,7 @@ from hf_immunize.records.certificate import (
 )
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
-from hf_immunize.records.immunization import ImmunizationRecord, UtilityGuardRecord
+from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
 from hf_immunize.records.spectrum import SpectrumRecord
@@ -35,6 +35,7 @@ __all__ = [
     "FrechetGap",
     "HubSource",
     "ImmunizationRecord",
+    "OutcomeRecord",
     "Interval",
     "ModelFingerprint",
     "Part",

@@ -25,6 +25,26 @@ class UtilityGuardRecord(Part):
     history: list[dict[str, float]]
 
 
+class OutcomeRecord(Part):
+    """Whether immunization did what it was for, on the defender's harmful rows; an exam says more, and may disagree."""
+
+    rows: int
+    held_out: bool
+    """Whether training has not seen these rows."""
+    chance: float
+    """Share of the most frequent class."""
+    probe_before: float
+    """Accuracy (0..1) of the best of several ridge probes at the head's input before training: fitted on one half of
+    the rows, judged on the other."""
+    probe_after: float
+    terms_before: dict[str, float]
+    """Harmful terms of the objective, over all rows."""
+    terms_after: dict[str, float]
+    immunized: bool
+    told: str
+    """The same in one line."""
+
+
 class ImmunizationRecord(Record):
     """Config used, spectra before and after, data and versions of one immunization run."""
 
@@ -39,6 +59,8 @@ class ImmunizationRecord(Record):
     spectra: dict[str, list[SpectrumRecord]]
     """``base`` and ``immunized`` → training-split spectra of both tasks."""
     guard: UtilityGuardRecord
+    outcome: OutcomeRecord | None = None
+    """Null where it could not be measured, and in records of older releases."""
     steps: int
     seconds: float
     provenance: Provenance

@@ -61,11 +61,7 @@ def check_data(
     for name, rows in _parts(evaluation) if kind != UNLABELLED else ():
         check_primary_labels(model, rows, kind, name)
         check_head(model, rows, kind, name)
-    harmful_labels = labels_of(harmful, "harmful_dataset")
-    names = label_names_of(harmful)
-    classes = len(names) if names else max(harmful_labels) + 1
-    check_label_range(harmful_labels, classes, "harmful_dataset")
-    check_classes(harmful_labels, names or range(classes), "harmful_dataset")
+    harmful_labels = check_harmful(harmful, "harmful_dataset")
     shapes = check_sample(primary, "train_dataset"), check_sample(harmful, "harmful_dataset")
     if shapes[0] != shapes[1]:
         raise DataError(
@@ -73,6 +69,15 @@ def check_data(
             "preprocess both with the same image processor."
         )
     return kind, primary_labels, harmful_labels
+
+
+def check_harmful(harmful: Any, where: str) -> list[int]:
+    """Labels of harmful rows. Raises DataError for labels outside their range, or a class without rows."""
+    labels, names = labels_of(harmful, where), label_names_of(harmful)
+    classes = len(names) if names else max(labels) + 1
+    check_label_range(labels, classes, where)
+    check_classes(labels, names or range(classes), where)
+    return labels
 
 
 def _parts(evaluation: Any) -> Iterator[tuple[str, Any]]:

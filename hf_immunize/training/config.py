@@ -135,7 +135,7 @@ class ImmunizationConfig(TrainingArguments):
         metadata={"help": "Initial learning rate. TrainingArguments' own default, 5e-5, hardly moves a term."},
     )
     per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Primary rows per device and micro-batch."}
+        default=64, metadata={"help": "Primary rows per device and micro-batch."}
     )
     per_device_harmful_batch_size: int = field(
         default=128, metadata={"help": "Harmful rows per device and micro-batch; spectra are of the global batch."}
@@ -193,7 +193,7 @@ class ImmunizationConfig(TrainingArguments):
         refuse_deepspeed(self)
         if self.max_primary_drop is not None and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy = "steps"
-            self.eval_steps = self.eval_steps or 0.05  # a share of all steps: a short run is guarded as well
+            self.eval_steps = self.eval_steps or 0.1  # a share of all steps: a short run is guarded as well
         super().__post_init__()
         use_one_device(self)
         self._validate_immunization()

@@ -6,14 +6,16 @@ import contextlib
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.records import OutcomeRecord
 from hf_immunize.training.average import WeightAverage
 from hf_immunize.training.global_objective import GlobalObjective
 from hf_immunize.training.guard import UtilityGuard
 from hf_immunize.training.meter import Meter
+from hf_immunize.training.outcome import OutcomeMeter
 from hf_immunize.training.watch import Watch
 
 logger = logging.get_logger(__name__)
@@ -30,6 +32,8 @@ class GuardedMixin:
     meter: Meter
     objective: GlobalObjective
     average: WeightAverage | None
+    outcome: OutcomeRecord | None
+    _outcome_meter: OutcomeMeter
     _initial: dict[str, Tensor] | None
     watch: Watch
 
@@ -69,13 +73,20 @@ class GuardedMixin:
         self.log({"primary_drop": self.guard.base - points, "strength_factor": self.objective.factor})
 
     def _finish(self) -> None:
-        """Give the model the weights that are returned: averaged, and within the allowance or those of before."""
+        """Give the model the weights that are returned, and say whether they are what was asked for."""
         bare = self.accelerator.unwrap_model(self.model)
         self._refuse_ruined()  # type: ignore[attr-defined]
         if self.average:
             self.average.copy_to(bare)
-        if self.guard.base is None:
-            return
+        if self.guard.base is not None:
+            self._choose_weights(bare)
+        self.outcome = self._outcome_meter.record(bare)
+        if self.outcome is not None:
+            self.log({"harmful_probe_before": self.outcome.probe_before, "harmful_probe": self.outcome.probe_after})
+            logger.warning(self.outcome.told)
+
+    def _choose_weights(self, bare: nn.Module) -> None:
+        """Load the weights within the allowance, or those of before."""
         if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
             self._guard_step(self.evaluate())  # type: ignore[attr-defined]
         if self.guard.allowed is not None and not self.guard.choose(bare):

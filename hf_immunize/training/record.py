@@ -75,6 +75,7 @@ def immunization_record(
         data=data,
         spectra={"base": base_spectra, "immunized": training_spectra(trainer)},
         guard=trainer.guard_record,
+        outcome=trainer.outcome,
         steps=trainer.state.global_step,
         seconds=seconds,
         provenance=Provenance.here(str(args.device)),

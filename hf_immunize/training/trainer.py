@@ -16,9 +16,10 @@ from hf_immunize.data import NamedRows, collate_pixels, named_workers, output_na
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
+from hf_immunize.records import OutcomeRecord
 from hf_immunize.training.average import WeightAverage
 from hf_immunize.training.checkpointing import StrictCheckpointMixin
-from hf_immunize.training.checks import check_data, check_unlabelled, head_of, matched
+from hf_immunize.training.checks import check_data, check_harmful, check_unlabelled, head_of, matched
 from hf_immunize.training.config import ImmunizationConfig
 from hf_immunize.training.distillation import feature_distance
 from hf_immunize.training.distributed import mean_over_ranks
@@ -31,6 +32,7 @@ from hf_immunize.training.lora_attacker import LoraAttacker
 from hf_immunize.training.meter import Meter
 from hf_immunize.training.norms import frozen_statistics
 from hf_immunize.training.objective import TermSettings, terms_of
+from hf_immunize.training.outcome import OutcomeMeter
 from hf_immunize.training.preconditioning import Preconditioner
 from hf_immunize.training.primary import (
     METRICS,
@@ -92,6 +94,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         args: ImmunizationConfig.
         train_dataset: primary rows with ``pixel_values`` and the ``labels`` of the model's own task, if it has any.
         harmful_dataset: harmful rows of the same shape; labels are the attacker's classes.
+        harmful_eval_dataset: harmful rows of the same classes that training does not see: whether it worked is then
+            measured on them, else on those of ``harmful_dataset``.
         eval_dataset, processing_class, data_collator, compute_metrics, …: as in Trainer. ``compute_metrics`` defaults
             to accuracy, or R² for a regression head.
 
@@ -111,6 +115,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         eval_dataset: Any = None,
         data_collator: Callable[..., Any] | None = None,
         compute_metrics: Callable[..., Any] | None = None,
+        harmful_eval_dataset: Any = None,
         **kwargs: Any,
     ):
         refuse_model(args, model)
@@ -127,6 +132,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             check_unlabelled(model, args, train_dataset, self.site)
         sample = torch.as_tensor(train_dataset[0]["pixel_values"])
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
+        self.harmful_eval_dataset = harmful_eval_dataset
+        held = None if harmful_eval_dataset is None else check_harmful(harmful_eval_dataset, "harmful_eval_dataset")
         self._set_up(model, args, sample, max(labels[1]) + 1)
         self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
@@ -144,7 +151,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         # for models that accept loss kwargs.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self._set_up_rest(model, data_collator, *labels)
+        harmful = self._set_up_rest(model, data_collator, *labels)
+        self._outcome_meter = self._make_outcome(harmful, labels[1], held)
 
     def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
         """Everything of ours that Trainer's own constructor does not need to have run for."""
@@ -181,8 +189,10 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self._planned = None
         self._place = 0
         self.guard_record = None
+        self.outcome: OutcomeRecord | None = None
+        """Whether it worked; set when training ends."""
 
-    def _set_up_rest(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> None:
+    def _set_up_rest(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
         """What needs Trainer's own constructor to have run: devices, callbacks, precision."""
         args = self.args
         guarded = args.max_primary_drop is not None
@@ -191,7 +201,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
         if self.average:
             self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))
-        harmful = self.harmful_dataset
+        harmful, self._cache = self.harmful_dataset, None
         if args.cache_frozen_features:
             harmful = self._use_cache(model, collator, primary_labels, harmful_labels)
         self.trained_on = {"primary": self.train_dataset, "harmful": harmful}
@@ -202,6 +212,30 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         if args.attacker_lora_rank:
             rank, rate = args.attacker_lora_rank, args.attacker_lora_rate
             self.attacker = LoraAttacker(model, self.site, rank=rank, rate=rate, seed=args.seed)
+        return harmful
+
+    def _make_outcome(self, harmful: Any, labels: list[int], held: list[int] | None) -> OutcomeMeter:
+        """Measures the held-out harmful rows, or those that are trained on."""
+        rows = harmful
+        if held is not None:
+            rows = self.harmful_eval_dataset
+            if self._cache is not None:
+                rows = self._cache.dataset(rows, held, "harmful_eval_dataset")
+        return OutcomeMeter(
+            NamedRows(rows, "harmful_dataset" if held is None else "harmful_eval_dataset"),
+            labels if held is None else held,
+            held_out=held is not None, collate=self.data_collator, capture=self._capture_rows,
+            sites={site: weights.site_share for site, weights in self.objective.weights.items()}, head=self.site,
+            terms=self.objective.terms, settings=self.objective.settings,
+        )
+
+    def _capture_rows(self, model: nn.Module, batch: dict[str, Any]) -> Captured:
+        """Inputs of the sites and of the head in one forward of harmful rows."""
+        batch = self._prepare_inputs(batch)
+        names = dict.fromkeys([*self.objective.sites, self.site])
+        with self.compute_loss_context_manager(), capture_inputs(model, names) as caught:
+            self._forward(model, batch)
+        return caught
 
     def _use_cache(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
         """Put cached activations in the place of all images; returns the harmful rows."""
@@ -229,6 +263,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         if self.eval_dataset is not None:
             labels = check_primary_labels(model, self.eval_dataset, self.kind)
             self.eval_dataset = cache.dataset(self.eval_dataset, labels, "eval_dataset")
+        self._cache = cache
         return cache.dataset(self.harmful_dataset, harmful_labels, "harmful_dataset")
 
     def _stream(self, dataset: Any, labels: list[int]) -> HarmfulStream:
@@ -268,6 +303,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
         with named_workers("train_dataset", self.args.dataloader_timeout):
+            self._outcome_meter.start(self.accelerator.unwrap_model(self.model))  # the model is θ₀ until it is loaded
             if not resume_from_checkpoint:
                 if self.eval_dataset is not None and self.kind != UNLABELLED:
                     self.guard.base = self._measure_base()

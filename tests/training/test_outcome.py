@@ -1,0 +1,102 @@
+"""The trainer says whether it worked: before and after on the same harmful rows, in one line and in the record."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_immunize import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.linalg import ridge_accuracies
+from hf_immunize.models import load_classifier
+from hf_immunize.training.objective import terms_of
+from hf_immunize.training.outcome import Measured, judge, pick_rows
+
+
+@pytest.fixture
+def digits(digits_primary, digits_base):
+    primary, harmful, _ = digits_primary
+    from hf_immunize.models import load_processor
+
+    processor = load_processor(digits_base)
+    return {
+        "train_dataset": primary.pixels("train", processor), "harmful_dataset": harmful.pixels("defense", processor),
+        "eval_dataset": primary.pixels("validation", processor),
+        "harmful_eval_dataset": harmful.pixels("validation", processor),
+    }
+
+
+def run(digits, base, tmp_path, **options):
+    settings = {"max_steps": 60, "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    trainer = ImmunizationTrainer(
+        model=load_classifier(base), args=ImmunizationConfig(str(tmp_path / "run"), **settings | options), **digits
+    )
+    trainer.train()
+    return trainer
+
+
+def test_an_objective_that_works_says_so_on_rows_it_has_not_seen(digits, digits_base, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="hf_immunize.training.guarding"):
+        found = run(digits, digits_base, tmp_path, objective="closed_form_adversary", max_steps=150).outcome
+    assert found.held_out and found.rows == len(digits["harmful_eval_dataset"])
+    assert found.probe_after < found.probe_before - 0.2 and found.probe_before > 0.6
+    assert found.terms_after["harmful_adversary_r2"] < found.terms_before["harmful_adversary_r2"]
+    assert found.told in caplog.text and "held-out harmful rows" in found.told
+
+
+def test_nothing_done_is_not_immunized_and_says_what_to_change(digits, digits_base, tmp_path):
+    found = run(digits, digits_base, tmp_path, objective="closed_form_adversary", strength=0.0, max_steps=3,
+                learning_rate=1e-9).outcome
+    assert not found.immunized and found.told.startswith("NOT IMMUNIZED") and "raise strength" in found.told
+    assert found.probe_after == pytest.approx(found.probe_before, abs=0.02)
+
+
+def test_looking_changes_nothing_in_what_is_trained(digits, digits_base, tmp_path, monkeypatch):
+    ours = run(digits, digits_base, tmp_path, max_steps=4).model.state_dict()
+    monkeypatch.setattr("hf_immunize.training.outcome.OutcomeMeter.start", lambda self, model: None)
+    trainer = run(digits, digits_base, tmp_path, max_steps=4)
+    assert trainer.outcome is None
+    assert all(torch.equal(value, ours[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_conditioning_says_whom_it_does_not_stop():
+    terms = terms_of("condition_number")
+    harmful = [term for term in terms if term.side == "harmful"]
+    before, after = (Measured({"harmful_r_ill": value}, 0.8) for value in (1.0, 0.1))
+    immunized, told = judge(before, after, 0.2, harmful, False)
+    assert immunized and "no others" in told and "80.0 -> 80.0 %" in told
+    assert judge(after, before, 0.2, harmful, False)[0] is False
+
+
+@pytest.mark.parametrize("after,immunized", [(0.51, False), (0.49, True), (0.2, True)])
+def test_a_probe_has_to_lose_half_of_its_gain(after, immunized):
+    terms = terms_of("closed_form_adversary")
+    before = Measured({"harmful_adversary_r2": 0.5}, 0.8)
+    assert judge(before, Measured({"harmful_adversary_r2": 0.1}, after), 0.2, terms, True)[0] is immunized
+
+
+def test_rows_are_picked_class_by_class():
+    labels = [0] * 10 + [1] * 2 + [2] * 10
+    assert pick_rows(labels, 6) == [0, 1, 10, 11, 12, 13]
+    assert pick_rows(labels) == list(range(22))
+
+
+@pytest.mark.parametrize("rows,width", [(40, 8), (12, 30)])
+@pytest.mark.parametrize("horizon", [1.0, 1e3, 1e6])
+def test_ridge_accuracies_are_those_of_a_solved_system(rows, width, horizon):
+    generator = torch.Generator().manual_seed(rows)
+    labels = torch.arange(rows) % 3
+    centres = torch.randn(3, width, generator=generator, dtype=torch.float64)
+    noise = torch.randn(2, rows, width, generator=generator, dtype=torch.float64)
+    support, query = centres[labels] + noise
+    phi, targets = support - support.mean(0), torch.nn.functional.one_hot(labels).double()
+    penalty = torch.linalg.matrix_norm(phi, 2) ** 2 / horizon
+    weights = torch.linalg.solve(phi.T @ phi + penalty * torch.eye(width), phi.T @ (targets - targets.mean(0)))
+    answers = (query - support.mean(0)) @ weights + targets.mean(0)
+    (found,) = ridge_accuracies(support, labels, query, labels, [horizon])
+    assert float(found) == float((answers.argmax(1) == labels).double().mean())
+
+
+def test_ridge_accuracies_of_collapsed_features_are_chance():
+    labels = torch.arange(12) % 3
+    point = torch.ones(12, 4)
+    assert ridge_accuracies(point, labels, point, labels, [1.0, 1e8]).tolist() == pytest.approx([1 / 3, 1 / 3])
