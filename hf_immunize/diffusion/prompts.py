@@ -24,8 +24,8 @@ SIDES = ("retain", "harmful", "benign")
 class PromptArguments:
     """Folders of images, each with a prompt. The same values belong in every stage; no photo may be in two folders.
 
-    ``metadata.jsonl`` in a folder (lines with file_name and text) gives each image a caption in place of the prompt.
-    Sub-folders of a folder are concepts of their own.
+    ``metadata.jsonl`` in a folder (lines with file_name and text), or ``name.txt`` beside each image, gives each image
+    a caption in place of the prompt. Sub-folders of a folder are concepts of their own.
     """
 
     retain_images: str = field(metadata={"help": "Folder of images the model draws and must keep."})
@@ -151,7 +151,7 @@ class PromptTask:
         root = Path(named)
         if not root.is_dir():
             raise DataError(f"expected a folder of {side} images, got {root.name!r}: check {side}_images.")
-        parts = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+        parts = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
         if parts and has_images(root):
             raise DataError(
                 f"expected images or sub-folders in {root.name!r}, one for each concept, got both: move the images "

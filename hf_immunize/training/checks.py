@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.data import check_classes, check_label_range, check_sample, label_names_of, labels_of
+from hf_immunize.data import check_classes, check_label_range, check_rows, check_sample, label_names_of, labels_of
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import capture_inputs, find_classifier, linear_sites
 from hf_immunize.training.primary import SINGLE, UNLABELLED, check_primary_labels, kind_of
@@ -45,6 +45,8 @@ def check_data(
     if primary is None or harmful is None:
         missing = "train_dataset" if primary is None else "harmful_dataset"
         raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
+    for name, rows in (("train_dataset", primary), ("harmful_dataset", harmful), *_parts(evaluation)):
+        check_rows(rows, name)
     kind = kind_of(model, primary)
     primary_labels = check_primary_labels(model, primary, kind)
     check_head(model, primary, kind)

@@ -23,7 +23,7 @@ from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
 from hf_immunize.cli import app
 from hf_immunize.diffusion import differences, load_pipeline
 from hf_immunize.diffusion.encoding import encode_pixels, encode_prompt
-from hf_immunize.diffusion.photos import read_captions, read_pixels
+from hf_immunize.diffusion.photos import read_captions
 from hf_immunize.diffusion.prompts import PromptArguments, PromptTask
 from hf_immunize.errors import DataError, ModelError
 from hf_immunize.records import AttackTrace, Certificate, ImmunizationRecord
@@ -166,11 +166,11 @@ def test_captions_above_the_folders_and_files_that_are_no_captions(photos):
     with pytest.raises(DataError, match="other/metadata.jsonl in UTF-8"):
         read_captions(photos / "other")
     (photos / "benign" / "metadata.csv").write_text("file_name,text\n", encoding="utf-8")
-    with pytest.raises(DataError, match="expected captions in metadata.jsonl, got metadata.csv in benign: convert it"):
+    with pytest.raises(DataError, match="a caption of every image in benign/metadata.csv, got none for"):
         read_captions(photos / "benign")
-    Image.fromarray(np.full((16, 16), 40000, dtype=np.uint16)).save(photos / "retain" / "0.png")
-    with pytest.raises(DataError, match="got '0.png': mode I;16: convert it to 8 bits"):
-        read_pixels(photos / "retain", 16)
+    (photos / "retain" / "metadata.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="captions in metadata.jsonl, got metadata.parquet in retain: convert it"):
+        read_captions(photos / "retain")
 
 
 def test_splits_of_a_handful_of_photos_share_none_and_what_is_missing_is_named(photos, task_words):
