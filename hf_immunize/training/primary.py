@@ -114,6 +114,10 @@ METRICS: dict[str, Callable[[Any], dict[str, float]] | None] = {
 }
 
 
+_NUMBERS = (Tensor, np.ndarray, np.generic, int, float, list)
+"""What a forward may take; an image that a transform left in its rows, or a file's name, it does not."""
+
+
 def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[..., Any]:
     """``collate`` for a primary task whose labels are vectors or real numbers, or are not there."""
     if kind == SINGLE:
@@ -124,8 +128,8 @@ def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[...,
         images = collate([{"pixel_values": row["pixel_values"], "labels": 0} for row in rows])
         rest = {
             name: torch.stack([torch.as_tensor(row[name]) for row in rows])
-            for name in rows[0]
-            if name not in ("pixel_values", key)
+            for name, value in rows[0].items()
+            if name not in ("pixel_values", key) and isinstance(value, _NUMBERS)
         }
         found = {"pixel_values": images["pixel_values"], **rest}
         if key not in rows[0]:
