@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_kinds import NO_ORIENTATION, ORIENTED, WHITE, composite, grey, grey_of, kinds, png_16, sixteen
 from PIL import Image as PILImage
+from PIL import ImageCms, PngImagePlugin
 
 from hf_immunize.data import ImageFault, ImageTally, convert_image, decode_image, preprocess, read_image
 from hf_immunize.diffusion.photos import read_pixels
@@ -411,3 +412,21 @@ def test_formats_may_change_after_a_row_was_read():
     rows.set_transform(lambda batch: {"pixel_values": [0 for _ in batch["image"]]})
     with pytest.raises(DataError, match=r"'image' in row 0 of x, got \['pixel_values'\]: .*with_format\(None\)"):
         read_image(rows, 0, "image", "x")
+
+
+def test_a_clear_colour_of_sixteen_bits_is_refused():
+    file = png_16(np.full((4, 4, 3), 300), 2)
+    buffer = io.BytesIO(file[:-12])
+    buffer.seek(33)  # tRNS comes after the header and before the pixels
+    rest, chunk = buffer.read(), io.BytesIO()
+    PngImagePlugin.putchunk(chunk, b"tRNS", b"\x01\x2c" * 3)
+    with pytest.raises(ImageFault, match="16 bits a channel with a transparent colour: save it with an alpha channel"):
+        decode_image(file[:33] + chunk.getvalue() + rest + file[-12:])
+
+
+def test_colour_profiles_are_not_applied():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, "PNG", icc_profile=swapped)
+    assert np.array_equal(np.asarray(decode_image(buffer.getvalue())), pixels)
