@@ -16,6 +16,7 @@ from hf_immunize.attacks.suite import picture_name
 from hf_immunize.certification.generation import measure_frechet
 from hf_immunize.certification.judgement import Sides
 from hf_immunize.certification.similarity import ImageFeatures
+from hf_immunize.data import PixelMaker, convert_image, model_channels
 from hf_immunize.diffusion import (
     EVAL_BATCH_SIZE,
     LatentDataset,
@@ -119,14 +120,14 @@ def recognised(judge: Path, images: Sequence[Image.Image], wanted: Sequence[str]
     Raises:
         ModelError: a class whose name the judge does not have.
     """
-    model, processor = load_classifier(judge).eval(), load_processor(judge)
+    model = load_classifier(judge).eval()
+    make = PixelMaker(load_processor(judge), model_channels(model), "drawn images")
     ids = {str(name): int(number) for name, number in model.config.label2id.items()}
     if unknown := sorted(set(wanted) - set(ids)):
         raise ModelError(f"expected a judge with the classes {sorted(set(wanted))}, got none for {unknown}.")
     hits: list[bool] = []
     for start in range(0, len(images), 100):
-        colour = [image.convert("RGB") for image in images[start : start + 100]]
-        given = processor(colour, return_tensors="pt")["pixel_values"]
+        given = make([convert_image(image, make.mode) for image in images[start : start + 100]])
         answers = model(pixel_values=given).logits.argmax(dim=-1).tolist()
         names = wanted[start : start + 100]
         hits += [answer == ids[name] for answer, name in zip(answers, names, strict=True)]

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+from hf_immunize.data import PixelMaker, convert_image, model_channels
 from hf_immunize.errors import ModelError
 from hf_immunize.features import capture_inputs, find_classifier
 from hf_immunize.models import load_classifier, load_processor
@@ -73,10 +74,10 @@ class ImageFeatures:
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """N×D features on the CPU."""
         device = next(self.model.parameters()).device
-        parts = []
+        make, parts = PixelMaker(self.processor, model_channels(self.model), f"images for {self.name}"), []
         for start in range(0, len(images), _ROWS):
-            colour = [image.convert("RGB") for image in images[start : start + _ROWS]]
-            parts.append(self._embed(self.processor(colour, return_tensors="pt")["pixel_values"].to(device)).cpu())
+            seen = [convert_image(image, make.mode) for image in images[start : start + _ROWS]]
+            parts.append(self._embed(make(seen).to(device)).cpu())
         return torch.cat(parts).float()
 
     def _embed(self, pixel_values: Tensor) -> Tensor:

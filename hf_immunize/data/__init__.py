@@ -3,10 +3,13 @@
 from hf_immunize.data.alignment import align_labels, for_model, names_classes, output_names, refuse_other_labels
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
+from hf_immunize.data.images import BACKGROUND, convert_image, decode_image
 from hf_immunize.data.labels import check_classes, check_label_range, check_sample, label_names_of, labels_of
+from hf_immunize.data.levels import ImageFault, ImageTally
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
+from hf_immunize.data.processors import PixelMaker, model_channels
 from hf_immunize.data.row_store import RowStore
-from hf_immunize.data.rows import NamedRows, named_workers, read_image
+from hf_immunize.data.rows import NamedRows, as_mapping, check_rows, fetch, has_transform, named_workers, read_image
 from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import (
     HARMFUL_SPLITS,
@@ -21,29 +24,40 @@ from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows
 
 __all__ = [
     "AUGMENTATIONS",
+    "BACKGROUND",
     "HARMFUL_SPLITS",
+    "ImageFault",
+    "ImageTally",
     "NamedRows",
     "PRIMARY_SPLITS",
     "PixelDataset",
+    "PixelMaker",
     "RowStore",
     "StepBatchSampler",
     "Task",
     "TaskArguments",
     "align_labels",
+    "as_mapping",
     "augment",
     "batches",
     "check_classes",
     "check_label_range",
+    "check_rows",
     "check_sample",
     "collate_pixels",
+    "convert_image",
+    "decode_image",
     "describe_source",
     "digest_rows",
+    "fetch",
     "fingerprint",
     "for_model",
     "forward_rows",
+    "has_transform",
     "label_names_of",
     "labels_of",
     "load_source",
+    "model_channels",
     "named_workers",
     "names_classes",
     "output_names",

@@ -6,31 +6,35 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 
-from hf_immunize.data.rows import NamedRows
+from hf_immunize.data.pixels import as_pixels
+from hf_immunize.data.rows import as_mapping, check_rows, columns_of, fetch, has_transform, values_of
 from hf_immunize.errors import DataError
 
 
 def labels_of(dataset: Any, name: str) -> list[int]:
     """Integer labels of every row: from a ``labels`` attribute, a label column, or by reading each row once.
 
+    Where a transform makes the rows of a ``datasets.Dataset``, it makes the labels too: each row is read.
+
     Raises:
-        DataError: an empty dataset, no label column, a row that cannot be read, or labels that are not integers.
+        DataError: no dataset with numbered rows, an empty one, rows that are no dicts, no label column, a row that
+            cannot be read, or labels that are not integers.
     """
+    check_rows(dataset, name)
     if len(dataset) == 0:
         raise DataError(f"expected at least one row in {name}, got an empty dataset: check its split and filter.")
-    columns = getattr(dataset, "column_names", None)
     if isinstance(getattr(dataset, "labels", None), torch.Tensor):
         found: Sequence[Any] = dataset.labels.tolist()
-    elif columns is not None and {"labels", "label"} & set(columns):
-        found = dataset["labels" if "labels" in columns else "label"][:]
     else:
-        keys = sorted(dataset[0]) if isinstance(dataset[0], dict) else type(dataset[0]).__name__
+        made = getattr(dataset, "column_names", None) is None or has_transform(dataset)
+        keys = sorted(as_mapping(fetch(dataset, 0, name), 0, name)) if made else columns_of(dataset, name)
         key = next((column for column in ("labels", "label") if column in keys), None)
         if key is None:
             raise DataError(f"expected a 'labels' column in {name}, got {keys}: rename the label column to 'labels'.")
-        rows = NamedRows(dataset, name)
-        found = [rows[row][key] for row in range(len(rows))]
+        rows = tqdm(range(len(dataset)), desc=f"labels of {name}", leave=False, disable=None)
+        found = [fetch(dataset, row, name)[key] for row in rows] if made else values_of(dataset, key, name)
     try:
         return [int(label) for label in found]
     except (TypeError, ValueError) as error:
@@ -70,11 +74,16 @@ def check_classes(labels: Sequence[int], names: Iterable[Any], name: str) -> Non
 
 
 def check_sample(dataset: Any, name: str) -> torch.Size:
-    """Shape of the first row's ``pixel_values``. Raises DataError when the row has no such column."""
-    row = dataset[0]
-    if not isinstance(row, dict) or "pixel_values" not in row:
-        keys = sorted(row) if isinstance(row, dict) else type(row).__name__
+    """Shape of the first row's ``pixel_values``.
+
+    Raises:
+        DataError: a row that cannot be read, is no dict or has no such column, or pixels that are no floating-point
+            C×H×W.
+    """
+    row = as_mapping(fetch(dataset, 0, name), 0, name)
+    if "pixel_values" not in row:
         raise DataError(
-            f"expected a 'pixel_values' column in {name}, got {keys}: preprocess the images with the model's processor."
+            f"expected a 'pixel_values' column in {name}, got {sorted(row)}: preprocess the images with the model's "
+            "processor, with dataset.with_transform for instance."
         )
-    return torch.as_tensor(row["pixel_values"]).shape
+    return as_pixels(row["pixel_values"], f"row 0 of {name}").shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from hf_immunize.data.rows import read_image
+from hf_immunize.data.images import BACKGROUND
+from hf_immunize.data.levels import ImageTally
+from hf_immunize.data.processors import PixelMaker
+from hf_immunize.data.rows import columns_of, place_of, read_image, values_of
 from hf_immunize.errors import DataError
 
 
@@ -62,20 +65,27 @@ class PixelDataset(Dataset):
         return PixelDataset(self.pixel_values[indices], self.labels[indices], self.label_names, name or self.name)
 
 
-def collate_pixels(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def collate_pixels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack rows of ``{"pixel_values", "labels"}`` (``label`` is accepted for ``labels``).
 
     Raises:
-        DataError: a row without one of the two columns, images of different sizes, or NaN or infinite pixels.
+        DataError: rows that are no dicts, one without one of the two columns, pixels that are no floating-point C×H×W,
+            images of different sizes, or NaN or infinite pixels.
     """
+    if not isinstance(rows[0], Mapping):
+        raise DataError(
+            f"expected rows that are dicts, got a {type(rows[0]).__name__}: return {{'pixel_values': image, 'labels': "
+            "label} from the dataset's __getitem__."
+        )
     label = "label" if "label" in rows[0] else "labels"
-    for column in ("pixel_values", label):
-        if column not in rows[0]:
-            raise DataError(
-                f"expected a '{column}' column, got {sorted(rows[0])}: preprocess images to 'pixel_values' and name "
-                "the label column 'labels'."
-            )
-    images = [torch.as_tensor(row["pixel_values"]) for row in rows]
+    for place, row in enumerate(rows):
+        for column in ("pixel_values", label):
+            if column not in row:
+                raise DataError(
+                    f"expected a '{column}' column, got {sorted(row)} in image {place} of a batch: preprocess images "
+                    "to 'pixel_values' and name the label column 'labels'."
+                )
+    images = [as_pixels(row["pixel_values"], f"image {place} of a batch") for place, row in enumerate(rows)]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise DataError(
@@ -91,6 +101,33 @@ def collate_pixels(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {"pixel_values": pixels, "labels": torch.as_tensor([int(row[label]) for row in rows])}
 
 
+def as_pixels(value: Any, where: str) -> Tensor:
+    """``pixel_values`` of one row as a floating-point C×H×W tensor.
+
+    Raises:
+        DataError: an image that was not preprocessed, integers, or another number of axes.
+    """
+    try:
+        pixels = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"expected pixel_values that are numbers in {where}, got {type(value).__name__}: preprocess the images "
+            "with the model's processor."
+        ) from error
+    if pixels.dim() != 3:
+        first = " Take its first element." if pixels.dim() == 4 and len(pixels) == 1 else ""
+        raise DataError(
+            f"expected pixel_values of one image, C x H x W, in {where}, got shape {tuple(pixels.shape)}: the dataset "
+            f"gives one image in a row, the collator makes the batch.{first}"
+        )
+    if not pixels.is_floating_point():
+        raise DataError(
+            f"expected floating-point pixel_values in {where}, got {pixels.dtype}: preprocess the images with the "
+            "model's processor, which scales them."
+        )
+    return pixels
+
+
 def preprocess(
     dataset: Any,
     processor: Any,
@@ -100,21 +137,34 @@ def preprocess(
     image_column: str = "image",
     label_column: str = "label",
     batch_size: int = 256,
+    channels: int | None = None,
+    background: str | tuple[int, int, int] = BACKGROUND,
 ) -> PixelDataset:
-    """Run an image processor over a ``datasets.Dataset`` once and keep the pixels in memory.
+    """Run an image processor over a ``datasets.Dataset`` or a list of dicts once and keep the pixels in memory.
+
+    Args:
+        channels: 1 or 3, the model's ``num_channels``; by default one where the processor's ``image_mean`` holds one
+            number, else three.
+        background: what transparent parts of images show.
 
     Raises:
-        DataError: empty dataset, missing column, or an image that cannot be decoded (row and file are named).
+        DataError: empty dataset, missing column, an image that cannot be decoded (row and file are named), images of
+            different sizes after the processor, or a processor for another number of channels.
     """
-    columns = dataset.column_names
+    columns = columns_of(dataset, name)
+    if len(dataset) == 0:
+        raise DataError(f"expected at least one row in {name}, got an empty dataset: check the split and the filter.")
     for option, column in (("image_column", image_column), ("label_column", label_column)):
         if column not in columns:
             raise DataError(f"expected column '{column}' in {name}, got {columns}: set {option}.")
-    if len(dataset) == 0:
-        raise DataError(f"expected at least one row in {name}, got an empty dataset: check the split and the filter.")
-    parts = []
+    make, tally, parts = PixelMaker(processor, channels, name), ImageTally(), []
     for start in tqdm(range(0, len(dataset), batch_size), desc=f"pixels of {name}", leave=False, disable=None):
         rows = range(start, min(start + batch_size, len(dataset)))
-        images = [read_image(dataset, row, image_column, name) for row in rows]
-        parts.append(processor(images, return_tensors="pt")["pixel_values"])
-    return PixelDataset(torch.cat(parts), torch.as_tensor(dataset[label_column][:]), label_names, name)
+        images = [
+            read_image(dataset, row, image_column, name, mode=make.mode, background=background, tally=tally)
+            for row in rows
+        ]
+        parts.append(make(images, lambda number, rows=rows: place_of(dataset, rows[number], image_column, name)))
+    tally.tell(name, background)
+    make.tell()
+    return PixelDataset(torch.cat(parts), torch.as_tensor(values_of(dataset, label_column, name)), label_names, name)

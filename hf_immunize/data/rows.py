@@ -2,70 +2,196 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import struct
+import traceback
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+from PIL import Image
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
-from hf_immunize.errors import DataError, WorkerError
+from hf_immunize.data.images import BACKGROUND, decode_image
+from hf_immunize.data.levels import ImageFault, ImageTally
+from hf_immunize.errors import DataError, ImmunizeError, WorkerError
+
+logger = logging.get_logger(__name__)
+
+_NEVER_WRAPPED = (ImmunizeError, MemoryError, torch.OutOfMemoryError)
+_UNREADABLE = (OSError, EOFError, UnicodeError, struct.error, zlib.error, Image.DecompressionBombError)
+_MISTAKES = (LookupError, TypeError, AttributeError, NameError, AssertionError, ImportError, NotImplementedError)
 
 
-def read_image(dataset: Any, row: int, column: str, name: str) -> Any:
-    """The RGB image in ``column`` of one row of a ``datasets.Dataset``.
+def check_rows(dataset: Any, name: str) -> None:
+    """Raise DataError for what has no numbered rows: a streaming dataset, a dict of splits, an iterator."""
+    if isinstance(dataset, Mapping):
+        raise DataError(f"expected one dataset as {name}, got a dict of {sorted(map(str, dataset))}: choose a split.")
+    if not all(hasattr(type(dataset), method) for method in ("__len__", "__getitem__")):
+        raise DataError(
+            f"expected rows with numbers in {name}, got {type(dataset).__name__}: they are drawn by number, and labels "
+            "are counted first. Load the dataset without streaming=True, or give a list of its rows: "
+            "datasets.Dataset.from_list(list(stream.take(10_000)))."
+        )
+
+
+def columns_of(dataset: Any, name: str) -> list[str]:
+    """Names of the columns: ``column_names``, or the keys of the first row. Raises DataError for rows without names."""
+    check_rows(dataset, name)
+    if getattr(dataset, "column_names", None) is not None:
+        return list(dataset.column_names)
+    return sorted(map(str, as_mapping(fetch(dataset, 0, name), 0, name))) if len(dataset) else []
+
+
+def values_of(dataset: Any, column: str, name: str) -> list[Any]:
+    """One column as it is stored, whatever the format of the rows; read row by row where there are no columns."""
+    from datasets import Dataset as Table
+
+    if isinstance(dataset, Table):
+        return list(dataset.with_format(None)[column])
+    return [as_mapping(fetch(dataset, row, name), row, name)[column] for row in range(len(dataset))]
+
+
+def as_mapping(row: Any, number: int, name: str) -> Mapping[str, Any]:
+    """The row, if it names its parts. Raises DataError for tuples and the like, which do not."""
+    if isinstance(row, Mapping):
+        return row
+    parts = f" of {', '.join(type(part).__name__ for part in row)}" if isinstance(row, tuple | list) else ""
+    raise DataError(
+        f"expected rows that are dicts in {name}, got a {type(row).__name__}{parts} in row {number}: return "
+        "{'pixel_values': image, 'labels': label} from the dataset's __getitem__."
+    )
+
+
+def fetch(dataset: Any, row: int, name: str) -> Any:
+    """``dataset[row]``, whose failures name the row and say whose they are.
+
+    Raises:
+        DataError: the dataset raised something, which is its cause: a row that cannot be read (missing or broken
+            files), or an error of the dataset's own code, whose class and message come first then.
+    """
+    try:
+        return dataset[row]
+    except _NEVER_WRAPPED:
+        raise
+    except Exception as error:
+        raise _named(error, row, name) from error
+
+
+def _named(error: Exception, row: int, name: str) -> DataError:
+    what = f"{type(error).__name__}: {error}"
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    decoding = not isinstance(error, _MISTAKES) and "/PIL/" in last.filename.replace("\\", "/")
+    if isinstance(error, _UNREADABLE) or decoding:
+        return DataError(f"expected row {row} of {name}, got {what}. Remove the row or repair it.")
+    place = "" if last.filename == __file__ else f" ({last.filename}, line {last.lineno}, in {last.name})"
+    asked = f"{what}. The code of {name} raised this when it was asked for row {row}{place}"
+    if isinstance(error, _MISTAKES):
+        return DataError(f"{asked}: it is no fault of the row. Mend the dataset's __getitem__ or its transform.")
+    return DataError(f"{asked}: repair the row, or the code.")
+
+
+def read_image(
+    dataset: Any, row: int, column: str, name: str, *, mode: str = "RGB",
+    background: str | tuple[int, int, int] = BACKGROUND, tally: ImageTally | None = None,
+) -> Image.Image:
+    """The image in ``column`` of one row as 8-bit RGB or grey, see ``decode_image`` for what may be there.
+
+    Images of a ``datasets.Dataset`` are decoded from their files, whatever the format (torch, numpy, …) of its rows;
+    where it has a transform, what that makes of the row counts.
 
     Raises:
         DataError: what is there cannot be decoded; row, and the file where there is one, are named.
     """
-    try:
-        return dataset[row][column].convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many unrelated classes for a broken file
+    stored = _stored(dataset, column)
+    found = as_mapping(fetch(dataset if stored is None else stored, row, name), row, name)
+    if column not in found:
         raise DataError(
-            f"expected an image in row {row} of {name}{_file_of(dataset, row, column)}, got {type(error).__name__}: "
-            f"{error}. Remove the row or repair the file."
-        ) from error
-
-
-def _file_of(dataset: Any, row: int, column: str) -> str:
-    """`` (path)`` of a row's image, where the dataset was made from files."""
-    from datasets import Image
-
+            f"expected column '{column}' in row {row} of {name}, got {sorted(map(str, found))}: set image_column, or "
+            "take the transform off with dataset.with_format(None)."
+        )
+    value = found[column]
     try:
-        stored = dataset.cast_column(column, Image(decode=False))[row][column]
-    except Exception:  # the row itself is named already
-        return ""
-    path = stored.get("path") if isinstance(stored, dict) else None
-    return f" ({path})" if path else ""
+        if stored is not None and dataset.features[column].mode in ("1", "L"):  # the source's own wish
+            return decode_image(value, "L", background=background, tally=tally).convert(mode)
+        return decode_image(value, mode, background=background, tally=tally)
+    except ImageFault as fault:
+        raise DataError(f"expected an image in row {row} of {name}{_file_of(value)}, got {fault.told}.") from fault
+
+
+def place_of(dataset: Any, row: int, column: str, name: str) -> str:
+    """``row 3 (path)``: a row of images, with the file where there is one."""
+    stored = _stored(dataset, column)
+    return f"row {row}" if stored is None else f"row {row}{_file_of(fetch(stored, row, name)[column])}"
+
+
+def _file_of(value: Any) -> str:
+    """`` (path)`` of what a row stores as an image."""
+    path = value.get("path") if isinstance(value, Mapping) else getattr(value, "filename", value)
+    return f" ({path})" if isinstance(path, str | PathLike) and str(path) else ""
+
+
+_STORED: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+"""Views of datasets whose images are not decoded: one takes as long to make as several rows to read."""
+
+
+def _stored(dataset: Any, column: str) -> Any:
+    """The rows of a ``datasets.Dataset`` as they are stored; None for any other, or where a transform makes them."""
+    from datasets import Dataset as Table
+    from datasets import Image as Feature
+
+    if not isinstance(dataset, Table) or has_transform(dataset):
+        return None
+    if not isinstance(dataset.features.get(column), Feature):
+        return None
+    views = _STORED.setdefault(dataset, {})
+    if column not in views:
+        views[column] = dataset.with_format(None).select_columns(column).cast_column(column, Feature(decode=False))
+    return views[column]
+
+
+def has_transform(dataset: Any) -> bool:
+    """Whether ``with_transform`` or ``set_transform`` makes the rows of a ``datasets.Dataset`` what they are."""
+    made = getattr(dataset, "format", None)
+    return isinstance(made, Mapping) and made.get("type") == "custom"
 
 
 class NamedRows(Dataset):
     """A map-style dataset whose rows, when reading them fails, are named in the error.
 
     Raises:
-        DataError: when a row is read that the dataset cannot give.
+        DataError: for a dataset without numbered rows; and when a row is read that the dataset cannot give, see
+            ``fetch``.
     """
 
     def __init__(self, rows: Any, name: str):
+        check_rows(rows, name)
         self.rows, self.name = rows, name
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Any:
-        try:
-            return self.rows[row]
-        except Exception as error:  # whatever a dataset of the user's may raise
-            raise DataError(
-                f"expected row {row} of {self.name}, got {type(error).__name__}: {error}. Remove the row or repair it."
-            ) from error
+        return fetch(self.rows, row, self.name)
 
     def __getitems__(self, rows: Sequence[int]) -> list[Any]:
         """Rows read together where the dataset can; one by one to name the one that fails."""
         if hasattr(self.rows, "__getitems__"):
             try:
                 return self.rows.__getitems__(rows)
-            except Exception:  # named below
-                pass
+            except _NEVER_WRAPPED:
+                raise
+            except Exception as error:
+                found = [self[row] for row in rows]  # names the row that fails
+                logger.warning_once(
+                    f"{self.name} fails when several rows are asked for together, and is read one by one: "
+                    f"{type(error).__name__}: {error}"
+                )
+                return found
         return [self[row] for row in rows]
 
 

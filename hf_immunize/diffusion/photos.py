@@ -1,27 +1,49 @@
-"""Folders of image files as pixels, with captions where ``metadata.jsonl`` has them, as in ``datasets``' imagefolder.
+"""Folders of image files as pixels, with the captions that lie in or beside them.
 
-Images that are not RGB are converted; the shorter side is resized, the middle cropped. Nothing is augmented.
+Images are made RGB or grey as everywhere (``hf_immunize.data.images``); the shorter side is resized, the middle
+cropped. Nothing is augmented.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
+from transformers.utils import logging
 
+from hf_immunize.data.images import BACKGROUND, MODES, decode_image
+from hf_immunize.data.levels import ImageFault, ImageTally
 from hf_immunize.errors import DataError
 
+logger = logging.get_logger(__name__)
+
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-CAPTIONS = "metadata.jsonl"
+_SYSTEM = ("thumbs.db", "ehthumbs.db", "desktop.ini")
+CAPTIONS, CAPTIONS_CSV, SIDECAR = "metadata.jsonl", "metadata.csv", ".txt"
 _EXAMPLE = '{"file_name": "a.png", "text": "a photo"}'
 
 
+def _files_in(folder: str | Path) -> list[Path]:
+    return sorted(path for path in Path(folder).glob("*") if path.is_file() and not _is_hidden(path))
+
+
+def _is_hidden(path: Path) -> bool:
+    """Files of the system's own: ``._a.png``, ``.DS_Store``, ``Thumbs.db``."""
+    return path.name.startswith(".") or path.name.lower() in _SYSTEM
+
+
 def _images_in(folder: str | Path) -> list[Path]:
-    return sorted(path for path in Path(folder).glob("*") if path.suffix.lower() in _SUFFIXES)
+    return [path for path in _files_in(folder) if path.suffix.lower() in _SUFFIXES]
 
 
 def has_images(folder: str | Path) -> bool:
@@ -33,72 +55,179 @@ def image_files(folder: str | Path) -> list[Path]:
     """Image files of a folder, by name. Raises DataError for none."""
     names = _images_in(folder)
     if not names:
-        raise DataError(f"expected images ({', '.join(_SUFFIXES)}) in {Path(folder).name!r}, got none: check the path.")
+        others = _not_read(folder)
+        got = f"none, but {_counted(others)}: convert them" if others else "none: check the path"
+        raise DataError(f"expected images ({', '.join(_SUFFIXES)}) in {Path(folder).name!r}, got {got}.")
     return names
 
 
-def read_captions(folder: str | Path) -> list[str] | None:
-    """The ``text`` that ``metadata.jsonl`` gives each image of a folder; None where there is no such file.
+def _not_read(folder: str | Path) -> list[Path]:
+    """Files that are neither images that are read, nor captions, nor the system's own."""
+    files = _files_in(folder)
+    stems = {_plain(path.stem) for path in files if path.suffix.lower() in _SUFFIXES}
+    return [
+        path for path in files
+        if path.suffix.lower() not in _SUFFIXES and path.name not in (CAPTIONS, CAPTIONS_CSV)
+        and not (path.suffix.lower() == SIDECAR and _plain(path.stem) in stems)
+    ]
 
-    It lies in the folder, or above it with ``folder/name`` as file names.
+
+def _counted(files: list[Path]) -> str:
+    kinds = Counter(path.suffix.lower() or "(no suffix)" for path in files)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+def _tell_left_out(folder: Path) -> None:
+    others = _not_read(folder)
+    hidden = sum(path.is_file() and _is_hidden(path) for path in folder.glob("*"))
+    note = f"{hidden} hidden or system files in {folder.name!r} are left out"
+    if others:
+        logger.warning(
+            f"{len(others)} files in {folder.name!r} are not read ({_counted(others)}), e.g. {others[0].name!r}: "
+            f"images are {', '.join(_SUFFIXES)}, captions name.txt beside an image.{f' {note}.' if hidden else ''}"
+        )
+    elif hidden:
+        logger.info(f"{note}.")
+
+
+def read_captions(folder: str | Path) -> list[str] | None:
+    """A caption for each image of a folder, in the order of their names; None where there are none at all.
+
+    They are the ``text`` that ``metadata.jsonl`` or ``metadata.csv`` gives each ``file_name``, in the folder, or above
+    it with ``folder/name`` as file names; or the whole text of ``name.txt`` beside ``name.png``. One of these, for
+    every image.
 
     Raises:
-        DataError: a line that is not JSON with ``file_name`` and ``text``, an image without a caption, or captions in
-            another kind of file.
+        DataError: captions in two places, an image without one, a table that cannot be read, or captions in another
+            kind of file.
     """
-    folder, start = Path(folder), ""
-    path = folder / CAPTIONS
-    if not path.is_file() and (folder.parent / CAPTIONS).is_file() and not has_images(folder.parent):
-        path, start = folder.parent / CAPTIONS, f"{folder.name}/"
-    if not path.is_file():
-        for other in (folder / "metadata.csv", folder / "metadata.parquet"):
-            if other.is_file():
-                raise DataError(f"expected captions in {CAPTIONS}, got {other.name} in {folder.name}: convert it.")
+    folder = Path(folder)
+    files, notes = image_files(folder), _notes_beside(folder)
+    path, start = _table_of(folder)
+    told = {} if path is None else {
+        name.removeprefix(start): text for name, text in _captions_of(path).items() if name.startswith(start)
+    }
+    if told and notes:
+        raise DataError(
+            f"expected the captions of {folder.name} in one place, got both {path.name} and {len(notes)} {SIDECAR} "
+            f"files ({next(iter(notes))}{SIDECAR}): remove one of them."
+        )
+    if notes:
+        return _of_every(files, {file.name: notes.get(_plain(file.stem), "") for file in files},
+                         f"{folder.name}, as {SIDECAR} beside each")
+    if path is None:
         return None
-    told = _captions_of(path)
-    files = image_files(folder)
-    missing = [file.name for file in files if not told.get(start + file.name, "").strip()]
+    captions = _of_every(files, {file.name: told.get(_plain(file.name), "") for file in files},
+                         f"{folder.name}/{path.name}")
+    if unknown := sorted(set(told) - {_plain(file.name) for file in files}):
+        logger.warning(f"{len(unknown)} captions in {path.name} are of no image in {folder.name!r}: {unknown[:5]}.")
+    return captions
+
+
+def _of_every(files: list[Path], captions: dict[str, str], where: str) -> list[str]:
+    missing = [file.name for file in files if not captions[file.name].strip()]
     if missing:
         raise DataError(
-            f"expected a caption of every image in {folder.name}/{CAPTIONS}, got none for {missing[:5]}: add one."
+            f"expected a caption of every image in {where}, got none for {missing[:5]}"
+            f"{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}: add one."
         )
-    return [told[start + file.name] for file in files]
+    return [captions[file.name] for file in files]
+
+
+def _plain(name: str) -> str:
+    """Names as they look: an accent may be a character of its own in a file system and not in a table."""
+    return normalize("NFC", name)
+
+
+def _notes_beside(folder: Path) -> dict[str, str]:
+    """Text of each ``name.txt`` that lies beside an image, by name without suffix."""
+    stems = {_plain(file.stem) for file in _images_in(folder)}
+    notes: dict[str, str] = {}
+    for file in _files_in(folder):
+        stem = _plain(file.stem)
+        if file.suffix.lower() != SIDECAR or stem not in stems:
+            continue
+        if stem in notes:
+            raise DataError(f"expected one caption for {stem!r} in {folder.name}, got several {SIDECAR} files.")
+        notes[stem] = _text_of(file).strip()
+    return notes
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"expected {path.parent.name}/{path.name} in UTF-8, got {error}.") from error
+
+
+def _table_of(folder: Path) -> tuple[Path | None, str]:
+    """The file of captions in a folder, or above it, and what its file names start with."""
+    above = not has_images(folder.parent)
+    for place, start in ((folder, ""), *(((folder.parent, f"{_plain(folder.name)}/"),) if above else ())):
+        found = [path for name in (CAPTIONS, CAPTIONS_CSV) if (path := place / name).is_file()]
+        if len(found) > 1:
+            raise DataError(f"expected one file of captions in {place.name}, got {CAPTIONS} and {CAPTIONS_CSV}.")
+        if found:
+            return found[0], start
+        if not start and (place / "metadata.parquet").is_file():
+            raise DataError(f"expected captions in {CAPTIONS}, got metadata.parquet in {folder.name}: convert it.")
+    return None, ""
 
 
 def _captions_of(path: Path) -> dict[str, str]:
     told: dict[str, str] = {}
     where = f"{path.parent.name}/{path.name}"
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would split inside captions as well
-    except (OSError, ValueError) as error:
-        raise DataError(f"expected {where} in UTF-8, got {error}.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line, read in _rows_of(path, where):
         try:
-            row = json.loads(line)
+            row = read()
             name, text = row["file_name"], row["text"]
             if not isinstance(name, str) or not isinstance(text, str):
                 raise TypeError("file_name and text must be strings")
-            told[name] = text
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"expected lines like {_EXAMPLE} in {where}, got {line[:60]!r} in line {number}: "
-                f"{type(error).__name__} {error}."
+                f"expected lines like {_EXAMPLE if path.name == CAPTIONS else 'file_name,text'} in {where}, got "
+                f"{line[:60]!r} in line {number}: {type(error).__name__} {error}."
             ) from error
+        if told.setdefault(_plain(name), text) != text:
+            raise DataError(f"expected one caption for {name!r} in {where}, got another in line {number}.")
     return told
 
 
-def read_pixels(folder: str | Path, resolution: int) -> Tensor:
-    """Every image of a folder as N×3×R×R in −1..1, by name. Raises DataError for none, or one that cannot be read."""
-    rows = []
+def _rows_of(path: Path, where: str) -> Iterator[tuple[int, str, Any]]:
+    """Number, text and reader of every line."""
+    text = _text_of(path)
+    if path.name == CAPTIONS:
+        for number, line in enumerate(text.split("\n"), 1):  # splitlines would split inside captions as well
+            if line.strip():
+                yield number, line, lambda line=line: json.loads(line)
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, str(list(row.values())), lambda row=row: row
+    except csv.Error as error:
+        raise DataError(f"expected a table with the columns file_name and text in {where}, got {error}.") from error
+
+
+def read_pixels(
+    folder: str | Path, resolution: int, *, channels: int = 3, background: str | tuple[int, int, int] = BACKGROUND
+) -> Tensor:
+    """Every image of a folder as N×C×R×R in −1..1, by name, C = 3 for colour or 1 for grey.
+
+    Raises:
+        DataError: no images, one that cannot be read, 16-bit images that are all but black, or other channels.
+    """
+    if channels not in MODES:
+        raise DataError(f"expected 1 or 3 channels for the images of {Path(folder).name!r}, got channels={channels}.")
+    rows, tally, folder = [], ImageTally(), Path(folder)
     for path in image_files(folder):
         try:
-            with Image.open(path) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {opened.mode}: convert it to 8 bits a channel")
-                image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (resolution, resolution))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"expected a readable image, got {path.name!r}: {error}: remove or replace it.") from error
-        rows.append(torch.from_numpy(np.asarray(image).astype(np.float32) / 127.5 - 1).permute(2, 0, 1))
+            image = decode_image(path, MODES[channels], background=background, tally=tally)
+        except ImageFault as fault:
+            raise DataError(f"expected a readable image, got {path.name!r}: {fault.told}.") from fault
+        levels = np.asarray(ImageOps.fit(image, (resolution, resolution))).astype(np.float32).reshape(
+            resolution, resolution, channels)
+        rows.append(torch.from_numpy(levels / 127.5 - 1).permute(2, 0, 1))
+    _tell_left_out(folder)
+    tally.tell(f"{folder.name!r}", background)
     return torch.stack(rows)

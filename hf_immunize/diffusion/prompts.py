@@ -24,8 +24,8 @@ SIDES = ("retain", "harmful", "benign")
 class PromptArguments:
     """Folders of images, each with a prompt. The same values belong in every stage; no photo may be in two folders.
 
-    ``metadata.jsonl`` in a folder (lines with file_name and text) gives each image a caption in place of the prompt.
-    Sub-folders of a folder are concepts of their own.
+    ``metadata.jsonl`` in a folder (lines with file_name and text), or ``name.txt`` beside each image, gives each image
+    a caption in place of the prompt. Sub-folders of a folder are concepts of their own.
     """
 
     retain_images: str = field(metadata={"help": "Folder of images the model draws and must keep."})
@@ -116,7 +116,7 @@ class PromptTask:
         return known
 
     def _other(self) -> _Shown:
-        return _shown(self._concepts("harmful", self._arguments.other_images), self._arguments.resolution)
+        return self._shown(self._concepts("harmful", self._arguments.other_images))
 
     def _check_apart(self) -> None:
         """Raise DataError for a photo in two folders: who trains on one would be judged on the other."""
@@ -151,7 +151,7 @@ class PromptTask:
         root = Path(named)
         if not root.is_dir():
             raise DataError(f"expected a folder of {side} images, got {root.name!r}: check {side}_images.")
-        parts = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+        parts = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith((".", "__MACOSX")))
         if parts and has_images(root):
             raise DataError(
                 f"expected images or sub-folders in {root.name!r}, one for each concept, got both: move the images "
@@ -161,7 +161,7 @@ class PromptTask:
 
     def _read(self, side: str) -> tuple[_Shown, dict[str, list[int]]]:
         """All images of a side, and the rows of its splits, in each of which every concept is."""
-        shown = _shown(self._concepts(side), self._arguments.resolution)
+        shown = self._shown(self._concepts(side))
         fractions = parse_fractions(
             self._arguments.retain_splits if side == "retain" else self._arguments.concept_splits
         )
@@ -172,6 +172,18 @@ class PromptTask:
             for split, found in split_few_by_content(digests, fractions, seed=self._arguments.split_seed).items():
                 rows[split] += [own[place] for place in found]
         return shown, rows
+
+    def _shown(self, concepts: list[tuple[str, Path]]) -> _Shown:
+        channels = 1 if self._pipeline.vae.config.in_channels == 1 else 3
+        parts = [
+            (name, read_pixels(folder, self._arguments.resolution, channels=channels), read_captions(folder))
+            for name, folder in concepts
+        ]
+        return _Shown(
+            torch.cat([pixels for _, pixels, _ in parts]),
+            [caption for _, pixels, captions in parts for caption in captions or [None] * len(pixels)],
+            [name for name, pixels, _ in parts for _ in range(len(pixels))],
+        )
 
     def _encoded(self, side: str) -> LatentDataset:
         return self._encode(self._read(side)[0], side)
@@ -196,12 +208,3 @@ class _Shown:
     def digests(self) -> list[bytes]:
         """Of every image's pixels."""
         return [digest_pixels(row.numpy()) for row in self.pixels]
-
-
-def _shown(concepts: list[tuple[str, Path]], resolution: int) -> _Shown:
-    parts = [(name, read_pixels(folder, resolution), read_captions(folder)) for name, folder in concepts]
-    return _Shown(
-        torch.cat([pixels for _, pixels, _ in parts]),
-        [caption for _, pixels, captions in parts for caption in captions or [None] * len(pixels)],
-        [name for name, pixels, _ in parts for _ in range(len(pixels))],
-    )

@@ -12,7 +12,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_immunize.data import describe_source, load_source, parse_fractions, split_by_content
+from hf_immunize.data import (
+    BACKGROUND,
+    ImageFault,
+    ImageTally,
+    convert_image,
+    describe_source,
+    load_source,
+    parse_fractions,
+    read_image,
+    split_by_content,
+)
+from hf_immunize.data.images import MODES
+from hf_immunize.data.levels import to_levels
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.errors import DataError
 
@@ -75,9 +87,12 @@ class ArrayImages:
 
 def read_images(arguments: ConceptArguments) -> ArrayImages:
     """All images as uint8 N×H×W (or N×H×W×3) of the asked size. Raises DataError for what cannot be read."""
+    if arguments.channels not in MODES:
+        raise DataError(f"expected channels of 1 (grey) or 3 (colour), got {arguments.channels}.")
     images, labels, first = [], [], 0
     for source in sources(arguments):
-        found, classes = _read_npz(Path(source)) if source.endswith(".npz") else _read_dataset(source, arguments)
+        read = _read_npz if source.endswith(".npz") else _read_dataset
+        found, classes = read(source, arguments)
         _check_shape(found, source, arguments)
         images.append(found)
         labels.append(classes + first)
@@ -94,7 +109,7 @@ def sources(arguments: ConceptArguments) -> list[str]:
 
 
 def _check_shape(images: np.ndarray, source: str, arguments: ConceptArguments) -> None:
-    mode, size = "L" if arguments.channels == 1 else "RGB", (arguments.image_size, arguments.image_size)
+    mode, size = MODES[arguments.channels], (arguments.image_size, arguments.image_size)
     if images.shape[1:3] != size or (images.ndim == 4) != (mode == "RGB"):
         raise DataError(
             f"expected images of size {size} in mode {mode}, got {images.shape[1:]} in {Path(source).name}: set "
@@ -102,12 +117,13 @@ def _check_shape(images: np.ndarray, source: str, arguments: ConceptArguments) -
         )
 
 
-def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_npz(source: str, arguments: ConceptArguments) -> tuple[np.ndarray, np.ndarray]:
+    path = Path(source)
     try:
         with np.load(path, allow_pickle=False) as held:
             for image_key, label_key in _NPZ_KEYS:
                 if image_key in held and label_key in held:
-                    return _checked(held[image_key], held[label_key], path.name)
+                    return _checked(held[image_key], held[label_key], path.name, arguments)
             found = sorted(held.keys())
     except DataError:
         raise
@@ -116,30 +132,63 @@ def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     raise DataError(f"expected x_train and y_train, or images and labels, in {path.name}, got {found}.")
 
 
-def _checked(images: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images as uint8 and labels as int64; DataError where that would change a value."""
+def _checked(
+    images: np.ndarray, labels: np.ndarray, name: str, arguments: ConceptArguments
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images as uint8 with channels last and labels as int64. Raises DataError for values that cannot be levels."""
     if len(images) == 0 or len(images) != len(labels):
         raise DataError(f"expected one label for each image in {name}, got {len(images)} images, {len(labels)} labels.")
-    whole = [images.astype(np.uint8), labels.astype(np.int64)]
-    wanted = ("pixels in 0..255", "whole numbers as labels")
-    for told, held, made in zip(wanted, (images, labels), whole, strict=True):
-        if not np.array_equal(held, made):
-            raise DataError(f"expected {told} in {name}, got {held.dtype} in {held.min()}..{held.max()}: convert them.")
-    return whole[0], whole[1]
+    tally = ImageTally(images=len(images))
+    try:
+        levels = to_levels(images, tally, whole_dataset=True)
+    except ImageFault as fault:
+        raise DataError(f"expected pixels in 0..255 in {name}, got {fault.told}.") from fault
+    if images.dtype != bool and int(levels.max()) == 1:
+        raise DataError(
+            f"expected pixels in 0..255 in {name}, got no other levels than 0 and 1, which are both black: multiply "
+            "them by 255, or save them as bool."
+        )
+    tally.deep *= len(images)  # one range, of them all
+    whole = labels.astype(np.int64)
+    if not np.array_equal(labels, whole):
+        raise DataError(
+            f"expected whole numbers as labels in {name}, got {labels.dtype} in {labels.min()}..{labels.max()}: "
+            "convert them."
+        )
+    made = _channels_last(levels, name, arguments, tally)
+    tally.tell(name, BACKGROUND)
+    return made, whole
+
+
+def _channels_last(levels: np.ndarray, name: str, arguments: ConceptArguments, tally: ImageTally) -> np.ndarray:
+    """N×H×W or N×H×W×3 from the usual layouts of N images; those with alpha are put on the background."""
+    size = (arguments.image_size, arguments.image_size)
+    if levels.ndim == 4 and levels.shape[1:3] != size and levels.shape[2:] == size:
+        levels = np.moveaxis(levels, 1, -1)
+    if levels.ndim == 4 and levels.shape[-1] == 1:
+        return levels[..., 0]
+    if levels.ndim == 4 and levels.shape[-1] in (2, 4):
+        tally.images = 0
+        mode = "RGB" if levels.shape[-1] == 4 else "L"
+        return np.stack([np.asarray(convert_image(Image.fromarray(image), mode, tally=tally)) for image in levels])
+    return levels
 
 
 def _read_dataset(source: str, arguments: ConceptArguments) -> tuple[np.ndarray, np.ndarray]:
-    held = load_source(source)
+    held, name, tally = load_source(source), describe_source(source), ImageTally()
     for column in (arguments.image_column, arguments.label_column):
         if column not in held.column_names:
             raise DataError(f"expected column '{column}', got {held.column_names}: set image_column and label_column.")
-    mode, size = "L" if arguments.channels == 1 else "RGB", (arguments.image_size, arguments.image_size)
-    images = []
-    for row in range(len(held)):
-        try:
-            images.append(np.asarray(held[row][arguments.image_column].convert(mode).resize(size)))
-        except (OSError, ValueError, AttributeError) as error:
-            raise DataError(f"expected a readable image in row {row}, got {error}: remove or replace it.") from error
+    size = (arguments.image_size, arguments.image_size)
+    images = [
+        np.asarray(
+            read_image(
+                held, row, arguments.image_column, name, mode=MODES[arguments.channels], tally=tally
+            ).resize(size)
+        )
+        for row in range(len(held))
+    ]
+    tally.tell(name, BACKGROUND)
     return np.stack(images), np.asarray(held[arguments.label_column][:])
 
 

@@ -13,6 +13,7 @@ from hf_immunize.data import (
     align_labels,
     check_classes,
     check_label_range,
+    check_rows,
     check_sample,
     for_model,
     label_names_of,
@@ -55,6 +56,8 @@ def check_data(
     if primary is None or harmful is None:
         missing = "train_dataset" if primary is None else "harmful_dataset"
         raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
+    for name, rows in (("train_dataset", primary), ("harmful_dataset", harmful), *_parts(evaluation)):
+        check_rows(rows, name)
     kind = kind_of(model, primary)
     primary_labels = check_primary_labels(model, primary, kind)
     check_head(model, primary, kind)

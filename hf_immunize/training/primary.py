@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_immunize.data import check_label_range, labels_of, refuse_other_labels
+from hf_immunize.data import as_mapping, check_label_range, fetch, labels_of, refuse_other_labels
 from hf_immunize.errors import DataError
 
 SINGLE, MULTI, REGRESSION, UNLABELLED = (
@@ -23,8 +23,8 @@ SINGLE, MULTI, REGRESSION, UNLABELLED = (
 
 def kind_of(model: Any, primary: Any) -> str:
     """What the primary head is trained on: the config's problem_type, or no labels at all, else single labels."""
-    first = primary[0] if len(primary) else {}
-    if isinstance(first, dict) and len(first) and not {"labels", "label"} & set(first):
+    first = fetch(primary, 0, "train_dataset") if len(primary) else {}
+    if isinstance(first, Mapping) and len(first) and not {"labels", "label"} & set(first):
         if "ForImageClassification" not in type(model).__name__:
             return UNLABELLED
     return getattr(model.config, "problem_type", None) or SINGLE
@@ -42,7 +42,7 @@ def check_primary_labels(model: Any, primary: Any, kind: str, name: str = "train
         labels = labels_of(primary, name)
         check_label_range(labels, model.config.num_labels, name)
         return labels
-    found = _float_labels(primary)
+    found = _float_labels(primary, name)
     wanted = (model.config.num_labels,) if kind == MULTI or model.config.num_labels > 1 else ()
     for row, label in enumerate(found):
         if tuple(label.shape) != wanted:
@@ -56,12 +56,12 @@ def check_primary_labels(model: Any, primary: Any, kind: str, name: str = "train
     return torch.stack(found)
 
 
-def _float_labels(dataset: Any) -> list[Tensor]:
+def _float_labels(dataset: Any, name: str) -> list[Tensor]:
     whole = getattr(dataset, "labels", None)
     if isinstance(whole, Tensor):
         return list(whole.float())
-    key = "labels" if "labels" in dataset[0] else "label"
-    return [torch.as_tensor(dataset[row][key]).float() for row in range(len(dataset))]
+    key = "labels" if "labels" in as_mapping(fetch(dataset, 0, name), 0, name) else "label"
+    return [torch.as_tensor(fetch(dataset, row, name)[key]).float() for row in range(len(dataset))]
 
 
 def wrong_labels(labels: Tensor, kind: str, classes: int) -> Tensor:
@@ -140,6 +140,10 @@ METRICS: dict[str, Callable[[Any], dict[str, float]] | None] = {
 }
 
 
+_NUMBERS = (Tensor, np.ndarray, np.generic, int, float, list)
+"""What a forward may take; an image that a transform left in its rows, or a file's name, it does not."""
+
+
 def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[..., Any]:
     """``collate`` for a primary task whose labels are vectors or real numbers, or are not there."""
     if kind == SINGLE:
@@ -150,8 +154,8 @@ def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[...,
         images = collate([{"pixel_values": row["pixel_values"], "labels": 0} for row in rows])
         rest = {
             name: torch.stack([torch.as_tensor(row[name]) for row in rows])
-            for name in rows[0]
-            if name not in ("pixel_values", key)
+            for name, value in rows[0].items()
+            if name not in ("pixel_values", key) and isinstance(value, _NUMBERS)
         }
         found = {"pixel_values": images["pixel_values"], **rest}
         if key not in rows[0]:

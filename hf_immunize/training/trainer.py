@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from hf_immunize.data import NamedRows, collate_pixels, named_workers, output_names
+from hf_immunize.data import NamedRows, collate_pixels, has_transform, named_workers, output_names
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
@@ -282,8 +282,11 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         )
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; rows that cannot be read are named, and workers get a time limit."""
-        if hasattr(dataset, "column_names"):
+        """As in Trainer; rows that cannot be read are named, and workers get a time limit.
+
+        What a transform reads is kept; of what it makes, the collator drops what no forward takes.
+        """
+        if hasattr(dataset, "column_names") and not has_transform(dataset):
             dataset = self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
         name = "train_dataset" if description == "Training" else "eval_dataset"
         loader = super()._get_dataloader(NamedRows(dataset, name), description, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -12,6 +13,7 @@ from PIL import Image
 from trace_builders import trace
 
 from hf_immunize.attacks.suite import picture_name
+from hf_immunize.certification.drawings import recognised
 from hf_immunize.certification.generation import (
     measure_frechet,
     measure_similarity,
@@ -181,6 +183,25 @@ def test_features_of_every_kind_of_model(tmp_path, kind, width):
     cosine = torch.nn.functional.cosine_similarity(found[:10, None], found[None, 10:], dim=-1).mean()
     assert FeatureSimilarity(seen_by)(images[:10], images[10:]) == pytest.approx(float(cosine), rel=1e-5)
     assert FeatureSimilarity(seen_by)(images[:1], images[:1]) == pytest.approx(1)
+
+
+def test_a_model_of_one_channel_sees_grey_images_in_both_places(tmp_path):
+    """Three channels came before: a judge or a seer of grey images could not be asked."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SMALL, num_channels=1, num_labels=5)
+    model = transformers.ViTForImageClassification(config).eval()
+    folder = save(tmp_path / "seer", model)
+    generator = torch.Generator().manual_seed(3)
+    images = [image.resize((11 + place % 3, 9)) for place, image in enumerate(
+        to_images(torch.rand(20, 3, 8, 8, generator=generator) * 2 - 1))]
+    grey_images = [image.convert("L").resize((8, 8), Image.Resampling.BILINEAR) for image in images]
+    pixels = torch.stack([torch.tensor(np.asarray(image))[None] for image in grey_images]) / 255
+    pixels = (pixels - 0.5) / 0.5
+    with torch.no_grad():
+        features, logits = model.vit(pixels).last_hidden_state[:, 0], model(pixels).logits
+    torch.testing.assert_close(ImageFeatures.of(folder)(images), features, atol=1e-5, rtol=1e-4)
+    wanted = [model.config.id2label[int(row)] for row in logits.argmax(dim=-1)]
+    assert recognised(folder, images, wanted) == [True] * 20
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

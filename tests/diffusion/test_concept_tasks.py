@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
+from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask, read_images
 from hf_immunize.errors import DataError
 
 
@@ -109,3 +109,65 @@ def test_archives_whose_values_would_be_changed_are_refused(tmp_path, images, la
         ConceptTask(ConceptArguments(str(tmp_path / "cut.npz"), image_size=8))
     with pytest.raises(DataError, match="rows_per_class of at least 1"):
         ConceptTask(ConceptArguments("builder:digits", image_size=8, rows_per_class=0))
+
+
+@pytest.mark.parametrize("form", ["uint8", "bool", "uint16", "int64 levels", "uint16 levels", "float 0..1",
+                                  "float levels", "N x H x W x 1", "N x 1 x H x W"])
+def test_grey_archives_of_every_type_and_layout(tmp_path, form):
+    rng = np.random.default_rng(0)
+    levels, deep = rng.integers(0, 256, (20, 8, 8)), rng.integers(0, 65536, (20, 8, 8)).astype(np.uint16)
+    images, truth = {
+        "uint8": lambda: (levels.astype(np.uint8), levels),
+        "bool": lambda: (levels > 127, (levels > 127) * 255),
+        "uint16": lambda: (deep, np.rint(deep / 257)),
+        "int64 levels": lambda: (levels, levels),
+        "uint16 levels": lambda: (levels.astype(np.uint16), levels),
+        "float 0..1": lambda: ((levels / 255).astype(np.float32), levels),
+        "float levels": lambda: (levels.astype(np.float64), levels),
+        "N x H x W x 1": lambda: (levels.astype(np.uint8)[..., None], levels),
+        "N x 1 x H x W": lambda: (levels.astype(np.uint8)[:, None], levels),
+    }[form]()
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(20) % 10)
+    assert np.array_equal(read_images(ConceptArguments(str(tmp_path / "a.npz"), image_size=8)).images, truth)
+
+
+@pytest.mark.parametrize("form", ["last", "first", "alpha", "alpha first", "uint16"])
+def test_colour_archives_of_every_layout(tmp_path, form, caplog):
+    rng = np.random.default_rng(0)
+    colour, alpha = rng.integers(0, 256, (6, 8, 8, 3)), rng.choice([0, 99, 255], (6, 8, 8, 1))
+    shown = np.rint((colour * alpha + 255 * (255 - alpha)) / 255)
+    images, truth = {
+        "last": (colour, colour), "first": (np.moveaxis(colour, -1, 1), colour),
+        "alpha": (np.concatenate([colour, alpha], -1), shown),
+        "alpha first": (np.moveaxis(np.concatenate([colour, alpha], -1), -1, 1), shown),
+        "uint16": (colour * 257, colour),
+    }[form]
+    images = images.astype(np.uint16 if form == "uint16" else np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(6))
+    with caplog.at_level("WARNING"):
+        found = read_images(ConceptArguments(str(tmp_path / "a.npz"), image_size=8, channels=3)).images
+    assert np.array_equal(found, truth)
+    assert ("6 of 6 images of a.npz have transparent parts" in caplog.text) == form.startswith("alpha")
+
+
+@pytest.mark.parametrize("images,message", [
+    (np.eye(8, dtype=np.uint8)[None].repeat(10, 0), "got no other levels than 0 and 1, which are both black: multiply"),
+    (np.full((10, 8, 8), 100.5), "got float64 values in 100.5..100.5: bring them to 0..1"),
+    (np.full((10, 8, 8), np.nan), "NaN or infinity"),
+    (np.full((10, 8, 8), 70000), "got int64 values in 70000..70000"),
+    (np.full((10, 8, 8), "a"), "values of type <U1"),
+])
+def test_archives_whose_levels_cannot_be_known_are_refused(tmp_path, images, message):
+    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(10))
+    with pytest.raises(DataError, match=message):
+        read_images(ConceptArguments(str(tmp_path / "a.npz"), image_size=8))
+
+
+def test_archives_that_use_little_of_sixteen_bits_say_so(tmp_path, caplog):
+    np.savez(tmp_path / "a.npz", images=np.tile(np.array([1584, 2283], np.uint16), (10, 8, 4)), labels=np.arange(10))
+    with caplog.at_level("WARNING"):
+        found = read_images(ConceptArguments(str(tmp_path / "a.npz"), image_size=8)).images
+    assert np.unique(found).tolist() == [6, 9]
+    assert "10 of 10 images of a.npz are scaled" in caplog.text and "2.4 to 3.5 % of it" in caplog.text
+    with pytest.raises(DataError, match="channels of 1 .grey. or 3 .colour., got 2"):
+        read_images(ConceptArguments(str(tmp_path / "a.npz"), image_size=8, channels=2))

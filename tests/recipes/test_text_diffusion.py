@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from PIL import Image
-from pipeline_builders import build_text_pipeline
+from PIL import Image, ImageOps
+from pipeline_builders import autoencoder, build_text_pipeline
 from typer.testing import CliRunner
 
 from hf_immunize.attacks import parse_settings
@@ -23,7 +23,7 @@ from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
 from hf_immunize.cli import app
 from hf_immunize.diffusion import differences, load_pipeline
 from hf_immunize.diffusion.encoding import encode_pixels, encode_prompt
-from hf_immunize.diffusion.photos import read_captions, read_pixels
+from hf_immunize.diffusion.photos import read_captions
 from hf_immunize.diffusion.prompts import PromptArguments, PromptTask
 from hf_immunize.errors import DataError, ModelError
 from hf_immunize.records import AttackTrace, Certificate, ImmunizationRecord
@@ -166,11 +166,11 @@ def test_captions_above_the_folders_and_files_that_are_no_captions(photos):
     with pytest.raises(DataError, match="other/metadata.jsonl in UTF-8"):
         read_captions(photos / "other")
     (photos / "benign" / "metadata.csv").write_text("file_name,text\n", encoding="utf-8")
-    with pytest.raises(DataError, match="expected captions in metadata.jsonl, got metadata.csv in benign: convert it"):
+    with pytest.raises(DataError, match="a caption of every image in benign/metadata.csv, got none for"):
         read_captions(photos / "benign")
-    Image.fromarray(np.full((16, 16), 40000, dtype=np.uint16)).save(photos / "retain" / "0.png")
-    with pytest.raises(DataError, match="got '0.png': mode I;16: convert it to 8 bits"):
-        read_pixels(photos / "retain", 16)
+    (photos / "retain" / "metadata.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match="captions in metadata.jsonl, got metadata.parquet in retain: convert it"):
+        read_captions(photos / "retain")
 
 
 def test_splits_of_a_handful_of_photos_share_none_and_what_is_missing_is_named(photos, task_words):
@@ -248,6 +248,23 @@ def test_captions_replace_the_prompt_and_sub_folders_are_concepts(photos, task_w
     wrong = PromptArguments(**words | {"harmful_images": str(photos / "harmful"), "other_images": str(many)})
     with pytest.raises(DataError, match=r"sub-folders named like those of the harmful images, got \['harmful cow'"):
         PromptTask(wrong, pipeline).attacker_knows("harmful")
+
+
+def test_a_vae_of_one_channel_is_shown_grey_photos_with_the_captions_beside_them(photos, task_words):
+    words = dict(word.removeprefix("--").split("=", 1) for word in task_words) | {"resolution": 16}
+    for number in range(12):
+        (photos / "harmful" / f"{number}.txt").write_text(f"caption {number % 2}", encoding="utf-8")
+    pipeline = build_text_pipeline("StableDiffusionPipeline")
+    pipeline.vae = autoencoder(in_channels=1, out_channels=1)
+    task = PromptTask(PromptArguments(**words), pipeline)
+    pixels, rows = task.attacker_knows("harmful")["pixels"], task.examples("harmful", "attack")
+    assert pixels.shape[1:] == (1, 16, 16)
+    truth = [encode_prompt(pipeline, f"caption {number}", 16)["encoder_hidden_states"][0] for number in range(2)]
+    for states in rows.conditions["encoder_hidden_states"]:
+        assert any(torch.equal(states, one) for one in truth)
+    fitted = {ImageOps.fit(Image.open(file).convert("L"), (16, 16)).tobytes()
+              for file in (photos / "harmful").glob("*.png")}
+    assert {((row[0] + 1) * 127.5).round().byte().numpy().tobytes() for row in pixels} <= fitted
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion-1-5", "stable-diffusion-xl", "stable-diffusion-3", "flux-1-dev"])
