@@ -1,6 +1,7 @@
 """Data of both tasks: sources, content-hash splits, pixels, fingerprints, and the harmful stream."""
 
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
+from hf_immunize.data.classes import select_classes
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
 from hf_immunize.data.labels import check_classes, check_label_range, check_sample, label_names_of, labels_of
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
@@ -11,7 +12,6 @@ from hf_immunize.data.splits import (
     HARMFUL_SPLITS,
     PRIMARY_SPLITS,
     parse_fractions,
-    select_classes,
     split_by_content,
     split_few_by_content,
 )
