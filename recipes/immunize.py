@@ -14,13 +14,13 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
 
-from hf_immunize.data import Task, TaskArguments, describe_source
+from hf_immunize.data import Task, TaskArguments, describe_source, warn_of_copies
 from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
 from hf_immunize.hub import local_folder
 from hf_immunize.options import parse_options
@@ -113,6 +113,7 @@ def main() -> None:
     if base_options.from_scratch:
         refuse_base_options(args)
     primary, harmful = Task(task_options, "primary"), Task(task_options, "harmful")
+    warn_of_copies(primary, harmful)
     set_seed(args.seed)
     model, processor, base = load_base(base_options, primary.label_names)
     if model.config.num_labels != len(primary.label_names):
@@ -157,7 +158,7 @@ def inputs_of(
     return {
         "base": base.weights or {"config": model.config.to_diff_dict()},
         "task": {
-            **asdict(task),
+            **task.described(),
             "primary_dataset": describe_source(task.primary_dataset),
             "harmful_dataset": describe_source(task.harmful_dataset),
         },

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def main() -> None:
         "from_scratch": model_options.from_scratch,
         "trainable_modules": model_options.trainable_modules,
         "config_overrides": model_options.config_overrides,
-        "task": {**asdict(task_options), "primary_dataset": describe_source(task_options.primary_dataset)},
+        "task": {**task_options.described(), "primary_dataset": describe_source(task_options.primary_dataset)},
         "data": {role: found.sha256 for role, found in prints.items()},
         "options": scientific_options(args),
     }

@@ -1,7 +1,8 @@
 """Data of both tasks: sources, content-hash splits, pixels, fingerprints, and the harmful stream."""
 
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
-from hf_immunize.data.classes import select_classes
+from hf_immunize.data.classes import Classes, parse_labels, read_classes, select_classes
+from hf_immunize.data.columns import find_columns
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
 from hf_immunize.data.labels import check_classes, check_label_range, check_sample, label_names_of, labels_of
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
@@ -11,15 +12,17 @@ from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import (
     HARMFUL_SPLITS,
     PRIMARY_SPLITS,
+    assign_splits,
     parse_fractions,
     split_by_content,
     split_few_by_content,
 )
 from hf_immunize.data.streams import StepBatchSampler
-from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows
+from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows, warn_of_copies
 
 __all__ = [
     "AUGMENTATIONS",
+    "Classes",
     "HARMFUL_SPLITS",
     "NamedRows",
     "PRIMARY_SPLITS",
@@ -28,6 +31,7 @@ __all__ = [
     "StepBatchSampler",
     "Task",
     "TaskArguments",
+    "assign_splits",
     "augment",
     "batches",
     "check_classes",
@@ -36,6 +40,7 @@ __all__ = [
     "collate_pixels",
     "describe_source",
     "digest_rows",
+    "find_columns",
     "fingerprint",
     "forward_rows",
     "label_names_of",
@@ -44,9 +49,12 @@ __all__ = [
     "named_workers",
     "parse_fractions",
     "parse_augmentation",
+    "parse_labels",
     "preprocess",
+    "read_classes",
     "read_image",
     "select_classes",
     "split_by_content",
     "split_few_by_content",
+    "warn_of_copies",
 ]
