@@ -19,7 +19,7 @@ from rich.console import Console
 
 from hf_immunize.attacks import AttackContext
 from hf_immunize.certification import PROTOCOLS, ExamData, Rule, build_certificate, find_protocol, recheck
-from hf_immunize.data import Task, TaskArguments
+from hf_immunize.data import Task, TaskArguments, warn_of_copies
 from hf_immunize.errors import ImmunizeError
 from hf_immunize.hub import is_hub_id, local_folder, working_folder, write_card
 from hf_immunize.hub.tables import certificate_table
@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     test = primary.pixels("test", processor)
     splits = {role: harmful.pixels(role, processor) for role in ("attack", "validation", "test")}
     benign = benign_splits(task_arguments, processor)
+    warn_of_copies(primary, harmful, *[task for task, _ in benign.values()][:1])
     data = ExamData(
         primary_test=test,
         harmful_attack=splits["attack"],

@@ -14,14 +14,14 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
-from hf_immunize.data import Task, TaskArguments, describe_source, for_model, names_classes
+from hf_immunize.data import Task, TaskArguments, describe_source, for_model, names_classes, warn_of_copies
 from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
 from hf_immunize.hub import local_folder
 from hf_immunize.models import load_classifier, load_processor, refuse_folder
@@ -109,6 +109,7 @@ def main() -> None:
     if base_options.from_scratch:
         refuse_base_options(args)
     primary, harmful = Task(task_options, "primary"), Task(task_options, "harmful")
+    warn_of_copies(primary, harmful)
     set_seed(args.seed)
     model, processor, base = load_base(base_options, primary.label_names)
     if model.config.num_labels != len(primary.label_names) and not names_classes(model.config.id2label):
@@ -153,7 +154,7 @@ def inputs_of(
     return {
         "base": base.weights or {"config": model.config.to_diff_dict()},
         "task": {
-            **asdict(task),
+            **task.described(),
             "primary_dataset": describe_source(task.primary_dataset),
             "harmful_dataset": describe_source(task.harmful_dataset),
         },

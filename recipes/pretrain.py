@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,8 @@ def main() -> None:
     )
     set_seed(args.seed)
     source = {"trust_remote_code": model_options.trust_remote_code}
-    processor = load_processor(model_options.processor_name_or_path or model_options.model_name_or_path, **source)
+    named = model_options.model_name_or_path
+    processor = load_processor(model_options.processor_name_or_path or named, config_of=named, **source)
     task = Task(task_options, "primary")
     splits = {role: task.pixels(role, processor) for role in ("train", "validation")}
     prints = {role: task.fingerprint(dataset, role) for role, dataset in splits.items()}
@@ -128,7 +129,7 @@ def main() -> None:
         "from_scratch": model_options.from_scratch,
         "trainable_modules": model_options.trainable_modules,
         "config_overrides": model_options.config_overrides,
-        "task": {**asdict(task_options), "primary_dataset": describe_source(task_options.primary_dataset)},
+        "task": {**task_options.described(), "primary_dataset": describe_source(task_options.primary_dataset)},
         "data": {role: found.sha256 for role, found in prints.items()},
         "options": scientific_options(args),
     }

@@ -38,9 +38,9 @@ def read_task(path: str | Path) -> TaskArguments:
     missing = [name for name in ("primary_dataset", "harmful_dataset") if name not in loaded]
     if missing:
         raise ConfigError(f"expected {' and '.join(missing)} in {path}, got neither path nor Hub id: name the data.")
-    whole = {"split_seed"}
     return TaskArguments(**{
-        name: value if name in whole or value is None else str(value) for name, value in loaded.items()
+        name: value if value is None or isinstance(value, bool | list) or name == "split_seed" else str(value)
+        for name, value in loaded.items()
     })
 
 

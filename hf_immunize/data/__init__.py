@@ -2,6 +2,8 @@
 
 from hf_immunize.data.alignment import align_labels, for_model, names_classes, output_names, refuse_other_labels
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
+from hf_immunize.data.classes import Classes, parse_labels, read_classes, select_classes
+from hf_immunize.data.columns import find_columns
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
 from hf_immunize.data.images import BACKGROUND, convert_image, decode_image
 from hf_immunize.data.labels import check_classes, check_label_range, check_sample, label_names_of, labels_of
@@ -14,17 +16,18 @@ from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import (
     HARMFUL_SPLITS,
     PRIMARY_SPLITS,
+    assign_splits,
     parse_fractions,
-    select_classes,
     split_by_content,
     split_few_by_content,
 )
 from hf_immunize.data.streams import StepBatchSampler
-from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows
+from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows, warn_of_copies
 
 __all__ = [
     "AUGMENTATIONS",
     "BACKGROUND",
+    "Classes",
     "HARMFUL_SPLITS",
     "ImageFault",
     "ImageTally",
@@ -38,6 +41,7 @@ __all__ = [
     "TaskArguments",
     "align_labels",
     "as_mapping",
+    "assign_splits",
     "augment",
     "batches",
     "check_classes",
@@ -50,6 +54,7 @@ __all__ = [
     "describe_source",
     "digest_rows",
     "fetch",
+    "find_columns",
     "fingerprint",
     "for_model",
     "forward_rows",
@@ -63,10 +68,13 @@ __all__ = [
     "output_names",
     "parse_fractions",
     "parse_augmentation",
+    "parse_labels",
     "preprocess",
+    "read_classes",
     "read_image",
     "refuse_other_labels",
     "select_classes",
     "split_by_content",
     "split_few_by_content",
+    "warn_of_copies",
 ]

@@ -35,10 +35,20 @@ def labels_of(dataset: Any, name: str) -> list[int]:
             raise DataError(f"expected a 'labels' column in {name}, got {keys}: rename the label column to 'labels'.")
         rows = tqdm(range(len(dataset)), desc=f"labels of {name}", leave=False, disable=None)
         found = [fetch(dataset, row, name)[key] for row in rows] if made else values_of(dataset, key, name)
+    return [_whole(label, row, name) for row, label in enumerate(found)]
+
+
+def _whole(label: Any, row: int, name: str) -> int:
     try:
-        return [int(label) for label in found]
-    except (TypeError, ValueError) as error:
-        raise DataError(f"expected one integer label per row in {name}, got {found[0]!r} in row 0: {error}.") from error
+        whole = int(label)
+        if not isinstance(label, str) and whole != label:
+            raise ValueError(f"{label} is not a whole number")
+        return whole
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise DataError(
+            f"expected one integer label per row in {name}, got {label!r} in row {row}: {error}. Drop rows without a "
+            "label, and number the classes from 0."
+        ) from error
 
 
 def check_label_range(labels: Sequence[int], classes: int, name: str) -> None:

@@ -1,12 +1,34 @@
-"""Any image dataset by one name: a Hub id, a folder of images, local parquet files, or an in-memory builder."""
+"""Any image dataset by one name: a Hub id, a folder of images, local tables, or an in-memory builder."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_immunize.data.columns import image_candidates
+from hf_immunize.data.folders import (
+    Listing,
+    class_names,
+    describe_files,
+    image_suffixes,
+    list_folder,
+    read_image_folder,
+    split_folders,
+)
+from hf_immunize.data.tables import (
+    TABLES,
+    choose_split,
+    has_configurations,
+    is_saved,
+    read_files,
+    read_saved,
+    read_snapshot,
+    read_tables,
+)
 from hf_immunize.errors import DataError
 
 
@@ -62,34 +84,113 @@ MNIST_ARCHIVE = "MNIST_NPZ"
 BUILDERS: dict[str, Callable[[], Any]] = {"digits": digits, "mnist": mnist}
 
 
+ACCEPTED = (
+    "a Hub id, an image folder, a .parquet, .arrow, .csv, .tsv, .json, .jsonl or .ndjson file, a folder of them or of "
+    "save_to_disk, or builder:NAME"
+)
+
+
 def load_source(source: str, *, config: str | None = None, split: str = "train", revision: str | None = None) -> Any:
-    """Load one split as a ``datasets.Dataset``.
+    """Load one split as a ``datasets.Dataset``; images stay encoded until a row is read.
 
     Args:
-        source: ``builder:NAME`` (a key of BUILDERS) or ``builder:module:function`` returning a Dataset; a folder with
-            one sub-folder of images per class; a ``.parquet`` file or a folder of them; else a Hub id.
-        config, split, revision: as in ``datasets.load_dataset``.
+        source: ``builder:NAME`` (a key of BUILDERS) or ``builder:module:function`` returning a Dataset or DatasetDict;
+            a folder with one sub-folder of images per class, or split folders of such; a table (``tables.TABLES``), a
+            folder of tables or a snapshot of a Hub dataset, a folder of ``save_to_disk``; else a Hub id.
+        config, split: as in ``datasets.load_dataset``.
+        revision: branch, tag or commit of a dataset on the Hub.
 
     Raises:
-        DataError: a source that cannot be found or read.
+        DataError: a source that cannot be found or read, a split that is not there (those that are there are named), or
+            an option that this kind of source does not have.
     """
     if source.startswith("builder:"):
-        return _build(source.removeprefix("builder:"))
+        _refuse(source, "a builder", config=config, revision=revision)
+        return choose_split(_build(source.removeprefix("builder:")), split, source)
+    path = Path(source).expanduser()
+    if path.exists():
+        _refuse(source, "a local source", revision=revision)
+    elif _is_path(source):
+        raise DataError(f"expected {ACCEPTED}, got {source!r}: there is no such file or folder. Check the path.")
+    try:
+        if path.is_file():
+            return _read_file(path, config, split)
+        if path.is_dir():
+            return _read_folder(path, config, split)
+        return _load_from_hub(source, config, split, revision)
+    except DataError:
+        raise
+    except Exception as error:  # datasets raises many unrelated classes for "cannot be found or read"
+        which = "" if path.exists() else "there is no such folder here, and the Hub gave no such dataset: "
+        raise DataError(
+            f"expected {ACCEPTED}, got {source!r} (split {split!r}): {which}{type(error).__name__}: {error}"
+        ) from error
+
+
+def _is_path(source: str) -> bool:
+    """Whether a source that is not there was plainly meant as a path: a Hub id is NAME or OWNER/NAME."""
+    known = {*TABLES, *image_suffixes(), ".zip", ".tar", ".gz", ".npz", ".txt"}
+    return not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source) or Path(source).suffix.lower() in known
+
+
+def _refuse(source: str, kind: str, **options: str | None) -> None:
+    if given := [f"{name} {value!r}" for name, value in options.items() if value is not None]:
+        raise DataError(f"expected no {' and no '.join(given)} with {kind}, got {source!r}: it has none. Unset it.")
+
+
+def _read_file(path: Path, config: str | None, split: str) -> Any:
+    _refuse(str(path), "a single file", config=config)
+    if path.suffix.lower() not in TABLES:
+        raise DataError(f"expected {ACCEPTED}, got the file {path.name!r}: convert or unpack it.")
+    return read_files([path], split)
+
+
+def _read_folder(path: Path, config: str | None, split: str) -> Any:
+    """Rows of a folder by what lies in it: its own record of a dataset, class folders of images, or tables."""
+    if is_saved(path):
+        _refuse(str(path), "a folder of save_to_disk", config=config)
+        return read_saved(path, split)
+    listing = list_folder(path)
+    files = [path.joinpath(*parts) for parts in (*listing.tables, *listing.metadata)]
+    if config is not None or has_configurations(path):
+        return read_snapshot(path, config, split, files)
+    if listing.images and (not listing.tables or _holds_classes(listing)):
+        return read_image_folder(listing, split)
+    if listing.tables:
+        return _read_tables(listing, files, split)
+    raise DataError(f"expected {ACCEPTED}, got the folder {path} with {describe_files(listing)}: check the path.")
+
+
+def _holds_classes(listing: Listing) -> bool:
+    """Whether images lie in class folders; DataError where a table of whole datasets lies beside them."""
+    if split_folders(listing) is None and len(class_names(listing)) < 2:
+        return False
+    whole = [parts[-1] for parts in listing.tables if Path(parts[-1]).suffix.lower() in (".parquet", ".arrow")]
+    if whole:
+        raise DataError(
+            f"expected class folders or tables in {listing.root}, got both: images in {class_names(listing)[:5]} and "
+            f"{whole[:5]}. Name the table itself, or move one of the two."
+        )
+    return True
+
+
+def _read_tables(listing: Listing, files: list[Path], split: str) -> Any:
+    """The tables of a folder; its images where the tables are not about images."""
+    if not listing.images:
+        return read_snapshot(listing.root, None, split, files)
+    try:
+        rows = read_tables(listing.root, [listing.root.joinpath(*parts) for parts in listing.tables], split)
+    except DataError:
+        raise
+    except Exception:  # a file that only looks like a table: it is counted with what is left out
+        return read_image_folder(listing, split)
+    return rows if image_candidates(rows) else read_image_folder(listing, split)
+
+
+def _load_from_hub(source: str, config: str | None, split: str, revision: str | None) -> Any:
     from datasets import load_dataset
 
-    path = Path(source)
-    try:
-        if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
-            files = str(path) if path.is_file() else sorted(str(file) for file in path.glob("*.parquet"))
-            return load_dataset("parquet", data_files=files, split="train")
-        if path.is_dir():
-            return load_dataset("imagefolder", data_dir=str(path), split=split)
-        return load_dataset(source, config, split=split, revision=revision)
-    except Exception as error:  # datasets raises many unrelated classes for "cannot be found or read"
-        raise DataError(
-            f"expected a Hub id, an image folder, a parquet file or builder:NAME, got {source!r} (split {split!r}): "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    return load_dataset(source, config, split=split, revision=revision)
 
 
 def _build(name: str) -> Any:
@@ -99,11 +200,15 @@ def _build(name: str) -> Any:
     if not function:
         raise DataError(f"expected builder:NAME, NAME in {sorted(BUILDERS)}, or builder:module:function, got {name!r}.")
     try:
-        return getattr(importlib.import_module(module), function)()
+        build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise DataError(f"expected an importable function for builder:{name}, got {error}.") from error
+    return build()
 
 
 def describe_source(source: str) -> str:
     """A name for records and cards that gives away no local path: the last path component of a local source."""
-    return source if source.startswith("builder:") or not Path(source).exists() else Path(source).name
+    if source.startswith("builder:"):
+        return source
+    path = Path(source).expanduser()
+    return Path(os.path.abspath(path)).name if path.exists() else source

@@ -1,4 +1,4 @@
-"""Class selection and splits by content hash: equal images always land on the same side."""
+"""Splits by content hash: equal images always land on the same side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_immunize.data.class_splits import fill_classes
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.data.rows import read_image
 from hf_immunize.errors import DataError
@@ -29,34 +30,6 @@ def parse_fractions(text: str) -> dict[str, float]:
     return fractions
 
 
-def select_classes(
-    dataset: Any, labels: Sequence[int] | None, *, label_column: str, name: str
-) -> tuple[Any, list[str]]:
-    """Keep the given class ids, renumbered 0..C-1 in the given order; return the dataset and the class names.
-
-    Raises:
-        DataError: a missing label column, fewer than two classes, or a class with no rows.
-    """
-    if label_column not in dataset.column_names:
-        raise DataError(
-            f"expected column '{label_column}' in {name}, got {dataset.column_names}: set label_column."
-        )
-    present = np.asarray(dataset[label_column][:])
-    wanted = list(labels) if labels is not None else sorted(set(present.tolist()))
-    if len(wanted) < 2:
-        raise DataError(f"expected at least two classes in {name}, got {wanted}: choose more labels.")
-    missing = [label for label in wanted if not (present == label).any()]
-    if missing:
-        raise DataError(f"expected rows of every class in {name}, got none of {missing}: check labels and split.")
-    feature = dataset.features[label_column]
-    names = [feature.int2str(label) if hasattr(feature, "int2str") else str(label) for label in wanted]
-    renumber = {label: index for index, label in enumerate(wanted)}
-    rows = [row for row, label in enumerate(present.tolist()) if label in renumber]
-    kept = dataset.select(rows)
-    kept = kept.remove_columns(label_column).add_column(label_column, [renumber[present[row]] for row in rows])
-    return kept, names
-
-
 def split_by_content(
     dataset: Any,
     fractions: Mapping[str, float],
@@ -64,28 +37,71 @@ def split_by_content(
     image_column: str = "image",
     seed: int = 0,
     name: str = "the dataset",
+    labels: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Assign each row to a split by the SHA-256 of its decoded pixels and ``seed``.
 
     A row's split depends on nothing but its own content, so duplicates never straddle two splits and adding rows
-    moves none. Sizes are therefore close to the fractions, not equal to them.
+    moves none. Sizes are therefore close to the fractions, not equal to them. With ``labels``, every class is in every
+    split: see ``assign_splits``.
 
     Raises:
-        DataError: a missing image column, an image that cannot be decoded, or a split left without rows.
+        DataError: a missing image column, an image that cannot be decoded, a split left without rows, or a class with
+            fewer different images than splits.
     """
     if image_column not in dataset.column_names:
         raise DataError(f"expected column '{image_column}', got {dataset.column_names}: set image_column.")
-    edges = np.cumsum(list(fractions.values()))
-    chosen: dict[str, list[int]] = {name: [] for name in fractions}
-    names = list(fractions)
-    for row in range(len(dataset)):
-        digest = digest_pixels(np.asarray(read_image(dataset, row, image_column, name)))
-        draw = int.from_bytes(hashlib.sha256(digest + str(seed).encode()).digest()[:8], "big") / 2**64
-        chosen[names[min(int(np.searchsorted(edges, draw, side="right")), len(names) - 1)]].append(row)
-    empty = [name for name, rows in chosen.items() if not rows]
-    if empty:
-        raise DataError(f"expected rows in every split, got none in {empty} of {len(dataset)} rows: bring more data.")
-    return {name: dataset.select(rows) for name, rows in chosen.items()}
+    contents = [
+        digest_pixels(np.asarray(read_image(dataset, row, image_column, name))) for row in range(len(dataset))
+    ]
+    chosen = assign_splits(contents, labels, fractions, seed=seed, name=name)
+    return {split: dataset.select(rows) for split, rows in chosen.items()}
+
+
+def assign_splits(
+    contents: Sequence[bytes],
+    labels: Sequence[int] | None,
+    fractions: Mapping[str, float],
+    *,
+    seed: int = 0,
+    name: str = "the dataset",
+    label_names: Sequence[str] | None = None,
+) -> dict[str, list[int]]:
+    """Rows of every split: equal contents on one side, and rows of every class in every split.
+
+    A content's draw is the SHA-256 of it and ``seed`` as a number in 0..1; the fractions cut 0..1 into splits. Where
+    that leaves a class without rows in some split, the cuts of this class alone are moved, over as few of its contents
+    as possible. Contents that two labels share stay where they are unless a class cannot do without moving them.
+
+    Args:
+        contents: digest of each row.
+        labels: class of each row; None asks for rows in every split alone.
+        fractions: share of each split, in order.
+        seed: of the draws.
+        name, label_names: of the dataset and its classes, for errors.
+
+    Raises:
+        DataError: a split left without rows, or a class with fewer different contents than splits.
+    """
+    cuts = np.cumsum(list(fractions.values()))
+    draws = {content: _draw(content, seed) for content in set(contents)}
+    places = {content: min(int(np.searchsorted(cuts, draw, side="right")), len(cuts) - 1)
+              for content, draw in draws.items()}
+    if labels is not None:
+        fill_classes(contents, labels, draws, places, len(cuts), name=name, label_names=label_names)
+    chosen: dict[str, list[int]] = {split: [] for split in fractions}
+    splits = list(fractions)
+    for row, content in enumerate(contents):
+        chosen[splits[places[content]]].append(row)
+    if empty := [split for split, rows in chosen.items() if not rows]:
+        raise DataError(
+            f"expected rows in every split of {name}, got none in {empty} of {len(contents)} rows: bring more data."
+        )
+    return chosen
+
+
+def _draw(content: bytes, seed: int) -> float:
+    return int.from_bytes(hashlib.sha256(content + str(seed).encode()).digest()[:8], "big") / 2**64
 
 
 def split_few_by_content(

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.utils import logging
 
+from hf_immunize.data.class_splits import rare_classes
+from hf_immunize.data.classes import choose_rows, keep_rows, parse_labels, read_classes
+from hf_immunize.data.columns import find_columns
 from hf_immunize.data.fingerprint import fingerprint
+from hf_immunize.data.images import BACKGROUND
+from hf_immunize.data.near_duplicates import Looks, Shared, find_shared, group_contents, read_looks
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.sources import describe_source, load_source
-from hf_immunize.data.splits import (
-    BENIGN_SPLITS,
-    HARMFUL_SPLITS,
-    PRIMARY_SPLITS,
-    parse_fractions,
-    select_classes,
-    split_by_content,
-)
+from hf_immunize.data.splits import BENIGN_SPLITS, HARMFUL_SPLITS, PRIMARY_SPLITS, assign_splits, parse_fractions
 from hf_immunize.errors import DataError
 from hf_immunize.records import DatasetFingerprint
+
+logger = logging.get_logger(__name__)
 
 
 def _fractions(splits: dict[str, float]) -> str:
     return ",".join(f"{name}={fraction}" for name, fraction in splits.items())
+
+
+_SIDES = ("primary", "harmful", "benign")
 
 
 @dataclass
@@ -35,7 +39,10 @@ class TaskArguments:
     """Where the two tasks come from and how they are split. The same values belong in every stage of one exam."""
 
     primary_dataset: str = field(
-        metadata={"help": "Primary task: Hub id, image folder, parquet file, builder:NAME or builder:module:function."}
+        metadata={
+            "help": "Primary task: Hub id, image folder, table (parquet, csv, jsonl, …) or folder of tables, "
+            "builder:NAME or builder:module:function; see docs/data.md."
+        }
     )
     harmful_dataset: str = field(metadata={"help": "Harmful task: the same kinds of source."})
     primary_config: str | None = field(default=None, metadata={"help": "Configuration name of the primary dataset."})
@@ -43,13 +50,21 @@ class TaskArguments:
     primary_split: str = field(default="train", metadata={"help": "Split of the primary dataset to load."})
     harmful_split: str = field(default="train", metadata={"help": "Split of the harmful dataset to load."})
     primary_labels: str | None = field(
-        default=None, metadata={"help": "Comma-separated class ids of the primary task; all classes by default."}
+        default=None,
+        metadata={"help": "Class names or ids of the primary task, with commas between, or a list; all by default."},
     )
     harmful_labels: str | None = field(
-        default=None, metadata={"help": "Comma-separated class ids of the harmful task; all classes by default."}
+        default=None,
+        metadata={"help": "Class names or ids of the harmful task, with commas between, or a list; all by default."},
     )
-    image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
-    label_column: str = field(default="label", metadata={"help": "Column that holds integer labels."})
+    image_column: str = field(
+        default="image",
+        metadata={"help": "Column of images. A dataset without one of this name is read by its only image column."},
+    )
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Column of labels. A dataset without one of this name is read by its only one of classes."},
+    )
     primary_splits: str = field(
         default=_fractions(PRIMARY_SPLITS),
         metadata={"help": "Content-hash splits of the primary task; names train, validation and test are expected."},
@@ -71,38 +86,90 @@ class TaskArguments:
     benign_config: str | None = field(default=None, metadata={"help": "Configuration name of the benign dataset."})
     benign_split: str = field(default="train", metadata={"help": "Split of the benign dataset to load."})
     benign_labels: str | None = field(
-        default=None, metadata={"help": "Comma-separated class ids of the benign task; all classes by default."}
+        default=None,
+        metadata={"help": "Class names or ids of the benign task, with commas between, or a list; all by default."},
     )
     benign_splits: str = field(
         default=_fractions(BENIGN_SPLITS),
         metadata={"help": "Content-hash splits of the benign task; names attack, validation and test are expected."},
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of the content-hash splits."})
+    primary_image_column: str | None = field(default=None, metadata={"help": "image_column of the primary dataset."})
+    primary_label_column: str | None = field(default=None, metadata={"help": "label_column of the primary dataset."})
+    primary_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a primary dataset on the Hub."}
+    )
+    harmful_image_column: str | None = field(default=None, metadata={"help": "image_column of the harmful dataset."})
+    harmful_label_column: str | None = field(default=None, metadata={"help": "label_column of the harmful dataset."})
+    harmful_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a harmful dataset on the Hub."}
+    )
+    benign_image_column: str | None = field(default=None, metadata={"help": "image_column of the benign dataset."})
+    benign_label_column: str | None = field(default=None, metadata={"help": "label_column of the benign dataset."})
+    benign_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a benign dataset on the Hub."}
+    )
+    drop_rare_classes: bool = field(
+        default=False,
+        metadata={"help": "Leave out classes with fewer different images than splits, where they would be an error."},
+    )
+    group_near_duplicates: bool = field(
+        default=False,
+        metadata={"help": "Keep images that look alike (resized, encoded again, mirrored) in one split."},
+    )
+
+    background: str = field(
+        default=BACKGROUND, metadata={"help": "Colour that transparent parts of images show: a name or #rrggbb."}
+    )
+
+    def described(self) -> dict[str, Any]:
+        """The options that decide the rows; those that are off, and new since the first release, are left out."""
+        later = [f"{side}_{name}" for side in _SIDES for name in ("image_column", "label_column", "revision")]
+        later += ["drop_rare_classes", "group_near_duplicates"]
+        told = {name: value for name, value in asdict(self).items() if name not in later or value}
+        return told if self.background != BACKGROUND else {n: v for n, v in told.items() if n != "background"}
 
 
 class Task:
-    """One side (``primary``, ``harmful`` or ``benign``) of TaskArguments, loaded and split, preprocessed on demand."""
+    """One side (``primary``, ``harmful`` or ``benign``) of TaskArguments, loaded and split, preprocessed on demand.
+
+    Images of two splits that look alike are told in a warning (``near_duplicates``).
+    """
 
     def __init__(self, arguments: TaskArguments, side: str):
-        self.side = side
+        self.side, self._background = side, arguments.background
         if getattr(arguments, f"{side}_dataset") is None:
             raise DataError(f"expected a {side} task, got none: set {side}_dataset.")
         self.source: str = getattr(arguments, f"{side}_dataset")
-        self._arguments = arguments
-        dataset = load_source(
-            self.source, config=getattr(arguments, f"{side}_config"), split=getattr(arguments, f"{side}_split")
+        name = f"the {side} dataset"
+        own = {
+            option: getattr(arguments, f"{side}_{option}")
+            for option in ("config", "split", "revision", "labels", "splits", "image_column", "label_column")
+        }
+        dataset = load_source(self.source, config=own["config"], split=own["split"], revision=own["revision"])
+        self._columns: tuple[str, str] = find_columns(
+            dataset, own["image_column"], own["label_column"], side=side,
+            shared=(arguments.image_column, arguments.label_column),
         )
-        labels = getattr(arguments, f"{side}_labels")
-        dataset, self.label_names = select_classes(
-            dataset, _label_ids(labels), label_column=arguments.label_column, name=f"the {side} dataset"
-        )
-        self._splits = split_by_content(
-            dataset,
-            parse_fractions(getattr(arguments, f"{side}_splits")),
-            image_column=arguments.image_column,
-            seed=arguments.split_seed,
-            name=f"the {side} dataset",
-        )
+        classes = read_classes(dataset, self._columns[1], name)
+        chosen = parse_labels(own["labels"], classes, name)
+        rows, labels, names = choose_rows(classes, chosen, name)
+        if chosen is not None:
+            logger.warning(f"{name}: chosen classes, by id and name: {classes.named(chosen)}.")
+        looks = read_looks(dataset, rows, self._columns[0], name)
+        keys = group_contents(looks) if arguments.group_near_duplicates else looks.contents
+        fractions = parse_fractions(own["splits"])
+        if arguments.drop_rare_classes:
+            kept, labels, names = _without_rare(keys, labels, names, len(fractions), name)
+            rows, keys, looks = [rows[place] for place in kept], [keys[place] for place in kept], looks.select(kept)
+        self.label_names: list[str] = names
+        places = assign_splits(keys, labels, fractions, seed=arguments.split_seed, name=name, label_names=names)
+        held = keep_rows(dataset, rows, labels, self._columns[1])
+        self._splits = {split: held.select(found) for split, found in places.items()}
+        self._looks = {
+            split: (looks.select(found), [rows[place] for place in found]) for split, found in places.items()
+        }
+        warn_of_copies(self)
 
     def pixels(self, role: str, processor: Any) -> PixelDataset:
         """Preprocessed pixels of one split. Raises DataError for a split the task does not have."""
@@ -113,22 +180,76 @@ class Task:
             processor,
             label_names=self.label_names,
             name=f"{self.side} {role}",
-            image_column=self._arguments.image_column,
-            label_column=self._arguments.label_column,
+            image_column=self._columns[0],
+            label_column=self._columns[1],
+            background=self._background,
         )
+
+    def looks(self) -> dict[str, tuple[Looks, list[int]]]:
+        """What each split's images look like, and their rows in the source."""
+        return self._looks
 
     def fingerprint(self, dataset: PixelDataset, role: str) -> DatasetFingerprint:
         """Content fingerprint of a split made by ``pixels``."""
         return fingerprint(dataset, source=describe_source(self.source), role=f"{self.side} {role}")
 
 
-def _label_ids(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in str(text).split(",")]
-    except ValueError as error:
-        raise DataError(f"expected comma-separated class ids like '0,1,2', got {text!r}.") from error
+def _without_rare(
+    keys: Sequence[bytes], labels: Sequence[int], names: Sequence[str], splits: int, name: str
+) -> tuple[list[int], list[int], list[str]]:
+    """Places, labels and names without the classes of fewer different images than splits, which are told."""
+    rare = rare_classes(keys, labels, splits)
+    if rare:
+        told = ", ".join(f"{names[label]!r} ({count})" for label, count in rare.items())
+        logger.warning(
+            f"{name}: drop_rare_classes left out {len(rare)} of {len(names)} classes, which have fewer different images"
+            f" than the {splits} splits: {told}."
+        )
+    left = [label for label in range(len(names)) if label not in rare]
+    if len(left) < 2:
+        raise DataError(
+            f"expected at least two classes of {splits} different images or more in {name}, got "
+            f"{[names[label] for label in left]}: bring more images."
+        )
+    renumber = {label: place for place, label in enumerate(left)}
+    kept = [place for place, label in enumerate(labels) if label in renumber]
+    return kept, [renumber[labels[place]] for place in kept], [names[label] for label in left]
+
+
+_DEFENDER = {"primary train", "primary validation", "harmful defense"}
+
+
+def warn_of_copies(*tasks: Task) -> list[Shared]:
+    """Tell, in one warning each, which splits share images that are equal or look alike; return them.
+
+    Of one task no two splits may share any. Of several tasks, what the defender sees (primary train and validation,
+    harmful defense) must be apart from what it is judged on (every other split).
+    """
+    held = [(f"{task.side} {split}", looks, rows) for task in tasks for split, (looks, rows) in task.looks().items()]
+    sides = {name: name.split(" ")[0] for name, _, _ in held}
+
+    def apart(one: str, other: str) -> bool:
+        if len(tasks) == 1:
+            return True
+        return sides[one] != sides[other] and (one in _DEFENDER) != (other in _DEFENDER)
+
+    looks = Looks.joined([looks for _, looks, _ in held])
+    found = find_shared(looks, [name for name, looks, _ in held for _ in looks.contents], apart)
+    rows = [row for _, _, rows in held for row in rows]
+    for shared in found:
+        first, second = (rows[place] for place in shared.example)
+        logger.warning(
+            f"{shared.images} images of {shared.parts[1]} look like some of {shared.parts[0]}, e.g. rows {second} and "
+            f"{first} of the source: resized, encoded again or mirrored copies let a figure on one profit from the "
+            f"other. {_REMEDY[len(tasks) == 1]}"
+        )
+    return found
+
+
+_REMEDY = {
+    True: "Remove them, or set group_near_duplicates=true, which keeps such images in one split.",
+    False: "Remove them from one of the two tasks.",
+}
 
 
 def forward_rows(image: Sequence[int], device: str | torch.device = "cpu") -> int:

@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from hf_immunize.data import (
     BACKGROUND,
+    Classes,
     ImageFault,
     ImageTally,
     convert_image,
     describe_source,
+    find_columns,
     load_source,
     parse_fractions,
+    parse_labels,
+    read_classes,
     read_image,
     split_by_content,
 )
@@ -27,6 +32,8 @@ from hf_immunize.data.images import MODES
 from hf_immunize.data.levels import to_levels
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.errors import DataError
+
+logger = logging.get_logger(__name__)
 
 _NPZ_KEYS = (("x_train", "y_train"), ("images", "labels"))
 
@@ -46,7 +53,7 @@ class ConceptArguments:
         default=None,
         metadata={"help": "Images of the same classes from another source, which one of the attackers trains on."},
     )
-    retain_labels: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "Classes the model draws and must keep."})
+    retain_labels: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "Classes to keep, by name or id."})
     harmful_labels: str = field(default="9", metadata={"help": "The concept it shall not learn."})
     benign_labels: str = field(default="8", metadata={"help": "A concept it should learn as easily as the base."})
     image_size: int = field(default=28, metadata={"help": "Height and width in pixels."})
@@ -54,8 +61,14 @@ class ConceptArguments:
     rows_per_class: int | None = field(
         default=None, metadata={"help": "First rows of each class to use; all by default."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column that holds the images."})
-    label_column: str = field(default="label", metadata={"help": "Column that holds integer labels."})
+    image_column: str = field(
+        default="image",
+        metadata={"help": "Column of images. A dataset without one of this name is read by its only image column."},
+    )
+    label_column: str = field(
+        default="label",
+        metadata={"help": "Column of labels. A dataset without one of this name is read by its only one of classes."},
+    )
     retain_splits: str = field(
         default="train=0.8,validation=0.1,test=0.1", metadata={"help": "Content-hash splits of the retained classes."}
     )
@@ -71,8 +84,9 @@ class ArrayImages:
 
     column_names = ("image", "label")
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, names: Mapping[int, str] | None = None):
         self.images, self.labels = images, labels
+        self.names = {label: str(label) for label in sorted(set(labels.tolist()))} if names is None else dict(names)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -82,7 +96,7 @@ class ArrayImages:
 
     def select(self, rows: Sequence[int]) -> ArrayImages:
         """Some rows."""
-        return ArrayImages(self.images[rows], self.labels[rows])
+        return ArrayImages(self.images[rows], self.labels[rows], self.names)
 
 
 def read_images(arguments: ConceptArguments) -> ArrayImages:
@@ -90,14 +104,17 @@ def read_images(arguments: ConceptArguments) -> ArrayImages:
     if arguments.channels not in MODES:
         raise DataError(f"expected channels of 1 (grey) or 3 (colour), got {arguments.channels}.")
     images, labels, first = [], [], 0
+    names: dict[int, str] = {}
     for source in sources(arguments):
         read = _read_npz if source.endswith(".npz") else _read_dataset
-        found, classes = read(source, arguments)
-        _check_shape(found, source, arguments)
-        images.append(found)
-        labels.append(classes + first)
-        first = int(labels[-1].max()) + 1
-    return ArrayImages(np.concatenate(images), np.concatenate(labels))
+        found = read(source, arguments)
+        _check_shape(found.images, source, arguments)
+        images.append(found.images)
+        labels.append(found.labels + first)
+        names |= {label + first: str(label + first) if called == str(label) else called
+                  for label, called in found.names.items()}
+        first = max(names) + 1
+    return ArrayImages(np.concatenate(images), np.concatenate(labels), names)
 
 
 def sources(arguments: ConceptArguments) -> list[str]:
@@ -117,13 +134,13 @@ def _check_shape(images: np.ndarray, source: str, arguments: ConceptArguments) -
         )
 
 
-def _read_npz(source: str, arguments: ConceptArguments) -> tuple[np.ndarray, np.ndarray]:
+def _read_npz(source: str, arguments: ConceptArguments) -> ArrayImages:
     path = Path(source)
     try:
         with np.load(path, allow_pickle=False) as held:
             for image_key, label_key in _NPZ_KEYS:
                 if image_key in held and label_key in held:
-                    return _checked(held[image_key], held[label_key], path.name, arguments)
+                    return ArrayImages(*_checked(held[image_key], held[label_key], path.name, arguments))
             found = sorted(held.keys())
     except DataError:
         raise
@@ -174,22 +191,18 @@ def _channels_last(levels: np.ndarray, name: str, arguments: ConceptArguments, t
     return levels
 
 
-def _read_dataset(source: str, arguments: ConceptArguments) -> tuple[np.ndarray, np.ndarray]:
-    held, name, tally = load_source(source), describe_source(source), ImageTally()
-    for column in (arguments.image_column, arguments.label_column):
-        if column not in held.column_names:
-            raise DataError(f"expected column '{column}', got {held.column_names}: set image_column and label_column.")
-    size = (arguments.image_size, arguments.image_size)
-    images = [
-        np.asarray(
-            read_image(
-                held, row, arguments.image_column, name, mode=MODES[arguments.channels], tally=tally
-            ).resize(size)
-        )
-        for row in range(len(held))
-    ]
+def _read_dataset(source: str, arguments: ConceptArguments) -> ArrayImages:
+    held, tally = load_source(source), ImageTally()
+    name = f"the dataset {describe_source(source)}"
+    image, label = find_columns(held, None, None, side="", shared=(arguments.image_column, arguments.label_column))
+    classes = read_classes(held, label, name)
+    rows = classes.labelled(name)
+    if not len(rows):
+        raise DataError(f"expected rows with a label in {name}, got none of {len(held)}: check label_column.")
+    size, mode = (arguments.image_size, arguments.image_size), MODES[arguments.channels]
+    images = [np.asarray(read_image(held, row, image, name, mode=mode, tally=tally).resize(size)) for row in rows]
     tally.tell(name, BACKGROUND)
-    return np.stack(images), np.asarray(held[arguments.label_column][:])
+    return ArrayImages(np.stack(images), np.asarray([classes.ids[row] for row in rows]), classes.names)
 
 
 class ConceptTask:
@@ -201,21 +214,28 @@ class ConceptTask:
             raise DataError(f"expected rows_per_class of at least 1, got {arguments.rows_per_class}.")
         everything = read_images(arguments)
         self.label_names = [str(label) for label in range(int(everything.labels.max()) + 1)]
+        classes = Classes(everything.labels.tolist(), everything.names)
         self._splits: dict[str, dict[str, ArrayImages]] = {}
         self._other = None
         if arguments.other_dataset is not None:
             self._other = read_images(replace(arguments, dataset=arguments.other_dataset))
         chosen: list[int] = []
+        told: list[str] = []
         for side in ("retain", "harmful", "benign"):
-            labels = _label_ids(getattr(arguments, f"{side}_labels"))
+            labels = parse_labels(getattr(arguments, f"{side}_labels"), classes, "the dataset") or []
+            told.append(f"{side}: {classes.named([label for label in labels if label in classes.names])}")
             if repeated := set(labels) & set(chosen):
                 raise DataError(f"expected each class on one side, got {sorted(repeated)} twice: check the labels.")
             chosen += labels
             rows = _rows_of(everything.labels, labels, arguments.rows_per_class, side)
             splits = arguments.retain_splits if side == "retain" else arguments.concept_splits
             self._splits[side] = split_by_content(
-                everything.select(rows), parse_fractions(splits), seed=arguments.split_seed
+                everything.select(rows), parse_fractions(splits), seed=arguments.split_seed,
+                name=f"the {side} classes", labels=everything.labels[rows].tolist(),
             )
+
+        if any(called != str(label) for label, called in everything.names.items()):
+            logger.warning(f"{self.source}: chosen classes, by id and name: {'; '.join(told)}.")
 
     sides = ("retain", "harmful", "benign")
     judge_names: Mapping[str, str] = {}
@@ -260,9 +280,3 @@ def _rows_of(labels: np.ndarray, wanted: Sequence[int], limit: int | None, side:
         raise DataError(f"expected images of every {side} class, got none of {empty}: check {side}_labels.")
     return np.concatenate(parts)
 
-
-def _label_ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in str(text).split(",")]
-    except ValueError as error:
-        raise DataError(f"expected comma-separated class ids like '0,1,2', got {text!r}.") from error

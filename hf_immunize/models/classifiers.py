@@ -69,12 +69,46 @@ def random_classifier(source: str | Path, seed: int) -> nn.Module:
         return AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def load_processor(source: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The image processor saved beside a model, PIL backend. Raises ModelError when there is none."""
+def load_processor(
+    source: str | Path, *, config_of: str | Path | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The image processor saved beside a model, PIL backend, brought to the channels of that model.
+
+    A processor that was made for colour and saved beside a model of one channel would fail; its equal means become one.
+
+    Args:
+        config_of: the model, where it lies elsewhere.
+
+    Raises:
+        ModelError: no processor, or one whose means differ by channel for a model of one.
+    """
     try:
-        return AutoImageProcessor.from_pretrained(str(source), backend="pil", trust_remote_code=trust_remote_code)
+        found = AutoImageProcessor.from_pretrained(str(source), backend="pil", trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
         raise ModelError(
             f"expected an image processor in {source}, got {type(error).__name__}: {error}: save it beside the model "
             "with save_pretrained."
         ) from error
+    try:
+        known = AutoConfig.from_pretrained(str(config_of or source), trust_remote_code=trust_remote_code)
+    except Exception:  # a processor alone; whoever loads the model says what is wrong with that
+        return found
+    return _with_channels(found, getattr(getattr(known, "vision_config", known), "num_channels", None), str(source))
+
+
+def _with_channels(processor: Any, channels: int | None, where: str) -> Any:
+    if channels not in (1, 3):
+        return processor
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name, None)
+        if not isinstance(values, list | tuple) or len(values) == channels:
+            continue
+        if len(set(values)) > 1:
+            raise ModelError(
+                f"expected {name} of {channels} numbers in the image processor of {where}, for a model of {channels} "
+                f"channels, got {list(values)}: save the processor that the model was trained with."
+            )
+        setattr(processor, name, list(values[:1]) * channels)
+    if channels == 1 and getattr(processor, "do_convert_rgb", None):
+        processor.do_convert_rgb = False
+    return processor

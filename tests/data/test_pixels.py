@@ -123,3 +123,29 @@ def test_a_sample_without_pixels_says_to_preprocess():
     assert check_sample([{"pixel_values": torch.zeros(3, 4, 4)}], "x") == (3, 4, 4)
     with pytest.raises(DataError, match="preprocess the images"):
         check_sample([{"image": 0}], "x")
+
+
+def test_transparent_parts_show_the_background_that_the_task_names(tmp_path):
+    """Left half opaque, right half clear; the colour under the clear part is never seen."""
+    from PIL import Image
+
+    from hf_immunize.data import Task, TaskArguments
+
+    for place in range(24):
+        folder = tmp_path / "ab"[place % 2]
+        folder.mkdir(exist_ok=True)
+        image = Image.new("RGBA", (8, 8), (10 * place, 0, 0, 255))
+        image.paste((0, 255, 0, 0), (4, 0, 8, 8))
+        image.save(folder / f"{place}.png")
+
+    def processor(images, **_):
+        rows = [torch.tensor(np.asarray(image)).permute(2, 0, 1).float() for image in images]
+        return {"pixel_values": torch.stack(rows)}
+
+    for background, shown in (("white", (255, 255, 255)), ("#102030", (16, 32, 48))):
+        told = TaskArguments(str(tmp_path), str(tmp_path), background=background)
+        assert ("background" in told.described()) is (background != "white")
+        for role in ("train", "validation", "test"):
+            pixels = Task(told, "primary").pixels(role, processor).pixel_values
+            assert torch.equal(pixels[..., 4:], torch.tensor(shown).float().view(3, 1, 1).expand(len(pixels), 3, 8, 4))
+            assert bool((pixels[:, 1:, :, :4] == 0).all())

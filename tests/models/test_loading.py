@@ -159,3 +159,22 @@ def test_modules_without_any_tensor_are_finite():
     from hf_immunize.models import refuse_non_finite
 
     refuse_non_finite(nn.Identity(), "nothing")
+
+
+def test_a_processor_for_colour_is_brought_to_a_model_of_one_channel(tmp_path):
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    from hf_immunize.models import load_processor
+
+    tiny = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 16}
+    ViTForImageClassification(ViTConfig(num_channels=1, **tiny)).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)  # three means, as by default
+    found = load_processor(tmp_path)
+    pixels = found([Image.new("L", (8, 8), 255)], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 1, 8, 8) and torch.allclose(pixels, torch.ones(1))
+    assert load_classifier(tmp_path)(pixel_values=pixels).logits.shape == (1, 2)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"expected image_mean of 1 numbers .* got \[0.4, 0.5, 0.6\]"):
+        load_processor(tmp_path)

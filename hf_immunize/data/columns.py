@@ -1,0 +1,66 @@
+"""Which columns of a dataset hold the images and the labels: those that are named, else the only ones that can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_immunize.errors import DataError
+
+_LABELS = (
+    "label", "labels", "fine_label", "coarse_label", "class", "classes", "class_name", "class_label", "category",
+    "target", "y",
+)  # fmt: skip
+
+
+def image_candidates(dataset: Any) -> list[str]:
+    """Columns of images."""
+    from datasets import Image
+
+    return [column for column, feature in dataset.features.items() if isinstance(feature, Image)]
+
+
+def label_candidates(dataset: Any) -> list[str]:
+    """Columns of classes: typed as such, or called as labels usually are."""
+    from datasets import ClassLabel, Image
+
+    return [
+        column for column, feature in dataset.features.items()
+        if isinstance(feature, ClassLabel) or (column.lower() in _LABELS and not isinstance(feature, Image))
+    ]  # fmt: skip
+
+
+def find_columns(dataset: Any, image: str | None, label: str | None, *, side: str, shared: tuple[str, str]) -> tuple:
+    """The image and the label column of one side's dataset.
+
+    Args:
+        dataset: a ``datasets.Dataset``.
+        image, label: the side's own options; None leaves it to the shared ones.
+        side: ``primary``, ``harmful`` or ``benign``, for errors.
+        shared: ``image_column`` and ``label_column``. Where a dataset has none of that name, the only candidate is it.
+
+    Raises:
+        DataError: a named column that is not there, and no candidate, or several (they are listed).
+    """
+    found = []
+    kinds = (("image", image, shared[0], image_candidates), ("label", label, shared[1], label_candidates))
+    for kind, own, usual, candidates in kinds:
+        name = own or usual
+        if name in dataset.column_names:
+            found.append(name)
+            continue
+        can = [] if own else candidates(dataset)
+        if len(can) != 1:
+            raise _no_column(kind, name, can, dataset, side)
+        found.append(can[0])
+    return tuple(found)
+
+
+def _no_column(kind: str, name: str, can: list[str], dataset: Any, side: str) -> DataError:
+    option = f"{side}_{kind}_column" if side else f"{kind}_column"
+    hint = f"set {option} or {kind}_column" if side else f"set {option}"
+    if can:
+        hint += f" to one of {can}"
+    elif kind == "label" and not set(dataset.column_names) - {"image"}:
+        hint = "put the images of each class into a sub-folder"
+    which = f"the {side} dataset" if side else "the dataset"
+    return DataError(f"expected column '{name}' in {which}, got {dataset.column_names}: {hint}.")
