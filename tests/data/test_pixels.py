@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -139,7 +140,7 @@ def test_transparent_parts_show_the_background_that_the_task_names(tmp_path):
         image.save(folder / f"{place}.png")
 
     def processor(images, **_):
-        rows = [torch.tensor(np.asarray(image)).permute(2, 0, 1).float() for image in images]
+        rows = [torch.tensor(np.array(image)).permute(2, 0, 1).float() for image in images]
         return {"pixel_values": torch.stack(rows)}
 
     for background, shown in (("white", (255, 255, 255)), ("#102030", (16, 32, 48))):
