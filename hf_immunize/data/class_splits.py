@@ -55,8 +55,8 @@ def fill_classes(
         told = ", ".join(f"{called(label)} ({count})" for label, count in list(rare.items())[:10])
         raise DataError(
             f"expected at least {splits} different images of each class in {name}, one for each split, got fewer of "
-            f"{len(rare)} classes: {told}. Bring more, choose other labels, or leave them out with "
-            "drop_rare_classes=true."
+            f"{len(rare)} classes: {told}. Bring more, or leave such classes out (choose other labels; tasks "
+            "of classifiers have drop_rare_classes=true)."
         )
     held = contents_of_classes(contents, labels)
     owners = Counter(content for own in held.values() for content in own)

@@ -2,8 +2,9 @@
 
 from hf_immunize.features.blocks import find_trunk
 from hf_immunize.features.boundary import Boundary, find_boundary
-from hf_immunize.features.capture import Captured, capture_inputs, extract_features, find_classifier, pool_rows
+from hf_immunize.features.capture import Captured, capture_inputs, extract_features, pool_rows
 from hf_immunize.features.headed import BackboneForImageClassification, HeadedBackboneConfig, add_head
+from hf_immunize.features.heads import find_classifier
 from hf_immunize.features.layout import lying_channels_last, prefer_channels_last
 from hf_immunize.features.patterns import linear_sites, match_modules, trainable_modules
 

@@ -17,30 +17,6 @@ def base_prefix(model: nn.Module) -> str | None:
     return f"{prefix}." if prefix and hasattr(model, prefix) else None
 
 
-def find_classifier(model: nn.Module) -> str:
-    """Module name of the linear head of a Hugging Face classifier: the one ``nn.Linear`` outside its base model.
-
-    Raises:
-        ModelError: no linear head, or more than one.
-    """
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
-    inside = base_prefix(model)
-    heads = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and (inside is None or not name.startswith(inside))
-        and (labels is None or module.out_features == labels)
-    ]
-    if len(heads) == 1:
-        return heads[0]
-    found = f"{len(heads)} ({', '.join(heads)})" if heads else "none"
-    raise ModelError(
-        f"expected one linear classification head in {type(model).__name__}, got {found}: name the layer whose input "
-        "is to be measured with feature_module=..., e.g. feature_module='classifier'."
-    )
-
-
 def pool_rows(features: Tensor) -> Tensor:
     """One row per sample: tokens of an N×T×D input are averaged, trailing 1×1 positions of N×D×1×1 are dropped."""
     if features.dim() == 2:

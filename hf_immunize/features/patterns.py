@@ -8,7 +8,8 @@ from torch import nn
 
 from hf_immunize.errors import ModelError
 from hf_immunize.features.blocks import find_trunk
-from hf_immunize.features.capture import base_prefix, find_classifier
+from hf_immunize.features.capture import base_prefix
+from hf_immunize.features.heads import find_classifier
 
 ATTENTION = r".*att(entio)?n.*\.(q_proj|v_proj|query|value)"
 """Query and value projections, under their present and their former names: what LoRA trains by default."""
