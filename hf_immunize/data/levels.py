@@ -115,7 +115,7 @@ def to_levels(values: np.ndarray, tally: ImageTally | None = None, *, whole_data
         return np.rint(values.astype(np.float64) * 255).astype(np.uint8)
     if whole_dataset and levels and (kind != "f" or bool((values == np.rint(values)).all())):
         return values.astype(np.uint8)
-    if values.dtype == np.uint16:
+    if kind == "u" and values.dtype.itemsize == 2:  # in either byte order
         _note(tally, int(low) / FULL_16, int(high) / FULL_16)
         return from_full_range(values)
     if kind != "f" and levels:

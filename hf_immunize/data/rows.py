@@ -7,6 +7,7 @@ import traceback
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -108,7 +109,7 @@ def read_image(
         DataError: what is there cannot be decoded; row, and the file where there is one, are named.
     """
     stored = _stored(dataset, column)
-    found = as_mapping(fetch(dataset if stored is None else stored, row, name), row, name)
+    found = as_mapping(fetch(dataset if stored is None else stored.rows, row, name), row, name)
     if column not in found:
         raise DataError(
             f"expected column '{column}' in row {row} of {name}, got {sorted(map(str, found))}: set image_column, or "
@@ -116,7 +117,7 @@ def read_image(
         )
     value = found[column]
     try:
-        if stored is not None and dataset.features[column].mode in ("1", "L"):  # the source's own wish
+        if stored is not None and stored.grey:
             return decode_image(value, "L", background=background, tally=tally).convert(mode)
         return decode_image(value, mode, background=background, tally=tally)
     except ImageFault as fault:
@@ -126,7 +127,7 @@ def read_image(
 def place_of(dataset: Any, row: int, column: str, name: str) -> str:
     """``row 3 (path)``: a row of images, with the file where there is one."""
     stored = _stored(dataset, column)
-    return f"row {row}" if stored is None else f"row {row}{_file_of(fetch(stored, row, name)[column])}"
+    return f"row {row}" if stored is None else f"row {row}{_file_of(fetch(stored.rows, row, name)[column])}"
 
 
 def _file_of(value: Any) -> str:
@@ -135,22 +136,31 @@ def _file_of(value: Any) -> str:
     return f" ({path})" if isinstance(path, str | PathLike) and str(path) else ""
 
 
-_STORED: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
-"""Views of datasets whose images are not decoded: one takes as long to make as several rows to read."""
+@dataclass(frozen=True)
+class _Stored:
+    """The rows of a ``datasets.Dataset`` with an image as it is stored, and whether its feature asks for grey."""
+
+    rows: Any
+    grey: bool
 
 
-def _stored(dataset: Any, column: str) -> Any:
-    """The rows of a ``datasets.Dataset`` as they are stored; None for any other, or where a transform makes them."""
+_STORED: WeakKeyDictionary[Any, dict[str, _Stored | None]] = WeakKeyDictionary()
+"""By dataset and column: a view takes as long to make as several rows to read."""
+
+
+def _stored(dataset: Any, column: str) -> _Stored | None:
+    """None for what is no column of images of a ``datasets.Dataset``, or where a transform makes the rows."""
     from datasets import Dataset as Table
     from datasets import Image as Feature
 
     if not isinstance(dataset, Table) or has_transform(dataset):
         return None
-    if not isinstance(dataset.features.get(column), Feature):
-        return None
     views = _STORED.setdefault(dataset, {})
     if column not in views:
-        views[column] = dataset.with_format(None).select_columns(column).cast_column(column, Feature(decode=False))
+        feature, views[column] = dataset.features.get(column), None
+        if isinstance(feature, Feature):
+            rows = dataset.with_format(None).select_columns(column).cast_column(column, Feature(decode=False))
+            views[column] = _Stored(rows, feature.mode in ("1", "L"))
     return views[column]
 
 

@@ -112,7 +112,8 @@ def load_mnist(data_dir: str | Path | None = None, dataset: str | None = None) -
         dataset: instead, a Hub id such as "ylecun/mnist" or a local parquet file, with columns image and label.
 
     Raises:
-        DataError: neither or both sources, or arrays and columns that are not there.
+        DataError: neither or both sources, arrays and columns that are not there, or images that are not of one size
+            and 8 bits.
     """
     if (data_dir is None) == (dataset is None):
         raise DataError("expected either data_dir or dataset, got neither or both: pass --data_dir <folder>.")
@@ -126,8 +127,12 @@ def load_mnist(data_dir: str | Path | None = None, dataset: str | None = None) -
         table = _from_datasets(dataset, "train")
         if not {"image", "label"} <= set(table.column_names):
             raise DataError(f"expected columns image and label, got {table.column_names}: choose another dataset.")
-        images = np.stack([np.asarray(image) for image in table["image"]])
-        labels = np.asarray(table["label"])
+        images = [np.asarray(image) for image in table["image"]]
+        if len(shapes := {image.shape for image in images}) > 1:
+            raise DataError(f"expected images of one size, got {sorted(shapes)}: bring them to one.")
+        images, labels = np.stack(images), np.asarray(table["label"])
+    if images.dtype != np.uint8:
+        raise DataError(f"expected images of 8 bits (uint8), got {images.dtype}: convert them to levels of 0..255.")
     return images.reshape(len(images), -1).astype(np.float64) / 255.0, labels.astype(np.int64)
 
 

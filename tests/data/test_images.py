@@ -298,6 +298,17 @@ def test_the_first_of_several_frames_is_used_and_told(file_format, options, tmp_
     assert "1 of 1 images of moving hold several frames or pages: the first of each is used." in caplog.text
 
 
+def test_an_animation_of_the_user_stays_at_its_frame():
+    frames = [PILImage.new("RGB", (6, 6), colour) for colour in ("red", "lime", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    opened = PILImage.open(buffer)
+    for frame, colour in ((0, (255, 0, 0)), (2, (0, 0, 255))):
+        opened.seek(frame)
+        assert convert_image(opened).getpixel((0, 0)) == colour and opened.tell() == frame
+        assert convert_image(opened).getpixel((0, 0)) == opened.convert("RGB").getpixel((0, 0)) == colour
+
+
 def test_one_frame_and_ordinary_images_say_nothing(caplog):
     files = [kinds(np.random.default_rng(0), 4, 4)[name].file() for name in ("L", "RGB", "1", "P")]
     with caplog.at_level(logging.INFO):
@@ -329,7 +340,7 @@ def tiff(data: bytes, width: int, height: int, bits: int, photometric: int = 1) 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), height=st.integers(5, 8), width=st.integers(5, 8), bands=st.sampled_from([0, 1, 2, 3, 4]),
-       dtype=st.sampled_from(["uint8", "uint16", "bool", "int64", "int32", "float32", "float64", "bfloat16"]),
+       dtype=st.sampled_from(["uint8", "uint16", ">u2", "bool", "int64", "int32", "float32", "float64", "bfloat16"]),
        first=st.booleans(), tensor=st.booleans())
 def test_arrays_and_tensors_of_every_type_and_layout(data, height, width, bands, dtype, first, tensor):
     rng = np.random.default_rng(data.draw(st.integers(0, 10**6)))
@@ -338,6 +349,7 @@ def test_arrays_and_tensors_of_every_type_and_layout(data, height, width, bands,
     values, truth = {
         "uint8": lambda: (levels.astype(np.uint8), levels),
         "uint16": lambda: ((found := rng.integers(0, 65536, shape).astype(np.uint16)), np.rint(found / 257)),
+        ">u2": lambda: ((found := rng.integers(0, 65536, shape).astype(">u2")), np.rint(found / 257)),
         "bool": lambda: (levels > 127, (levels > 127) * 255),
         "int64": lambda: (levels, levels),
         "int32": lambda: (levels.astype(np.int32), levels),
@@ -347,7 +359,7 @@ def test_arrays_and_tensors_of_every_type_and_layout(data, height, width, bands,
     }[dtype]()
     if bands and first:
         values = np.moveaxis(values, -1, 0)
-    if tensor or dtype == "bfloat16":
+    if (tensor and dtype != ">u2") or dtype == "bfloat16":
         values = torch.tensor(values, dtype=getattr(torch, dtype))
     seen = np.asarray(truth).astype(np.uint8)
     if bands == 0 or bands == 1:

@@ -126,6 +126,14 @@ def test_mnist_file_and_dataset_agree(digit_folder, tmp_path):
     assert again_labels.tolist() == labels[:5].tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, bool, np.float32])
+def test_mnist_of_other_than_eight_bits_is_refused(tmp_path, dtype):
+    """It was divided by 255 whatever it was: 1-bit ink came out as 0.004, 16 bits as up to 257."""
+    np.savez(tmp_path / "mnist.npz", x_train=np.ones((3, 4, 4), dtype), y_train=np.arange(3))
+    with pytest.raises(DataError, match=rf"images of 8 bits \(uint8\), got {np.dtype(dtype)}: convert them"):
+        load_mnist(tmp_path)
+
+
 def test_closed_form_reaches_the_limit_on_real_digits(digit_folder):
     pixels, labels = load_mnist(digit_folder)
     tasks = [
