@@ -2,26 +2,33 @@
 
 from hf_immunize.features.blocks import find_trunk
 from hf_immunize.features.boundary import Boundary, find_boundary
-from hf_immunize.features.capture import Captured, capture_inputs, extract_features, find_classifier, pool_rows
+from hf_immunize.features.capture import Captured, capture_inputs, find_classifier
+from hf_immunize.features.extract import extract_features
+from hf_immunize.features.finding import find_layouts, unmoved_inputs
 from hf_immunize.features.headed import BackboneForImageClassification, HeadedBackboneConfig, add_head
 from hf_immunize.features.layout import lying_channels_last, prefer_channels_last
 from hf_immunize.features.patterns import linear_sites, match_modules, trainable_modules
+from hf_immunize.features.rows import RowLayout, parse_layouts, pool_rows
 
 __all__ = [
     "BackboneForImageClassification",
     "Boundary",
     "Captured",
     "HeadedBackboneConfig",
+    "RowLayout",
     "add_head",
     "capture_inputs",
     "extract_features",
     "find_boundary",
     "find_classifier",
+    "find_layouts",
     "find_trunk",
     "linear_sites",
     "lying_channels_last",
     "match_modules",
+    "parse_layouts",
     "pool_rows",
     "prefer_channels_last",
     "trainable_modules",
+    "unmoved_inputs",
 ]

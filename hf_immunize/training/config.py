@@ -148,7 +148,14 @@ class ImmunizationConfig(TrainingArguments):
         default="head",
         metadata={
             "help": "Layers whose inputs are regularized: head, lora (query and value projections, else every linear "
-            "layer but the head), or module names as for trainable_modules. Tokens and positions are averaged."
+            "layer but the head), or module names as for trainable_modules. Tokens, positions and windows are averaged."
+        },
+    )
+    site_layouts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Axes of single sites' inputs where they should not be found, e.g. 'attention.q_proj=(n k) t d': n "
+            "images, d features, all else is averaged; (n k): k windows per image; 'n 0 d': the first token alone."
         },
     )
     site_weights: str | None = field(
