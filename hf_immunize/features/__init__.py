@@ -1,6 +1,6 @@
 """What a network computes inside: its head, its blocks, the inputs of named layers, and where its frozen part ends."""
 
-from hf_immunize.features.blocks import find_trunk
+from hf_immunize.features.blocks import block_names, find_stages, find_trunk, names_after_trunk
 from hf_immunize.features.boundary import Boundary, find_boundary
 from hf_immunize.features.capture import Captured, capture_inputs, find_classifier
 from hf_immunize.features.extract import extract_features
@@ -17,15 +17,18 @@ __all__ = [
     "HeadedBackboneConfig",
     "RowLayout",
     "add_head",
+    "block_names",
     "capture_inputs",
     "extract_features",
     "find_boundary",
     "find_classifier",
     "find_layouts",
+    "find_stages",
     "find_trunk",
     "linear_sites",
     "lying_channels_last",
     "match_modules",
+    "names_after_trunk",
     "parse_layouts",
     "pool_rows",
     "prefer_channels_last",

@@ -73,7 +73,7 @@ class ImmunizationConfig(TrainingArguments):
         metadata={
             "help": "What is trained; all else is frozen and runs without autograd, in evaluation mode. Names or "
             "dotted ends of names joined with commas, one regular expression over whole names, or 'last:N' for the "
-            "trunk's last N blocks and all that follows it. Default: whatever requires a gradient."
+            "trunk's last N stages (a ViT's blocks) and all that follows it. Default: whatever requires a gradient."
         },
     )
     cache_frozen_features: bool = field(

@@ -199,7 +199,7 @@ def test_layers_that_no_image_changes_are_left_out_of_the_preset_and_said(caplog
         choose_sites(build_classifier("siglip"), "out_proj,attention.out_proj", None, None, torch.randn(3, 16, 16))
 
 
-@pytest.mark.parametrize("name", ["swin", "convnext", "mobilenet_v2", "focalnet"])
+@pytest.mark.parametrize("name", ["swin", "convnext", "mobilenet_v2", "pvt", "poolformer", "focalnet"])
 def test_attackers_see_one_row_per_image_after_every_block(make_pixels, tmp_path, name):
     build_classifier(name).save_pretrained(tmp_path / "model")
     parts = [make_pixels(rows, seed=rows, size=image_size(name)) for rows in (12, 6, 9)]
