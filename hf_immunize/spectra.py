@@ -9,7 +9,7 @@ from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from hf_immunize.data import PixelDataset, batches
-from hf_immunize.features import extract_features, lying_channels_last
+from hf_immunize.features import RowLayout, extract_features, lying_channels_last
 from hf_immunize.linalg import SpectrumStatus, second_moment_spectrum, spectral_steps
 from hf_immunize.records import SpectrumRecord
 
@@ -39,12 +39,17 @@ def spectrum_record(features_ND: Tensor, labels_N: Tensor, *, site: str, task: s
     )
 
 
-def model_spectra(model: nn.Module, site: str, tasks: dict[str, PixelDataset | Any]) -> list[SpectrumRecord]:
-    """Spectra at one site of a model over whole splits, by task name (``primary``, ``harmful``)."""
+def model_spectra(
+    model: nn.Module, site: str, tasks: dict[str, PixelDataset | Any], *, layout: RowLayout | None = None
+) -> list[SpectrumRecord]:
+    """Spectra at one site of a model over whole splits, by task name (``primary``, ``harmful``).
+
+    How an input there becomes one row per image is found unless ``layout`` says it.
+    """
     records = []
     with lying_channels_last(model):
         for task, dataset in tasks.items():
             seen = tqdm(batches(dataset), desc=f"{task} features", unit="batch", leave=False, disable=None)
-            features = extract_features(model, seen, [site])[site]
+            features = extract_features(model, seen, {site: layout})[site]
             records.append(spectrum_record(features, dataset.labels, site=site, task=task))
     return records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from hf_immunize.features import find_trunk
+from hf_immunize.features import block_names, find_trunk, names_after_trunk
 
 
 def block_sites(model: nn.Module, head: str) -> list[str]:
@@ -13,27 +13,22 @@ def block_sites(model: nn.Module, head: str) -> list[str]:
     What follows is the first module outside the trunk that was registered after it and is not the head; where there
     is none the list ends with the last block's input.
     """
-    trunk, module = find_trunk(model)
-    sites = [f"{trunk}.{name}" for name, _ in module.named_children()][1:]
-    names = [name for name, _ in model.named_modules()]
+    trunk, _ = find_trunk(model)
     prefix = trunk.rsplit(".", 1)[0] + "." if "." in trunk else ""
-    after = [
-        name
-        for name in names[names.index(trunk) :]
-        if name.startswith(prefix) and name != trunk and not name.startswith(f"{trunk}.") and name != head
-    ]
-    return sites + after[:1]
+    after = [name for name in names_after_trunk(model) if name.startswith(prefix) and name != head]
+    return [_called(model, name) for name in [*block_names(model)[1:], *after[:1]]]
+
+
+def _called(model: nn.Module, name: str) -> str:
+    """The first module of a plain list (a stage of PVT), which is never called itself."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.ModuleList) or not len(module):
+        return name
+    return _called(model, f"{name}.{next(part for part, _ in module.named_children())}")
 
 
 def last_blocks(model: nn.Module, share: float) -> list[nn.Module]:
     """The last ``share`` of the trunk's blocks, at least one, and every module registered after the trunk."""
-    trunk, module = find_trunk(model)
-    blocks = list(module.children())
+    blocks = block_names(model)
     count = max(1, round(share * len(blocks)))
-    names = [name for name, _ in model.named_modules()]
-    after = [
-        model.get_submodule(name)
-        for name in names[names.index(trunk) :]
-        if not name.startswith(f"{trunk}.") and name != trunk
-    ]
-    return blocks[-count:] + after
+    return [model.get_submodule(name) for name in [*blocks[-count:], *names_after_trunk(model)]]

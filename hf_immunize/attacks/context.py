@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_immunize.data import PixelDataset, batches
 from hf_immunize.data import fingerprint as fingerprint_rows
-from hf_immunize.errors import ConfigError, DataError, ModelError
+from hf_immunize.errors import CaptureError, ConfigError, DataError, ModelError
 from hf_immunize.features import extract_features, find_classifier, prefer_channels_last
 from hf_immunize.models import load_classifier, random_classifier
 from hf_immunize.records import DatasetFingerprint, ModelFingerprint, fingerprint_of, sha256_file, weight_files
@@ -176,7 +177,8 @@ class AttackContext:
     def features_of(self, model: nn.Module, module: str) -> dict[str, Tensor]:
         """Features of the three splits at a module of any model, e.g. one the attacker has changed; not kept."""
         splits = {"attack": self.attack, "validation": self.validation, "test": self.test}
-        return {
-            name: extract_features(model, batches(split, device=self.device), [module])[module]
-            for name, split in splits.items()
-        }
+        if empty := [name for name, split in splits.items() if not len(split)]:
+            raise CaptureError(f"expected rows in every split to extract features from, got none in {empty}.")
+        parts = chain.from_iterable(batches(split, device=self.device) for split in splits.values())
+        rows = extract_features(model, parts, [module])[module]
+        return dict(zip(splits, rows.split([len(split) for split in splits.values()]), strict=True))

@@ -31,17 +31,29 @@ class EarlierLayerProbe:
 
 
 def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
-    """Solve every run; features of a block are computed once."""
+    """Solve every run; features of a block are computed once. Blocks without one row per image are not applicable."""
     try:
         sites = block_sites(context.model(0), context.head)
-        yield from solve_runs(context, runs, lambda run: context.features(run.seed, _site(sites, run.config.depth)))
-    except (ModelError, CaptureError) as error:
+    except ModelError as error:
         for planned in runs:
             yield planned, Result([], 1, 0.0, "not_applicable", str(error))
+        return
+    by_site: dict[str, list[Run]] = {}
+    for planned in runs:
+        by_site.setdefault(sites[round(planned.config.depth * (len(sites) - 1))], []).append(planned)
+    for site, group in by_site.items():
+        yield from _solve_at(context, site, group)
 
 
-def _site(sites: Sequence[str], depth: float) -> str:
-    return sites[round(depth * (len(sites) - 1))]
+def _solve_at(context: AttackContext, site: str, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+    solved = 0
+    try:
+        for pair in solve_runs(context, runs, lambda run: context.features(run.seed, site)):
+            solved += 1
+            yield pair
+    except (ModelError, CaptureError) as error:
+        for planned in runs[solved:]:
+            yield planned, Result([], 1, 0.0, "not_applicable", str(error))
 
 
 ATTACK = Attack(config=EarlierLayerProbe, run=run, family="structural", unit="solve")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 
 from hf_immunize.data import PixelMaker, convert_image, model_channels
 from hf_immunize.errors import ModelError
-from hf_immunize.features import capture_inputs, find_classifier
+from hf_immunize.features import extract_features, find_classifier
 from hf_immunize.models import load_classifier, load_processor
 
 _ROWS = 50
@@ -73,18 +73,17 @@ class ImageFeatures:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """N×D features on the CPU."""
+        if self.head is not None:
+            return extract_features(self.model, self._batches(images), [self.head])[self.head].float()
         device = next(self.model.parameters()).device
-        make, parts = PixelMaker(self.processor, model_channels(self.model), f"images for {self.name}"), []
+        return torch.cat([self._embed(b["pixel_values"].to(device)).cpu() for b in self._batches(images)]).float()
+
+    def _batches(self, images: Sequence[Image.Image]) -> Iterator[dict[str, Tensor]]:
+        make = PixelMaker(self.processor, model_channels(self.model), f"images for {self.name}")
         for start in range(0, len(images), _ROWS):
-            seen = [convert_image(image, make.mode) for image in images[start : start + _ROWS]]
-            parts.append(self._embed(make(seen).to(device)).cpu())
-        return torch.cat(parts).float()
+            yield {"pixel_values": make([convert_image(image, make.mode) for image in images[start : start + _ROWS]])}
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
-        if self.head is not None:
-            with capture_inputs(self.model, [self.head]) as caught:
-                self.model(pixel_values=pixel_values)
-            return caught[self.head]
         if hasattr(self.model, "get_image_features"):
             found = self.model.get_image_features(pixel_values=pixel_values)
             return found if isinstance(found, Tensor) else found.pooler_output

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_immunize.errors import ConfigError, ModelError
-from hf_immunize.features.capture import pool_rows
+from hf_immunize.features.rows import pool_rows
 
 POOLING = ("mean", "first", "pooler")
 """What the head sees: the mean of all tokens or positions, the first token, or the backbone's own ``pooler_output``."""

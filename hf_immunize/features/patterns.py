@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from hf_immunize.errors import ModelError
-from hf_immunize.features.blocks import find_trunk
+from hf_immunize.features.blocks import block_names, find_stages, find_trunk, names_after_trunk
 from hf_immunize.features.capture import base_prefix
 from hf_immunize.features.heads import find_classifier
 
@@ -51,25 +51,31 @@ def _nothing(model: nn.Module, pattern: str) -> ModelError:
 
 
 def trainable_modules(model: nn.Module, patterns: str) -> list[str]:
-    """Modules that ``patterns`` leaves trainable; ``last:N`` means the trunk's last N blocks and all that follows it.
+    """Modules that ``patterns`` leaves trainable; ``last:N`` means the trunk's last N stages and all that follows it.
 
-    ``last:0`` is what follows the trunk alone. Everything else is as in ``match_modules``.
+    Stages are those of ``find_stages``: of a ViT, its blocks. ``last:0`` is what follows the trunk alone. Everything
+    else is as in ``match_modules``.
 
     Raises:
-        ModelError: nothing fits, or more blocks were asked for than the trunk has.
+        ModelError: nothing fits, or more stages or blocks were asked for than the trunk has.
     """
     if not (wanted := re.fullmatch(r"last:(\d+)", patterns.strip())):
         return match_modules(model, patterns)
     count = int(wanted.group(1))
-    trunk, container = find_trunk(model)
-    blocks = [f"{trunk}.{name}" for name, _ in container.named_children()]
-    if count > len(blocks):
+    stages = find_stages(model)
+    if count > len(stages):
+        words = "blocks" if len(stages) == len(block_names(model)) else "stages"
         raise ModelError(
-            f"expected at most {len(blocks)} blocks after 'last:', got {count}: the trunk '{trunk}' has no more."
+            f"expected at most {len(stages)} {words} after 'last:', got {count}: the trunk '{find_trunk(model)[0]}' "
+            "has no more."
         )
-    names = [name for name, _ in model.named_modules()]
-    after = [name for name in names[names.index(trunk) + 1 :] if not name.startswith(f"{trunk}.")]
-    return blocks[len(blocks) - count :] + after
+    every = [f"{name}." for stage in stages for name in stage]
+    # Lists beside the trunk that were registered after it hold earlier stages' modules as well.
+    after = [
+        name for name in names_after_trunk(model)
+        if not any(f"{name}.".startswith(part) or part.startswith(f"{name}.") for part in every)
+    ]  # fmt: skip
+    return [name for stage in stages[len(stages) - count :] for name in stage] + after
 
 
 def linear_sites(model: nn.Module, patterns: str, head: str | None = None) -> list[str]:

@@ -154,7 +154,7 @@ def _repeats(model: nn.Module, row: dict[str, Any], site: str) -> bool:
         for _ in range(2):
             with capture_inputs(model, [site]) as caught:
                 model(**inputs)
-            found.append(caught[site])
+            found.append(caught.raw(site))
     finally:
         model.train(was_training)
     return torch.equal(*found)

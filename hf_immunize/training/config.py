@@ -73,7 +73,7 @@ class ImmunizationConfig(TrainingArguments):
         metadata={
             "help": "What is trained; all else is frozen and runs without autograd, in evaluation mode. Names or "
             "dotted ends of names joined with commas, one regular expression over whole names, or 'last:N' for the "
-            "trunk's last N blocks and all that follows it. Default: whatever requires a gradient."
+            "trunk's last N stages (a ViT's blocks) and all that follows it. Default: whatever requires a gradient."
         },
     )
     cache_frozen_features: bool = field(
@@ -155,7 +155,14 @@ class ImmunizationConfig(TrainingArguments):
         default="head",
         metadata={
             "help": "Layers whose inputs are regularized: head, lora (query and value projections, else every linear "
-            "layer but the head), or module names as for trainable_modules. Tokens and positions are averaged."
+            "layer but the head), or module names as for trainable_modules. Tokens, positions and windows are averaged."
+        },
+    )
+    site_layouts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Axes of single sites' inputs where they should not be found, e.g. 'attention.q_proj=(n k) t d': n "
+            "images, d features, all else is averaged; (n k): k windows per image; 'n 0 d': the first token alone."
         },
     )
     site_weights: str | None = field(

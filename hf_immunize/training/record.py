@@ -27,7 +27,7 @@ def training_spectra(trainer: ImmunizationTrainer) -> list[SpectrumRecord]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not trainer.args.cache_frozen_features:
         tasks = {"primary": trainer.primary_dataset, "harmful": trainer.harmful_dataset}
-        return model_spectra(model, trainer.site, tasks)
+        return model_spectra(model, trainer.site, tasks, layout=trainer.layouts[trainer.site])
     return [
         spectrum_record(_cached_features(trainer, model, rows, task), rows.labels, site=trainer.site, task=task)
         for task, rows in trainer.trained_on.items()
@@ -38,12 +38,13 @@ def training_spectra(trainer: ImmunizationTrainer) -> list[SpectrumRecord]:
 def _cached_features(trainer: ImmunizationTrainer, model: nn.Module, rows: BoundaryDataset, task: str) -> Tensor:
     """N×D features of rows that are activations on disk, in evaluation mode."""
     was_training, device, parts = model.training, next(model.parameters()).device, []
+    site = {trainer.site: trainer.layouts[trainer.site]}
     loader = DataLoader(rows, batch_size=_ROWS, collate_fn=trainer.data_collator)
     with lying_channels_last(model):
         model.eval()
         for batch in tqdm(loader, desc=f"{task} features", unit="batch", leave=False, disable=None):
             held = {"boundary": tuple(part.to(device) for part in batch["boundary"])}
-            with trainer.frozen.entered(model, held) as plain, capture_inputs(model, [trainer.site]) as caught:
+            with trainer.frozen.entered(model, held) as plain, capture_inputs(model, site) as caught:
                 model(**plain)
             parts.append(caught[trainer.site].cpu())
     model.train(was_training)

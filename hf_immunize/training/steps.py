@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_immunize.data import augment, parse_augmentation
 from hf_immunize.errors import ConfigError
-from hf_immunize.features import Captured, capture_inputs
+from hf_immunize.features import Captured, RowLayout, capture_inputs
 from hf_immunize.linalg.precondition import InverseMoment
 from hf_immunize.training.distributed import gather_rows, world
 from hf_immunize.training.frozen import FrozenPart
@@ -56,6 +56,7 @@ class StepMixin:
     accelerator: Any
     kind: str
     site: str
+    layouts: dict[str, RowLayout]
     frozen: FrozenPart
     objective: GlobalObjective
     preconditioner: Preconditioner | None
@@ -141,20 +142,22 @@ class StepMixin:
         """Capture what the objective, the preconditioner and feature distillation need of one forward."""
         layers = list(self.preconditioner.layers) if self.preconditioner else []
         head = [self.site] if self.args.feature_distillation else []
-        with capture_inputs(bare, dict.fromkeys([*self.objective.sites, *layers, *head])) as caught:
+        names = [*self.objective.sites, *layers, *head]
+        with capture_inputs(bare, {name: self.layouts.get(name) for name in names}) as caught:
             yield caught
 
     def _attack(self, samples: list[dict[str, Any]]) -> None:
         """One step of the attacker's LoRA updates on the harmful rows of the coming optimizer step."""
         assert self.attacker is not None
         attacker, model, (site,) = self.attacker, self.accelerator.unwrap_model(self.model), self.objective.sites
+        at_site = {site: self.layouts[site]}
         model.train()
         self.frozen.hold(model)
 
         def forward(place: int, harmful: dict[str, Any]) -> tuple[Tensor, Tensor]:
             inputs = self._prepare_inputs(harmful)  # type: ignore[attr-defined]
             with self._same_draws(place), self.compute_loss_context_manager():  # type: ignore[attr-defined]
-                with attacker.attached(model, learning=True), capture_inputs(model, [site]) as caught:
+                with attacker.attached(model, learning=True), capture_inputs(model, at_site) as caught:
                     self._forward(model, inputs)
             return caught[site], inputs["labels"]
 
@@ -237,12 +240,13 @@ class StepMixin:
     def _reference_gradients(self, sites: list[str], batches: int = 8) -> dict[str, Tensor]:
         """G: norm of the primary loss's gradient at the features with every label wrong; mean over a few batches.
 
-        At a site with several tokens or positions the gradient is that of a shift of all of them: their sum. A task
-        without labels cannot be wrong; there the gradient of its loss as it is has to do.
+        At a site with several tokens, positions or windows per image the gradient is that of a shift of all of them:
+        their sum. A task without labels cannot be wrong; there the gradient of its loss as it is has to do.
         """
         bare = self.accelerator.unwrap_model(self.model)
         bare.eval()
         norms: dict[str, list[Tensor]] = {site: [] for site in sites}
+        layouts = {site: self.layouts[site] for site in sites}
         for place, inputs in enumerate(self.get_train_dataloader()):  # type: ignore[attr-defined]
             if place == batches:
                 break
@@ -250,7 +254,7 @@ class StepMixin:
             if self.kind != UNLABELLED:
                 wrong = wrong_labels(inputs["labels"], self.kind, bare.config.num_labels)
                 inputs = {**inputs, "labels": wrong}
-            with capture_inputs(bare, sites) as caught, self._entered(bare, inputs) as plain:  # type: ignore[attr-defined]
+            with capture_inputs(bare, layouts) as caught, self._entered(bare, inputs) as plain:  # type: ignore[attr-defined]
                 with torch.enable_grad(), self.compute_loss_context_manager():  # type: ignore[attr-defined]
                     loss = bare(**plain).loss
             raw = [caught.raw(site) for site in sites]
@@ -260,16 +264,15 @@ class StepMixin:
                         f"expected sites whose inputs depend on what is trained, got '{site}': train modules before it "
                         "(trainable_modules), or choose another site."
                     )
-            for site, gradient in zip(sites, torch.autograd.grad(loss, raw, allow_unused=True), strict=True):
-                norms[site].append(_shift_norm(gradient, raw[sites.index(site)]))
+            found = torch.autograd.grad(loss, raw, allow_unused=True)
+            for site, value, gradient in zip(sites, raw, found, strict=True):
+                gradient = torch.zeros_like(value) if gradient is None else gradient.detach()
+                norms[site].append(_global_norm(caught.shift(site, gradient)))
         return {site: torch.stack(found).mean() for site, found in norms.items()}
 
 
-def _shift_norm(gradient: Tensor | None, value: Tensor) -> Tensor:
-    """Norm over the global batch of the gradient of a shift of all tokens or positions."""
-    gradient = torch.zeros_like(value) if gradient is None else gradient.detach()
-    if gradient.dim() > 2:
-        gradient = gradient.sum(dim=1) if gradient.dim() == 3 else gradient.sum(dim=(2, 3))
+def _global_norm(gradient: Tensor) -> Tensor:
+    """Norm over the global batch of a gradient with one row per image."""
     everywhere, _ = gather_rows(gradient)
     # Each rank's loss is a mean over its own rows; the global mean divides by the number of ranks as well.
     return torch.linalg.vector_norm(everywhere.double()) / world()[1]

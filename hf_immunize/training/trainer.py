@@ -46,7 +46,7 @@ from hf_immunize.training.primary import (
     divergence,
 )
 from hf_immunize.training.publishing import GatedPushMixin
-from hf_immunize.training.sites import choose_sites
+from hf_immunize.training.sites import choose_layouts, choose_sites
 from hf_immunize.training.steps import StepMixin
 from hf_immunize.training.support import refuse_accelerator, refuse_model, refuse_sites, refuse_terms
 from hf_immunize.training.watch import Watch
@@ -134,6 +134,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset = harmful_eval_dataset
         held = None if harmful_eval_dataset is None else check_harmful(harmful_eval_dataset, "harmful_eval_dataset")
+        self._choose_sites(model, args, train_dataset[0])
         self._set_up(model, args, sample, max(labels[1]) + 1)
         self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
@@ -154,10 +155,15 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         harmful = self._set_up_rest(model, data_collator, *labels)
         self._outcome_meter = self._make_outcome(harmful, labels[1], held)
 
+    def _choose_sites(self, model: nn.Module, args: ImmunizationConfig, row: dict[str, Any]) -> None:
+        """Sites with their weights, and how an input there, or at the head, becomes one row per image."""
+        sample = torch.as_tensor(row["pixel_values"])
+        self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
+        refuse_sites(model, self.site_weights)
+        self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
+
     def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
         """Everything of ours that Trainer's own constructor does not need to have run for."""
-        sites = choose_sites(model, args.sites, args.site_weights, self.site, sample)
-        refuse_sites(model, sites)
         terms = terms_of(args.objective)
         refuse_terms(args, terms)
         metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
@@ -174,7 +180,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
                 attacker_steps=args.attacker_steps,
                 harmful_classes=harmful_classes,
             ),
-            sites,
+            self.site_weights,
             weight=args.weight,
             strength=args.strength,
             shares=args.term_shares,
@@ -232,7 +238,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
     def _capture_rows(self, model: nn.Module, batch: dict[str, Any]) -> Captured:
         """Inputs of the sites and of the head in one forward of harmful rows."""
         batch = self._prepare_inputs(batch)
-        names = dict.fromkeys([*self.objective.sites, self.site])
+        names = {name: self.layouts.get(name) for name in dict.fromkeys([*self.objective.sites, self.site])}
         with self.compute_loss_context_manager(), capture_inputs(model, names) as caught:
             self._forward(model, batch)
         return caught
@@ -368,7 +374,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         target, features = primary.get("teacher_logits"), None
         if self.teacher is not None:
             self.teacher.to(next(self.model.parameters()).device)
-            with torch.no_grad(), capture_inputs(self.teacher, [self.site]) as teacher:
+            head = {self.site: self.layouts[self.site]}
+            with torch.no_grad(), capture_inputs(self.teacher, head) as teacher:
                 with self.frozen.entered(self.teacher, primary) as plain:
                     theirs = self.teacher(**{name: part for name, part in plain.items() if name != "labels"})
             target, features = theirs.get("logits"), teacher[self.site]

@@ -51,6 +51,13 @@ class DiffusionImmunizationConfig:
             "layers that read the same tensor count once."
         },
     )
+    site_layouts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Axes of single sites' inputs where they should not be found, e.g. 'attn1.to_q=(n k) t d': n "
+            "images, d features, all else is averaged; (n k): k windows per image; 'n 0 d': the first token alone."
+        },
+    )
     site_levels: str = field(
         default="0,1",
         metadata={

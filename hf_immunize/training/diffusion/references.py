@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
-from hf_immunize.features import capture_inputs, pool_rows
+from hf_immunize.features import Captured, RowLayout, capture_inputs
 from hf_immunize.training.diffusion.stream import NoisyBatch
 from hf_immunize.training.distributed import gather_rows, world
 
 
 def wrong_target_gradients(
-    denoiser: Denoiser, model: nn.Module, batch: NoisyBatch, sites: Sequence[str]
+    denoiser: Denoiser, model: nn.Module, batch: NoisyBatch, sites: Mapping[str, RowLayout]
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Gradient norms of the retain loss when every row is asked for the next row's answer.
 
@@ -36,17 +36,17 @@ def wrong_target_gradients(
     moved = [site for site in sites if caught.raw(site).requires_grad]
     found = torch.autograd.grad(loss, [*(caught.raw(site) for site in moved), *trained], allow_unused=True)
     norms = {site: loss.new_zeros(()).double() for site in sites}
-    norms |= {site: _pooled_norm(gradient) for site, gradient in zip(moved, found, strict=False)}
+    norms |= {site: _pooled_norm(caught, site, gradient) for site, gradient in zip(moved, found, strict=False)}
     return norms, _mean_norm(found[len(moved) :])
 
 
-def _pooled_norm(gradient: Tensor) -> Tensor:
-    """Norm over all ranks of the gradient at pooled features, that is of a shift of all tokens of a row at once.
+def _pooled_norm(caught: Captured, site: str, gradient: Tensor) -> Tensor:
+    """Norm over all ranks of the gradient at pooled features, that is of a shift of all tokens of an image at once.
 
     Each rank's loss is a mean over its own rows; the global mean divides by the number of ranks as well.
     """
-    tokens = gradient[0].numel() // pool_rows(gradient)[0].numel()
-    everywhere, _ = gather_rows(pool_rows(gradient) * tokens)
+    layout, images = caught.layout(site), caught.images(site)
+    everywhere, _ = gather_rows(layout.rows(gradient, images) * layout.positions(gradient, images))
     return torch.linalg.vector_norm(everywhere.double()) / world()[1]
 
 

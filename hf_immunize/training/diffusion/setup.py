@@ -13,12 +13,13 @@ from torch import nn
 
 from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
 from hf_immunize.errors import ConfigError, DataError, ModelError
+from hf_immunize.features import RowLayout
 from hf_immunize.models import refuse_non_finite
 from hf_immunize.training.balancing import TermWeights, parse_numbers
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM, SimulatedAttack
-from hf_immunize.training.diffusion.sites import attention_projections, choose_sites
+from hf_immunize.training.diffusion.sites import attention_projections, choose_layouts, choose_sites
 from hf_immunize.training.diffusion.stream import NoisyStream, RenamedStream
 from hf_immunize.training.diffusion.unrolled import UnrolledAttack
 from hf_immunize.training.distributed import world
@@ -153,6 +154,8 @@ class Terms:
     objective: GlobalObjective | None
     attack: SimulatedAttack | None
     attack_weights: TermWeights | None
+    layouts: dict[str, RowLayout]
+    """Where features are measured, and how an input there becomes one row per image."""
 
     @classmethod
     def of(
@@ -165,10 +168,11 @@ class Terms:
             parse_numbers(args.weight, names, "weight")
         parse_numbers(args.term_shares, names, "term_shares")
         place = next(model.parameters())
-        objective, attack, weights = None, None, None
+        objective, attack, weights, layouts = None, None, None, {}
         if terms:
             sample = streams.harmful.batch(0, place.device, place.dtype)
             sites = choose_sites(denoiser, model, args.sites, sample)
+            layouts = choose_layouts(denoiser, model, sites, args.site_layouts, sample)
             objective = GlobalObjective(
                 terms,
                 TermSettings(horizons=(args.horizon,), group_rows=args.harmful_group_rows),
@@ -182,7 +186,7 @@ class Terms:
             kind = UnrolledAttack if args.attacker_second_order else SimulatedAttack
             attack = kind.of(args, denoiser, model, streams.attack)
             weights = TermWeights((SIMULATED_TERM,), strength=args.strength, **_numbers_of(args, (SIMULATED_TERM,)))
-        return cls(objective, attack, weights)
+        return cls(objective, attack, weights, layouts)
 
     @property
     def sites(self) -> list[str]:

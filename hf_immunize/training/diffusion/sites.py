@@ -1,13 +1,15 @@
-"""Which layers' inputs the objective sees in a denoiser."""
+"""Which layers' inputs the objective sees in a denoiser, and how an input becomes one row per image."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser
 from hf_immunize.errors import CaptureError, ModelError
-from hf_immunize.features import capture_inputs
+from hf_immunize.features import RowLayout, capture_inputs, find_layouts, parse_layouts
 from hf_immunize.training.diffusion.stream import NoisyBatch
 
 
@@ -45,6 +47,36 @@ def choose_sites(denoiser: Denoiser, model: nn.Module, patterns: str, sample: No
             )
         chosen |= set(found)
     return _telling(denoiser, model, [name for name in names if name in chosen], sample)
+
+
+def choose_layouts(
+    denoiser: Denoiser, model: nn.Module, sites: list[str], given: str | None, sample: NoisyBatch
+) -> dict[str, RowLayout]:
+    """How the input of every site becomes one row per image: as ``given`` says, else found; both tried on real rows.
+
+    What stands for another image is noisier, at another timestep and under other conditions.
+
+    Raises:
+        ModelError: a site whose input has no row per image, with its shape.
+        ConfigError: layouts of sites that are not there, or that are none.
+    """
+    inputs = {"": sample.noisy, "timesteps": sample.timesteps, **sample.conditions}
+    noise = torch.Generator().manual_seed(0)
+    others = {
+        name: value + torch.randn(value.shape, generator=noise).to(value) if value.is_floating_point()
+        else value.flip(0)
+        for name, value in inputs.items()
+    }  # fmt: skip
+    others["timesteps"] = torch.where(sample.timesteps < 10, sample.timesteps + 5, sample.timesteps - 5)
+
+    def forward(batch: Mapping[str, Tensor]) -> Tensor:
+        conditions = {name: value for name, value in batch.items() if name in sample.conditions}
+        return denoiser.call(model, batch[""], batch["timesteps"], conditions)
+
+    try:
+        return find_layouts(model, parse_layouts(given, sites), inputs, others=others, forward=forward)
+    except CaptureError as error:
+        raise ModelError(str(error)) from error
 
 
 def _telling(denoiser: Denoiser, model: nn.Module, names: list[str], sample: NoisyBatch) -> list[str]:

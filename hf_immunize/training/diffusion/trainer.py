@@ -212,7 +212,7 @@ class DiffusionImmunizationTrainer:
         """Retain loss and distillation of one micro-batch, plus a zero whose gradient is the feature terms'."""
         retain = self._batch(self.streams.retain, micro)
         features, labels = {}, {"primary": retain.labels}
-        with self._draws("retain", micro), capture_inputs(self.bare, self.terms.sites) as caught:
+        with self._draws("retain", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
             answer = self._answer(self.model, retain)
         features["primary"] = dict(caught.items())
         loss = self._retain_loss(answer, retain)
@@ -244,7 +244,7 @@ class DiffusionImmunizationTrainer:
     def _harmful_features(self, model: nn.Module, micro: int) -> tuple[dict[str, Tensor], Tensor]:
         batch = self._batch(self.streams.harmful, micro)
         assert self.terms.objective is not None
-        with self._draws("harmful", micro), capture_inputs(self.bare, self.terms.sites) as caught:
+        with self._draws("harmful", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
             self._answer(model, batch)
         return dict(caught.items()), batch.labels
 
@@ -270,7 +270,7 @@ class DiffusionImmunizationTrainer:
         with torch.no_grad(), self.accelerator.autocast():
             for micro in micros:
                 retain = self._batch(self.streams.retain, micro)
-                with self._draws("retain", micro), capture_inputs(self.bare, self.terms.sites) as caught:
+                with self._draws("retain", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
                     self._answer(self.bare, retain)
                 harmful, labels = self._harmful_features(self.bare, micro)
                 features = {"primary": dict(caught.items()), "harmful": harmful}
@@ -301,7 +301,7 @@ class DiffusionImmunizationTrainer:
         for micro in range(_REFERENCE_BATCHES):
             batch = self._batch(self.streams.retain, micro)
             with self._draws("reference", micro):
-                at_sites, at_weights = wrong_target_gradients(self.denoiser, self.bare, batch, self.terms.sites)
+                at_sites, at_weights = wrong_target_gradients(self.denoiser, self.bare, batch, self.terms.layouts)
             for name, norm in {**at_sites, "": at_weights}.items():
                 found.setdefault(name, []).append(norm)
         for name, weights in self.terms.weights.items():
