@@ -15,7 +15,7 @@ from hf_immunize.errors import ConfigError
 from hf_immunize.features import linear_sites
 from hf_immunize.linalg import second_moment_spectrum
 from hf_immunize.regularizers import closed_form_adversary, ill_conditioned, simulated_attacker, well_conditioned
-from hf_immunize.training import ImmunizationTrainer
+from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.support import is_sharded, refuse_accelerator, refuse_model, refuse_sites
 
 DOUBLE = torch.float64
@@ -270,3 +270,21 @@ def test_other_ways_to_split_a_model_are_refused(make_trainer, make_vit, options
     model.config.distributed_config = DistributedConfig(**options)
     with pytest.raises(ConfigError, match="fsdp_size only, got"):
         make_trainer(model=model)
+
+
+def test_of_several_visible_gpus_one_is_used_and_said(monkeypatch, tmp_path, caplog):
+    from functools import cached_property
+
+    from transformers import TrainingArguments
+
+    @cached_property
+    def four_gpus(self):
+        self._n_gpu = 4
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", four_gpus)
+    four_gpus.__set_name__(TrainingArguments, "_setup_devices")
+    with caplog.at_level("WARNING", logger="hf_immunize.training.support"):
+        args = ImmunizationConfig(str(tmp_path), per_device_train_batch_size=8, report_to="none")
+    assert args.n_gpu == 1 and args.train_batch_size == 8
+    assert "4 GPUs are visible to one process, and one is used" in caplog.text
