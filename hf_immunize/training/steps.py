@@ -238,17 +238,19 @@ class StepMixin:
                 self.objective.weights[site].reference = norm
 
     def _reference_gradients(self, sites: list[str], batches: int = 8) -> dict[str, Tensor]:
-        """G: norm of the primary loss's gradient at the features with every label wrong; mean over a few batches.
+        """G: norm of the primary loss's gradient at the features with every label wrong; mean over a few steps.
 
+        A step's batch is that of all its micro-batches and ranks, so that it does not depend on how it is cut.
         At a site with several tokens, positions or windows per image the gradient is that of a shift of all of them:
         their sum. A task without labels cannot be wrong; there the gradient of its loss as it is has to do.
         """
         bare = self.accelerator.unwrap_model(self.model)
         bare.eval()
-        norms: dict[str, list[Tensor]] = {site: [] for site in sites}
+        squares: dict[str, list[Tensor]] = {site: [] for site in sites}
+        cut = self.args.gradient_accumulation_steps
         layouts = {site: self.layouts[site] for site in sites}
         for place, inputs in enumerate(self.get_train_dataloader()):  # type: ignore[attr-defined]
-            if place == batches:
+            if place == batches * cut:
                 break
             inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
             if self.kind != UNLABELLED:
@@ -267,8 +269,12 @@ class StepMixin:
             found = torch.autograd.grad(loss, raw, allow_unused=True)
             for site, value, gradient in zip(sites, raw, found, strict=True):
                 gradient = torch.zeros_like(value) if gradient is None else gradient.detach()
-                norms[site].append(_global_norm(caught.shift(site, gradient)))
-        return {site: torch.stack(found).mean() for site, found in norms.items()}
+                squares[site].append(_global_norm(caught.shift(site, gradient)).square())
+        # The mean over a step's micro-batches has the parts of each, divided by their number.
+        steps = {site: [torch.stack(found[i : i + cut]) for i in range(0, len(found), cut)]
+                 for site, found in squares.items()}
+        return {site: torch.stack([part.sum().sqrt() / len(part) for part in parts]).mean()
+                for site, parts in steps.items()}
 
 
 def _global_norm(gradient: Tensor) -> Tensor:

@@ -14,30 +14,57 @@ from hf_immunize.training.diffusion.stream import NoisyBatch
 from hf_immunize.training.distributed import gather_rows, world
 
 
+class WrongTargetGradients:
+    """Gradient norms of the retain loss when every row is asked for the next row's answer, of one step's batch.
+
+    The counterpart of a classifier's loss with every label wrong (see ``TermWeights``): at a trained model the
+    gradient of the true loss is close to nothing and would balance the terms away. A step's batch is that of all its
+    micro-batches and ranks, so that it does not depend on how it is cut.
+    """
+
+    def __init__(self, denoiser: Denoiser, model: nn.Module, sites: Mapping[str, RowLayout]):
+        self._denoiser, self._model, self._sites = denoiser, model, sites
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._squares: dict[str, list[Tensor]] = {site: [] for site in sites}
+        self._sums: list[Tensor | None] = [None] * len(self._trained)
+        self._count = 0
+
+    def add(self, batch: NoisyBatch) -> None:
+        """One micro-batch."""
+        with torch.enable_grad(), capture_inputs(self._model, self._sites) as caught:
+            # The input asks for a gradient so that every site has one, whatever is trained before it.
+            noisy = batch.noisy.detach().requires_grad_()
+            answer = self._denoiser.call(self._model, noisy, batch.timesteps, batch.conditions)
+        everyone, mine = gather_rows(batch.target)
+        loss = denoising_losses(answer, everyone.roll(1, 0)[mine]).mean()
+        # What reads text alone, before any trained weight, has no gradient: nothing pulls back there.
+        moved = [site for site in self._sites if caught.raw(site).requires_grad]
+        asked = [*(caught.raw(site) for site in moved), *self._trained]
+        found = torch.autograd.grad(loss, asked, allow_unused=True)
+        for site, gradient in zip(moved, found, strict=False):
+            self._squares[site].append(_pooled_norm(caught, site, gradient).square())
+        for place, gradient in enumerate(found[len(moved) :]):
+            if gradient is not None:
+                held = self._sums[place]
+                self._sums[place] = gradient.detach() if held is None else held + gradient
+        self._count += 1
+
+    def norms(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The norm over the global batch at the pooled features of each site, and at the trained weights."""
+        place = self._trained[0] if self._trained else next(self._model.parameters())
+        nothing = place.new_zeros((), dtype=torch.float64)
+        at_sites = {site: torch.stack(found).sum().sqrt() / self._count if found else nothing
+                    for site, found in self._squares.items()}
+        return at_sites, _mean_norm(self._sums) / self._count
+
+
 def wrong_target_gradients(
     denoiser: Denoiser, model: nn.Module, batch: NoisyBatch, sites: Mapping[str, RowLayout]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Gradient norms of the retain loss when every row is asked for the next row's answer.
-
-    The counterpart of a classifier's loss with every label wrong (see ``TermWeights``): at a trained model the
-    gradient of the true loss is close to nothing and would balance the terms away.
-
-    Returns:
-        the norm over the global batch at the pooled features of each site, and at the trained weights.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.enable_grad(), capture_inputs(model, sites) as caught:
-        # The input asks for a gradient so that every site has one, whatever is trained before it.
-        noisy = batch.noisy.detach().requires_grad_()
-        answer = denoiser.call(model, noisy, batch.timesteps, batch.conditions)
-    everyone, mine = gather_rows(batch.target)
-    loss = denoising_losses(answer, everyone.roll(1, 0)[mine]).mean()
-    # What reads text alone, before any trained weight, has no gradient: nothing pulls back there.
-    moved = [site for site in sites if caught.raw(site).requires_grad]
-    found = torch.autograd.grad(loss, [*(caught.raw(site) for site in moved), *trained], allow_unused=True)
-    norms = {site: loss.new_zeros(()).double() for site in sites}
-    norms |= {site: _pooled_norm(caught, site, gradient) for site, gradient in zip(moved, found, strict=False)}
-    return norms, _mean_norm(found[len(moved) :])
+    """``WrongTargetGradients`` of a step of one micro-batch."""
+    found = WrongTargetGradients(denoiser, model, sites)
+    found.add(batch)
+    return found.norms()
 
 
 def _pooled_norm(caught: Captured, site: str, gradient: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, 
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
 from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import merge_factors
-from hf_immunize.training.diffusion.references import wrong_target_gradients
+from hf_immunize.training.diffusion.references import WrongTargetGradients
 from hf_immunize.training.diffusion.setup import (
     Streams,
     Terms,
@@ -298,10 +298,12 @@ class DiffusionImmunizationTrainer:
             loss = self._concept_exam.ask(self.denoiser, self.bare).loss
             self.terms.attack.ceiling = self.args.attacker_ceiling * loss
         found: dict[str, list[Tensor]] = {}
-        for micro in range(_REFERENCE_BATCHES):
-            batch = self._batch(self.streams.retain, micro)
-            with self._draws("reference", micro):
-                at_sites, at_weights = wrong_target_gradients(self.denoiser, self.bare, batch, self.terms.layouts)
+        for step in range(_REFERENCE_BATCHES):
+            gradients = WrongTargetGradients(self.denoiser, self.bare, self.terms.layouts)
+            for micro in range(step * self._accumulation, (step + 1) * self._accumulation):
+                with self._draws("reference", micro):
+                    gradients.add(self._batch(self.streams.retain, micro))
+            at_sites, at_weights = gradients.norms()
             for name, norm in {**at_sites, "": at_weights}.items():
                 found.setdefault(name, []).append(norm)
         for name, weights in self.terms.weights.items():
