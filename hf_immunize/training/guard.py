@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hf_immunize.records import UtilityGuardRecord
 
+_RECOVERS = 0.75
+"""A drop that has shrunk to less than this share since the last evaluation is recovering."""
+
 
 class HasState(Protocol):
     """A model, or the part of one that changes."""
@@ -24,11 +27,11 @@ class HasState(Protocol):
 class UtilityGuard:
     """Adapts the strength factor at each evaluation and remembers the best weights within the allowance.
 
-    Above the allowance the factor is halved, unless the drop is smaller than at the last evaluation: it takes steps to
-    recover, and a factor that is halved meanwhile ends at nothing. Below half of the allowance the factor grows by a
-    quarter, up to ``max_factor``. Of the evaluations within the allowance the one with the most progress on the terms
-    is kept, of equal ones the latest; the model before immunization counts as one of them, so there is always something
-    to return.
+    Above the allowance the factor is halved, unless the drop has shrunk by a quarter since the last evaluation: it
+    takes steps to recover, and a factor that is halved meanwhile ends at nothing. Below half of the allowance the
+    factor grows by a quarter, up to ``max_factor``. Of the evaluations within the allowance the one with the most
+    progress on the terms is kept, of equal ones the latest; the model before immunization counts as one of them, so
+    there is always something to return.
 
     Args:
         allowed: largest drop in points of the metric; None watches and reports only.
@@ -53,7 +56,7 @@ class UtilityGuard:
         if self.allowed is None:
             return factor
         if not drop <= self.allowed:  # a metric that is not a number holds nothing
-            return factor if drop < before else factor / 2
+            return factor if drop < _RECOVERS * before else factor / 2
         if progress <= self.best_progress and _finite(progress):
             self.best_step, self.best_progress = step, progress
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from hf_immunize.errors import SpectrumError
 from hf_immunize.features import Captured
-from hf_immunize.linalg import ridge_accuracies
+from hf_immunize.linalg import ridge_accuracies, to_double
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.regularizers import alternate_within_classes
 from hf_immunize.training.objective import Rows, Term, TermSettings
@@ -102,8 +102,10 @@ class OutcomeMeter:
         whole = {name: torch.cat(parts) for name, parts in features.items()}
         terms = {}
         for term in self._terms:
-            values = [share * float(term.measure(Rows(whole[site], self._labels), self._settings))
-                      for site, share in self._sites.items()]
+            values = []
+            for site, share in self._sites.items():
+                rows = Rows(to_double(whole[site]), self._labels, whole[site].dtype)
+                values.append(share * float(term.measure(rows, self._settings)))
             terms[term.name] = sum(values)
         return Measured(terms, _probe(whole[self._head], self._labels))
 
