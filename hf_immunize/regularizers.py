@@ -27,9 +27,10 @@ def ill_conditioned(spectrum: Spectrum) -> Tensor:
     """R_ill(M) = 1 / (‖M‖_F²/(2k) − ½λ_k²), k the numerical rank. Minimising it raises κ.
 
     Zheng et al. 2025, eq. 9; 1/log κ(M) ≤ λ_max² R_ill(M). Scale: multiplying features by s multiplies it by s⁻⁴.
-    A perfectly conditioned M gives ``inf`` with a zero gradient: every direction is as good as any other there.
+    A perfectly conditioned M, up to rounding of its eigenvalues, gives ``inf`` with a zero gradient: every direction is
+    as good as any other there.
     """
-    gap = spectrum.frobenius_squared / (2 * spectrum.rank) - 0.5 * spectrum.smallest.square()
+    gap = spectrum.ill_gap
     perfect = ~(gap > 0)
     value = torch.where(perfect, torch.ones_like(gap), gap).reciprocal()
     infinite = torch.where(torch.isfinite(gap), torch.full_like(gap, torch.inf), gap)

@@ -94,6 +94,20 @@ def test_a_perfectly_conditioned_matrix_is_infinitely_far_from_ill_and_pushes_no
     assert torch.equal(phi.grad, torch.zeros_like(phi))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_does_not_decide_where_a_perfectly_conditioned_matrix_is_pushed(seed):
+    """Orthonormal columns: all eigenvalues equal 1/N up to rounding; it gave 4.6e18 with a gradient of 2.5e34."""
+    phi = torch.linalg.qr(torch.randn(40, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))[0]
+    phi.requires_grad_()
+    value = ill_conditioned(second_moment_spectrum(phi, centered=False))
+    value.backward()
+    assert float(value) == math.inf and torch.equal(phi.grad, torch.zeros_like(phi))
+    barely = phi.detach() * torch.linspace(1, 1 + 1e-9, 8, dtype=torch.float64)
+    found = float(ill_conditioned(second_moment_spectrum(barely, centered=False)))
+    sigma = torch.linspace(1, 1 + 1e-9, 8, dtype=torch.float64).square() / 40
+    assert found == pytest.approx(1 / float(sigma.square().mean() / 2 - sigma[0].square() / 2), rel=1e-4)
+
+
 def test_descending_each_term_moves_kappa_its_way():
     for regularizer, rises in ((well_conditioned, False), (ill_conditioned, True)):
         phi = features(30, 4, 5).requires_grad_()

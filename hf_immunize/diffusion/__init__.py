@@ -16,7 +16,7 @@ from hf_immunize.diffusion.drawing import (
     to_images,
 )
 from hf_immunize.diffusion.exam import EVAL_BATCH_SIZE, SCORE, DenoisingExam, ExamResult
-from hf_immunize.diffusion.examples import LatentBatch, LatentDataset
+from hf_immunize.diffusion.examples import LatentBatch, LatentDataset, PromptConditions
 from hf_immunize.diffusion.memory import fits_memory
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
 from hf_immunize.diffusion.pipelines import component_of, differences, fresh_denoiser, load_pipeline
@@ -33,6 +33,7 @@ __all__ = [
     "LatentBatch",
     "LatentDataset",
     "NoiseProcess",
+    "PromptConditions",
     "component_of",
     "decode",
     "denoiser_of",

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion.denoisers import denoiser_of
-from hf_immunize.diffusion.examples import LatentDataset
+from hf_immunize.diffusion.examples import LatentDataset, PromptConditions
 from hf_immunize.diffusion.pipelines import component_of
 from hf_immunize.errors import DataError, ModelError
 
@@ -121,8 +121,8 @@ def encode_pixels(pipeline: Any, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_prompt(pipeline: Any, prompt: str, size: int) -> Told:
-    """Conditions of one row, on the CPU, for a prompt and square images of a side in pixels.
+def encode_prompt(pipeline: Any, prompt: str, size: int) -> PromptConditions:
+    """Conditions of one row, on the CPU, for a prompt and square images of a side in pixels; known by the prompt.
 
     Raises:
         ModelError: a pipeline whose tokenizers or encoders are missing or do not fit.
@@ -142,7 +142,8 @@ def encode_prompt(pipeline: Any, prompt: str, size: int) -> Told:
         ) from error
     if kind in SIZE_CONDITIONS:
         made |= SIZE_CONDITIONS[kind](pipeline, size)
-    return {name: (value.float() if value.is_floating_point() else value).cpu() for name, value in made.items()}
+    told = {name: (value.float() if value.is_floating_point() else value).cpu() for name, value in made.items()}
+    return PromptConditions(told, prompt)
 
 
 def encode(

@@ -36,6 +36,18 @@ class LatentBatch:
         return LatentBatch(move(self.latents), conditions, self.labels.to(device))
 
 
+class PromptConditions(dict[str, Tensor]):
+    """Conditions of one row, by the denoiser's names, known by the prompt they were made of.
+
+    Encoders round differently from processor to processor, and from one layout of their weights to another: ``digest``
+    is the SHA-256 of the prompt, not of what an encoder made of it.
+    """
+
+    def __init__(self, conditions: Mapping[str, Tensor], prompt: str):
+        super().__init__(conditions)
+        self.digest = hashlib.sha256(prompt.encode()).hexdigest()
+
+
 class LatentDataset:
     """Latents (N×C×H×W; pixels in −1..1 for a model without a VAE), one row of each condition, and a concept label.
 

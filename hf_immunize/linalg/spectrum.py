@@ -62,6 +62,18 @@ class Spectrum:
         return torch.log(self.largest) - torch.log(self.smallest)
 
     @property
+    def ill_gap(self) -> Tensor:
+        """Q = ‖M‖_F²/(2k) − ½λ_k², k the rank: 0 where all eigenvalues are equal, positive elsewhere.
+
+        Q below its own rounding is 0, without a gradient: which side of 0 it falls on is not the features' doing. The
+        decomposition leaves S·eps·λ₁ on every eigenvalue (S of them), so 2·S·eps·λ₁² on Q.
+        """
+        gap = self.frobenius_squared / (2 * self.rank) - 0.5 * self.smallest.square()
+        largest = self.largest.detach()
+        noise = 2 * len(self.eigenvalues) * torch.finfo(largest.dtype).eps * largest.square()
+        return torch.where(gap.abs() <= noise, torch.zeros_like(gap), gap)
+
+    @property
     def status(self) -> SpectrumStatus:
         """Health of the numbers (reads the device once)."""
         if not bool(torch.isfinite(self.eigenvalues).all()):

@@ -69,12 +69,14 @@ def well_direction(at: Through, *, width: int, preconditioned: bool = True, clus
 def ill_direction(at: Through, *, preconditioned: bool = True) -> Tensor:
     """∇_θR_ill(H) = 2Kθ(σ_kv_kv_kᵀ − H/k)/Q², Q = ‖H‖_F²/(2k) − σ_k²/2, k the rank of H; K⁻¹ in front by default.
 
-    Zero where H is perfectly conditioned (Q = 0): no direction is preferred there.
+    Zero where H is perfectly conditioned (Q = 0 up to rounding): no direction is preferred there. The SVD leaves
+    n·eps·s₁ on every singular value, n the larger side of Fθ, so 2n·eps·σ₁ on eigenvalues and 4n·eps·σ₁² on Q.
     """
     values = at.values_R
     k = values.shape[0]
     q = values.square().sum() / (2 * k) - values[-1].square() / 2
-    if not bool(q > 0):
+    side = max(at.factor_RD.shape[0], at.theta_DE.shape[1])
+    if not bool(q > 4 * side * torch.finfo(q.dtype).eps * values[0].square()):
         return torch.zeros_like(at.theta_DE)
     coefficients = -values / k
     coefficients[-1] += values[-1]

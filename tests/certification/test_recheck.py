@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 
 import pytest
 from tiny_exam import PROTOCOL
@@ -34,6 +35,25 @@ def test_which_cells_are_drawn_is_the_seeds(certified):
     drawn = {tuple(sorted({line.attack for line in recheck(subject, contexts, 1, seed, PROTOCOL.rule)}))
              for seed in range(6)}
     assert len(drawn) > 1
+
+
+def test_one_row_that_rounding_decides_is_no_disagreement_where_seeds_came_out_alike(certified, monkeypatch):
+    """Another processor: the subject's accuracy is one test row lower, then two, on every seed."""
+    subject, contexts = certified
+    certificate = Certificate.read(subject / "certificate.json")
+    alike = [
+        cell.model_copy(update={"accuracy_drop": Interval(estimate=0.0, low=0.0, high=0.0, samples=3)})
+        for cell in certificate.cells
+    ]
+    certificate.model_copy(update={"cells": alike}).write(subject / "certificate.json")
+    rows, module = certificate.harmful_data[-1].rows, importlib.import_module("hf_immunize.certification.recheck")
+    for lost, agrees in ((1, True), (2, False)):
+        drop = Interval(estimate=lost / rows, low=None, high=None, samples=3)
+        monkeypatch.setattr(module, "build_cell", lambda *args, drop=drop: certificate.cells[0].model_copy(
+            update={"accuracy_drop": drop}))
+        found = [line for line in recheck(subject, contexts, 3, 0, PROTOCOL.rule) if line.measure == "accuracy_drop"]
+        assert [line.agrees for line in found] == [agrees] * 3, found
+        assert (f"one test row is {1 / rows:.3g}" in found[0].told) == agrees
 
 
 def test_a_flattered_certificate_is_found_out(certified):

@@ -61,6 +61,15 @@ def test_ill_direction_is_zero_where_the_task_is_perfectly_conditioned():
     assert torch.equal(ill_direction(at), torch.zeros(4, 4).double())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_gives_a_perfectly_conditioned_task_no_direction(seed):
+    """Eigenvalues of a rotation are equal up to rounding; divided by Q² that was a step of 4e30."""
+    rows = torch.linalg.qr(gaussian(seed, 8, 8))[0]
+    assert torch.equal(ill_direction(through(rows, torch.eye(8).double())), torch.zeros(8, 8).double())
+    barely = torch.diag(torch.linspace(1, 1 + 1e-9, 8, dtype=torch.float64)) @ rows
+    assert float(ill_direction(through(barely, torch.eye(8).double())).abs().max()) > 1e10
+
+
 def test_cluster_shares_the_step_of_nearly_equal_eigenvalues():
     rows = torch.diag(torch.tensor([2.0, 2.0 - 1e-9, 1.0], dtype=torch.float64))
     at = through(rows, torch.eye(3).double())

@@ -57,8 +57,11 @@ def test_cached_and_uncached_training_end_at_the_same_weights(make_trainer, make
 
     plain, cached, again = run(False, "plain"), run(True, "cached"), run(True, "again")
     for name, value in weights(plain).items():
-        assert torch.allclose(value, weights(cached)[name], atol=1e-6), name
+        # Softmax does not see a key's bias: its gradient is rounding alone, which AdamW scales up to a step.
+        assert name.endswith("k_proj.bias") or torch.allclose(value, weights(cached)[name], atol=1e-6), name
         assert torch.equal(weights(cached)[name], weights(again)[name])
+    logits = [held.model.eval()(make_pixels(12, seed=3).pixel_values).logits for held in (plain, cached)]
+    assert torch.allclose(*logits, atol=1e-5)
     assert cached.guard.history[0]["metric"] == plain.guard.history[0]["metric"]
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 4  # 3 datasets and logits
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from equality import depth, units_apart
 from torch.nn import functional
 
 from hf_immunize.data import StepBatchSampler
@@ -96,8 +97,9 @@ def test_accumulating_with_dropout_uses_the_same_masks_in_both_passes(
     )
     trainer.train()
     assert len(seen) == 8  # primary and harmful of two micro-batches, in two passes
-    assert all(torch.equal(first, second) for first, second in zip(seen[:4], seen[4:], strict=True))
-    assert not torch.equal(seen[1], seen[3])
+    for first, second in zip(seen[:4], seen[4:], strict=True):  # without and with gradients: other paths, same draws
+        assert units_apart(first, second) <= depth(trainer.model)
+    assert units_apart(seen[1], seen[3]) > 1e4
 
 
 def test_the_reported_loss_is_the_primary_loss_and_not_scaled_by_accumulation(make_trainer, make_vit, make_pixels):

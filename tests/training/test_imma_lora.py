@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from equality import depth, units_apart
 from test_gradients import relative_error
 from test_imma import by_hand
 from torch.func import functional_call
@@ -109,7 +110,7 @@ def test_the_updates_start_as_nothing_leave_no_trace_and_come_back_from_a_checkp
     plain = model(pixels).logits
     attacker = LoraAttacker(model, "classifier", rank=2, rate=0.1, seed=0)
     with attacker.attached(model):
-        assert torch.equal(model(pixels).logits, plain)
+        assert units_apart(model(pixels).logits, plain) <= depth(model)
 
     def learn(which):
         def forward():

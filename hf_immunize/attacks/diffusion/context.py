@@ -22,6 +22,7 @@ from hf_immunize.diffusion import (
     DenoisingExam,
     LatentDataset,
     NoiseProcess,
+    PromptConditions,
     component_of,
     decode,
     denoiser_of,
@@ -133,10 +134,16 @@ class DiffusionAttackContext:
         return self._pipeline
 
     def holding(self, need: str) -> str | None:
-        """Digest of what the attacker holds under this name beside the concept's images; None for nothing."""
+        """Digest of what the attacker holds under this name beside the concept's images; None for nothing.
+
+        Both sides of an exam, and an exam that is continued elsewhere, must come to the same digest: what a machine
+        computed is known by what it was computed from, where that is told.
+        """
         held = getattr(self, need)
         if held is None:
             return None
+        if isinstance(held, PromptConditions):
+            return held.digest
         if isinstance(held, LatentDataset):
             return held.fingerprint(source="", role=need).sha256
         parts = held if isinstance(held, Mapping) else {"": held}

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 from denoiser_builders import FAMILIES, build_denoiser, build_examples, build_scheduler
+from equality import depth, rounding
 
 from hf_immunize.attacks import Run, run_suite
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, METRIC, DiffusionAttackContext
@@ -57,7 +58,10 @@ def test_every_family_is_attacked_three_steps(tmp_path, monkeypatch, family):
     ):
         result = only(context, name, config)
         assert result.outcome == "completed" and [point.step for point in result.curve] == [0, 1, 2, 3]
-        assert result.curve[0] == judge(context, context.model(0), 0)
+        # LoRA begins as nothing, but what is frozen and what is trained take other paths through the same product
+        start, plain = result.curve[0], judge(context, context.model(0), 0)
+        for found, truth in ((start.validation, plain.validation), (start.test, plain.test)):
+            assert found == pytest.approx(truth, abs=rounding(depth(context.model(0))))
         assert result.curve[-1].test != result.curve[0].test
 
 

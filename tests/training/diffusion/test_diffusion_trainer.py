@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from denoiser_builders import build_denoiser, build_examples
+from equality import depth, units_apart
 
 from hf_immunize.errors import ConfigError, DataError, DeviceMemoryError, ModelError, TrainingDivergedError
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig
@@ -349,7 +350,7 @@ def test_every_family_is_saved_and_reloaded_as_an_ordinary_model(make_trainer, f
         trainer.denoiser.call(model, batch.latents, torch.full((3,), 500), batch.conditions).detach()
         for model in (trainer.bare, again)
     ]
-    assert torch.equal(*answers)
+    assert units_apart(*answers) <= depth(again)
     changed = {name for name, value in build_denoiser(family).state_dict().items()
                if not torch.equal(value, weights(again)[name])}
     assert changed and not hasattr(trainer.bare, "peft_config")
@@ -376,7 +377,9 @@ def test_after_mixed_precision_the_model_in_memory_answers_as_the_saved_one(make
         batch = trainer._batch(trainer.streams.retain, 0)
         with torch.no_grad():
             found, truth = (trainer._answer(model.eval(), batch) for model in (trainer.bare, loaded))
-        assert torch.equal(found, truth)
+            with torch.autocast("cpu", torch.bfloat16):
+                cast = trainer._answer(loaded, batch).float()
+        assert units_apart(found, truth) <= depth(loaded) and units_apart(cast, truth) > 100 * depth(loaded)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 
