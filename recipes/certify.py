@@ -23,7 +23,7 @@ from hf_immunize.data import Task, TaskArguments, warn_of_copies
 from hf_immunize.errors import ImmunizeError
 from hf_immunize.hub import is_hub_id, local_folder, working_folder, write_card
 from hf_immunize.hub.tables import certificate_table
-from hf_immunize.models import load_processor
+from hf_immunize.models import load_processor, refuse_folder
 from hf_immunize.options import parse_options
 
 
@@ -120,6 +120,7 @@ def benign_splits(arguments: TaskArguments, processor) -> dict:
 
 def working_copy(named: str, revision: str | None) -> str:
     """The folder that attack.py worked in; a path that is not there is left to the judge to explain."""
+    refuse_folder(named)
     if revision is None and not is_hub_id(named):
         return named
     return str(local_folder(named, revision=revision, into=working_folder(named))[0])

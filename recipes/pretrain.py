@@ -29,6 +29,7 @@ from hf_immunize.records import begin_run, finish_run
 from hf_immunize.training.checkpoints import scientific_options
 from hf_immunize.training.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
 from hf_immunize.training.primary import accuracy
+from hf_immunize.training.support import use_one_device
 
 
 @dataclass
@@ -116,6 +117,7 @@ def main() -> None:
     task_options, model_options, args = parse_options(
         (TaskArguments, PretrainArguments, TrainingArguments), description=__doc__.splitlines()[0]
     )
+    use_one_device(args)
     set_seed(args.seed)
     source = {"trust_remote_code": model_options.trust_remote_code}
     named = model_options.model_name_or_path

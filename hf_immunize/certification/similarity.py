@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from hf_immunize.data import PixelMaker, convert_image, model_channels
 from hf_immunize.errors import ModelError
 from hf_immunize.features import extract_features, find_classifier
-from hf_immunize.models import load_classifier, load_processor
+from hf_immunize.models import load_classifier, load_processor, refuse_non_finite
 
 _ROWS = 50
 
@@ -60,12 +60,13 @@ class ImageFeatures:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             classifies = any("ImageClassification" in name for name in config.architectures or [])
             model = load_classifier(path) if classifies else AutoModel.from_pretrained(
-                path, use_safetensors=True, trust_remote_code=False
+                path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"expected an image model saved with save_pretrained in {path}, got {error}: check the path."
             ) from error
+        refuse_non_finite(model, path)
         kind = "classifier" if classifies else config.model_type
         head = find_classifier(model) if classifies else None
         return cls(f"{short} ({kind})", model.to(device).eval(), load_processor(path), head)

@@ -54,7 +54,7 @@ def local_folder(
 
     Raises:
         ConfigError: neither a folder nor a possible Hub id, or a revision of a local folder.
-        ModelError: the repository holds no safetensors file, or a file with an unsafe name.
+        ModelError: the repository holds no safetensors file, or a file with an unsafe name; or a single file.
         RunMismatchError: ``into`` holds something else.
         HubError: the Hub did not answer, or not with this repository.
     """
@@ -64,6 +64,9 @@ def local_folder(
             raise ConfigError(f"expected a revision only with a Hub repository, got one with {folder}: leave it.")
         return folder, HubSource.find(folder)
     name = str(source)
+    from hf_immunize.models import refuse_folder  # torch is needed from here on anyway
+
+    refuse_folder(source)  # a single file looks like a Hub id
     if not is_hub_id(name):
         raise ConfigError(f"expected a folder or 'owner/name' on the Hub, got {name!r}: check the path.")
     if into is not None and (kept := _kept(Path(into), name, revision)) is not None:

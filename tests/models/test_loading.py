@@ -178,3 +178,29 @@ def test_a_processor_for_colour_is_brought_to_a_model_of_one_channel(tmp_path):
     ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"expected image_mean of 1 numbers .* got \[0.4, 0.5, 0.6\]"):
         load_processor(tmp_path)
+
+
+def test_a_file_where_a_model_is_named_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    from hf_immunize.hub import local_folder
+
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="got the single file 'model.safetensors': convert it"):
+        local_folder("model.safetensors")
+    with pytest.raises(ModelError, match="got 'sd15.safetensors', which is not there"):
+        local_folder("sd15.safetensors")
+
+
+def test_a_judge_of_likeness_is_float32_and_finite(make_vit, tmp_path):
+    from transformers import ViTImageProcessorPil
+
+    from hf_immunize.certification.similarity import ImageFeatures
+
+    backbone = make_vit().vit.half()
+    backbone.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    assert ImageFeatures.of(tmp_path).model.dtype == torch.float32
+    backbone.layernorm.weight.data[0] = float("nan")
+    backbone.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="expected finite weights"):
+        ImageFeatures.of(tmp_path)
