@@ -47,6 +47,10 @@ class TrainingDivergedError(ImmunizeError, RuntimeError):
     """A loss or a spectrum that stopped being finite during training."""
 
 
+class NotImmunizedError(ImmunizeError, RuntimeError):
+    """Training ended without what it was for, and that was required."""
+
+
 class DeviceMemoryError(ImmunizeError, RuntimeError):
     """The device ran out of memory; the message names the options that need less."""
 

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
 from hf_immunize.data import Task, TaskArguments, describe_source, for_model, names_classes, warn_of_copies
-from hf_immunize.errors import ConfigError, ImmunizeError, ModelError
+from hf_immunize.errors import ConfigError, ImmunizeError, ModelError, NotImmunizedError
 from hf_immunize.hub import local_folder
 from hf_immunize.models import load_classifier, load_processor, refuse_folder
 from hf_immunize.options import parse_options
@@ -55,6 +55,10 @@ class BaseArguments:
     )
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a base on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+    require: bool = field(
+        default=False,
+        metadata={"help": "Leave with an error unless the last line says IMMUNIZED; model and record are written."},
+    )
 
 
 def load_base(options: BaseArguments, label_names: list[str]) -> tuple:
@@ -144,6 +148,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         write_record(trainer, inputs, base=base, data=data, base_spectra=base_spectra, seconds=seconds)
     trainer.accelerator.wait_for_everyone()
+    if base_options.require and (trainer.outcome is None or not trainer.outcome.immunized):
+        told = trainer.outcome.told if trainer.outcome else "harmful rows do not allow a probe"
+        raise NotImmunizedError(f"expected an immunized model, as asked for by require, got {told}")
     trainer.accelerator.end_training()  # a rank that leaves while gloo's threads still run may be aborted
 
 

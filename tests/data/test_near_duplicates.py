@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 
 import numpy as np
 import pytest
@@ -46,12 +45,22 @@ def test_each_copy_is_found_and_nothing_else(copy, make):
     assert pairs_of([*images, *map(copy, images)]) == {(place, 40 + place) for place in range(40)}
 
 
-def test_photos_are_told_from_each_other_and_their_copies_found():
-    """Tiles of scikit-learn's two photos: neighbours share colours and texture, and are no copies."""
+def photo_tiles() -> list:
     from sklearn.datasets import load_sample_images
 
-    tiles = [PILImage.fromarray(photo[top : top + 96, left : left + 96]) for photo in load_sample_images().images
-             for top in range(0, 330, 96) for left in range(0, 544, 96)]
+    return [PILImage.fromarray(photo[top : top + 96, left : left + 96]) for photo in load_sample_images().images
+            for top in range(0, 330, 96) for left in range(0, 544, 96)]
+
+
+def test_cropped_copies_are_mostly_not_found():
+    """A limit: two pixels less on each side of 96 move every edge of a thumbnail."""
+    tiles = photo_tiles()
+    assert len(pairs_of([*tiles, *(tile.crop((2, 2, 94, 94)) for tile in tiles)])) < 0.5 * len(tiles)
+
+
+def test_photos_are_told_from_each_other_and_their_copies_found():
+    """Tiles of scikit-learn's two photos: neighbours share colours and texture, and are no copies."""
+    tiles = photo_tiles()
     found = pairs_of([*tiles, *(jpeg(ImageOps.mirror(tile), 80) for tile in tiles)])
     assert all(other == one + len(tiles) for one, other in found)
     assert len(found) > 0.8 * len(tiles)  # the rest is blurred background without contrast
@@ -160,9 +169,7 @@ def test_equal_images_of_two_tasks_are_told_however_small(tmp_path, warned):
     assert not [line for line in warned() if "look like" in line]
 
 
-def test_three_thousand_images_are_compared_in_little_time():
+def test_among_three_thousand_images_every_copy_is_found():
     images = [scene(number, 48) for number in range(1500)]
     looks = looks_of([*images, *map(ImageOps.mirror, images)])
-    start = time.process_time()
-    found = sum(len(pairs) for pairs in similar_pairs(looks))
-    assert found == 1500 and time.process_time() - start < 5
+    assert sum(len(pairs) for pairs in similar_pairs(looks)) == 1500

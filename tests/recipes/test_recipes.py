@@ -96,6 +96,9 @@ def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "preprocessor_config.json", "immunization.json", "run.json"} <= names
     assert not [name for name in names if name.startswith("checkpoint") or name.endswith(".bin")]
+    required = immunize("--require", "--output_dir", str(tmp_path / "required"), "--learning_rate", "1e-9")
+    assert required.returncode != 0 and "NotImmunizedError: expected an immunized model" in required.stderr
+    assert "NOT IMMUNIZED" in required.stderr and (tmp_path / "required" / "immunization.json").is_file()
     again = immunize()
     assert again.returncode == 0 and "already immunized" in again.stdout
     other = immunize("--strength", "0.7")
