@@ -91,7 +91,7 @@ def load_processor(
         ) from error
     try:
         known = AutoConfig.from_pretrained(str(config_of or source), trust_remote_code=trust_remote_code)
-    except Exception:  # a processor alone; whoever loads the model says what is wrong with that
+    except (OSError, ValueError):  # a processor alone; whoever loads the model says what is wrong with that
         return found
     return _with_channels(found, getattr(getattr(known, "vision_config", known), "num_channels", None), str(source))
 

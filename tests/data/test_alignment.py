@@ -96,9 +96,10 @@ def test_a_model_that_calls_classes_otherwise_is_found(order, share):
 @given(st.integers(0, 10_000), st.floats(0.0, 1.0), st.integers(2, 30), st.integers(2, 300))
 def test_good_middling_and_untrained_models_are_not_accused(seed, share, classes, rows):
     labels = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
-    refuse_other_labels(noisy(labels, classes, share, seed), labels, [str(c) for c in range(classes)], "test")
+    names = [str(label) for label in range(classes)]
+    assert refuse_other_labels(noisy(labels, classes, share, seed), labels, names, "test") is None
 
 
 def test_one_answer_to_everything_is_no_other_order():
     labels = torch.tensor([0] * 10 + [1] * 190)
-    refuse_other_labels(torch.zeros(200, dtype=torch.long), labels, ["a", "b"], "test")
+    assert refuse_other_labels(torch.zeros(200, dtype=torch.long), labels, ["a", "b"], "test") is None
