@@ -43,9 +43,9 @@ from transformers.utils import logging
 from hf_immunize.data import PixelDataset
 from hf_immunize.records import atomic_write
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
-from hf_immunize.training.global_objective import GlobalObjective, MicroBatch
-from hf_immunize.training.meter import Meter
-from hf_immunize.training.objective import OBJECTIVES, TermSettings, terms_of
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import GlobalObjective, MicroBatch
+from hf_immunize.training.core.terms import OBJECTIVES, TermSettings, terms_of
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results" / "vision" / "step_time.json"
 ROWS, CLASSES = 32, 10

@@ -35,8 +35,8 @@ from hf_immunize.records import (
     weight_files,
 )
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
-from hf_immunize.training.checkpoints import last_complete_checkpoint, scientific_options
-from hf_immunize.training.record import immunization_record, training_spectra
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint, scientific_options
+from hf_immunize.training.vision.record import immunization_record, training_spectra
 
 
 @dataclass

@@ -36,9 +36,9 @@ from hf_immunize.records import (
     finish_run,
     weight_files,
 )
-from hf_immunize.training.checkpoints import last_complete_checkpoint
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 from hf_immunize.training.diffusion.config import scientific_options
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 
 @dataclass

@@ -26,10 +26,10 @@ from hf_immunize.errors import ConfigError, ImmunizeError, ModelError, TrainingD
 from hf_immunize.models import DIVERGED, load_classifier, load_processor, refuse_non_finite
 from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run
-from hf_immunize.training.checkpoints import scientific_options
-from hf_immunize.training.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
-from hf_immunize.training.primary import accuracy
-from hf_immunize.training.support import use_one_device
+from hf_immunize.training.vision.checkpoints import scientific_options
+from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
+from hf_immunize.training.vision.primary import accuracy
+from hf_immunize.training.vision.support import use_one_device
 
 
 @dataclass

@@ -16,7 +16,7 @@ from hf_immunize.features import (
     linear_sites,
     unmoved_inputs,
 )
-from hf_immunize.training.sites import choose_sites
+from hf_immunize.training.vision.sites import choose_sites
 
 IMAGES = 5
 

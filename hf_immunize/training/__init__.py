@@ -1,8 +1,8 @@
 """Immunization: what to optimise, with which weights, and the Trainer that does it."""
 
-from hf_immunize.training.config import ImmunizationConfig
-from hf_immunize.training.objective import OBJECTIVES, Rows, Term, TermSettings, register_objective
-from hf_immunize.training.trainer import ImmunizationTrainer
+from hf_immunize.training.core.terms import OBJECTIVES, Rows, Term, TermSettings, register_objective
+from hf_immunize.training.vision.config import ImmunizationConfig
+from hf_immunize.training.vision.trainer import ImmunizationTrainer
 
 __all__ = [
     "OBJECTIVES",

@@ -12,8 +12,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from hf_immunize.data import PixelDataset
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
-from hf_immunize.training.distributed import world
-from hf_immunize.training.support import is_sharded
+from hf_immunize.training.core.distributed import world
+from hf_immunize.training.vision.support import is_sharded
 
 torch.set_num_threads(1)
 gradients: dict[str, torch.Tensor] = {}

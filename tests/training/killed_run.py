@@ -12,7 +12,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from hf_immunize.data import PixelDataset
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
-from hf_immunize.training.checkpoints import last_complete_checkpoint
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 torch.set_num_threads(1)
 folder, kill_at = Path(sys.argv[1]), int(sys.argv[2])

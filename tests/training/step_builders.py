@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hf_immunize.training.global_objective import GlobalObjective, MicroBatch
-from hf_immunize.training.meter import Meter
-from hf_immunize.training.objective import TermSettings, terms_of
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import GlobalObjective, MicroBatch
+from hf_immunize.training.core.terms import TermSettings, terms_of
 
 
 def relative_error(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.trainer_callback import TrainerCallback
 
-from hf_immunize.training.average import WeightAverage
+from hf_immunize.training.core.average import WeightAverage
 
 
 class KeepWeights(TrainerCallback):

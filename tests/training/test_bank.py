@@ -10,9 +10,9 @@ from hf_immunize.data import batches
 from hf_immunize.features import extract_features
 from hf_immunize.linalg import second_moment_spectrum
 from hf_immunize.regularizers import well_conditioned
-from hf_immunize.training.bank import FeatureBank
-from hf_immunize.training.checkpoints import last_complete_checkpoint
-from hf_immunize.training.objective import Rows
+from hf_immunize.training.core.bank import FeatureBank
+from hf_immunize.training.core.terms import Rows
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 
 def rows(value: float, count: int = 4) -> Rows:

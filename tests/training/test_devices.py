@@ -16,7 +16,7 @@ from hf_immunize.features import linear_sites
 from hf_immunize.linalg import second_moment_spectrum
 from hf_immunize.regularizers import closed_form_adversary, ill_conditioned, simulated_attacker, well_conditioned
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
-from hf_immunize.training.support import is_sharded, refuse_accelerator, refuse_model, refuse_sites
+from hf_immunize.training.vision.support import is_sharded, refuse_accelerator, refuse_model, refuse_sites
 
 DOUBLE = torch.float64
 
@@ -284,7 +284,7 @@ def test_of_several_visible_gpus_one_is_used_and_said(monkeypatch, tmp_path, cap
 
     monkeypatch.setattr(TrainingArguments, "_setup_devices", four_gpus)
     four_gpus.__set_name__(TrainingArguments, "_setup_devices")
-    with caplog.at_level("WARNING", logger="hf_immunize.training.support"):
+    with caplog.at_level("WARNING", logger="hf_immunize.training.vision.support"):
         args = ImmunizationConfig(str(tmp_path), per_device_train_batch_size=8, report_to="none")
     assert args.n_gpu == 1 and args.train_batch_size == 8
     assert "4 GPUs are visible to one process, and one is used" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.distillation import feature_distance
+from hf_immunize.training.vision.distillation import feature_distance
 
 
 def test_the_distance_is_the_mean_of_rows_own_ratios():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_immunize.training.distributed import gather_rows, mean_over_ranks, world
+from hf_immunize.training.core.distributed import gather_rows, mean_over_ranks, world
 
 CASES = 44
 SCRIPT = str(Path(__file__).parent / "global_step.py")

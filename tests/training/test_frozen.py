@@ -10,7 +10,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import find_boundary, trainable_modules
 from hf_immunize.spectra import model_spectra
-from hf_immunize.training.record import training_spectra
+from hf_immunize.training.vision.record import training_spectra
 
 IMAGE = torch.Size([3, 8, 8])
 

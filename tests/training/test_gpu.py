@@ -8,7 +8,7 @@ import pytest
 import torch
 from step_builders import objective_of, relative_error
 
-from hf_immunize.training.objective import OBJECTIVES
+from hf_immunize.training.core.terms import OBJECTIVES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_immunize.training.guard import UtilityGuard
+from hf_immunize.training.core.guard import UtilityGuard
 
 
 def weight(value: float) -> nn.Module:

@@ -22,7 +22,7 @@ from hf_immunize import add_head
 from hf_immunize.data import StepBatchSampler
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import BackboneForImageClassification
-from hf_immunize.training.primary import MULTI, REGRESSION, divergence
+from hf_immunize.training.vision.primary import MULTI, REGRESSION, divergence
 
 OBJECTIVE = "closed_form_adversary"
 

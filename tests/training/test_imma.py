@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from hf_immunize.regularizers import alternate_within_classes, simulated_attacker
-from hf_immunize.training.objective import Rows, TermSettings, evaluate_terms, terms_of
+from hf_immunize.training.core.terms import Rows, TermSettings, evaluate_terms, terms_of
 
 
 def blobs(rows=24, width=5, seed=0, spread=1.0):

@@ -13,7 +13,7 @@ from torch.nn import functional
 from hf_immunize.data import StepBatchSampler
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.regularizers import alternate_within_classes
-from hf_immunize.training.lora_attacker import LoraAttacker
+from hf_immunize.training.vision.lora_attacker import LoraAttacker
 
 LAYERS = [f"vit.layers.{block}.attention.{part}_proj" for block in (0, 1) for part in ("q", "v")]
 RANK, RATE, INNER = 2, 0.05, 3

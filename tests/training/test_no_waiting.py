@@ -8,7 +8,7 @@ from step_builders import objective_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_immunize import regularizers
-from hf_immunize.training.objective import OBJECTIVES
+from hf_immunize.training.core.terms import OBJECTIVES
 
 aten = torch.ops.aten
 READS = {

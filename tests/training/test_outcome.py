@@ -8,8 +8,8 @@ import torch
 from hf_immunize import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.linalg import ridge_accuracies
 from hf_immunize.models import load_classifier
-from hf_immunize.training.objective import OBJECTIVES, terms_of
-from hf_immunize.training.outcome import Measured, judge, pick_rows
+from hf_immunize.training.core.terms import OBJECTIVES, terms_of
+from hf_immunize.training.vision.outcome import Measured, judge, pick_rows
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def run(digits, base, tmp_path, **options):
 
 
 def test_an_objective_that_works_says_so_on_rows_it_has_not_seen(digits, digits_base, tmp_path, caplog):
-    with caplog.at_level("WARNING", logger="hf_immunize.training.guarding"):
+    with caplog.at_level("WARNING", logger="hf_immunize.training.vision.guarding"):
         found = run(digits, digits_base, tmp_path, objective="closed_form_adversary", max_steps=150).outcome
     assert found.held_out and found.rows == len(digits["harmful_eval_dataset"])
     assert found.probe_after < found.probe_before - 0.2 and found.probe_before > 0.6
@@ -68,7 +68,7 @@ def test_nothing_done_is_not_immunized_and_says_what_to_change(digits, digits_ba
 
 def test_looking_changes_nothing_in_what_is_trained(digits, digits_base, tmp_path, monkeypatch):
     ours = run(digits, digits_base, tmp_path, max_steps=4).model.state_dict()
-    monkeypatch.setattr("hf_immunize.training.outcome.OutcomeMeter.start", lambda self, model: None)
+    monkeypatch.setattr("hf_immunize.training.vision.outcome.OutcomeMeter.start", lambda self, model: None)
     trainer = run(digits, digits_base, tmp_path, max_steps=4)
     assert trainer.outcome is None
     assert all(torch.equal(value, ours[name]) for name, value in trainer.model.state_dict().items())

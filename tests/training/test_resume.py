@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 
 from hf_immunize.errors import RecordError
-from hf_immunize.training.checkpoints import last_complete_checkpoint
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 
 class Killed(Exception):

@@ -17,8 +17,8 @@ from hf_immunize.data import StepBatchSampler, fingerprint
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.features import capture_inputs
 from hf_immunize.regularizers import closed_form_adversary
-from hf_immunize.training.record import training_spectra
-from hf_immunize.training.sites import choose_sites
+from hf_immunize.training.vision.record import training_spectra
+from hf_immunize.training.vision.sites import choose_sites
 
 WINDOWS = "swin.encoder.layers.1.blocks.0.attention.q_proj"
 """Swin's last block reads 4 windows of 4 tokens per image here."""

@@ -13,7 +13,7 @@ from hf_immunize.data import StepBatchSampler
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.features import capture_inputs, linear_sites
 from hf_immunize.regularizers import closed_form_adversary
-from hf_immunize.training.sites import choose_sites
+from hf_immunize.training.vision.sites import choose_sites
 
 SITES = ["vit.layers.0.attention.q_proj", "vit.layers.1.attention.q_proj"]
 

@@ -13,8 +13,8 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
+from hf_immunize.training.core.distributed import world
 from hf_immunize.training.diffusion.stream import generator_of
-from hf_immunize.training.distributed import world
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
 from hf_immunize.features import Captured, RowLayout, capture_inputs
+from hf_immunize.training.core.distributed import gather_rows, world
 from hf_immunize.training.diffusion.stream import NoisyBatch
-from hf_immunize.training.distributed import gather_rows, world
 
 
 class WrongTargetGradients:

@@ -15,17 +15,17 @@ from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import RowLayout
 from hf_immunize.models import refuse_non_finite
-from hf_immunize.training.balancing import TermWeights, parse_numbers
+from hf_immunize.training.core.balancing import TermWeights, parse_numbers
+from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import GlobalObjective
+from hf_immunize.training.core.terms import Term, TermSettings, refuse_one_class, terms_of
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM, SimulatedAttack
 from hf_immunize.training.diffusion.sites import attention_projections, choose_layouts, choose_sites
 from hf_immunize.training.diffusion.stream import NoisyStream, RenamedStream
 from hf_immunize.training.diffusion.unrolled import UnrolledAttack
-from hf_immunize.training.distributed import world
-from hf_immunize.training.global_objective import GlobalObjective
-from hf_immunize.training.meter import Meter
-from hf_immunize.training.objective import Term, TermSettings, refuse_one_class, terms_of
 
 
 def accelerator_of(args: DiffusionImmunizationConfig) -> Accelerator:

@@ -27,12 +27,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
+from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.terms import Side, Term
 from hf_immunize.training.diffusion.attacker import Attacker
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.draws import same_draws
 from hf_immunize.training.diffusion.stream import NoisyBatch, RenamedStream
-from hf_immunize.training.distributed import mean_over_ranks, world
-from hf_immunize.training.objective import Side, Term
 
 _HARMFUL: Side = "harmful"
 

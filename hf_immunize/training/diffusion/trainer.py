@@ -30,6 +30,12 @@ from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
+from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import SIDES, MicroBatch, SiteGradients
+from hf_immunize.training.core.state import load_state, save_state
+from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.diffusion.changing import ChangingPart
 from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
@@ -46,12 +52,6 @@ from hf_immunize.training.diffusion.setup import (
 )
 from hf_immunize.training.diffusion.simulated import SIMULATED_TERM
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream
-from hf_immunize.training.distributed import mean_over_ranks, world
-from hf_immunize.training.global_objective import SIDES, MicroBatch, SiteGradients
-from hf_immunize.training.guard import UtilityGuard
-from hf_immunize.training.meter import Meter
-from hf_immunize.training.state import load_state, save_state
-from hf_immunize.training.watch import Watch
 
 GUARD_METRIC = "retain denoising loss, -100 ln"
 """Points of the guard: 100·ln of the loss's factor, which is close to percent."""

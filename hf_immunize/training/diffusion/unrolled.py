@@ -30,8 +30,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_immunize.errors import ModelError
+from hf_immunize.training.core.distributed import mean_over_ranks
 from hf_immunize.training.diffusion.simulated import SimulatedAttack
-from hf_immunize.training.distributed import mean_over_ranks
 
 
 class UnrolledAttack(SimulatedAttack):

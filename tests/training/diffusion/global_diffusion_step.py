@@ -7,8 +7,8 @@ import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
 from safetensors.torch import save_file
 
+from hf_immunize.training.core.distributed import world
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
-from hf_immunize.training.distributed import world
 
 torch.set_num_threads(1)
 processes, gradients = int(sys.argv[2]), {}

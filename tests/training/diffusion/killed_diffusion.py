@@ -13,8 +13,8 @@ import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
 from safetensors.torch import save_file
 
-from hf_immunize.training.checkpoints import last_complete_checkpoint
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 torch.set_num_threads(1)
 folder, kill_at = Path(sys.argv[1]), sys.argv[2]

@@ -14,7 +14,7 @@ from denoiser_builders import build_denoiser, build_examples
 from safetensors.torch import load_file
 
 from hf_immunize.errors import RecordError
-from hf_immunize.training.checkpoints import last_complete_checkpoint
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 SCRIPT = Path(__file__).parent / "killed_diffusion.py"
 WHOLE = {

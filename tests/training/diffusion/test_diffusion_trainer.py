@@ -47,7 +47,7 @@ def test_text_embeddings_are_no_site_and_shared_inputs_count_once(make_trainer):
 def test_gradients_are_those_of_the_whole_objective_by_finite_differences(make_trainer):
     """Retain loss + λ·terms at all sites, with fixed weights, against central differences along a random direction."""
     from hf_immunize.features import capture_inputs
-    from hf_immunize.training.objective import Rows, TermSettings
+    from hf_immunize.training.core.terms import Rows, TermSettings
 
     trainer = make_trainer(
         "unet", dtype=torch.float64, objective="opt_kappa", weight="0.3", strength=1.0, min_snr_gamma=5.0,

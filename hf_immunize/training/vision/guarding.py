@@ -11,12 +11,12 @@ from transformers.utils import logging
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.records import OutcomeRecord
-from hf_immunize.training.average import WeightAverage
-from hf_immunize.training.global_objective import GlobalObjective
-from hf_immunize.training.guard import UtilityGuard
-from hf_immunize.training.meter import Meter
-from hf_immunize.training.outcome import OutcomeMeter
-from hf_immunize.training.watch import Watch
+from hf_immunize.training.core.average import WeightAverage
+from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import GlobalObjective
+from hf_immunize.training.core.watch import Watch
+from hf_immunize.training.vision.outcome import OutcomeMeter
 
 logger = logging.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_immunize.training.watch import Watch
+from hf_immunize.training.core.watch import Watch
 
 
 class Meter:

@@ -22,7 +22,7 @@ from hf_immunize.data import (
 )
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import capture_inputs, find_classifier, linear_sites
-from hf_immunize.training.primary import SINGLE, UNLABELLED, check_primary_labels, kind_of
+from hf_immunize.training.vision.primary import SINGLE, UNLABELLED, check_primary_labels, kind_of
 
 
 def head_of(model: nn.Module, args: Any) -> str:

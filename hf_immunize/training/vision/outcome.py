@@ -16,7 +16,7 @@ from hf_immunize.features import Captured
 from hf_immunize.linalg import ridge_accuracies, to_double
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.regularizers import alternate_within_classes
-from hf_immunize.training.objective import Rows, Term, TermSettings
+from hf_immunize.training.core.terms import Rows, Term, TermSettings
 
 _HORIZONS = tuple(10.0**power for power in range(9))
 _MOST_ROWS = 2048

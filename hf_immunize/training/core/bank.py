@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hf_immunize.training.objective import Rows, Side
+from hf_immunize.training.core.terms import Rows, Side
 
 
 class FeatureBank:

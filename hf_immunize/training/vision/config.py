@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_immunize.data import parse_augmentation
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.support import refuse_deepspeed, refuse_unsupported, use_one_device
+from hf_immunize.training.vision.support import refuse_deepspeed, refuse_unsupported, use_one_device
 
 
 @dataclass

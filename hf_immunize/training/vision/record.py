@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from hf_immunize.features import capture_inputs, lying_channels_last
 from hf_immunize.records import DatasetFingerprint, ImmunizationRecord, ModelFingerprint, Provenance, SpectrumRecord
 from hf_immunize.spectra import model_spectra, spectrum_record
-from hf_immunize.training.checkpoints import scientific_options
-from hf_immunize.training.frozen import BoundaryDataset
-from hf_immunize.training.trainer import ImmunizationTrainer
+from hf_immunize.training.vision.checkpoints import scientific_options
+from hf_immunize.training.vision.frozen import BoundaryDataset
+from hf_immunize.training.vision.trainer import ImmunizationTrainer
 
 _ROWS = 32
 

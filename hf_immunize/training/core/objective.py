@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_immunize.training.balancing import TermWeights
-from hf_immunize.training.bank import FeatureBank
-from hf_immunize.training.distributed import gather_rows, world
-from hf_immunize.training.meter import Meter
-from hf_immunize.training.objective import Evaluated, Rows, Side, Term, TermSettings, evaluate_terms
+from hf_immunize.training.core.balancing import TermWeights
+from hf_immunize.training.core.bank import FeatureBank
+from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.terms import Evaluated, Rows, Side, Term, TermSettings, evaluate_terms
 
 SIDES: tuple[Side, Side] = ("primary", "harmful")
 

@@ -12,7 +12,7 @@ from hf_immunize.errors import ConfigError
 from hf_immunize.features import match_modules
 from hf_immunize.linalg import to_double
 from hf_immunize.linalg.precondition import InverseMoment
-from hf_immunize.training.distributed import world
+from hf_immunize.training.core.distributed import world
 
 
 class Preconditioner:

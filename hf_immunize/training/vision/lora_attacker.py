@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from hf_immunize.features import linear_sites
 from hf_immunize.linalg import to_double
-from hf_immunize.training.distributed import gather_rows, world
-from hf_immunize.training.objective import Rows
+from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.terms import Rows
 
 _SCALE = 2.0
 """alpha / rank, as in the LoRA attack of the exam."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.objective import Term
+from hf_immunize.training.core.terms import Term
 
 
 def parse_numbers(text: str | None, names: list[str], option: str) -> dict[str, float]:

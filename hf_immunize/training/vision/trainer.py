@@ -17,24 +17,31 @@ from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord
-from hf_immunize.training.average import WeightAverage
-from hf_immunize.training.checkpointing import StrictCheckpointMixin
-from hf_immunize.training.checks import check_data, check_harmful, check_unlabelled, head_of, matched
-from hf_immunize.training.config import ImmunizationConfig
-from hf_immunize.training.distillation import feature_distance
-from hf_immunize.training.distributed import mean_over_ranks
-from hf_immunize.training.frozen import BoundaryDataset, FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
-from hf_immunize.training.global_objective import GlobalObjective
-from hf_immunize.training.guard import UtilityGuard
-from hf_immunize.training.guarding import GuardedMixin
-from hf_immunize.training.harmful_stream import HarmfulStream
-from hf_immunize.training.lora_attacker import LoraAttacker
-from hf_immunize.training.meter import Meter
-from hf_immunize.training.norms import frozen_statistics
-from hf_immunize.training.objective import TermSettings, terms_of
-from hf_immunize.training.outcome import OutcomeMeter
-from hf_immunize.training.preconditioning import Preconditioner
-from hf_immunize.training.primary import (
+from hf_immunize.training.core.average import WeightAverage
+from hf_immunize.training.core.distributed import mean_over_ranks
+from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import GlobalObjective
+from hf_immunize.training.core.terms import TermSettings, terms_of
+from hf_immunize.training.core.watch import Watch
+from hf_immunize.training.vision.checkpointing import StrictCheckpointMixin
+from hf_immunize.training.vision.checks import check_data, check_harmful, check_unlabelled, head_of, matched
+from hf_immunize.training.vision.config import ImmunizationConfig
+from hf_immunize.training.vision.distillation import feature_distance
+from hf_immunize.training.vision.frozen import (
+    BoundaryDataset,
+    FeatureCache,
+    FrozenPart,
+    collate_with_boundary,
+    freeze_all_but,
+)
+from hf_immunize.training.vision.guarding import GuardedMixin
+from hf_immunize.training.vision.harmful_stream import HarmfulStream
+from hf_immunize.training.vision.lora_attacker import LoraAttacker
+from hf_immunize.training.vision.norms import frozen_statistics
+from hf_immunize.training.vision.outcome import OutcomeMeter
+from hf_immunize.training.vision.preconditioning import Preconditioner
+from hf_immunize.training.vision.primary import (
     METRICS,
     REGRESSION,
     SINGLE,
@@ -45,11 +52,10 @@ from hf_immunize.training.primary import (
     collate_with_labels,
     divergence,
 )
-from hf_immunize.training.publishing import GatedPushMixin
-from hf_immunize.training.sites import choose_layouts, choose_sites
-from hf_immunize.training.steps import StepMixin
-from hf_immunize.training.support import refuse_accelerator, refuse_model, refuse_sites, refuse_terms
-from hf_immunize.training.watch import Watch
+from hf_immunize.training.vision.publishing import GatedPushMixin
+from hf_immunize.training.vision.sites import choose_layouts, choose_sites
+from hf_immunize.training.vision.steps import StepMixin
+from hf_immunize.training.vision.support import refuse_accelerator, refuse_model, refuse_sites, refuse_terms
 
 logger = logging.get_logger(__name__)
 

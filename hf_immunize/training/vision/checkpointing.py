@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.models import DIVERGED, refuse_non_finite
-from hf_immunize.training.state import load_state, save_state
-from hf_immunize.training.watch import Watch
+from hf_immunize.training.core.state import load_state, save_state
+from hf_immunize.training.core.watch import Watch
 
 
 class StrictCheckpointMixin:

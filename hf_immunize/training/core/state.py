@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
-from hf_immunize.training.guard import UtilityGuard
-from hf_immunize.training.watch import Watch
+from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.watch import Watch
 
 TENSORS, PLAIN = "immunization_state.safetensors", "immunization_state.json"
 

@@ -15,17 +15,17 @@ from hf_immunize.data import augment, parse_augmentation
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, RowLayout, capture_inputs
 from hf_immunize.linalg.precondition import InverseMoment
-from hf_immunize.training.distributed import gather_rows, world
-from hf_immunize.training.frozen import FrozenPart
-from hf_immunize.training.global_objective import SIDES, GlobalObjective, MicroBatch, SiteGradients
-from hf_immunize.training.harmful_stream import HarmfulStream
-from hf_immunize.training.lora_attacker import LoraAttacker
-from hf_immunize.training.meter import Meter
-from hf_immunize.training.norms import frozen_statistics, unlearned_statistics
-from hf_immunize.training.objective import IMMA, Rows, imma_training_loss
-from hf_immunize.training.preconditioning import Preconditioner
-from hf_immunize.training.primary import UNLABELLED, wrong_labels
-from hf_immunize.training.watch import Watch
+from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import SIDES, GlobalObjective, MicroBatch, SiteGradients
+from hf_immunize.training.core.terms import IMMA, Rows, imma_training_loss
+from hf_immunize.training.core.watch import Watch
+from hf_immunize.training.vision.frozen import FrozenPart
+from hf_immunize.training.vision.harmful_stream import HarmfulStream
+from hf_immunize.training.vision.lora_attacker import LoraAttacker
+from hf_immunize.training.vision.norms import frozen_statistics, unlearned_statistics
+from hf_immunize.training.vision.preconditioning import Preconditioner
+from hf_immunize.training.vision.primary import UNLABELLED, wrong_labels
 
 _NOT_INPUTS = ("labels", "classes", "harmful")
 """What a batch holds besides the arguments of a forward without loss."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import TrainingDivergedError
-from hf_immunize.training.objective import Term
+from hf_immunize.training.core.terms import Term
 
 _LONGEST = 50
 """Steps that may pass before values on an accelerator are read."""
