@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import SIDES, MicroBatch, SiteGradients
 from hf_immunize.training.core.state import load_state, save_state
+from hf_immunize.training.core.teacher import Teacher
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.diffusion.changing import ChangingPart
 from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
@@ -120,7 +120,7 @@ class DiffusionImmunizationTrainer:
         self.meter = Meter(self.watch)
         self.terms = Terms.of(args, self.denoiser, self.bare, self.streams, self.meter)
         self._make_guard(harmful_dataset, eval_dataset)
-        self.teacher = self._frozen_copy() if args.distillation > 0 else None
+        self._teacher = Teacher(self.bare, self.accelerator.autocast) if args.distillation > 0 else None
         self._make_optimizer()
         self.model = self.accelerator.prepare(self.bare)
 
@@ -135,10 +135,10 @@ class DiffusionImmunizationTrainer:
         kept = self.changing.state_dict() if factor is not None else {}
         self._initial = {name: value.detach().cpu().clone() for name, value in kept.items()}
 
-    def _frozen_copy(self) -> nn.Module:
-        """The base as it answers now; weights that are not trained are held once."""
-        still = {id(parameter): parameter for parameter in self.bare.parameters() if not parameter.requires_grad}
-        return copy.deepcopy(self.bare, still).requires_grad_(False).eval()
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The copy of θ₀ that is imitated; None without distillation."""
+        return None if self._teacher is None else self._teacher.model
 
     def _make_optimizer(self) -> None:
         args = self.args
@@ -255,10 +255,10 @@ class DiffusionImmunizationTrainer:
         return losses.mean()
 
     def _distill(self, answer: Tensor, batch: NoisyBatch) -> Tensor | float:
-        if self.teacher is None:
+        if self._teacher is None:
             return 0.0
-        with torch.no_grad(), self.accelerator.autocast():
-            wanted = self._answer(self.teacher, batch)
+        with self._teacher.answering() as model:
+            wanted = self._answer(model, batch)
         distance = denoising_losses(answer, wanted).mean()
         self.meter.add({"distillation": mean_over_ranks(distance)})
         return self.args.distillation * distance

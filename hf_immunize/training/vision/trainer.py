@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from hf_immunize.training.core.distributed import mean_over_ranks
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
+from hf_immunize.training.core.teacher import Teacher
 from hf_immunize.training.core.terms import TermSettings, terms_of
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.checkpointing import StrictCheckpointMixin
@@ -218,7 +218,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             harmful = self._use_cache(model, collator, primary_labels, harmful_labels)
         self.trained_on = {"primary": self.train_dataset, "harmful": harmful}
         asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
-        self.teacher = self._frozen_copy() if asked else None
+        self._teacher = Teacher(self.accelerator.unwrap_model(self.model), self.accelerator.autocast) if asked else None
         self._harmful = self._stream(harmful, harmful_labels)
         self.attacker = None
         if args.attacker_lora_rank:
@@ -311,9 +311,10 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         with named_workers("eval_dataset", self.args.dataloader_timeout):
             return super().evaluation_loop(*args, **kwargs)
 
-    def _frozen_copy(self) -> nn.Module:
-        teacher = copy.deepcopy(self.accelerator.unwrap_model(self.model))
-        return teacher.requires_grad_(False).eval()
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The copy of θ₀ that is imitated; None without distillation, or where its logits are cached."""
+        return None if self._teacher is None else self._teacher.model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
@@ -378,12 +379,11 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
     def _distill(self, primary: dict[str, Any], outputs: Any, caught: Captured) -> Tensor | float:
         """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
         target, features = primary.get("teacher_logits"), None
-        if self.teacher is not None:
-            self.teacher.to(next(self.model.parameters()).device)
+        if self._teacher is not None:
             head = {self.site: self.layouts[self.site]}
-            with torch.no_grad(), capture_inputs(self.teacher, head) as teacher:
-                with self.frozen.entered(self.teacher, primary) as plain:
-                    theirs = self.teacher(**{name: part for name, part in plain.items() if name != "labels"})
+            with self._teacher.answering(self.args.device) as model, capture_inputs(model, head) as teacher:
+                with self.frozen.entered(model, primary) as plain:
+                    theirs = model(**{name: part for name, part in plain.items() if name != "labels"})
             target, features = theirs.get("logits"), teacher[self.site]
         total: Tensor | float = 0.0
         if self.args.distillation:
