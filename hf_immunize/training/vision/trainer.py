@@ -268,7 +268,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             self.frozen.boundary,
             collate_with_labels(collate_pixels, self.kind),
             str(self.accelerator.mixed_precision),
-            self.compute_loss_context_manager,
+            self.accelerator.autocast,
         )
         teacher = self.args.distillation > 0
         self.train_dataset = cache.dataset(self.train_dataset, primary_labels, "train_dataset", teacher=teacher)
