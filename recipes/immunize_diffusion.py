@@ -24,7 +24,7 @@ from hf_immunize.diffusion import (
     load_pipeline,
 )
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
-from hf_immunize.errors import ImmunizeError
+from hf_immunize.errors import ConfigError, ImmunizeError
 from hf_immunize.options import parse_options
 from hf_immunize.records import (
     ImmunizationRecord,
@@ -46,6 +46,22 @@ class BaseArguments:
     """Which pipeline to immunize."""
 
     base_path: str = field(metadata={"help": "Folder of the pipeline to immunize (theta_0)."})
+    base_precision: str = field(
+        default="float32",
+        metadata={
+            "help": "Precision the denoiser's weights are held in: float32, or bfloat16 where trainable=lora leaves "
+            "them as they are."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.base_precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"expected base_precision float32 or bfloat16, got {self.base_precision!r}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """``base_precision`` as torch calls it."""
+        return getattr(torch, self.base_precision)
 
 
 def fingerprint(folder: str, model) -> ModelFingerprint:
@@ -76,6 +92,11 @@ def painter(pipeline, splits: dict[str, LatentDataset], folder: Path, batch_size
 def immunize(pipeline, splits: dict[str, LatentDataset], source: str, task: dict, base_path: str,
              args: DiffusionImmunizationConfig) -> None:
     """Train on ``retain train`` and ``harmful defense``, guard on ``retain validation``, save pipeline and record."""
+    if not args.merge_lora:
+        raise ConfigError(
+            "expected merge_lora=true, got false: the recipe publishes an ordinary pipeline. Use the trainer itself "
+            "and save_lora_adapter."
+        )
     model = getattr(pipeline, component_of(pipeline))
     base = fingerprint(base_path, model)
     data = [held.fingerprint(source=source, role=name) for name, held in splits.items()]
@@ -123,7 +144,7 @@ def main() -> None:
     task_options, base_options, args = parse_options(
         (ConceptArguments, BaseArguments, DiffusionImmunizationConfig), description=__doc__.splitlines()[0]
     )
-    pipeline, task = load_pipeline(base_options.base_path), ConceptTask(task_options)
+    pipeline, task = load_pipeline(base_options.base_path, denoiser_dtype=base_options.dtype), ConceptTask(task_options)
     names = ("retain train", "retain validation", "harmful defense")
     splits = {name: task.examples(*name.split()) for name in names}
     described = asdict(task_options) | {"dataset": task.source}

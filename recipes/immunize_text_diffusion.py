@@ -31,7 +31,7 @@ def main() -> None:
     )
     with PartialState(cpu=args.use_cpu).local_main_process_first():
         folder = fetch(base.base_path)
-    pipeline = load_pipeline(folder)
+    pipeline = load_pipeline(folder, denoiser_dtype=base.dtype)
     task = PromptTask(given, pipeline)
     names = ("retain train", "retain validation", "harmful defense")
     splits = {name: task.examples(*name.split()) for name in names}

@@ -23,6 +23,14 @@ def digest_pixels(pixels: Any) -> bytes:
     return digest.digest()
 
 
+def digest_tensor(tensor: torch.Tensor) -> bytes:
+    """SHA-256 over the shape, dtype and values of a tensor: ``digest_pixels``, also where numpy has no such dtype."""
+    held = tensor.detach().cpu().contiguous()
+    if held.dtype != torch.bfloat16:
+        return digest_pixels(held.numpy())
+    return digest_pixels(held.view(torch.int16).numpy()) + b"bfloat16"
+
+
 def digest_rows(dataset: Any, name: str) -> str:
     """Hex SHA-256 over the pixels of every row of any map-style dataset, in order; each row is read once."""
     digest = hashlib.sha256()

@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("expected diffusers: pip install hf_immunize[diffusers].") from error
 
-from hf_immunize.diffusion.denoisers import DENOISERS, Denoiser, denoiser_of
+from hf_immunize.diffusion.denoisers import DENOISERS, Denoiser, denoiser_of, dtype_of_rows
 from hf_immunize.diffusion.drawing import (
     DRAWN_SHARES,
     decode,
@@ -41,6 +41,7 @@ __all__ = [
     "denoising_losses",
     "draw_latents",
     "drawing_steps",
+    "dtype_of_rows",
     "fits_memory",
     "fresh_denoiser",
     "grid_png",

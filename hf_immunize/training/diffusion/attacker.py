@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser
+from hf_immunize.training.diffusion.factors import widen_factors
 from hf_immunize.training.diffusion.sites import attention_projections
 from hf_immunize.training.diffusion.stream import generator_of
 
@@ -87,6 +88,7 @@ def _add_factors(denoiser: Denoiser, model: nn.Module, rank: int) -> None:
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with torch.random.fork_rng():
         inject_adapter_in_model(config, model, adapter_name=_NAME)
+    widen_factors(model)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.set_adapter(list(layer.lora_A))

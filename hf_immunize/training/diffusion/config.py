@@ -122,6 +122,13 @@ class DiffusionImmunizationConfig:
             "are merged in the end."
         },
     )
+    merge_lora: bool = field(
+        default=True,
+        metadata={
+            "help": "trainable=lora: merge the factors into the weights in the end. A base in bfloat16 rounds small "
+            "updates away, and how much is said; false leaves PEFT's layers in the model, for save_lora_adapter."
+        },
+    )
     lora_rank: int = field(default=8, metadata={"help": "trainable=lora: rank of the defender's factors."})
     min_snr_gamma: float | None = field(
         default=None, metadata={"help": "Min-SNR weighting of the retain loss with this gamma (5 is usual)."}
@@ -214,6 +221,8 @@ class DiffusionImmunizationConfig:
                 f"expected simulated_attack for attacker_second_order, got objective={self.objective!r}: an attacker "
                 "that goes on from step to step (imma) has no start to differentiate from."
             )
+        if self.trainable != "lora" and not self.merge_lora:
+            raise ConfigError(f"expected trainable=lora for merge_lora=false, got trainable={self.trainable!r}.")
         if self.trainable == "lora" and self.lora_rank < 1:
             raise ConfigError(f"expected lora_rank of at least 1 for trainable=lora, got {self.lora_rank}.")
 

@@ -11,7 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 from torch import nn
 
-from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
+from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess, dtype_of_rows
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import RowLayout
 from hf_immunize.models import refuse_non_finite
@@ -61,12 +61,7 @@ def check_data(
     evaluation: LatentDataset | None,
 ) -> None:
     """Raise DataError, ModelError or ConfigError for data or a model that this run cannot use."""
-    narrow = sorted({str(p.dtype) for p in model.parameters() if p.dtype not in (torch.float32, torch.float64)})
-    if narrow:
-        raise ModelError(
-            f"expected weights in float32, got {', '.join(narrow)}: most updates are smaller than their rounding. Load "
-            "the pipeline with torch_dtype=torch.float32 and set mixed_precision=bf16."
-        )
+    _refuse_narrow(denoiser, model, args)
     refuse_non_finite(model, "the model before immunization")
     if train is None or harmful is None:
         missing = "train_dataset" if train is None else "harmful_dataset"
@@ -93,6 +88,33 @@ def check_data(
         raise DataError(
             f"expected harmful latents of the retain latents' shape {tuple(train.latents.shape[1:])}, got "
             f"{tuple(harmful.latents.shape[1:])}: encode both at one resolution with one VAE."
+        )
+
+
+def _refuse_narrow(denoiser: Denoiser, model: nn.Module, args: DiffusionImmunizationConfig) -> None:
+    """Raise ModelError for weights below float32 that defender or attacker trains, and for a frozen base below bf16."""
+    wide = (torch.float32, torch.float64)
+    every = dict(model.named_parameters())
+    trained = {"all": every, "lora": {}}.get(args.trainable)
+    if trained is None:
+        ends = tuple(f"{name}." for name in attention_projections(denoiser, model))
+        trained = {name: parameter for name, parameter in every.items() if name.startswith(ends)}
+    if narrow := sorted({str(p.dtype) for p in trained.values() if p.dtype not in wide}):
+        raise ModelError(
+            f"expected weights in float32, got {', '.join(narrow)}: most updates are smaller than their rounding. Load "
+            "the pipeline with torch_dtype=torch.float32 and set mixed_precision=bf16, or train LoRA factors beside "
+            "them with trainable=lora."
+        )
+    narrow = sorted({str(p.dtype) for p in every.values() if p.dtype not in wide})
+    if narrow and args.simulates and args.attacker_rank == 0:
+        raise ModelError(
+            f"expected weights in float32 for an attacker that trains all of them, got {', '.join(narrow)}: set "
+            "attacker_rank above 0, so that it trains LoRA factors, or load with torch_dtype=torch.float32."
+        )
+    if other := [name for name in narrow if name != str(torch.bfloat16)]:
+        raise ModelError(
+            f"expected frozen weights in float32 or bfloat16, got {', '.join(other)}: float16 overflows without a "
+            "gradient scaler, and what is quantized cannot take the update. Load with torch_dtype=torch.bfloat16."
         )
 
 
@@ -167,10 +189,10 @@ class Terms:
         if "=" in args.weight:
             parse_numbers(args.weight, names, "weight")
         parse_numbers(args.term_shares, names, "term_shares")
-        place = next(model.parameters())
+        device = next(model.parameters()).device
         objective, attack, weights, layouts = None, None, None, {}
         if terms:
-            sample = streams.harmful.batch(0, place.device, place.dtype)
+            sample = streams.harmful.batch(0, device, dtype_of_rows(model))
             sites = choose_sites(denoiser, model, args.sites, sample)
             layouts = choose_layouts(denoiser, model, sites, args.site_layouts, sample)
             objective = GlobalObjective(

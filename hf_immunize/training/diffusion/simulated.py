@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_immunize.diffusion import Denoiser, denoising_losses
+from hf_immunize.diffusion import Denoiser, denoising_losses, dtype_of_rows
 from hf_immunize.training.core.distributed import mean_over_ranks, world
 from hf_immunize.training.core.terms import Side, Term
 from hf_immunize.training.diffusion.attacker import Attacker
@@ -60,11 +60,11 @@ class SimulatedAttack:
     ) -> SimulatedAttack:
         """The attack that ``args`` describe, on rows of ``stream``."""
         steps = 1 if args.attacker_goes_on else args.attacker_steps
-        place, width = next(model.parameters()), steps + 1
+        device, dtype, width = next(model.parameters()).device, dtype_of_rows(model), steps + 1
         return cls(
             denoiser,
             model,
-            lambda step, k: stream.batch(step * width + k, place.device, place.dtype),
+            lambda step, k: stream.batch(step * width + k, device, dtype),
             steps=steps,
             learning_rate=args.attacker_learning_rate,
             rank=args.attacker_rank,

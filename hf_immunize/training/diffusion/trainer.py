@@ -15,13 +15,14 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_immunize.data.fingerprint import digest_pixels
+from hf_immunize.data.fingerprint import digest_tensor
 from hf_immunize.diffusion import (
     DenoisingExam,
     LatentDataset,
     NoiseProcess,
     denoiser_of,
     denoising_losses,
+    dtype_of_rows,
     fits_memory,
     schedule_of,
 )
@@ -40,7 +41,7 @@ from hf_immunize.training.diffusion.changing import ChangingPart
 from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
 from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
-from hf_immunize.training.diffusion.factors import merge_factors
+from hf_immunize.training.diffusion.factors import NOTABLE, merge_factors, told_rounding
 from hf_immunize.training.diffusion.references import WrongTargetGradients
 from hf_immunize.training.diffusion.setup import (
     Streams,
@@ -100,6 +101,8 @@ class DiffusionImmunizationTrainer:
         with fits_memory("model, optimizer and the copies that the objective needs", _LARGER):
             self._build(model, train_dataset, harmful_dataset, eval_dataset)
         self.step = 0
+        self.merge_rounding = 0.0
+        """Share of the LoRA update that merging into narrower weights took."""
         self.log_history: list[dict[str, float]] = []
 
     def _build(
@@ -151,7 +154,7 @@ class DiffusionImmunizationTrainer:
         self.average = EMAModel(self.changing.parameters, decay=args.ema_decay) if args.ema_decay else None
 
     def _batch(self, stream: NoisyStream, micro: int) -> NoisyBatch:
-        return stream.batch(micro, self.accelerator.device, next(self.bare.parameters()).dtype)
+        return stream.batch(micro, self.accelerator.device, dtype_of_rows(self.bare))
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -375,10 +378,12 @@ class DiffusionImmunizationTrainer:
                 f"max_loss_factor={self.args.max_loss_factor} {self.guard.why_nothing()}: the weights from before "
                 "immunization are returned. Lower the strength, add distillation, or train longer."
             )
-        if self.args.trainable == "lora":
-            merge_factors(self.bare)
-        for name, parameter in self.bare.named_parameters():
-            parameter.requires_grad_(self._asked[name])
+        if self.args.trainable == "lora" and self.args.merge_lora:
+            self.merge_rounding = merge_factors(self.bare)
+            if self.merge_rounding > NOTABLE:
+                self.accelerator.print(told_rounding(self.merge_rounding, next(self.bare.parameters()).dtype))
+        for name, parameter in self.bare.named_parameters():  # factors that were not merged stay as they are
+            parameter.requires_grad_(self._asked.get(name.replace(".base_layer.", "."), parameter.requires_grad))
         # Takes away Accelerate's casting forward: the model in memory answers as the one that is saved.
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         unshare_draws(self.bare)
@@ -392,7 +397,7 @@ class DiffusionImmunizationTrainer:
         """What a checkpoint may be continued with: options, model as it was given, rows, number of processes."""
         digest = hashlib.sha256()
         for name, value in sorted(self.bare.state_dict().items()):
-            digest.update(name.encode() + digest_pixels(value.detach().cpu().numpy()))
+            digest.update(name.encode() + digest_tensor(value))
         told = {name: None if held is None else held.fingerprint(source="", role="").sha256
                 for name, held in self._rows.items()}
         return {**scientific_options(self.args), "model": digest.hexdigest(), **told, "processes": world()[1]}
