@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
 from hf_immunize.training.diffusion.changing import ChangingPart
+from hf_immunize.training.diffusion.optimizer_state import as_tree, flatten_state, of_tree, restore_state
 
 _MODEL, _OPTIMIZER, _AVERAGE, _MARK = (
     "model.safetensors", "optimizer.safetensors", "average.safetensors", "trainer_state.json",
@@ -29,8 +31,35 @@ _WHAT_TO_DO = (
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, atomically."""
-    atomic_write(path, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
+    """One safetensors file, atomically; without a copy of everything in between.
+
+    Raises:
+        RecordError: the folder cannot be written or the disk is full; the old file is left as it was.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_apart(tensors), part)
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise RecordError(
+            f"expected to write {path}, got {error}: free disk space or choose a writable folder."
+        ) from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own, as safetensors wants them: copied where they are not so already."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        held = value.detach().cpu().contiguous()
+        place = held.untyped_storage().data_ptr()
+        found[name] = held.clone() if place in seen or held.untyped_storage().nbytes() != held.nbytes else held
+        seen.add(place)
+    return found
 
 
 def unmark(folder: Path) -> None:
@@ -50,12 +79,12 @@ def save_loop(
 ) -> None:
     """Write weights, optimizer, schedule and moving average; the mark, which holds ``options``, last."""
     write_tensors(folder / _MODEL, model.state_dict())
-    moments = optimizer.state_dict()["state"]
-    write_tensors(
-        folder / _OPTIMIZER,
-        {f"{index}.{name}": torch.as_tensor(value) for index, kept in moments.items() for name, value in kept.items()},
-    )
-    plain: dict[str, Any] = {"step": step, "log": log, "schedule": scheduler.state_dict(), "options": dict(options)}
+    moments, tree = flatten_state(optimizer)
+    schedule = as_tree(scheduler.state_dict(), "schedule", moments)
+    write_tensors(folder / _OPTIMIZER, moments)
+    plain: dict[str, Any] = {
+        "step": step, "log": log, "schedule": schedule, "options": dict(options), "optimizer": tree,
+    }
     if average is not None:
         write_tensors(folder / _AVERAGE, {str(i): value for i, value in enumerate(average.shadow_params)})
         plain["average_step"] = average.optimization_step
@@ -92,26 +121,17 @@ def load_loop(
     try:
         plain = json.loads((folder / _MARK).read_text(encoding="utf-8"))
         model.load_state_dict(load_file(folder / _MODEL), strict=True)
-        _load_moments(optimizer, load_file(folder / _OPTIMIZER))
-        scheduler.load_state_dict(plain["schedule"])
-        for group, rate in zip(optimizer.param_groups, plain["schedule"]["_last_lr"], strict=True):
-            group["lr"] = rate
+        kept = load_file(folder / _OPTIMIZER)
+        restore_state(optimizer, kept, plain["optimizer"])
+        scheduler.load_state_dict(of_tree(plain["schedule"], kept))
         if average is not None:
             kept = load_file(folder / _AVERAGE)
             for index, parameter in enumerate(average.shadow_params):
                 parameter.copy_(kept[str(index)])
             average.optimization_step = plain["average_step"]
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
     return plain["step"], plain["log"]
-
-
-def _load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def prune_checkpoints(folder: Path, keep: int, step: int) -> None:

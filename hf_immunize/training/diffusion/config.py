@@ -142,7 +142,20 @@ class DiffusionImmunizationConfig:
         default=32, metadata={"help": "Harmful rows per device and micro-batch; spectra are of the global batch."}
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (AdamW)."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    optim: str = field(
+        default="adamw_torch",
+        metadata={
+            "help": "The optimizer, by its name in TrainingArguments.optim: adamw_torch, adamw_torch_fused, adafactor, "
+            "sgd, adamw_bnb_8bit or paged_adamw_8bit (bitsandbytes), adamw_torch_8bit (torchao), …"
+        },
+    )
+    optim_args: str | None = field(
+        default=None, metadata={"help": "Arguments of the optimizer, as in TrainingArguments: 'momentum=0.9'."}
+    )
+    optim_target_modules: str | None = field(
+        default=None, metadata={"help": "GaLore and APOLLO: linear layers with low-rank moments, or 'all-linear'."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Name of a diffusers.optimization schedule."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})

@@ -42,6 +42,7 @@ from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, 
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
 from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import NOTABLE, merge_factors, told_rounding
+from hf_immunize.training.diffusion.optimizers import optimizer_of, weights_to_judge
 from hf_immunize.training.diffusion.references import WrongTargetGradients
 from hf_immunize.training.diffusion.setup import (
     Streams,
@@ -145,12 +146,12 @@ class DiffusionImmunizationTrainer:
 
     def _make_optimizer(self) -> None:
         args = self.args
-        self.optimizer = torch.optim.AdamW(
-            self.changing.parameters, lr=args.learning_rate, weight_decay=args.weight_decay
-        )
+        self.optimizer = optimizer_of(args, self.bare, self.changing.parameters)
         self.schedule = schedule_of(
             args.lr_scheduler_type, self.optimizer, warmup_steps=args.warmup_steps, steps=args.max_steps
         )
+        if hasattr(self.optimizer, "train"):  # schedule-free ones have two points, and train at one of them
+            self.optimizer.train()
         self.average = EMAModel(self.changing.parameters, decay=args.ema_decay) if args.ema_decay else None
 
     def _batch(self, stream: NoisyStream, micro: int) -> NoisyBatch:
@@ -317,7 +318,8 @@ class DiffusionImmunizationTrainer:
     def _judged_weights(self) -> Iterator[nn.Module]:
         """The weights that would be returned now: the moving average where there is one."""
         if self.average is None:
-            yield self.bare
+            with weights_to_judge(self.optimizer):
+                yield self.bare
             return
         self.average.store(self.changing.parameters)
         self.average.copy_to(self.changing.parameters)
@@ -370,6 +372,8 @@ class DiffusionImmunizationTrainer:
 
     def _finish(self) -> None:
         self._refuse_ruined()
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
         if self.average is not None:
             self.average.copy_to(self.changing.parameters)
         if self._initial and not self.guard.choose(self.changing):
