@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.training.core.distributed import norm_of
 from hf_immunize.training.core.terms import Term
 
 
@@ -61,15 +62,19 @@ class TermWeights:
         """Whether G still has to be measured."""
         return self.fixed is None and self.reference is None
 
-    def update(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """λ for this step, as zero-dimensional float64 tensors on the gradients' device."""
+    def update(self, gradients: Mapping[str, Tensor | Sequence[Tensor]]) -> dict[str, Tensor]:
+        """λ for this step, as zero-dimensional float64 tensors on the gradients' device.
+
+        A gradient at weights is a sequence of tensors, which are not put together.
+        """
         lambdas = {}
         for name, gradient in gradients.items():
+            parts = [gradient] if isinstance(gradient, Tensor) else gradient
             scale = self.strength * self.factor * self.site_share * self.shares[name]
-            if self.fixed is not None:
-                lambdas[name] = gradient.new_full((), scale * self.fixed[name])  # filled there, not copied
+            if self.fixed is not None:  # filled there, not copied
+                lambdas[name] = parts[0].new_full((), scale * self.fixed[name], dtype=torch.float64)
                 continue
-            norm = torch.linalg.vector_norm(gradient)
+            norm = norm_of(parts)
             old = self.norms.get(name)
             mean = norm if old is None else self.DECAY * old.to(norm) + (1 - self.DECAY) * norm
             if old is not None:

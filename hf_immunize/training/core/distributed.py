@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_BUCKET = 2**28
+"""Bytes that one all-reduce carries at most, unless a single tensor is larger."""
+_PIECE = 2**22
+"""Numbers whose squares are in float64 at a time."""
 
 
 def world() -> tuple[int, int]:
@@ -35,6 +42,43 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     everything = torch.stack([parts[owner][row] for row, owner in order])
     mine = torch.tensor([place for place, (_, owner) in enumerate(order) if owner == rank], device=rows.device)
     return everything, mine
+
+
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Mean over ranks, in place and in the tensors' own dtype: one all-reduce for each 256 MiB of one dtype."""
+    _, size = world()
+    if size == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        dist.all_reduce(flat)
+        flat /= size
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for same in kinds.values():
+        bucket: list[Tensor] = []
+        for tensor in same:
+            if bucket and sum(held.nbytes for held in bucket) + tensor.nbytes > _BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        yield bucket
+
+
+def norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of all tensors together, float64; no more than a few million numbers are in float64 at once."""
+    squares = [
+        torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+        for tensor in tensors
+        for piece in tensor.detach().reshape(-1).split(_PIECE)
+    ]
+    return torch.stack(squares).sum().sqrt()
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

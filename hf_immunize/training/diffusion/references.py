@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
 from hf_immunize.features import Captured, RowLayout, capture_inputs
-from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.distributed import average_over_ranks, gather_rows, norm_of, world
 from hf_immunize.training.diffusion.stream import NoisyBatch
 
 
@@ -46,16 +45,21 @@ class WrongTargetGradients:
         for place, gradient in enumerate(found[len(moved) :]):
             if gradient is not None:
                 held = self._sums[place]
-                self._sums[place] = gradient.detach() if held is None else held + gradient
+                self._sums[place] = gradient.detach() if held is None else held.add_(gradient)
         self._count += 1
 
     def norms(self) -> tuple[dict[str, Tensor], Tensor]:
-        """The norm over the global batch at the pooled features of each site, and at the trained weights."""
+        """The norm over the global batch at the pooled features of each site, and at the trained weights.
+
+        Called once: on several ranks the sums are averaged in place.
+        """
         place = self._trained[0] if self._trained else next(self._model.parameters())
         nothing = place.new_zeros((), dtype=torch.float64)
         at_sites = {site: torch.stack(found).sum().sqrt() / self._count if found else nothing
                     for site, found in self._squares.items()}
-        return at_sites, _mean_norm(self._sums) / self._count
+        sums = [held for held in self._sums if held is not None]
+        average_over_ranks(sums)
+        return at_sites, (norm_of(sums) if sums else nothing) / self._count
 
 
 def wrong_target_gradients(
@@ -75,11 +79,3 @@ def _pooled_norm(caught: Captured, site: str, gradient: Tensor) -> Tensor:
     layout, images = caught.layout(site), caught.images(site)
     everywhere, _ = gather_rows(layout.rows(gradient, images) * layout.positions(gradient, images))
     return torch.linalg.vector_norm(everywhere.double()) / world()[1]
-
-
-def _mean_norm(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Norm of the ranks' mean gradient."""
-    flat = torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None])
-    if world()[1] > 1:
-        dist.all_reduce(flat)
-    return torch.linalg.vector_norm(flat / world()[1])

@@ -23,11 +23,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses, dtype_of_rows
-from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
 from hf_immunize.training.core.terms import Side, Term
 from hf_immunize.training.diffusion.attacker import Attacker
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
@@ -154,7 +153,7 @@ class SimulatedAttack:
         for parameter in self._attacker.asked:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._average([parameter.grad for parameter in self._attacker.asked])
+        average_over_ranks([parameter.grad for parameter in self._attacker.asked])
         return mean_over_ranks(loss)
 
     def _loss(self, step: int, attack_step: int) -> Tensor:
@@ -164,11 +163,3 @@ class SimulatedAttack:
         with same_draws(batch.noisy.device, self._seed, "attack", step, attack_step):
             answer = self._denoiser.call(self._attacker.model, batch.noisy, batch.timesteps, batch.conditions)
         return denoising_losses(answer, batch.target).mean()
-
-    @staticmethod
-    def _average(gradients: list[Tensor]) -> None:
-        """Mean over ranks, in place."""
-        if world()[1] > 1:
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-                gradient /= world()[1]

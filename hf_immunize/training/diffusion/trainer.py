@@ -286,11 +286,11 @@ class DiffusionImmunizationTrainer:
         with self.accelerator.autocast():
             value, gradients = self.terms.attack.gradient(self.bare, self.step)
         trained = {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
-        flat = torch.cat([gradients[name].double().flatten() for name in trained])
-        weight = self.terms.attack_weights.update({SIMULATED_TERM.name: flat})[SIMULATED_TERM.name]
+        told = {SIMULATED_TERM.name: [gradients[name] for name in trained]}
+        weight = self.terms.attack_weights.update(told)[SIMULATED_TERM.name]
         for name, parameter in trained.items():
-            added = weight.to(parameter) * gradients[name]
-            parameter.grad = added if parameter.grad is None else parameter.grad + added
+            added = gradients[name].mul_(weight.to(parameter))
+            parameter.grad = added if parameter.grad is None else parameter.grad.add_(added)
         self.meter.add({SIMULATED_TERM.name: value, f"lambda/{SIMULATED_TERM.name}": weight})
 
     # ---- measuring before, between and after ----------------------------------------------------------------------
