@@ -219,3 +219,13 @@ def test_another_precision_is_another_cache(make_trainer, make_vit, tmp_path, an
         AcceleratorState._reset_state(reset_partial_state=True)
         make_trainer(trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path), bf16=half)
         assert len([path for path in tmp_path.iterdir() if path.is_dir() and path.name != "run"]) == folders
+
+
+def test_filling_the_cache_takes_no_more_rows_at_a_time_than_a_step_does(make_trainer, make_vit, tmp_path):
+    model, seen = make_vit(layers=3), []
+    model.vit.embeddings.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    trainer = make_trainer(
+        model=model, trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c"),
+        per_device_train_batch_size=3, per_device_harmful_batch_size=6,
+    )  # fmt: skip
+    assert seen and max(seen) <= 6 and trainer.args.per_device_eval_batch_size == 8

@@ -166,8 +166,12 @@ class DiffusionImmunizationConfig:
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for activation memory."})
     mixed_precision: str = field(default="no", metadata={"help": "no or bf16."})
-    eval_batch_size: int = field(
-        default=256, metadata={"help": "Rows at a time when the guard evaluates and images are drawn."}
+    eval_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows at a time when the guard evaluates and images are drawn. Default: "
+            "per_device_train_batch_size, which fits where a step does."
+        },
     )
     eval_steps: int = field(default=50, metadata={"help": "Steps between evaluations of the guard."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between log entries."})
@@ -180,6 +184,8 @@ class DiffusionImmunizationConfig:
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is a GPU."})
 
     def __post_init__(self) -> None:
+        if self.eval_batch_size is None:
+            self.eval_batch_size = self.per_device_train_batch_size
         for name in (
             "strength", "distillation", "primary_loss_weight", "attacker_learning_rate", "ema_decay", "weight_decay",
             "warmup_steps", "max_grad_norm",

@@ -51,6 +51,7 @@ class OutcomeMeter:
         held_out: whether training does not see them.
         capture: given a model and a batch, runs a forward and returns the captured inputs of ``sites`` and ``head``.
         terms, settings: the objective; terms of harmful rows are measured, summed over sites by their weights.
+        most_rows: rows that fit at a time.
     """
 
     def __init__(
@@ -65,13 +66,15 @@ class OutcomeMeter:
         head: str,
         terms: Sequence[Term],
         settings: TermSettings,
+        most_rows: int = _BATCH,
     ):
         chosen = pick_rows(labels)
         self._labels = torch.tensor([labels[row] for row in chosen])
         # A generator of its own: looking must not change what is drawn in training.
         self._loader = DataLoader(
-            Subset(rows, chosen), batch_size=_BATCH, collate_fn=collate, generator=torch.Generator().manual_seed(0)
-        )
+            Subset(rows, chosen), batch_size=min(_BATCH, most_rows), collate_fn=collate,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
         self._capture, self._sites, self._head = capture, dict(sites), head
         self._terms, self._settings = [term for term in terms if term.side == "harmful"], settings
         self.held_out = held_out

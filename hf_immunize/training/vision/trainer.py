@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from hf_immunize.data import NamedRows, collate_pixels, has_transform, named_workers, output_names
+from hf_immunize.data import NamedRows, collate_pixels, forward_rows, has_transform, named_workers, output_names
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
@@ -238,7 +238,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             labels if held is None else held,
             held_out=held is not None, collate=self.data_collator, capture=self._capture_rows,
             sites={site: weights.site_share for site, weights in self.objective.weights.items()}, head=self.site,
-            terms=self.objective.terms, settings=self.objective.settings,
+            terms=self.objective.terms, settings=self.objective.settings, most_rows=self._largest_batch,
         )
 
     def _capture_rows(self, model: nn.Module, batch: dict[str, Any]) -> Captured:
@@ -269,6 +269,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             collate_with_labels(collate_pixels, self.kind),
             str(self.accelerator.mixed_precision),
             self.accelerator.autocast,
+            min(forward_rows(self.frozen.boundary.image, self.args.device), self._largest_batch),
         )
         teacher = self.args.distillation > 0
         self.train_dataset = cache.dataset(self.train_dataset, primary_labels, "train_dataset", teacher=teacher)
@@ -277,6 +278,11 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             self.eval_dataset = cache.dataset(self.eval_dataset, labels, "eval_dataset")
         self._cache = cache
         return cache.dataset(self.harmful_dataset, harmful_labels, "harmful_dataset")
+
+    @property
+    def _largest_batch(self) -> int:
+        """Rows that go forward at once in training: as many fit where no graph is kept."""
+        return max(self.args.per_device_train_batch_size, self.args.per_device_harmful_batch_size)
 
     def _stream(self, dataset: Any, labels: list[int]) -> HarmfulStream:
         args = self.args
