@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification, set_seed
 
 from hf_immunize.data import Task, TaskArguments, describe_source, for_model, names_classes, warn_of_copies
@@ -35,7 +36,9 @@ from hf_immunize.records import (
     weight_files,
 )
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.training.core.memory import Memory, told
 from hf_immunize.training.vision.checkpoints import last_complete_checkpoint, scientific_options
+from hf_immunize.training.vision.planning import plan_memory
 from hf_immunize.training.vision.record import immunization_record, training_spectra
 
 
@@ -55,6 +58,9 @@ class BaseArguments:
     )
     base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a base on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Say what the run would hold in memory, from the config alone, and leave."}
+    )
     require: bool = field(
         default=False,
         metadata={"help": "Leave with an error unless the last line says IMMUNIZED; model and record are written."},
@@ -80,6 +86,28 @@ def load_base(options: BaseArguments, label_names: list[str]) -> tuple:
         folder, name=name, architecture=type(model).__name__, parameters=model.num_parameters(), source=source
     )
     return model, processor, print_of
+
+
+def dry_run(options: BaseArguments, label_names: list[str], args: ImmunizationConfig) -> str:
+    """Memory of the run by purpose, on 1, 2 and 8 devices: no weight is read, and no row of data."""
+    refuse_folder(options.base_path)
+    folder, _ = local_folder(options.base_path, revision=options.base_revision, with_code=options.trust_remote_code)
+    trusted = {"trust_remote_code": options.trust_remote_code}
+    image = image_shape(load_processor(folder, **trusted))
+    config = AutoConfig.from_pretrained(folder, num_labels=len(label_names), **trusted)
+
+    def plan(**devices: Any) -> Memory:
+        with torch.device("meta"):
+            model = AutoModelForImageClassification.from_config(config, dtype=torch.float32, **trusted)
+        return plan_memory(model, args, image, **devices)
+
+    return told(plan)
+
+
+def image_shape(processor: Any) -> tuple[int, int, int]:
+    """What the processor makes of a photograph."""
+    pixels = processor(Image.new("RGB", (640, 480)), return_tensors="pt")["pixel_values"]
+    return tuple(pixels.shape[1:])
 
 
 def load_weights(folder: Path, options: BaseArguments, label_names: list[str]) -> Any:
@@ -113,6 +141,9 @@ def main() -> None:
     if base_options.from_scratch:
         refuse_base_options(args)
     primary, harmful = Task(task_options, "primary"), Task(task_options, "harmful")
+    if base_options.dry_run:
+        print(dry_run(base_options, primary.label_names, args))
+        return
     warn_of_copies(primary, harmful)
     set_seed(args.seed)
     model, processor, base = load_base(base_options, primary.label_names)

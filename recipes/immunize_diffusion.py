@@ -21,6 +21,7 @@ from hf_immunize.diffusion import (
     denoiser_of,
     draw_latents,
     grid_png,
+    hollow_denoiser,
     load_pipeline,
 )
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
@@ -36,8 +37,10 @@ from hf_immunize.records import (
     finish_run,
     weight_files,
 )
+from hf_immunize.training.core.memory import Memory, told
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 from hf_immunize.training.diffusion.config import scientific_options
+from hf_immunize.training.diffusion.planning import plan_memory
 from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 
@@ -54,6 +57,10 @@ class BaseArguments:
         },
     )
 
+    dry_run: bool = field(
+        default=False, metadata={"help": "Say what the run would hold in memory, from the config alone, and leave."}
+    )
+
     def __post_init__(self) -> None:
         if self.base_precision not in ("float32", "bfloat16"):
             raise ConfigError(f"expected base_precision float32 or bfloat16, got {self.base_precision!r}.")
@@ -62,6 +69,15 @@ class BaseArguments:
     def dtype(self) -> torch.dtype:
         """``base_precision`` as torch calls it."""
         return getattr(torch, self.base_precision)
+
+
+def dry_run(folder: str, base: BaseArguments, args: DiffusionImmunizationConfig) -> str:
+    """Memory of the run by purpose, on 1, 2 and 8 devices: no weight is read, and no row of data."""
+
+    def plan(**devices) -> Memory:
+        return plan_memory(hollow_denoiser(folder, base.dtype), args, **devices)
+
+    return told(plan)
 
 
 def fingerprint(folder: str, model) -> ModelFingerprint:
@@ -144,6 +160,9 @@ def main() -> None:
     task_options, base_options, args = parse_options(
         (ConceptArguments, BaseArguments, DiffusionImmunizationConfig), description=__doc__.splitlines()[0]
     )
+    if base_options.dry_run:
+        print(dry_run(base_options.base_path, base_options, args))
+        return
     pipeline, task = load_pipeline(base_options.base_path, denoiser_dtype=base_options.dtype), ConceptTask(task_options)
     names = ("retain train", "retain validation", "harmful defense")
     splits = {name: task.examples(*name.split()) for name in names}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 
 from accelerate import PartialState
-from immunize_diffusion import BaseArguments, immunize
+from immunize_diffusion import BaseArguments, dry_run, immunize
 
 from hf_immunize.diffusion import load_pipeline
 from hf_immunize.diffusion.prompts import PromptArguments, PromptTask
@@ -31,6 +31,9 @@ def main() -> None:
     )
     with PartialState(cpu=args.use_cpu).local_main_process_first():
         folder = fetch(base.base_path)
+    if base.dry_run:
+        print(dry_run(folder, base, args))
+        return
     pipeline = load_pipeline(folder, denoiser_dtype=base.dtype)
     task = PromptTask(given, pipeline)
     names = ("retain train", "retain validation", "harmful defense")

@@ -19,7 +19,7 @@ from hf_immunize.diffusion.exam import EVAL_BATCH_SIZE, SCORE, DenoisingExam, Ex
 from hf_immunize.diffusion.examples import LatentBatch, LatentDataset, PromptConditions
 from hf_immunize.diffusion.memory import fits_memory
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
-from hf_immunize.diffusion.pipelines import component_of, differences, fresh_denoiser, load_pipeline
+from hf_immunize.diffusion.pipelines import component_of, differences, fresh_denoiser, hollow_denoiser, load_pipeline
 from hf_immunize.diffusion.schedules import schedule_of
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "fits_memory",
     "fresh_denoiser",
     "grid_png",
+    "hollow_denoiser",
     "load_pipeline",
     "schedule_of",
     "split_grid",

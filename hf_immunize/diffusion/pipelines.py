@@ -68,6 +68,26 @@ def _denoisers(folder: Path) -> list[str]:
     return [name for name, entry in index.items() if isinstance(entry, list) and entry[-1] in known]
 
 
+def hollow_denoiser(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The denoiser of a pipeline's folder on the meta device, from its config alone: shapes without weights.
+
+    Raises:
+        ModelError: no denoiser that is in ``DENOISERS``.
+    """
+    refuse_folder(folder)
+    try:
+        (name,) = _denoisers(Path(folder))
+        config = json.loads((Path(folder) / name / "config.json").read_text(encoding="utf-8"))
+        kinds = {kind.__name__: kind for kind in DENOISERS}
+        with torch.device("meta"):
+            return kinds[config["_class_name"]].from_config(config).to(dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"expected a pipeline with one denoiser among {sorted(kind.__name__ for kind in DENOISERS)} in {folder}, "
+            f"got {type(error).__name__}: {error}: check the path."
+        ) from error
+
+
 def _variant(folder: Path) -> str | None:
     """The variant, e.g. ``fp16``, to ask for where some part has no plain weights. Raises ModelError for several."""
     parts = sorted(path for path in folder.iterdir() if path.is_dir())
