@@ -15,6 +15,7 @@ from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess, denoisi
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import RowLayout
 from hf_immunize.models import refuse_non_finite
+from hf_immunize.training.core.attack_terms import IMMA_TERM
 from hf_immunize.training.core.balancing import check_numbers, numbers_of
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.draws import same_draws
@@ -28,7 +29,6 @@ from hf_immunize.training.core.registry import (
     refuse_one_class,
     terms_of,
 )
-from hf_immunize.training.core.simulated import IMMA_TERM
 from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import TermSettings
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
