@@ -24,12 +24,15 @@ class StrictCheckpointMixin:
     objective: Any
     average: Any
     attacker: Any
+    temperature: Any
     guard: Any
     watch: Watch
 
     @property
     def _stateful(self) -> dict[str, Any]:
         parts = {"objective": self.objective, "average": self.average, "attacker": self.attacker}
+        if self.args.distillation:
+            parts["temperature"] = self.temperature
         return {name: part for name, part in parts.items() if part is not None}
 
     def _refuse_ruined(self) -> None:

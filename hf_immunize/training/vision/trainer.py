@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
@@ -27,7 +28,7 @@ from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.checkpointing import StrictCheckpointMixin
 from hf_immunize.training.vision.checks import check_data, check_harmful, check_unlabelled, head_of, matched
 from hf_immunize.training.vision.config import ImmunizationConfig
-from hf_immunize.training.vision.distillation import feature_distance
+from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly, feature_distance
 from hf_immunize.training.vision.frozen import (
     BoundaryDataset,
     FeatureCache,
@@ -175,6 +176,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
         self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
         self.watch = Watch(terms)
+        self.temperature = Temperature()
         self.meter = Meter(self.watch)
         self.frozen = FrozenPart(model, sample.shape)
         self.objective = GlobalObjective(
@@ -298,13 +300,18 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
 
         What a transform reads is kept; of what it makes, the collator drops what no forward takes.
         """
-        if hasattr(dataset, "column_names") and not has_transform(dataset):
-            dataset = self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
+        dataset = self._readable(dataset, description)
         name = "train_dataset" if description == "Training" else "eval_dataset"
         loader = super()._get_dataloader(NamedRows(dataset, name), description, *args, **kwargs)
         if self.args.dataloader_num_workers:
             getattr(loader, "base_dataloader", loader).timeout = self.args.dataloader_timeout
         return loader
+
+    def _readable(self, dataset: Any, description: str) -> Any:
+        """Without columns that no forward takes."""
+        if hasattr(dataset, "column_names") and not has_transform(dataset):
+            return self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
+        return dataset
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; a worker that fails is named."""
@@ -323,6 +330,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
                 if self.eval_dataset is not None and self.kind != UNLABELLED:
                     self.guard.base = self._measure_base()
                 self._measure_references()
+                if self.args.distillation:
+                    self._measure_temperature()
                 set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._finish()
@@ -337,6 +346,18 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         config = self.accelerator.unwrap_model(self.model).config
         self._base_labels.refuse_other_order(output_names(config.id2label), "eval_dataset")
         return points
+
+    @torch.no_grad()
+    def _measure_temperature(self) -> None:
+        """The temperature of distillation, from θ₀'s outputs on a choice of rows that no rank or batch decides."""
+        bare = self.accelerator.unwrap_model(self.model).eval()
+        rows, outputs, labels = self._readable(self.train_dataset, "Temperature"), [], []
+        for batch in DataLoader(evenly(rows, ROWS), 32, collate_fn=self.data_collator, generator=torch.Generator()):
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                outputs.append(self._forward(bare, batch)["logits"].double().cpu())
+            labels.append(batch["labels"].cpu())
+        self.temperature.measure(torch.cat(outputs), torch.cat(labels), self.kind)
 
     def compute_loss(
         self,
@@ -387,7 +408,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             target, features = theirs.get("logits"), teacher[self.site]
         total: Tensor | float = 0.0
         if self.args.distillation:
-            distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind)
+            distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind, self.temperature.value)
             self.meter.add({"distillation": mean_over_ranks(distance)})
             total = total + self.args.distillation * distance
         if features is not None and self.args.feature_distillation:
