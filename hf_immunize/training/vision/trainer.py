@@ -408,7 +408,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             target, features = theirs.get("logits"), teacher[self.site]
         total: Tensor | float = 0.0
         if self.args.distillation:
-            distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind, self.temperature.value)
+            ours, temperature = outputs["logits"], self.temperature.value
+            distance = divergence(ours, target.to(ours.dtype), self.kind, temperature)
             self.meter.add({"distillation": mean_over_ranks(distance)})
             total = total + self.args.distillation * distance
         if features is not None and self.args.feature_distillation:
