@@ -1,4 +1,4 @@
-"""What a term asks of the network does not depend on the scale of the features: φ → cφ, and a head that divides by c."""
+"""What a term asks of the network does not depend on the scale of the features: φ → cφ, with a head that divides."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ class GuardedMixin:
         bare = self.accelerator.unwrap_model(self.model)
         points = self._metric_points(metrics)
         self.objective.factor = self.guard.observe(
-            self.state.global_step, points, progress, self.objective.factor, bare
+            self.state.global_step, points, progress, self.objective.factor, bare,
+            ahead=1 - self.state.global_step / max(self.state.max_steps, 1),
         )
         assert self.guard.base is not None
         self.log({"primary_drop": self.guard.base - points, "strength_factor": self.objective.factor})
