@@ -33,9 +33,9 @@ class UtilityGuard:
     Above the allowance the factor is halved, unless the drop has shrunk by a quarter since the last evaluation: it
     takes steps to recover, and a factor that is halved meanwhile ends at nothing. For the same reason this allowance
     is ``1 + 3·ahead`` times as wide, ``ahead`` the share of the run that is still to come. Below half of the allowance
-    itself the factor grows by a quarter, up to ``max_factor``. Of the evaluations within the allowance the one with the most
-    progress on the terms is kept, of equal ones the latest; the model before immunization counts as one of them, so
-    there is always something to return.
+    itself the factor grows by a quarter, up to ``max_factor``. Of the evaluations within the allowance the one with
+    the most progress on the terms is kept, of equal ones the latest; the model before immunization counts as one of
+    them, so there is always something to return.
 
     Args:
         allowed: largest drop in points of the metric; None watches and reports only.
