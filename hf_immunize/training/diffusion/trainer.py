@@ -326,7 +326,7 @@ class DiffusionImmunizationTrainer:
 
     def _guard_step(self) -> None:
         with self._judged_weights():
-            self._guarded.check(self.step, self._points())
+            self._guarded.check(self.step, self._points(), self.args.max_steps)
 
     def _refuse_ruined(self) -> None:
         self.watch.settle()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
@@ -33,7 +34,7 @@ from hf_immunize.training.vision.callbacks import Averaging, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer
 from hf_immunize.training.vision.checks import check_data, check_harmful, check_unlabelled, head_of, matched
 from hf_immunize.training.vision.config import ImmunizationConfig
-from hf_immunize.training.vision.distillation import feature_distance
+from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly, feature_distance
 from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.frozen import (
     BoundaryDataset,
@@ -187,10 +188,12 @@ class ImmunizationTrainer(StrictTrainer):
         self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
         told = f"max_primary_drop={args.max_primary_drop}"
         self.guarded = GuardedRun(self.guard, self.watch, self.step, model, told)
+        self.temperature = Temperature()
         self.guard_record = None
         self.outcome: OutcomeRecord | None = None
         """Whether it worked; set when training ends."""
         parts = {"step": self.step, "average": self.average, "attacker": self.attacker}
+        parts |= {"temperature": self.temperature} if args.distillation else {}
         self.checkpoint_state = CheckpointState(parts, self.guard, self.watch)
         self.add_callback(Watching(self.watch))
         if self.average:
@@ -273,13 +276,18 @@ class ImmunizationTrainer(StrictTrainer):
 
         What a transform reads is kept; of what it makes, the collator drops what no forward takes.
         """
-        if hasattr(dataset, "column_names") and not has_transform(dataset):
-            dataset = self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
+        dataset = self._readable(dataset, description)
         name = "train_dataset" if description == "Training" else "eval_dataset"
         loader = super()._get_dataloader(NamedRows(dataset, name), description, *args, **kwargs)
         if self.args.dataloader_num_workers:
             getattr(loader, "base_dataloader", loader).timeout = self.args.dataloader_timeout
         return loader
+
+    def _readable(self, dataset: Any, description: str) -> Any:
+        """Without columns that no forward takes."""
+        if hasattr(dataset, "column_names") and not has_transform(dataset):
+            return self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
+        return dataset
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; a worker that fails is named."""
@@ -294,6 +302,8 @@ class ImmunizationTrainer(StrictTrainer):
                 if self.eval_dataset is not None and self.kind != UNLABELLED:
                     self.guard.base = self._measure_base()
                 self._measure_references()
+                if self.args.distillation:
+                    self._measure_temperature()
                 set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._finish()
@@ -368,7 +378,8 @@ class ImmunizationTrainer(StrictTrainer):
             target, features = theirs.get("logits"), teacher[self.site]
         total: Tensor | float = 0.0
         if self.args.distillation:
-            distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind)
+            ours, temperature = outputs["logits"], self.temperature.value
+            distance = divergence(ours, target.to(ours.dtype), self.kind, temperature)
             self.meter.add({"distillation": mean_over_ranks(distance)})
             total = total + self.args.distillation * distance
         if features is not None and self.args.feature_distillation:
@@ -387,6 +398,18 @@ class ImmunizationTrainer(StrictTrainer):
         points = self._points(self.evaluate(metric_key_prefix="base"), "base")
         self._base_labels.refuse_other_order(output_names(self.bare.config.id2label), "eval_dataset")
         return points
+
+    @torch.no_grad()
+    def _measure_temperature(self) -> None:
+        """The temperature of distillation, from θ₀'s outputs on a choice of rows that no rank or batch decides."""
+        bare, outputs, labels = self.bare.eval(), [], []
+        rows = evenly(self._readable(self.train_dataset, "Temperature"), ROWS)
+        for batch in DataLoader(rows, 32, collate_fn=self.data_collator, generator=torch.Generator()):
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                outputs.append(self.forwards.features(bare, bare, batch)["logits"].double().cpu())
+            labels.append(batch["labels"].cpu())
+        self.temperature.measure(torch.cat(outputs), torch.cat(labels), self.kind)
 
     def _measure_references(self) -> None:
         """G wherever a balance needs it and has none yet: the primary loss's pull with every label wrong.
@@ -438,8 +461,11 @@ class ImmunizationTrainer(StrictTrainer):
         with self.average.swapped(self.bare) if self.average else contextlib.nullcontext():
             metrics = super()._evaluate(*args, **kwargs)
             if self.guarded.on:
-                self.log(self.guarded.check(self.state.global_step, self._points(metrics)))
+                self.log(self._checked(metrics))
         return metrics
+
+    def _checked(self, metrics: dict[str, float]) -> dict[str, float]:
+        return self.guarded.check(self.state.global_step, self._points(metrics), self.state.max_steps)
 
     def _finish(self) -> None:
         """Give the model the weights that are returned, and say whether they are what was asked for."""
@@ -448,7 +474,7 @@ class ImmunizationTrainer(StrictTrainer):
             self.average.copy_to(self.bare)
         if self.guarded.on:
             if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
-                self.log(self.guarded.check(self.state.global_step, self._points(self.evaluate())))
+                self.log(self._checked(self.evaluate()))
             self.guard_record = self.guarded.finish(
                 lambda: self._points(self.evaluate(metric_key_prefix="final"), "final")
             )
