@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -63,23 +63,8 @@ class TermWeights:
 
     def update(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """λ for this step, as zero-dimensional float64 tensors on the gradients' device."""
-        lambdas = {}
-        for name, gradient in gradients.items():
-            scale = self.strength * self.factor * self.site_share * self.shares[name]
-            if self.fixed is not None:
-                lambdas[name] = gradient.new_full((), scale * self.fixed[name])  # filled there, not copied
-                continue
-            norm = torch.linalg.vector_norm(gradient)
-            old = self.norms.get(name)
-            mean = norm if old is None else self.DECAY * old.to(norm) + (1 - self.DECAY) * norm
-            if old is not None:
-                # A hinge that is satisfied has no gradient; averaging its zeros in would blow up the next nonzero one.
-                mean = torch.where(norm > 0, mean, old.to(norm))
-            self.norms[name] = mean
-            assert self.reference is not None, "reference is measured before the first step"
-            ratio = scale * self.reference.to(norm) / mean
-            lambdas[name] = torch.where(mean > 0, ratio, torch.zeros_like(ratio))
-        return lambdas
+        together = update_together([self], {name: gradient[None] for name, gradient in gradients.items()})
+        return {name: value[0] for name, value in together.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors."""
@@ -94,3 +79,44 @@ class TermWeights:
         self.factor = float(state["factor"])
         self.reference = state.get("reference")
         self.norms = {name.removeprefix("norm."): norm for name, norm in state.items() if name.startswith("norm.")}
+
+
+def update_together(sites: Sequence[TermWeights], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``TermWeights.update`` of S sites at once: from S×… gradients per term, S λ per term, each of its own site.
+
+    Sites are those of one objective: fixed weights for all, or auto for all.
+    """
+    lambdas = {}
+    for name, gradient in gradients.items():
+        scales = [one.strength * one.factor * one.site_share * one.shares[name] for one in sites]
+        fixed = [one.fixed[name] for one in sites if one.fixed is not None]
+        if fixed:
+            lambdas[name] = numbers([a * b for a, b in zip(scales, fixed, strict=True)], gradient)
+            continue
+        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+        mean = _running_mean([one.norms.get(name) for one in sites], norm)
+        references = []
+        for one, own in zip(sites, mean, strict=True):
+            assert one.reference is not None, "reference is measured before the first step"
+            one.norms[name], one.reference = own, one.reference.to(norm)
+            references.append(one.reference)
+        ratio = numbers(scales, norm) * torch.stack(references) / mean
+        lambdas[name] = torch.where(mean > 0, ratio, torch.zeros_like(ratio))
+    return lambdas
+
+
+def _running_mean(old: Sequence[Tensor | None], norm: Tensor) -> Tensor:
+    """ḡ of each site, from its last one (None for none yet) and the norms of this step."""
+    if all(value is None for value in old):
+        return norm
+    last = torch.stack([own if value is None else value.to(norm) for value, own in zip(old, norm, strict=True)])
+    mean = TermWeights.DECAY * last + (1 - TermWeights.DECAY) * norm
+    # A hinge that is satisfied has no gradient; averaging its zeros in would blow up the next nonzero one.
+    return torch.where(norm > 0, mean, last)
+
+
+def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """Plain numbers as a vector on the device and in the dtype of ``like``, without waiting for the device."""
+    if all(value == values[0] for value in values):
+        return like.new_full((len(values),), values[0])  # filled there, not copied
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)

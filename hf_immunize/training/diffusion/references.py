@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
 from hf_immunize.features import Captured, RowLayout, capture_inputs
-from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.distributed import gather_rows, sum_over_ranks, world
 from hf_immunize.training.diffusion.stream import NoisyBatch
 
 
@@ -80,6 +79,5 @@ def _pooled_norm(caught: Captured, site: str, gradient: Tensor) -> Tensor:
 def _mean_norm(gradients: Sequence[Tensor | None]) -> Tensor:
     """Norm of the ranks' mean gradient."""
     flat = torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None])
-    if world()[1] > 1:
-        dist.all_reduce(flat)
+    sum_over_ranks([flat])
     return torch.linalg.vector_norm(flat / world()[1])

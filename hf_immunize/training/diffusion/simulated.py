@@ -23,11 +23,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
-from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
 from hf_immunize.training.core.terms import Side, Term
 from hf_immunize.training.diffusion.attacker import Attacker
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
@@ -168,7 +167,4 @@ class SimulatedAttack:
     @staticmethod
     def _average(gradients: list[Tensor]) -> None:
         """Mean over ranks, in place."""
-        if world()[1] > 1:
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-                gradient /= world()[1]
+        average_over_ranks(gradients)

@@ -30,7 +30,7 @@ from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
-from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import SIDES, MicroBatch, SiteGradients
@@ -207,6 +207,7 @@ class DiffusionImmunizationTrainer:
                 self.accelerator.backward(self._micro_loss(first + place, given))
         if self.terms.attack is not None:
             self._add_attack()
+        self.meter.end_step()
 
     def _micro_loss(self, micro: int, planned: SiteGradients | None) -> Tensor:
         """Retain loss and distillation of one micro-batch, plus a zero whose gradient is the feature terms'."""
@@ -216,7 +217,7 @@ class DiffusionImmunizationTrainer:
             answer = self._answer(self.model, retain)
         features["primary"] = dict(caught.items())
         loss = self._retain_loss(answer, retain)
-        self.meter.add({"retain_loss": mean_over_ranks(loss)})
+        self.meter.add({"retain_loss": loss}, local=True)
         total = (self.args.primary_loss_weight * loss + self._distill(answer, retain)) / self._accumulation
         if self.terms.objective is None:
             return total
@@ -260,7 +261,7 @@ class DiffusionImmunizationTrainer:
         with torch.no_grad(), self.accelerator.autocast():
             wanted = self._answer(self.teacher, batch)
         distance = denoising_losses(answer, wanted).mean()
-        self.meter.add({"distillation": mean_over_ranks(distance)})
+        self.meter.add({"distillation": distance}, local=True)
         return self.args.distillation * distance
 
     def _plan(self, micros: range) -> list[SiteGradients]:

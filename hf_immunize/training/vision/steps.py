@@ -159,7 +159,7 @@ class StepMixin:
             with self._same_draws(place), self.compute_loss_context_manager():  # type: ignore[attr-defined]
                 with attacker.attached(model, learning=True), capture_inputs(model, at_site) as caught:
                     self._forward(model, inputs)
-            return caught[site], inputs["labels"]
+            return caught[site], torch.tensor(harmful["classes"])  # on the CPU, where reading them waits for nothing
 
         def loss_of(rows: Rows) -> Tensor:
             rows.memory = self.objective.memory[site].get(IMMA.name, {})

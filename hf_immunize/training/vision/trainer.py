@@ -18,7 +18,6 @@ from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.training.core.average import WeightAverage
-from hf_immunize.training.core.distributed import mean_over_ranks
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
@@ -74,11 +73,12 @@ class _Averaging(TrainerCallback):
 class _Watching(TrainerCallback):
     """Stops a run whose numbers are not finite, however rarely it logs."""
 
-    def __init__(self, watch: Watch):
-        self._watch = watch
+    def __init__(self, watch: Watch, meter: Meter):
+        self._watch, self._meter = watch, meter
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After every optimizer step; values are read when that costs nothing, or has waited long enough."""
+        self._meter.end_step()
         if self._watch.is_due:
             self._watch.settle()
 
@@ -209,7 +209,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         args = self.args
         guarded = args.max_primary_drop is not None
         self._initial = {k: v.cpu().clone() for k, v in model.state_dict().items()} if guarded else None
-        self.add_callback(_Watching(self.watch))
+        self.add_callback(_Watching(self.watch, self.meter))
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
         if self.average:
             self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))
@@ -362,7 +362,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
                 self._forward(model, harmful, attacked=True)
         caught = {"primary": caught_primary, "harmful": caught_harmful}
         plan = self._planned[place] if self._planned is not None else self._plan_of([self._micro(caught, inputs)])[0]
-        self.meter.add({"primary_loss": mean_over_ranks(loss)})
+        self.meter.add({"primary_loss": loss}, local=True)
         total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught_primary)
         total = total + self._inject(caught, plan)
         return (total, outputs) if return_outputs else total
@@ -388,11 +388,11 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         total: Tensor | float = 0.0
         if self.args.distillation:
             distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind)
-            self.meter.add({"distillation": mean_over_ranks(distance)})
+            self.meter.add({"distillation": distance}, local=True)
             total = total + self.args.distillation * distance
         if features is not None and self.args.feature_distillation:
             distance = feature_distance(caught[self.site], features)
-            self.meter.add({"feature_distillation": mean_over_ranks(distance)})
+            self.meter.add({"feature_distillation": distance}, local=True)
             total = total + self.args.feature_distillation * distance
         return total
 
