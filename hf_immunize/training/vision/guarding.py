@@ -16,7 +16,7 @@ from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
 from hf_immunize.training.core.watch import Watch
-from hf_immunize.training.vision.outcome import OutcomeMeter
+from hf_immunize.training.vision.outcome import OutcomeMeter, logged
 
 logger = logging.get_logger(__name__)
 
@@ -82,7 +82,7 @@ class GuardedMixin:
             self._choose_weights(bare)
         self.outcome = self._outcome_meter.record(bare)
         if self.outcome is not None:
-            self.log({"harmful_probe_before": self.outcome.probe_before, "harmful_probe": self.outcome.probe_after})
+            self.log(logged(self.outcome))
             logger.warning(self.outcome.told)
 
     def _choose_weights(self, bare: nn.Module) -> None:

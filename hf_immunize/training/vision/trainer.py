@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from hf_immunize.data import NamedRows, collate_pixels, has_transform, named_workers, output_names
+from hf_immunize.data import (
+    NamedRows,
+    NamedStream,
+    collate_pixels,
+    has_transform,
+    is_stream,
+    named_workers,
+    output_names,
+)
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
@@ -25,7 +34,7 @@ from hf_immunize.training.core.objective import GlobalObjective
 from hf_immunize.training.core.terms import TermSettings, terms_of
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.checkpointing import StrictCheckpointMixin
-from hf_immunize.training.vision.checks import check_data, check_harmful, check_unlabelled, head_of, matched
+from hf_immunize.training.vision.checks import check_data, check_unlabelled, head_of, matched, refuse_streams
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import feature_distance
 from hf_immunize.training.vision.frozen import (
@@ -37,6 +46,8 @@ from hf_immunize.training.vision.frozen import (
 )
 from hf_immunize.training.vision.guarding import GuardedMixin
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
+from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
+from hf_immunize.training.vision.loading import LoaderOptions
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics
 from hf_immunize.training.vision.outcome import OutcomeMeter
@@ -47,6 +58,7 @@ from hf_immunize.training.vision.primary import (
     SINGLE,
     UNLABELLED,
     BaseLabels,
+    RowCheck,
     accuracy,
     check_primary_labels,
     collate_with_labels,
@@ -98,8 +110,10 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         model: an image model of transformers that returns a loss: a classifier with a linear head, a regression or
             multi-label head, or masked-image pre-training (then name ``sites``).
         args: ImmunizationConfig.
-        train_dataset: primary rows with ``pixel_values`` and the ``labels`` of the model's own task, if it has any.
-        harmful_dataset: harmful rows of the same shape; labels are the attacker's classes.
+        train_dataset: primary rows with ``pixel_values`` and the ``labels`` of the model's own task, if it has any;
+            with numbered rows, or a stream (``IterableDataset``), which is begun again where it ends.
+        harmful_dataset: harmful rows of the same shape; labels are the attacker's classes. Objectives that do not tell
+            classes apart take rows of one class, of several labels or numbers, and rows without labels.
         harmful_eval_dataset: harmful rows of the same classes that training does not see: whether it worked is then
             measured on them, else on those of ``harmful_dataset``.
         eval_dataset, processing_class, data_collator, compute_metrics, …: as in Trainer. ``compute_metrics`` defaults
@@ -133,15 +147,19 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         refuse_below_float32(model, "the model")
         self.site = head_of(model, args)
         train_dataset, eval_dataset = matched(model, train_dataset), matched(model, eval_dataset)
-        self.kind, *labels = check_data(model, train_dataset, harmful_dataset, eval_dataset)
+        refuse_streams(args, {"train_dataset": train_dataset, "harmful_dataset": harmful_dataset})
+        terms = terms_of(args.objective)
+        self.kind, first, self.harmful_task = check_data(model, train_dataset, harmful_dataset, eval_dataset, terms)
         if self.kind == UNLABELLED:
-            check_unlabelled(model, args, train_dataset, self.site)
-        sample = torch.as_tensor(train_dataset[0]["pixel_values"])
+            check_unlabelled(model, args, first, self.site)
+        sample = torch.as_tensor(first["pixel_values"])
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset = harmful_eval_dataset
-        held = None if harmful_eval_dataset is None else check_harmful(harmful_eval_dataset, "harmful_eval_dataset")
-        self._choose_sites(model, args, train_dataset[0])
-        self._set_up(model, args, sample, max(labels[1]) + 1)
+        held = None
+        if harmful_eval_dataset is not None:
+            held = HarmfulTask(harmful_eval_dataset, "harmful_eval_dataset", terms)
+        self._choose_sites(model, args, first)
+        self._set_up(model, args, sample, self.harmful_task.classes)
         self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
         super().__init__(
@@ -158,17 +176,17 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         # for models that accept loss kwargs.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        harmful = self._set_up_rest(model, data_collator, *labels)
-        self._outcome_meter = self._make_outcome(harmful, labels[1], held)
+        self._set_up_rest(model, data_collator)
+        self._outcome_meter = self._make_outcome(held)
 
-    def _choose_sites(self, model: nn.Module, args: ImmunizationConfig, row: dict[str, Any]) -> None:
+    def _choose_sites(self, model: nn.Module, args: ImmunizationConfig, row: Mapping[str, Any]) -> None:
         """Sites with their weights, and how an input there, or at the head, becomes one row per image."""
         sample = torch.as_tensor(row["pixel_values"])
         self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
         refuse_sites(model, self.site_weights)
         self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
 
-    def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
+    def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int | None) -> None:
         """Everything of ours that Trainer's own constructor does not need to have run for."""
         terms = terms_of(args.objective)
         refuse_terms(args, terms)
@@ -204,7 +222,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self.outcome: OutcomeRecord | None = None
         """Whether it worked; set when training ends."""
 
-    def _set_up_rest(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
+    def _set_up_rest(self, model: nn.Module, collator: Any) -> None:
         """What needs Trainer's own constructor to have run: devices, callbacks, precision."""
         args = self.args
         guarded = args.max_primary_drop is not None
@@ -213,32 +231,28 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
         if self.average:
             self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))
-        harmful, self._cache = self.harmful_dataset, None
+        self._cache = None
         if args.cache_frozen_features:
-            harmful = self._use_cache(model, collator, primary_labels, harmful_labels)
-        self.trained_on = {"primary": self.train_dataset, "harmful": harmful}
+            self._use_cache(model, collator)
+        self.trained_on = {"primary": self.train_dataset, "harmful": self.harmful_task.rows}
         asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
         self.teacher = self._frozen_copy() if asked else None
-        self._harmful = self._stream(harmful, harmful_labels)
+        self._harmful = self._stream()
         self.attacker = None
         if args.attacker_lora_rank:
             rank, rate = args.attacker_lora_rank, args.attacker_lora_rate
             self.attacker = LoraAttacker(model, self.site, rank=rank, rate=rate, seed=args.seed)
-        return harmful
 
-    def _make_outcome(self, harmful: Any, labels: list[int], held: list[int] | None) -> OutcomeMeter:
+    def _make_outcome(self, held: HarmfulTask | None) -> OutcomeMeter:
         """Measures the held-out harmful rows, or those that are trained on."""
-        rows = harmful
-        if held is not None:
-            rows = self.harmful_eval_dataset
-            if self._cache is not None:
-                rows = self._cache.dataset(rows, held, "harmful_eval_dataset")
+        if held is not None and self._cache is not None:
+            held = held.replaced(self._cache.dataset(held.rows, held.every_label, held.name))
         return OutcomeMeter(
-            NamedRows(rows, "harmful_dataset" if held is None else "harmful_eval_dataset"),
-            labels if held is None else held,
+            held or self.harmful_task,
             held_out=held is not None, collate=self.data_collator, capture=self._capture_rows,
             sites={site: weights.site_share for site, weights in self.objective.weights.items()}, head=self.site,
             terms=self.objective.terms, settings=self.objective.settings,
+            workers=self.args.dataloader_num_workers,
         )
 
     def _capture_rows(self, model: nn.Module, batch: dict[str, Any]) -> Captured:
@@ -249,8 +263,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             self._forward(model, batch)
         return caught
 
-    def _use_cache(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
-        """Put cached activations in the place of all images; returns the harmful rows."""
+    def _use_cache(self, model: nn.Module, collator: Any) -> None:
+        """Put cached activations in the place of all images."""
         if collator is not None:
             raise ConfigError(
                 "expected no data_collator of your own with cache_frozen_features, got one: it would be run once and "
@@ -266,31 +280,31 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             self.args.feature_cache_dir,
             model,
             self.frozen.boundary,
-            collate_with_labels(collate_pixels, self.kind),
+            WithoutTargets(collate_with_labels(collate_pixels, self.kind)),
             str(self.accelerator.mixed_precision),
             self.compute_loss_context_manager,
         )
         teacher = self.args.distillation > 0
-        self.train_dataset = cache.dataset(self.train_dataset, primary_labels, "train_dataset", teacher=teacher)
+        labels = check_primary_labels(model, self.train_dataset, self.kind)
+        self.train_dataset = cache.dataset(self.train_dataset, labels, "train_dataset", teacher=teacher)
         if self.eval_dataset is not None:
             labels = check_primary_labels(model, self.eval_dataset, self.kind)
             self.eval_dataset = cache.dataset(self.eval_dataset, labels, "eval_dataset")
         self._cache = cache
-        return cache.dataset(self.harmful_dataset, harmful_labels, "harmful_dataset")
+        task = self.harmful_task
+        self.harmful_task = task.replaced(cache.dataset(task.rows, task.every_label, task.name))
 
-    def _stream(self, dataset: Any, labels: list[int]) -> HarmfulStream:
+    def _stream(self) -> HarmfulStream:
         args = self.args
         return HarmfulStream(
-            dataset,
-            labels,
+            self.harmful_task,
             self.data_collator,
             rows_per_device=args.per_device_harmful_batch_size,
             classes_per_batch=args.harmful_classes_per_batch,
             seed=args.data_seed if args.data_seed is not None else args.seed,
             rank=args.process_index,
             world_size=args.world_size,
-            workers=args.dataloader_num_workers,
-            timeout=args.dataloader_timeout,
+            options=LoaderOptions.of(args),
         )
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
@@ -300,8 +314,13 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         """
         if hasattr(dataset, "column_names") and not has_transform(dataset):
             dataset = self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
-        name = "train_dataset" if description == "Training" else "eval_dataset"
-        loader = super()._get_dataloader(NamedRows(dataset, name), description, *args, **kwargs)
+        training = description == "Training"
+        name, check = "train_dataset" if training else "eval_dataset", RowCheck(self.model, self.kind)
+        if is_stream(dataset):
+            rows: Any = NamedStream(dataset, name, repeat=training, check=check)
+        else:
+            rows = NamedRows(dataset, name, check)
+        loader = super()._get_dataloader(rows, description, *args, **kwargs)
         if self.args.dataloader_num_workers:
             getattr(loader, "base_dataloader", loader).timeout = self.args.dataloader_timeout
         return loader
@@ -317,6 +336,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
+        self._count_rows()
         with named_workers("train_dataset", self.args.dataloader_timeout):
             self._outcome_meter.start(self.accelerator.unwrap_model(self.model))  # the model is θ₀ until it is loaded
             if not resume_from_checkpoint:
@@ -327,6 +347,13 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._finish()
         return output
+
+    def _count_rows(self) -> None:
+        """Read what is known of no column: the harmful rows' labels, once."""
+        for task in (self.harmful_task, self._outcome_meter.task):
+            task.count(workers=self.args.dataloader_num_workers)
+        self._harmful.prepare()
+        self.objective.settings = replace(self.objective.settings, harmful_classes=self.harmful_task.classes)
 
     def _measure_base(self) -> float:
         """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
