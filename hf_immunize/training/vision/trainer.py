@@ -312,7 +312,7 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
 
         What a transform reads is kept; of what it makes, the collator drops what no forward takes.
         """
-        if hasattr(dataset, "column_names") and not has_transform(dataset):
+        if hasattr(dataset, "column_names") and not has_transform(dataset) and not is_stream(dataset):
             dataset = self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
         training = description == "Training"
         name, check = "train_dataset" if training else "eval_dataset", RowCheck(self.model, self.kind)
