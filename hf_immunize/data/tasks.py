@@ -271,6 +271,6 @@ def batches(
         batch_size = forward_rows(dataset[0]["pixel_values"].shape, device) if len(dataset) else 1
     if isinstance(dataset, PixelDataset):
         for rows in torch.arange(len(dataset)).split(batch_size):
-            yield {"pixel_values": dataset.pixel_values[rows], "labels": dataset.labels[rows]}
+            yield {"pixel_values": dataset.stacked(rows), "labels": dataset.labels[rows]}
     else:
         yield from DataLoader(dataset, batch_size=batch_size, collate_fn=collate_pixels)
