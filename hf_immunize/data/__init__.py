@@ -2,6 +2,7 @@
 
 from hf_immunize.data.alignment import align_labels, for_model, names_classes, output_names, refuse_other_labels
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
+from hf_immunize.data.caching import cache_folder, identity_of, is_shared
 from hf_immunize.data.classes import Classes, parse_labels, read_classes, select_classes
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
@@ -21,7 +22,7 @@ from hf_immunize.data.labels import (
     whole_number,
 )
 from hf_immunize.data.levels import ImageFault, ImageTally
-from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
+from hf_immunize.data.pixels import ImagePixels, PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.processors import PixelMaker, model_channels
 from hf_immunize.data.row_store import RowStore
 from hf_immunize.data.rows import NamedRows, as_mapping, check_rows, fetch, has_transform, named_workers, read_image
@@ -44,6 +45,7 @@ __all__ = [
     "Classes",
     "HARMFUL_SPLITS",
     "ImageFault",
+    "ImagePixels",
     "ImageTally",
     "Labels",
     "NamedRows",
@@ -64,6 +66,7 @@ __all__ = [
     "assign_splits",
     "augment",
     "batches",
+    "cache_folder",
     "check_classes",
     "check_label_range",
     "check_rows",
@@ -82,6 +85,8 @@ __all__ = [
     "for_model",
     "forward_rows",
     "has_transform",
+    "identity_of",
+    "is_shared",
     "is_stream",
     "label_key",
     "label_names_of",

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset, IterableDataset
 from transformers import ViTConfig, ViTForImageClassification
 
+from hf_immunize.data import digest_rows
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
-from hf_immunize.training.vision.counting import count_labels
+from hf_immunize.training.vision.counting import count_labels, digest_once
 
 torch.set_num_threads(1)
 output, processes = sys.argv[1], int(sys.argv[2])
@@ -38,7 +39,7 @@ class Counted(Dataset):
 
     def __getitem__(self, row: int) -> dict:
         self.read += 1
-        return {"labels": row % 3}
+        return {"labels": row % 3, "pixel_values": torch.full((3, 2, 2), float(row))}
 
 
 torch.manual_seed(0)
@@ -56,6 +57,8 @@ trainer = ImmunizationTrainer(model, args, train_dataset=Stream(0), harmful_data
 trainer.train()
 counted = Counted()
 labels = count_labels(counted, "labels", "harmful_dataset").values
+assert digest_once(counted, "harmful_dataset") == digest_rows([counted[row] for row in range(60)], "harmful_dataset")
+counted.read -= 60
 save_file({"labels": labels, "read": torch.tensor(counted.read)}, f"{output}-counted-{args.process_index}")
 if args.process_index == 0:
     save_file({name: value.clone() for name, value in model.state_dict().items()}, output)

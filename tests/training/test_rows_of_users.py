@@ -50,7 +50,7 @@ def test_a_transform_beside_other_heads(make_trainer):
     assert len(losses(make_trainer(model=model, primary=made, harmful=made, max_steps=2))) == 2
 
 
-def test_iterators_tuples_and_mistakes_are_found_when_the_trainer_is_made(make_trainer):
+def test_streams_tuples_and_mistakes_are_found_when_the_trainer_is_made(make_trainer):
     with pytest.raises(DataError, match="numbers in harmful_dataset, got list_iterator: .*streaming=True"):
         make_trainer(harmful=iter([{}]))
     with pytest.raises(DataError, match=r"one dataset as train_dataset, got a dict of \['one'\]: choose a split"):
