@@ -63,12 +63,23 @@ def _files(dataset: Any, column: str, batch: int = 1000) -> Iterator[str]:
         for value in stored[start : start + batch][column]:
             if not isinstance(value, Mapping) or value.get("bytes") is not None:
                 continue
-            path = str(value.get("path"))
-            try:
-                found = os.stat(path)
-                yield f"{path} {found.st_size} {found.st_mtime_ns};"
-            except OSError:
-                yield f"{path};"
+            yield _of_file(str(value.get("path")))
+
+
+def _of_file(path: str) -> str:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return f"{path};"
+    return f"{path} {found.st_size} {found.st_mtime_ns};"
+
+
+def identity_of_files(files: Sequence[Path], *words: object) -> str:
+    """A key for what is computed of image files: path, size and time of each, what decodes them, and ``words``."""
+    digest = hashlib.sha256(f"{FORMAT} {_versions()} {words!r}".encode())
+    for path in files:
+        digest.update(_of_file(str(path.absolute())).encode())
+    return digest.hexdigest()[:32]
 
 
 def described_processor(processor: Any) -> str:
