@@ -35,9 +35,7 @@ def first_row(dataset: Any, name: str) -> Mapping[str, Any]:
         if len(dataset) == 0:
             raise DataError(f"expected at least one row in {name}, got an empty dataset: check its split and filter.")
         return as_mapping(fetch(dataset, 0, name), 0, name)
-    rows = iter(NamedStream(dataset, name))
-    found = next(rows, None)
-    rows.close()
+    found = next(iter(NamedStream(dataset, name, limit=1)), None)
     if found is None:
         raise DataError(f"expected at least one row in {name}, got an empty stream: check its split and filter.")
     return as_mapping(found, 0, name)
@@ -51,17 +49,22 @@ class NamedStream(IterableDataset):
         name: what to call it in errors.
         repeat: begin again after the last row, with ``set_epoch(1)``, ``set_epoch(2)``, … where the dataset has it.
         check: called with each row, its number and ``name``; raises where the row cannot be used.
+        limit: rows after which it ends.
 
     Raises:
         DataError: a row that cannot be read, see ``fetch``; ``repeat`` without a row.
     """
 
     def __init__(
-        self, rows: Any, name: str, *, repeat: bool = False, check: Callable[[Any, int, str], None] | None = None
-    ):
-        self.rows, self.name, self.repeat, self._check = rows, name, repeat, check
+        self, rows: Any, name: str, *, repeat: bool = False,
+        check: Callable[[Any, int, str], None] | None = None, limit: int | None = None,
+    ):  # fmt: skip
+        self.rows, self.name, self.repeat, self._check, self._limit = rows, name, repeat, check, limit
 
     def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._rows(), self._limit)
+
+    def _rows(self) -> Iterator[Any]:
         for epoch in itertools.count():
             if hasattr(self.rows, "set_epoch"):
                 self.rows.set_epoch(epoch)

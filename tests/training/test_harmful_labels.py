@@ -11,12 +11,13 @@ from torch.utils.data import Dataset
 from hf_immunize.data import RowBatchSampler, targets_of
 from hf_immunize.errors import ConfigError, DataError, SpectrumError
 from hf_immunize.linalg import ridge_r_squared
-from hf_immunize.training.core.terms import OBJECTIVES, terms_of
+from hf_immunize.training.core.registry import OBJECTIVES, terms_of
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.outcome import Measured, judge
 
-FREE = sorted(name for name in OBJECTIVES if not any(term.tells_classes_apart for term in terms_of(name)))
-TELLING = sorted(set(OBJECTIVES) - set(FREE))
+TELLING = sorted(name for name in OBJECTIVES if any(term.tells_classes_apart for term in terms_of(name)))
+TELLING += ["simulated_attack"]  # of an image model: it refits a head
+FREE = sorted(set(OBJECTIVES) - set(TELLING))
 
 
 class Images(Dataset):

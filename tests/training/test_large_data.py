@@ -180,8 +180,8 @@ def test_a_stream_trains_as_its_rows_in_their_order(make_trainer, files, kind, m
             return torch.tensor(order[step * self.batch : (step + 1) * self.batch])
 
     truth = make_trainer(primary=rows, harmful=rows, train_sampling_strategy="sequential", **options)
-    truth._harmful.prepare()
-    truth._harmful._sampler.global_batch = InOrder(12).global_batch
+    truth._streams["harmful"].prepare()
+    truth._streams["harmful"]._sampler.global_batch = InOrder(12).global_batch
     by_hand = losses(truth)
     found = losses(make_trainer(primary=stream_of(kind, files), harmful=stream_of(kind, files), **options))
     assert found == by_hand and len(found) == 7  # 7 x 12 rows: the harmful stream has begun again
@@ -283,13 +283,14 @@ def test_both_streams_take_every_option_of_the_loader(make_trainer, make, monkey
     trainer.train()
     loaders = [words for words in asked if words.get("prefetch_factor") == 3]
     assert len(loaders) >= 2 and all(words["persistent_workers"] for words in loaders)
-    assert trainer._harmful._loader.persistent_workers and trainer._harmful._loader.prefetch_factor == 3
-    first = trainer._harmful.batch(0)["pixel_values"]
+    stream = trainer._streams["harmful"]
+    assert stream._loader.persistent_workers and stream._loader.prefetch_factor == 3
+    first = stream.batch(0)["pixel_values"]
     if make is Counted:
-        workers = trainer._harmful._loader._iterator._workers
-        trainer._harmful.batch(5)
-        assert torch.equal(trainer._harmful.batch(0)["pixel_values"], first)
-        assert trainer._harmful._loader._iterator._workers is workers and workers[0].is_alive()
+        workers = stream._loader._iterator._workers
+        stream.batch(5)
+        assert torch.equal(stream.batch(0)["pixel_values"], first)
+        assert stream._loader._iterator._workers is workers and workers[0].is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from hf_immunize.data import (
 )
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import capture_inputs, find_classifier, linear_sites
-from hf_immunize.training.core.terms import Term
+from hf_immunize.training.core.registry import AnyTerm
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.primary import SINGLE, UNLABELLED, check_known_labels, kind_of
 
@@ -45,7 +45,7 @@ def head_of(model: nn.Module, args: Any) -> str:
 
 
 def check_data(
-    model: nn.Module, primary: Any, harmful: Any, evaluation: Any, terms: Sequence[Term]
+    model: nn.Module, primary: Any, harmful: Any, evaluation: Any, terms: Sequence[AnyTerm]
 ) -> tuple[str, Mapping[str, Any], HarmfulTask]:
     """Kind of the primary task, its first row, and the harmful task. No more than a few rows are read.
 

@@ -26,7 +26,9 @@ from hf_immunize.data import (
     whole_number,
 )
 from hf_immunize.errors import DataError
-from hf_immunize.training.core.terms import IMMA, Term, refuse_one_class
+from hf_immunize.training.core.registry import AnyTerm
+from hf_immunize.training.core.terms import IMMA
+from hf_immunize.training.core.weight_terms import WeightTerm
 from hf_immunize.training.vision.counting import count_labels
 
 logger = logging.get_logger(__name__)
@@ -47,7 +49,7 @@ class HarmfulTask:
         DataError: rows that cannot be read, labels that are none, or labels that the terms cannot do with.
     """
 
-    def __init__(self, rows: Any, name: str, terms: Sequence[Term] = ()):
+    def __init__(self, rows: Any, name: str, terms: Sequence[AnyTerm] = ()):
         check_source(rows, name)
         self.rows, self.name, self.is_stream = rows, name, is_stream(rows)
         self.first: Mapping[str, Any] = first_row(rows, name)
@@ -56,7 +58,9 @@ class HarmfulTask:
         """Labels of every row; None while they are not known, and for a stream."""
         self.made = False
         """Whether a transform makes the labels, which were compared with a column's in a few rows only."""
-        self._terms = tuple(terms)
+        # A simulated attacker of an image model refits a head on the classes.
+        self._telling = [t.name for t in terms if t.tells_classes_apart or isinstance(t, WeightTerm)]
+        self._counting = [t.name for t in terms if t is IMMA or isinstance(t, WeightTerm)]
         if self.is_stream:
             self.key = label_key(self.first)
             self._start_stream()
@@ -78,10 +82,11 @@ class HarmfulTask:
         self.kind = held.kind
         if held.kind != "classes":
             self._check(held)
-        elif self.names is None and IMMA in self._terms:
+        elif self.names is None and self._counting:
             raise DataError(
-                f"expected a stream that says how many classes it has as {self.name} for {IMMA.name}, whose attacker "
-                "has an output for each, got none: give its label column the feature datasets.ClassLabel (cast_column)."
+                f"expected a stream that says how many classes it has as {self.name} for {', '.join(self._counting)}, "
+                "whose attacker has an output for each, got none: give its label column the feature "
+                "datasets.ClassLabel (cast_column)."
             )
         logger.warning(
             f"{self.name} is a stream: batches are taken as they come, since rows of a class cannot be looked for. "
@@ -104,7 +109,7 @@ class HarmfulTask:
         self.targets = targets
 
     def _check(self, targets: Targets) -> None:
-        telling = [term.name for term in self._terms if term.tells_classes_apart]
+        telling = self._telling
         if targets.kind == "unlabelled" and (telling or len(targets) < 2):
             wanted = f"for {', '.join(telling)}, which tells classes apart" if telling else "or at least two rows"
             raise DataError(
@@ -126,8 +131,11 @@ class HarmfulTask:
             check_classes(labels, self.names or range(classes), self.name)
         elif labels[0] < 0 or labels[0] >= classes:
             raise DataError(f"expected labels in 0..{classes - 1} in {self.name}, got {labels[0]} in row 0.")
-        else:
-            refuse_one_class(self._terms, labels)
+        elif telling:
+            raise DataError(
+                f"expected at least two classes in {self.name} for {', '.join(telling)}, which tells them apart, got "
+                "1: choose an objective that does not, such as condition_number, or give the task its classes."
+            )
 
     @property
     def classes(self) -> int | None:

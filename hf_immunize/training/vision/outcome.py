@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,8 @@ from hf_immunize.features import Captured
 from hf_immunize.linalg import ridge_accuracies, ridge_r_squared, to_double
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.regularizers import alternate_within_classes
-from hf_immunize.training.core.terms import Rows, Term, TermSettings
+from hf_immunize.training.core.registry import AnyTerm, on_features
+from hf_immunize.training.core.terms import Rows, TermSettings
 from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
 
 _HORIZONS = tuple(10.0**power for power in range(9))
@@ -55,6 +55,7 @@ class OutcomeMeter:
         collate: of rows.
         capture: given a model and a batch, runs a forward and returns the captured inputs of ``sites`` and ``head``.
         terms, settings: the objective; terms of harmful rows are measured, summed over sites by their weights.
+        on_weights: values of the terms on weights, given a model.
         workers: processes that read rows.
     """
 
@@ -67,13 +68,15 @@ class OutcomeMeter:
         capture: Callable[[nn.Module, dict[str, Any]], Captured],
         sites: Mapping[str, float],
         head: str,
-        terms: Sequence[Term],
+        terms: Sequence[AnyTerm],
         settings: TermSettings,
+        on_weights: Callable[[nn.Module], dict[str, float]] | None = None,
         workers: int = 0,
     ):
         self.task, self._collate, self._workers = task, collate, workers
         self._capture, self._sites, self._head = capture, dict(sites), head
-        self._terms, self._settings = [term for term in terms if term.side == "harmful"], settings
+        self._judged = [term for term in terms if term.side == "harmful"]
+        self._terms, self.settings, self._on_weights = on_features(self._judged), settings, on_weights
         self.held_out = held_out
         self.before: Measured | None = None
         self._targets: Targets | None = None
@@ -90,9 +93,7 @@ class OutcomeMeter:
         # A generator of its own: looking must not change what is drawn in training.
         options = {"batch_size": _BATCH, "collate_fn": collate, "generator": torch.Generator().manual_seed(0)}
         if task.is_stream:
-            rows = NamedStream(task.rows, task.name, check=task.check_row)
-            loader: Any = DataLoader(rows, **options)  # no workers: they would read on for nothing
-            yield from itertools.islice(loader, _MOST_ROWS // _BATCH)
+            yield from DataLoader(NamedStream(task.rows, task.name, check=task.check_row, limit=_MOST_ROWS), **options)
             return
         if task.kind == "classes":
             chosen = pick_rows(task.labels.tolist())
@@ -130,8 +131,9 @@ class OutcomeMeter:
             values = []
             for site, share in self._sites.items():
                 rows = Rows(to_double(whole[site]), classes, whole[site].dtype)
-                values.append(share * float(term.measure(rows, self._settings)))
+                values.append(share * float(term.measure(rows, self.settings)))
             terms[term.name] = sum(values)
+        terms |= self._on_weights(model) if self._on_weights else {}
         return Measured(terms, _probe(whole[self._head], self._targets))
 
     def record(self, model: nn.Module) -> OutcomeRecord | None:
@@ -141,7 +143,7 @@ class OutcomeMeter:
         after = self.measure(model)
         assert self._targets is not None
         metric, chance = _metric_of(self._targets)
-        immunized, told = judge(self.before, after, chance, self._terms, self.held_out)
+        immunized, told = judge(self.before, after, chance, self._judged, self.held_out)
         return OutcomeRecord(
             rows=len(self._targets), held_out=self.held_out, chance=chance, probe_metric=metric,
             probe_before=self.before.probe, probe_after=after.probe,
@@ -197,7 +199,7 @@ def logged(outcome: OutcomeRecord) -> dict[str, float]:
 
 
 def judge(
-    before: Measured, after: Measured, chance: float | None, terms: Sequence[Term], held_out: bool
+    before: Measured, after: Measured, chance: float | None, terms: Sequence[AnyTerm], held_out: bool
 ) -> tuple[bool, str]:
     """Whether the objective reached what it is for, and that in one line.
 
