@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hf_immunize.training.core.sharding import settle, split_state
+
 
 class WeightAverage:
     """w̄ ← d·w̄ + (1 − d)·w after each optimizer step, with d = min(decay, (1 + n)/(10 + n)) at step n.
@@ -54,10 +56,12 @@ class WeightAverage:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take back what ``state`` returned."""
         self.count = int(state["count"])
-        self.mean = {name.removeprefix("mean."): v.clone() for name, v in state.items() if name.startswith("mean.")}
+        found = {name.removeprefix("mean."): v.clone() for name, v in state.items() if name.startswith("mean.")}
+        self.mean = split_state(found, self.mean)
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    settle(model)
     return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
 from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.sharding import whole_on_cpu
 from hf_immunize.training.core.watch import Watch
 
 TENSORS, PLAIN = "immunization_state.safetensors", "immunization_state.json"
@@ -30,15 +31,20 @@ class Stateful(Protocol):
 
 
 def save_state(
-    folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, watch: Watch
+    folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, watch: Watch, *, write: bool = True
 ) -> None:
-    """Write what ``load_state`` needs into a checkpoint folder."""
+    """Write what ``load_state`` needs into a checkpoint folder; tensors that are split over ranks are written whole.
+
+    Every rank calls this; where not ``write``, a rank only takes part in putting tensors together.
+    """
     kept, plain = guard.state()
     tensors = {f"guard.{name}": value for name, value in kept.items()}
     for part, stateful in parts.items():
         tensors |= {f"{part}.{name}": value for name, value in stateful.state().items()}
-    atomic_write(folder / TENSORS, save({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}))
-    atomic_write(folder / PLAIN, json.dumps({"guard": plain, "watch": watch.state()}))
+    found = whole_on_cpu(tensors, keep=write)
+    if write:
+        atomic_write(folder / TENSORS, save(found))
+        atomic_write(folder / PLAIN, json.dumps({"guard": plain, "watch": watch.state()}))
 
 
 def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, watch: Watch) -> None:

@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.models import DIVERGED, refuse_non_finite
+from hf_immunize.training.core.sharding import split_state
 from hf_immunize.training.core.state import load_state, save_state
 from hf_immunize.training.core.watch import Watch
+from hf_immunize.training.vision.sharded import load_whole
 
 
 class StrictCheckpointMixin:
@@ -49,15 +51,17 @@ class StrictCheckpointMixin:
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Our state goes first: the Trainer's own state file is its last, and marks a complete checkpoint.
         self._refuse_ruined()
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self._stateful, self.guard, self.watch)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        save_state(folder, self._stateful, self.guard, self.watch, write=self.args.should_save)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_state(Path(checkpoint), self._stateful, self.guard, self.watch)
+            if self.guard.best is not None:
+                bare = self.accelerator.unwrap_model(self.model)
+                self.guard.best = split_state(self.guard.best, bare.state_dict())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_strictly(resume_from_checkpoint, model):
@@ -75,7 +79,5 @@ class StrictCheckpointMixin:
         bare = self.accelerator.unwrap_model(model if model is not None else self.model)
         if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or hasattr(bare, "peft_config"):
             return False
-        loaded = type(bare).from_pretrained(folder, config=bare.config, dtype=bare.dtype, use_safetensors=True)
-        bare.load_state_dict(loaded.state_dict(), strict=True)
+        load_whole(folder, bare)
         return True
-

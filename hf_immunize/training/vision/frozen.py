@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -17,6 +18,8 @@ from tqdm.auto import tqdm
 from hf_immunize.data import RowStore, digest_rows, forward_rows
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.features import Boundary, find_boundary, lying_channels_last, trainable_modules
+from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.sharding import agreed, is_sharded, whole
 
 _FORMAT = 1
 """Part of every cache key; raised when what is stored changes its meaning."""
@@ -114,7 +117,7 @@ class FeatureCache:
         digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision}".encode())
         for name, value in sorted(model.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(whole(value.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self._key = digest.hexdigest()
 
     def dataset(
@@ -128,11 +131,23 @@ class FeatureCache:
         """
         check_repeatable(rows, name)
         key = hashlib.sha256(f"{self._key} {digest_rows(rows, name)}".encode()).hexdigest()[:32]
-        store = RowStore.open_or_write(self._folder / key, self._activations(rows, name), len(rows))
+        store = self._stored(self._folder / key, self._activations(rows, name), len(rows))
         logits = None
         if teacher:
-            logits = RowStore.open_or_write(self._folder / f"{key}-logits", self._logits(store, name), len(rows))
+            logits = self._stored(self._folder / f"{key}-logits", self._logits(store, name), len(rows))
         return BoundaryDataset(store, labels, logits)
+
+    def _stored(self, folder: Path, batches: Iterator[tuple[Tensor, ...]], rows: int) -> RowStore:
+        """The store, written if it is not there; a model that is split over ranks answers to all of them at once."""
+        if not is_sharded(self._model):
+            return RowStore.open_or_write(folder, batches, rows)
+        if agreed(RowStore.open(folder) is None):
+            if world()[0] == 0:
+                RowStore.open_or_write(folder, batches, rows)
+            for _ in batches:  # on the first rank nothing is left, unless another run has just written the same
+                pass
+            dist.barrier()
+        return RowStore.open_or_write(folder, iter(()), rows)
 
     def _activations(self, rows: Any, name: str) -> Iterator[tuple[Tensor, ...]]:
         loader = DataLoader(rows, batch_size=self._batch, collate_fn=self._collate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from hf_immunize.training.core.distributed import mean_over_ranks
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
+from hf_immunize.training.core.sharding import reach
 from hf_immunize.training.core.terms import TermSettings, terms_of
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.checkpointing import StrictCheckpointMixin
@@ -53,9 +53,10 @@ from hf_immunize.training.vision.primary import (
     divergence,
 )
 from hf_immunize.training.vision.publishing import GatedPushMixin
+from hf_immunize.training.vision.sharded import ShardedMixin, resumable
 from hf_immunize.training.vision.sites import choose_layouts, choose_sites
 from hf_immunize.training.vision.steps import StepMixin
-from hf_immunize.training.vision.support import refuse_accelerator, refuse_model, refuse_sites, refuse_terms
+from hf_immunize.training.vision.support import refuse_accelerator, refuse_model, refuse_sharded, refuse_terms
 
 logger = logging.get_logger(__name__)
 
@@ -83,7 +84,7 @@ class _Watching(TrainerCallback):
             self._watch.settle()
 
 
-class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, StepMixin, Trainer):
+class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, StepMixin, ShardedMixin, Trainer):
     """A ``Trainer`` that immunizes: primary loss + λ·terms on features of primary and harmful rows.
 
     Used as any Trainer, plus ``harmful_dataset``. The model passed in is θ₀: distillation and the utility guard
@@ -144,15 +145,16 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self._set_up(model, args, sample, max(labels[1]) + 1)
         self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=collate_with_boundary(plain),
-            compute_metrics=self._base_labels or compute_metrics or METRICS[self.kind],
-            **kwargs,
-        )
+        with resumable(args, model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                data_collator=collate_with_boundary(plain),
+                compute_metrics=self._base_labels or compute_metrics or METRICS[self.kind],
+                **kwargs,
+            )
         refuse_accelerator(self.accelerator)
         # The loss is a per-batch mean; without both lines the stock Trainer multiplies it by world x accumulation
         # for models that accept loss kwargs.
@@ -165,7 +167,6 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         """Sites with their weights, and how an input there, or at the head, becomes one row per image."""
         sample = torch.as_tensor(row["pixel_values"])
         self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
-        refuse_sites(model, self.site_weights)
         self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
 
     def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
@@ -208,6 +209,10 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         """What needs Trainer's own constructor to have run: devices, callbacks, precision."""
         args = self.args
         guarded = args.max_primary_drop is not None
+        asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
+        self.teacher = self._frozen_copy() if asked else None
+        self.split(self.teacher)
+        refuse_sharded(args, model)
         self._initial = {k: v.cpu().clone() for k, v in model.state_dict().items()} if guarded else None
         self.add_callback(_Watching(self.watch))
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
@@ -217,8 +222,6 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         if args.cache_frozen_features:
             harmful = self._use_cache(model, collator, primary_labels, harmful_labels)
         self.trained_on = {"primary": self.train_dataset, "harmful": harmful}
-        asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
-        self.teacher = self._frozen_copy() if asked else None
         self._harmful = self._stream(harmful, harmful_labels)
         self.attacker = None
         if args.attacker_lora_rank:
@@ -311,10 +314,6 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         with named_workers("eval_dataset", self.args.dataloader_timeout):
             return super().evaluation_loop(*args, **kwargs)
 
-    def _frozen_copy(self) -> nn.Module:
-        teacher = copy.deepcopy(self.accelerator.unwrap_model(self.model))
-        return teacher.requires_grad_(False).eval()
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
         with named_workers("train_dataset", self.args.dataloader_timeout):
@@ -359,12 +358,14 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
                 with self._entered(bare, primary) as plain:
                     loss, outputs = super().compute_loss(model, plain, return_outputs=True)
             with frozen_statistics(bare, every=True), self._watched(bare) as caught_harmful:
-                self._forward(model, harmful, attacked=True)
+                answered = self._forward(model, harmful, attacked=True)
         caught = {"primary": caught_primary, "harmful": caught_harmful}
         plan = self._planned[place] if self._planned is not None else self._plan_of([self._micro(caught, inputs)])[0]
         self.meter.add({"primary_loss": mean_over_ranks(loss)})
         total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught_primary)
         total = total + self._inject(caught, plan)
+        if self.is_split:
+            total = total + reach([value for value in answered.values() if torch.is_tensor(value)])
         return (total, outputs) if return_outputs else total
 
     @contextlib.contextmanager
@@ -379,7 +380,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
         target, features = primary.get("teacher_logits"), None
         if self.teacher is not None:
-            self.teacher.to(next(self.model.parameters()).device)
+            if not self.is_split:
+                self.teacher.to(next(self.model.parameters()).device)
             head = {self.site: self.layouts[self.site]}
             with torch.no_grad(), capture_inputs(self.teacher, head) as teacher:
                 with self.frozen.entered(self.teacher, primary) as plain:
