@@ -1,7 +1,8 @@
 """Whole runs of the vision trainer on this process's share: ``sharded_run.py FOLDER PROCESSES``.
 
 Writes what each cell ends with, by how it was spread: ``one`` for one process, ``ddp``, ``fsdp2`` (as ``accelerate
-launch`` asks for it) and ``loaded`` (split by from_pretrained) for several.
+launch`` asks for it) and ``loaded`` (split by from_pretrained) for several. One process comes second: it also finishes
+what several began.
 """
 
 import json
@@ -22,6 +23,7 @@ from hf_immunize.training.core.sharding import is_sharded, whole
 
 torch.set_num_threads(1)
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
+ASKED = os.environ.get("ACCELERATE_USE_FSDP", "false")
 WAYS = ("one",) if processes == 1 else ("ddp", "fsdp2", "loaded")
 GUARD = {"max_primary_drop": 40.0, "eval_strategy": "steps", "eval_steps": 1}
 CELLS = {
@@ -70,7 +72,7 @@ def trainer_of(way: str, output: Path, cell: str) -> ImmunizationTrainer:
         per_device_eval_batch_size=12 // processes, save_strategy="no", report_to="none", use_cpu=True,
         disable_tqdm=True, dataloader_pin_memory=False, logging_steps=1, feature_cache_dir=str(folder / f"cache-{way}"),
     )
-    os.environ["ACCELERATE_USE_FSDP"] = str(way == "fsdp2")
+    os.environ["ACCELERATE_USE_FSDP"] = ASKED if way == "fsdp2" else "false"
     trainer = ImmunizationTrainer(
         built(way), ImmunizationConfig(str(output), **settings | CELLS[cell]), train_dataset=pixels(48, 0),
         harmful_dataset=pixels(40, 1), eval_dataset=pixels(30, 2),
@@ -108,6 +110,10 @@ for way in WAYS:
             again = trainer_of(way, output, cell)
             again.train(resume_from_checkpoint=str(output / "checkpoint-2"))
             keep(f"resumed/{way}", again)
+if processes == 1:  # on one process, what two with split weights began
+    moved = trainer_of("one", folder / "fsdp2-everything", "everything")
+    moved.train(resume_from_checkpoint=str(folder / "fsdp2-everything" / "checkpoint-2"))
+    keep("resumed/moved", moved)
 rank, size = world()
 assert size == processes
 if rank == 0:

@@ -166,11 +166,33 @@ def empty_twin(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
             "one side only: change modules before sharding, or use DDP."
         )
     twin.load_state_dict(state, strict=True, assign=True)
-    for name, value in model.named_buffers():
-        if name not in state:
-            owner, _, last = name.rpartition(".")
-            setattr(twin.get_submodule(owner), last, value.clone())
+    _copy_buffers(model, twin)
     return twin
+
+
+def whole_copy(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module | None:
+    """A model with the whole weights of a sharded one, on the CPU of the first rank; None elsewhere.
+
+    Every rank takes part. ``build`` makes the model, its own weights are dropped.
+    """
+    state = whole_on_cpu(model.state_dict(), keep=world()[0] == 0)
+    if world()[0]:
+        return None
+    with init_empty_weights():
+        twin = build()
+    twin.load_state_dict(state, strict=True, assign=True)
+    _copy_buffers(model, twin)
+    for name, parameter in model.named_parameters():
+        twin.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return twin.train(model.training)
+
+
+def _copy_buffers(model: nn.Module, twin: nn.Module) -> None:
+    """Also those that are no part of the state."""
+    for name, value in model.named_buffers():
+        owner, _, last = name.rpartition(".")
+        place = twin.get_submodule(owner)
+        setattr(place, last, value.detach().to(getattr(place, last).device).clone())
 
 
 # ---- gradients ----------------------------------------------------------------------------------------------------

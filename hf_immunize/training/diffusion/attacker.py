@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser
+from hf_immunize.training.core.sharding import settle, whole
 from hf_immunize.training.diffusion.sites import attention_projections
 from hf_immunize.training.diffusion.stream import generator_of
 
@@ -33,6 +34,7 @@ class Attacker:
     def __init__(self, denoiser: Denoiser, model: nn.Module, rank: int):
         mine = dict(model.named_parameters())
         shared = [parameter for parameter in mine.values() if rank and not parameter.requires_grad]
+        self._shared = {name for name, parameter in mine.items() if rank and not parameter.requires_grad}
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
         self.model.train()
         if rank:
@@ -50,10 +52,11 @@ class Attacker:
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
-        """θ_0 = θ."""
+        """θ_0 = θ; whole on every rank, also where the model's own weights are split."""
+        settle(model)
         for name, parameter in model.named_parameters():
-            if self.weights[name] is not parameter:
-                self.weights[name].copy_(parameter)
+            if name not in self._shared:
+                self.weights[name].copy_(whole(parameter))
 
     @torch.no_grad()
     def draw_factors(self, *words: object) -> None:

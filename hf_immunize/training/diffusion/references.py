@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_immunize.diffusion import Denoiser, denoising_losses
 from hf_immunize.features import Captured, RowLayout, capture_inputs
 from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.sharding import is_sharded, settle, whole
 from hf_immunize.training.diffusion.stream import NoisyBatch
 
 
@@ -24,6 +25,7 @@ class WrongTargetGradients:
 
     def __init__(self, denoiser: Denoiser, model: nn.Module, sites: Mapping[str, RowLayout]):
         self._denoiser, self._model, self._sites = denoiser, model, sites
+        settle(model)
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._squares: dict[str, list[Tensor]] = {site: [] for site in sites}
         self._sums: list[Tensor | None] = [None] * len(self._trained)
@@ -39,8 +41,7 @@ class WrongTargetGradients:
         loss = denoising_losses(answer, everyone.roll(1, 0)[mine]).mean()
         # What reads text alone, before any trained weight, has no gradient: nothing pulls back there.
         moved = [site for site in self._sites if caught.raw(site).requires_grad]
-        asked = [*(caught.raw(site) for site in moved), *self._trained]
-        found = torch.autograd.grad(loss, asked, allow_unused=True)
+        found = self._gradients(loss, [caught.raw(site) for site in moved])
         for site, gradient in zip(moved, found, strict=False):
             self._squares[site].append(_pooled_norm(caught, site, gradient).square())
         for place, gradient in enumerate(found[len(moved) :]):
@@ -49,10 +50,23 @@ class WrongTargetGradients:
                 self._sums[place] = gradient.detach() if held is None else held + gradient
         self._count += 1
 
+    def _gradients(self, loss: Tensor, features: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """At the features and at the trained weights; at split weights the mean over ranks, whole."""
+        if not is_sharded(self._model):
+            return torch.autograd.grad(loss, [*features, *self._trained], allow_unused=True)
+        for value in features:
+            value.retain_grad()
+        loss.backward()  # FSDP2 leaves gradients at its own parameters only then
+        settle(self._model)
+        at_weights = [None if weight.grad is None else whole(weight.grad) for weight in self._trained]
+        for weight in self._trained:
+            weight.grad = None
+        return [*(value.grad for value in features), *at_weights]
+
     def norms(self) -> tuple[dict[str, Tensor], Tensor]:
         """The norm over the global batch at the pooled features of each site, and at the trained weights."""
         place = self._trained[0] if self._trained else next(self._model.parameters())
-        nothing = place.new_zeros((), dtype=torch.float64)
+        nothing = torch.zeros((), dtype=torch.float64, device=place.device)
         at_sites = {site: torch.stack(found).sum().sqrt() / self._count if found else nothing
                     for site, found in self._squares.items()}
         return at_sites, _mean_norm(self._sums) / self._count

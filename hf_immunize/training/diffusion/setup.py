@@ -19,6 +19,7 @@ from hf_immunize.training.core.balancing import TermWeights, parse_numbers
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
+from hf_immunize.training.core.sharding import sharding_ourselves
 from hf_immunize.training.core.terms import Term, TermSettings, refuse_one_class, terms_of
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
@@ -39,12 +40,13 @@ def accelerator_of(args: DiffusionImmunizationConfig) -> Accelerator:
                 f"{args.report_to!r}: install its package, which is one of {sorted(LoggerType.list())}."
             )
     try:
-        return Accelerator(
-            mixed_precision=args.mixed_precision,
-            cpu=args.use_cpu,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=args.output_dir,
-        )
+        with sharding_ourselves():
+            return Accelerator(
+                mixed_precision=args.mixed_precision,
+                cpu=args.use_cpu,
+                log_with=None if args.report_to == "none" else args.report_to,
+                project_dir=args.output_dir,
+            )
     except ValueError as error:
         raise ConfigError(
             f"expected the precision and device of this process's first Accelerator, got "

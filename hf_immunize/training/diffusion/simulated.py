@@ -60,11 +60,12 @@ class SimulatedAttack:
     ) -> SimulatedAttack:
         """The attack that ``args`` describe, on rows of ``stream``."""
         steps = 1 if args.attacker_goes_on else args.attacker_steps
-        place, width = next(model.parameters()), steps + 1
+        first, width = next(model.parameters()), steps + 1
+        device, dtype = first.device, first.dtype
         return cls(
             denoiser,
             model,
-            lambda step, k: stream.batch(step * width + k, place.device, place.dtype),
+            lambda step, k: stream.batch(step * width + k, device, dtype),
             steps=steps,
             learning_rate=args.attacker_learning_rate,
             rank=args.attacker_rank,
@@ -110,6 +111,10 @@ class SimulatedAttack:
         self._attacker.clear()
         self._optimizer = optimizer if self._goes_on else None
         return value, self._attacker.by_name(total)
+
+    def to(self, device: torch.device) -> None:
+        """Move what the attacker holds."""
+        self._attacker.model.to(device)
 
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self._attacker.trained, lr=self._rate, weight_decay=0.0)

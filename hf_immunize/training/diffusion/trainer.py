@@ -26,7 +26,7 @@ from hf_immunize.diffusion import (
     fits_memory,
     schedule_of,
 )
-from hf_immunize.errors import TrainingDivergedError
+from hf_immunize.errors import ConfigError, TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
@@ -34,6 +34,18 @@ from hf_immunize.training.core.distributed import mean_over_ranks, world
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import SIDES, MicroBatch, SiteGradients
+from hf_immunize.training.core.sharding import (
+    original_class,
+    reach,
+    reduced_later,
+    settle,
+    shard,
+    sharding_plugin,
+    split_like,
+    split_state,
+    whole,
+    whole_copy,
+)
 from hf_immunize.training.core.state import load_state, save_state
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.diffusion.changing import ChangingPart
@@ -107,6 +119,7 @@ class DiffusionImmunizationTrainer:
         eval_dataset: LatentDataset | None,
     ) -> None:
         args = self.args
+        plugin = sharding_plugin() if world()[1] > 1 else None
         self.bare = model.to(self.accelerator.device)
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
         self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -114,15 +127,19 @@ class DiffusionImmunizationTrainer:
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         share_draws(self.bare)
-        self.changing = ChangingPart(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.watch = Watch(named_terms(args))
         self.meter = Meter(self.watch)
         self.terms = Terms.of(args, self.denoiser, self.bare, self.streams, self.meter)
+        self.teacher = self._frozen_copy(plugin is not None) if args.distillation > 0 else None
+        self.is_split = self._split(plugin)
+        self.changing = ChangingPart(self.bare)
         self._make_guard(harmful_dataset, eval_dataset)
-        self.teacher = self._frozen_copy() if args.distillation > 0 else None
         self._make_optimizer()
-        self.model = self.accelerator.prepare(self.bare)
+        if self.is_split:  # nothing to wrap: autocast, if that was asked for
+            self.model = self.accelerator.prepare_model(self.bare, device_placement=False, evaluation_mode=True)
+        else:
+            self.model = self.accelerator.prepare(self.bare)
 
     def _make_guard(self, harmful: LatentDataset, evaluation: LatentDataset | None) -> None:
         factor = self.args.max_loss_factor
@@ -135,10 +152,30 @@ class DiffusionImmunizationTrainer:
         kept = self.changing.state_dict() if factor is not None else {}
         self._initial = {name: value.detach().cpu().clone() for name, value in kept.items()}
 
-    def _frozen_copy(self) -> nn.Module:
-        """The base as it answers now; weights that are not trained are held once."""
+    def _frozen_copy(self, split: bool) -> nn.Module:
+        """The base as it answers now; weights that are not trained are held once, unless they are to be split."""
         still = {id(parameter): parameter for parameter in self.bare.parameters() if not parameter.requires_grad}
+        if split:
+            self.bare.to("cpu")  # a device need not hold two whole models
+            still = {}
         return copy.deepcopy(self.bare, still).requires_grad_(False).eval()
+
+    def _split(self, plugin: Any) -> bool:
+        """Share weights out over ranks (FSDP2), if that was asked for."""
+        if plugin is None:
+            return False
+        if self._validate is not None and self.args.validation_steps:
+            raise ConfigError(
+                "expected no validate under FSDP2, got one: it is called on one process, and a model that is split "
+                "answers to all of them at once. Set validation_steps=0 and draw after training, from whole_model(), "
+                "or use DDP."
+            )
+        for model in (self.teacher, self.bare):
+            if model is not None:
+                shard(model, plugin, self.accelerator.device)
+        if self.terms.attack is not None:
+            self.terms.attack.to(self.accelerator.device)
+        return True
 
     def _make_optimizer(self) -> None:
         args = self.args
@@ -186,7 +223,7 @@ class DiffusionImmunizationTrainer:
         if self._before_update is not None:
             self._before_update(self)
         if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.bare.parameters(), self.args.max_grad_norm)
+            self.accelerator.clip_grad_norm_(self.changing.parameters, self.args.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
@@ -202,11 +239,14 @@ class DiffusionImmunizationTrainer:
         planned = self._plan(range(first, first + count)) if self.terms.objective is not None and count > 1 else None
         for place in range(count):
             last = place == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else self._no_sync():
                 given = planned[place] if planned else None
                 self.accelerator.backward(self._micro_loss(first + place, given))
         if self.terms.attack is not None:
             self._add_attack()
+
+    def _no_sync(self) -> Any:
+        return reduced_later(self.bare) if self.is_split else self.accelerator.no_sync(self.model)
 
     def _micro_loss(self, micro: int, planned: SiteGradients | None) -> Tensor:
         """Retain loss and distillation of one micro-batch, plus a zero whose gradient is the feature terms'."""
@@ -220,7 +260,9 @@ class DiffusionImmunizationTrainer:
         total = (self.args.primary_loss_weight * loss + self._distill(answer, retain)) / self._accumulation
         if self.terms.objective is None:
             return total
-        features["harmful"], labels["harmful"] = self._harmful_features(self.model, micro)
+        features["harmful"], labels["harmful"], answer = self._harmful_features(self.model, micro)
+        if self.is_split:
+            total = total + reach([answer])
         if planned is None:
             spectra = (self.step + 1) % self.args.logging_steps == 0
             (planned,) = self.terms.objective.gradients([MicroBatch(features, labels)], spectra=spectra)
@@ -241,12 +283,12 @@ class DiffusionImmunizationTrainer:
     def _draws(self, name: str, micro: int) -> Any:
         return same_draws(self.accelerator.device, self.args.seed, name, micro)
 
-    def _harmful_features(self, model: nn.Module, micro: int) -> tuple[dict[str, Tensor], Tensor]:
+    def _harmful_features(self, model: nn.Module, micro: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         batch = self._batch(self.streams.harmful, micro)
         assert self.terms.objective is not None
         with self._draws("harmful", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
-            self._answer(model, batch)
-        return dict(caught.items()), batch.labels
+            answer = self._answer(model, batch)
+        return dict(caught.items()), batch.labels, answer
 
     def _retain_loss(self, answer: Tensor, batch: NoisyBatch) -> Tensor:
         losses = denoising_losses(answer, batch.target)
@@ -272,7 +314,7 @@ class DiffusionImmunizationTrainer:
                 retain = self._batch(self.streams.retain, micro)
                 with self._draws("retain", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
                     self._answer(self.bare, retain)
-                harmful, labels = self._harmful_features(self.bare, micro)
+                harmful, labels, _ = self._harmful_features(self.bare, micro)
                 features = {"primary": dict(caught.items()), "harmful": harmful}
                 batches.append(MicroBatch(features, {"primary": retain.labels, "harmful": labels}))
         return self.terms.objective.gradients(batches, spectra=(self.step + 1) % self.args.logging_steps == 0)
@@ -281,11 +323,12 @@ class DiffusionImmunizationTrainer:
         assert self.terms.attack is not None
         with self.accelerator.autocast():
             value, gradients = self.terms.attack.gradient(self.bare, self.step)
+        settle(self.bare)
         trained = {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
         flat = torch.cat([gradients[name].double().flatten() for name in trained])
         weight = self.terms.attack_weights.update({SIMULATED_TERM.name: flat})[SIMULATED_TERM.name]
         for name, parameter in trained.items():
-            added = weight.to(parameter) * gradients[name]
+            added = split_like(weight.to(gradients[name]) * gradients[name], parameter)
             parameter.grad = added if parameter.grad is None else parameter.grad + added
         self.meter.add({SIMULATED_TERM.name: value, f"lambda/{SIMULATED_TERM.name}": weight})
 
@@ -316,11 +359,13 @@ class DiffusionImmunizationTrainer:
         if self.average is None:
             yield self.bare
             return
+        settle(self.bare)
         self.average.store(self.changing.parameters)
         self.average.copy_to(self.changing.parameters)
         try:
             yield self.bare
         finally:
+            settle(self.bare)
             self.average.restore(self.changing.parameters)
 
     def _points(self) -> float:
@@ -367,6 +412,7 @@ class DiffusionImmunizationTrainer:
 
     def _finish(self) -> None:
         self._refuse_ruined()
+        settle(self.bare)
         if self.average is not None:
             self.average.copy_to(self.changing.parameters)
         if self._initial and not self.guard.choose(self.changing):
@@ -386,31 +432,45 @@ class DiffusionImmunizationTrainer:
         if self._exam is not None:
             self.guard_record = self.guard.record(self._points())
 
+    def whole_model(self) -> nn.Module | None:
+        """The model as it is now, with whole weights: to save it, or to draw with it.
+
+        Under FSDP2 a copy on the CPU of the first process and None elsewhere, else the model itself. Every process
+        calls this.
+        """
+        if not self.is_split:
+            return self.bare
+        kind = original_class(self.bare)
+        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))  # type: ignore[attr-defined]
+
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def _identify(self) -> dict[str, Any]:
         """What a checkpoint may be continued with: options, model as it was given, rows, number of processes."""
         digest = hashlib.sha256()
         for name, value in sorted(self.bare.state_dict().items()):
-            digest.update(name.encode() + digest_pixels(value.detach().cpu().numpy()))
+            digest.update(name.encode() + digest_pixels(whole(value.detach()).cpu().numpy()))
         told = {name: None if held is None else held.fingerprint(source="", role="").sha256
                 for name, held in self._rows.items()}
         return {**scientific_options(self.args), "model": digest.hexdigest(), **told, "processes": world()[1]}
 
     def _save(self) -> None:
         self._refuse_ruined()
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
+        folder, first = Path(self.args.output_dir) / f"checkpoint-{self.step}", self.accelerator.is_main_process
+        if first:
             unmark(folder)
-            save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch)
-            save_loop(
-                folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history,
-                options=self._identity,
-            )
+        save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch, write=first)
+        save_loop(
+            folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history,
+            options=self._identity, write=first,
+        )
+        if first:
             prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.step)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
         check_options(folder, self._identity)
         load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch)
+        if self.guard.best is not None:
+            self.guard.best = split_state(self.guard.best, self.changing.state_dict())
         self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule, self.average)

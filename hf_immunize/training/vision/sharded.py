@@ -129,10 +129,10 @@ class ShardedMixin:
             atomic_write(Path(output_dir) / _SCHEDULE, json.dumps(self.lr_scheduler.state_dict()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_split:
+        folder, bare = Path(checkpoint or ""), self.accelerator.unwrap_model(self.model)
+        if checkpoint is None or not (self.is_split or (folder / _MOMENTS).exists()):
             super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        elif checkpoint is not None:
-            folder, bare = Path(checkpoint), self.accelerator.unwrap_model(self.model)
+        else:
             try:
                 load_optimizer_tensors(bare, _plain(self.optimizer), load_file(folder / _MOMENTS))
                 schedule = json.loads((folder / _SCHEDULE).read_text(encoding="utf-8"))
