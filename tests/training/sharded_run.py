@@ -32,6 +32,7 @@ CELLS = {
     "guard": GUARD | {"learning_rate": 0.05},
     "distillation": {"distillation": 0.5, "feature_distillation": 0.3},
     "average": {"ema_decay": 0.5},
+    "attack": {"objective": "ill_only+simulated_attack", "attacker_steps": 1},
     "caching": {"trainable_modules": "last:1", "cache_frozen_features": True, "distillation": 0.5},
     "everything": GUARD | {"distillation": 0.5, "ema_decay": 0.5, "save_strategy": "steps", "save_steps": 2,
                            "max_steps": 4, "learning_rate": 0.02},
@@ -87,8 +88,8 @@ def keep(name: str, trainer: ImmunizationTrainer) -> None:
     results.update({f"{name}/{key}": whole(value.detach()).clone() for key, value in bare.state_dict().items()})
     told[name] = {
         "guard": None if trainer.guard_record is None else trainer.guard_record.model_dump(),
-        "factor": trainer.objective.factor,
-        "weights": {site: float(weights.reference) for site, weights in trainer.objective.weights.items()},
+        "factor": trainer.step.factor,
+        "weights": {site: float(weights.reference) for site, weights in trainer.step.weights.items()},
         "outcome": None if trainer.outcome is None else trainer.outcome.model_dump(exclude={"told"}),
     }
 
@@ -100,6 +101,8 @@ def barrier() -> None:
 
 for way in WAYS:
     for cell in CELLS:
+        if cell == "attack" and way == "loaded":
+            continue  # refused: see test_devices.py
         output = folder / f"{way}-{cell}"
         trainer = trainer_of(way, output, cell)
         trainer.train()

@@ -42,7 +42,7 @@ def is_sharded(model: nn.Module) -> bool:
     return split or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def settle(model: nn.Module) -> None:
+def settle(model: nn.Module) -> nn.Module:
     """Let every part of a sharded model hold its own share again.
 
     After a forward that no backward followed, the outermost group is still whole: ``named_parameters`` would give
@@ -51,6 +51,7 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    return model
 
 
 def original_class(model: nn.Module) -> type[nn.Module]:
@@ -249,9 +250,12 @@ def whole_on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tens
 
 
 def split_like(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of ``value``, which every rank holds, on the device of ``like`` and split as it is."""
+    """This rank's part of ``value``, which every rank holds, on the device of ``like`` and split as it is.
+
+    What is split already stays as it is.
+    """
     value = value.to(like.device)
-    if not isinstance(like, DTensor):
+    if isinstance(value, DTensor) or not isinstance(like, DTensor):
         return value
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 

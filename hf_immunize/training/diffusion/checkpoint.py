@@ -15,12 +15,10 @@ from torch import Tensor
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
-from hf_immunize.training.core.sharding import split_like, split_state, whole_on_cpu
-from hf_immunize.training.diffusion.changing import ChangingPart
+from hf_immunize.training.core.changing import ChangingPart
+from hf_immunize.training.core.sharding import split_like, whole_on_cpu
 
-_MODEL, _OPTIMIZER, _AVERAGE, _MARK = (
-    "model.safetensors", "optimizer.safetensors", "average.safetensors", "trainer_state.json",
-)
+_MODEL, _OPTIMIZER, _MARK = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 
 _WHOLE = "expected a whole checkpoint of this model and these options"
 _WHAT_TO_DO = (
@@ -47,13 +45,12 @@ def save_loop(
     model: ChangingPart,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    average: Any | None,
     log: list[dict[str, float]],
     options: Mapping[str, Any],
     *,
     write: bool = True,
 ) -> None:
-    """Write weights, optimizer, schedule and moving average; the mark, which holds ``options``, last.
+    """Write weights, optimizer and schedule; the mark, which holds ``options``, last.
 
     Every rank calls this; where not ``write``, a rank only takes part in putting tensors together.
     """
@@ -65,9 +62,6 @@ def save_loop(
         write=write,
     )
     plain: dict[str, Any] = {"step": step, "log": log, "schedule": scheduler.state_dict(), "options": dict(options)}
-    if average is not None:
-        write_tensors(folder / _AVERAGE, {str(i): value for i, value in enumerate(average.shadow_params)}, write=write)
-        plain["average_step"] = average.optimization_step
     if write:
         atomic_write(folder / _MARK, json.dumps(plain))
 
@@ -92,7 +86,7 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def load_loop(
-    folder: Path, model: ChangingPart, optimizer: torch.optim.Optimizer, scheduler: Any, average: Any | None
+    folder: Path, model: ChangingPart, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> tuple[int, list[dict[str, float]]]:
     """Take back what ``save_loop`` wrote, strictly; return the step and the log.
 
@@ -101,16 +95,11 @@ def load_loop(
     """
     try:
         plain = json.loads((folder / _MARK).read_text(encoding="utf-8"))
-        model.load_state_dict(split_state(load_file(folder / _MODEL), model.state_dict()), strict=True)
+        model.load_state_dict(load_file(folder / _MODEL), strict=True)
         _load_moments(optimizer, load_file(folder / _OPTIMIZER), model.parameters)
         scheduler.load_state_dict(plain["schedule"])
         for group, rate in zip(optimizer.param_groups, plain["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
-        if average is not None:
-            kept = load_file(folder / _AVERAGE)
-            for index, parameter in enumerate(average.shadow_params):
-                parameter.copy_(split_like(kept[str(index)], parameter))
-            average.optimization_step = plain["average_step"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
     return plain["step"], plain["log"]

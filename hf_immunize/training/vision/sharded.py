@@ -37,20 +37,15 @@ from hf_immunize.training.core.sharding import (
     split_state,
     whole_on_cpu,
 )
+from hf_immunize.training.vision.publishing import GatedTrainer
 
 _MOMENTS, _SCHEDULE = "optimizer.safetensors", "scheduler.json"
 
 
-class ShardedMixin:
-    """Replaces what ``Trainer`` does where weights are split over ranks; expects the attributes below."""
+class ShardedTrainer(GatedTrainer):
+    """A ``Trainer`` whose model may be split over ranks."""
 
-    args: Any
-    model: Any
-    accelerator: Any
-    optimizer: Any
-    lr_scheduler: Any
-    is_distributed_loading_by_transformers: bool
-    _plugin: FullyShardedDataParallelPlugin | None
+    _plugin: FullyShardedDataParallelPlugin | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer, without its own FSDP."""
@@ -61,19 +56,19 @@ class ShardedMixin:
         self.args.fsdp_plugin_args = None
         try:
             with sharding_ourselves():
-                super().create_accelerator_and_postprocess()  # type: ignore[misc]
+                super().create_accelerator_and_postprocess()
         finally:
             self.args.fsdp_plugin_args = asked
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Not before it is split: its parts fit where the whole may not."""
         if self._plugin is None or world()[1] == 1:
-            super()._move_model_to_device(model, device)  # type: ignore[misc]
+            super()._move_model_to_device(model, device)
 
     @property
     def is_split(self) -> bool:
         """Whether weights are split over ranks."""
-        return self.is_distributed_loading_by_transformers
+        return bool(self.is_distributed_loading_by_transformers)
 
     def split(self, *others: nn.Module | None) -> None:
         """Shard the model if that was asked for, and ``others`` alike; from here on parameters are DTensors."""
@@ -86,11 +81,8 @@ class ShardedMixin:
     def _frozen_copy(self) -> nn.Module:
         """θ₀, split as the model is, or whole."""
         model = self.accelerator.unwrap_model(self.model)
-        if is_sharded(model):
-            teacher = empty_twin(model, lambda: original_class(model)(_unsplit(model.config)))  # type: ignore[call-arg]
-        else:
-            teacher = copy.deepcopy(model)
-        return teacher.requires_grad_(False).eval()
+        twin = empty_twin(model, lambda: _rebuilt(model)) if is_sharded(model) else copy.deepcopy(model)
+        return twin.requires_grad_(False).eval()
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; the optimizer is to hold this rank's share of every weight.
@@ -101,7 +93,7 @@ class ShardedMixin:
         bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         settle(bare)
         bare.__dict__.pop("_is_accelerate_prepared", None)
-        return super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
         return reduced_later(self.model)
@@ -111,17 +103,17 @@ class ShardedMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Whole weights in one file, as from one process."""
         if not self.is_split:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            super()._save(output_dir, state_dict)
             return
         bare = self.accelerator.unwrap_model(self.model)
         state = whole_on_cpu(bare.state_dict(), keep=self.args.should_save)
         if self.args.should_save:
             with _told_nothing(bare):
-                super()._save(output_dir, state)  # type: ignore[misc]
+                super()._save(output_dir, state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_split:
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            super()._save_optimizer_and_scheduler(output_dir)
             return
         tensors = optimizer_tensors(self.accelerator.unwrap_model(self.model), _plain(self.optimizer))
         if self.args.should_save:
@@ -131,7 +123,7 @@ class ShardedMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         folder, bare = Path(checkpoint or ""), self.accelerator.unwrap_model(self.model)
         if checkpoint is None or not (self.is_split or (folder / _MOMENTS).exists()):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            super()._load_optimizer_and_scheduler(checkpoint)
         else:
             try:
                 load_optimizer_tensors(bare, _plain(self.optimizer), load_file(folder / _MOMENTS))
@@ -162,6 +154,16 @@ def resumable(args: Any, model: nn.Module) -> Iterator[None]:
         yield
     finally:
         args.save_only_model = kept
+
+
+def _rebuilt(model: nn.Module) -> nn.Module:
+    """A model of the same class and configuration, not split."""
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(
+            f"expected a transformers model to copy θ₀ of split weights, got {original_class(model).__name__}: pass it "
+            "whole and let accelerate launch shard it, or use DDP."
+        )
+    return original_class(model)(_unsplit(model.config))
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -60,8 +60,10 @@ def refuse_unsupported(args: Any) -> None:
     sharding_plugin(args.fsdp_plugin_args)
     _refuse_precision(args)
     _refuse_with_checkpointing(args)
-    if args.attacker_lora_rank:
+    if args.attacker_rank and ("imma" in args.objectives or "simulated_attack" not in args.objectives):
         _refuse_with_lora(args)
+    if "simulated_attack" in args.objectives:
+        _refuse_with_attack(args)
     if args.cache_frozen_features and args.augmentation:
         raise ConfigError(
             "expected cache_frozen_features or augmentation, got both: cached activations are of unchanged images."
@@ -106,13 +108,22 @@ def _refuse_with_lora(args: Any) -> None:
     """What the attacker's LoRA updates cannot be combined with: other terms would see an attacked model's features."""
     if args.objective.strip() != "imma" or args.sites != "head":
         raise ConfigError(
-            f"expected objective imma alone at sites=head with attacker_lora_rank, got {args.objective} at "
-            f"{args.sites}: set attacker_lora_rank=0 for other objectives and sites."
+            f"expected objective imma alone at sites=head with attacker_rank, got {args.objective} at "
+            f"{args.sites}: set attacker_rank=0 for other objectives and sites."
         )
     if args.activation_checkpointing or args.cache_frozen_features:
         raise ConfigError(
-            "expected neither activation_checkpointing nor cache_frozen_features with attacker_lora_rank, got one: a "
+            "expected neither activation_checkpointing nor cache_frozen_features with attacker_rank, got one: a "
             "forward that is repeated or begins late would not have the attacker's updates."
+        )
+
+
+def _refuse_with_attack(args: Any) -> None:
+    """An attacker of all weights trains the frozen part as well, and an image model's has no exact gradient."""
+    if args.cache_frozen_features and not args.attacker_rank:
+        raise ConfigError(
+            "expected attacker_rank of at least 1 for simulated_attack with cache_frozen_features, got 0: an attacker "
+            "of all weights trains the part whose activations are cached. Set attacker_rank, or turn the cache off."
         )
 
 
@@ -155,7 +166,9 @@ def refuse_model(args: Any, model: nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False):
             _refuse_checkpointed(args, module)
     _refuse_split(model)
-    refuse_sharded(args, model)
+    if is_sharded(model):
+        refuse_sharded(args)
+        refuse_copies(args)
 
 
 def _refuse_checkpointed(args: Any, module: nn.Module) -> None:
@@ -187,17 +200,25 @@ def _refuse_split(model: nn.Module) -> None:
         )
 
 
-def refuse_sharded(args: Any, model: nn.Module) -> None:
-    """Raise ConfigError for options that read or write whole parameters of a model that is split over ranks."""
+def refuse_sharded(args: Any) -> None:
+    """Raise ConfigError for options that read or write whole parameters, where these are split over ranks."""
     needs_whole = {
         "precondition_gradients": args.precondition_gradients is not None,
-        "attacker_lora_rank": args.attacker_lora_rank > 0,
+        "attacker_rank with imma": args.attacker_rank > 0 and "imma" in args.objectives,
     }
-    asked = [name for name, on in needs_whole.items() if on]
-    if asked and is_sharded(model):
+    if asked := [name for name, on in needs_whole.items() if on]:
         raise ConfigError(
             f"expected a model that is whole on every rank for {asked}, got sharded parameters (FSDP2): turn these "
             "options off, or use DDP."
+        )
+
+
+def refuse_copies(args: Any) -> None:
+    """Raise ConfigError for an attacker that trains a copy, of a model that was split before it could be copied."""
+    if "simulated_attack" in args.objectives:
+        raise ConfigError(
+            "expected a model that is whole when it is passed for simulated_attack, got sharded parameters: let "
+            "accelerate launch shard it (fsdp_version: 2), or use DDP."
         )
 
 

@@ -21,17 +21,19 @@ torch.set_num_threads(1)
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
 ASKED = os.environ.get("ACCELERATE_USE_FSDP", "false")
 WAYS = ("one",) if processes == 1 else ("ddp", "fsdp2")
-GUARD = {"max_loss_factor": 1.5, "eval_steps": 1}
+GUARD = {"max_primary_drop": 50.0, "eval_steps": 1}
 CELLS = {
     "plain": ("sd3", {"gradient_accumulation_steps": 2}),
     "unet": ("sd", {"objective": "group_kappa", "harmful_group_rows": 6, "sites": "middle"}),
-    "guard": ("sd3", GUARD | {"learning_rate": 0.05, "max_loss_factor": 1.02}),
+    "guard": ("sd3", GUARD | {"learning_rate": 0.05, "max_primary_drop": 2.0}),
     "distillation": ("sd3", {"distillation": 0.5}),
     "average": ("sd3", {"ema_decay": 0.5}),
-    "factors": ("flux", {"trainable": "lora", "lora_rank": 2, "distillation": 0.5}),
+    "factors": ("flux", {"trainable_modules": "lora", "lora_rank": 2, "distillation": 0.5}),
     "attack": ("sd3", {"objective": "ill_only+simulated_attack", "attacker_steps": 1}),
     "attack, factors": ("sd3", {"objective": "simulated_attack", "attacker_steps": 1, "attacker_rank": 2}),
-    "imma": ("sd3", {"objective": "imma", "trainable": "attention", "attacker_rank": 2}),
+    "attack, both": ("flux", {"objective": "simulated_attack", "attacker_steps": 1, "attacker_rank": 2,
+                              "trainable_modules": "lora", "lora_rank": 2}),
+    "imma": ("sd3", {"objective": "imma", "trainable_modules": "attention", "attacker_rank": 2}),
     "everything": ("sd3", GUARD | {"distillation": 0.5, "ema_decay": 0.5, "max_steps": 4, "save_steps": 2,
                                    "save_total_limit": 2, "objective": "opt_kappa", "learning_rate": 0.01}),
 }  # fmt: skip
