@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured
@@ -44,8 +45,7 @@ class ReferenceGradients:
                 moved.append(site)
             elif not self._optional:
                 raise unmoved(site)
-        asked = [*(caught.raw(site) for site in moved), *self._trained]
-        found = torch.autograd.grad(loss, asked, allow_unused=True)
+        found = self._gradients(loss, [caught.raw(site) for site in moved])
         for site, gradient in zip(moved, found, strict=False):
             whole = torch.zeros_like(caught.raw(site)) if gradient is None else gradient.detach()
             self._squares[site].append(_global_norm(caught.shift(site, whole)).square())
@@ -55,6 +55,18 @@ class ReferenceGradients:
                 self._sums[place] = gradient.detach() if held is None else held + gradient
         self._count += 1
 
+    def _gradients(self, loss: Tensor, features: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """At the features and at the trained weights; at weights that are split, the mean over ranks."""
+        if not any(isinstance(weight, DTensor) for weight in self._trained):
+            return torch.autograd.grad(loss, [*features, *self._trained], allow_unused=True)
+        for value in features:
+            value.retain_grad()
+        loss.backward()  # FSDP2 brings gradients to its own parameters only then
+        at_weights = [weight.grad for weight in self._trained]
+        for weight in self._trained:
+            weight.grad = None
+        return [*(value.grad for value in features), *at_weights]
+
     def at_sites(self) -> dict[str, Tensor]:
         """The norm over the global batch at the features of each site; 0 where nothing pulls back."""
         # The mean over a step's micro-batches has the parts of each, divided by their number.
@@ -63,9 +75,14 @@ class ReferenceGradients:
 
     def at_weights(self) -> Tensor:
         """The norm of the ranks' mean gradient at the trained weights."""
-        found = [gradient.clone() for gradient in self._sums if gradient is not None]
+        found = [part.clone() for part in self._sums if part is not None and not isinstance(part, DTensor)]
         sum_over_ranks(found)
         squares = [torch.zeros((), dtype=torch.float64)]
+        for gradient in self._sums:
+            if isinstance(gradient, DTensor):  # a mean over ranks already, and its norm is over their parts
+                square = torch.linalg.vector_norm(gradient.to_local(), dtype=torch.float64).square()
+                sum_over_ranks([square])
+                squares.append(square.cpu() * world()[1] ** 2)
         squares += [torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu() for gradient in found]
         return torch.stack(squares).sum().sqrt() / (world()[1] * self._count)
 
