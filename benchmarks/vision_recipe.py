@@ -135,7 +135,7 @@ class Stages:
 
 @torch.no_grad()
 def _accuracy(model: Any, rows: Any) -> float:
-    frozen = FrozenPart(model, rows.pixel_values.shape[1:])
+    frozen = FrozenPart(model, torch.as_tensor(rows[0]["pixel_values"]).shape)
     assert frozen.boundary is not None
     cached = FeatureCache(None, model, frozen.boundary, collate_pixels, "no").dataset(rows, rows.labels, "test")
     model.eval()
