@@ -12,10 +12,11 @@ from pipeline_builders import build_text_pipeline
 from hf_immunize.data import RowStore
 from hf_immunize.data import caching as passes
 from hf_immunize.data.fingerprint import digest_pixels
-from hf_immunize.diffusion import LatentDataset, NoiseProcess, encoding
+from hf_immunize.diffusion import LatentDataset, NoiseProcess, encoding, tasks
 from hf_immunize.diffusion.encoding import encode
 from hf_immunize.diffusion.exam import DenoisingExam
 from hf_immunize.diffusion.photos import image_files, read_photos, read_pixels
+from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
 from hf_immunize.errors import DataError
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 
@@ -124,3 +125,23 @@ def test_noise_that_is_drawn_again_is_that_of_one_call(size, rows):
     assert torch.equal(torch.cat(list(exam._noise.parts(rows))), whole)
     assert torch.equal(exam._noise[11], whole[11])
     assert not any(isinstance(value, torch.Tensor) and value.dim() == 4 for value in vars(exam._noise).values())
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_pixels_of_a_large_concept_task_lie_on_disk(tmp_path, monkeypatch, colour):
+    monkeypatch.setenv("HF_IMMUNIZE_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 8, 8, 3) if colour else (60, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x_train=images, y_train=np.arange(60) % 3)
+    task = ConceptTask(ConceptArguments(
+        str(tmp_path / "x.npz"), image_size=8, channels=3 if colour else 1, retain_labels="0", harmful_labels="1",
+        benign_labels="2",
+    ))
+    kept = task.examples("harmful", "attack")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(tasks, "KEPT_BYTES", 0)
+    stored = task.examples("harmful", "attack")
+    assert torch.equal(stored.latents, kept.latents) and torch.equal(stored.labels, kept.labels)
+    assert torch.equal(stored.conditions["class_labels"], kept.conditions["class_labels"])
+    assert stored.fingerprint(source="", role="") == kept.fingerprint(source="", role="")
+    assert len(list((tmp_path / "cache" / "pixels").glob("*/index.json"))) == 1
