@@ -1,6 +1,6 @@
 """Closed-form ridge probe and its held-out R², differentiable in the features.
 
-Shape legend: N rows (samples), D columns (feature width), C label columns.
+Shape legend: N rows (samples), D columns (feature width), C label columns; ``...`` a stack of matrices of one shape.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from hf_immunize.linalg.spectrum import check_features, singular_value_floor, to
 def ridge_weights(phi_ND: Tensor, labels_NC: Tensor, penalty: Tensor) -> Tensor:
     """Minimiser W (D×C) of ‖ΦW − Y‖² + penalty·‖W‖², by a Cholesky solve on the smaller of the N×N and D×D sides.
 
-    Inputs are float64 and already centred. ``penalty`` is a positive zero-dimensional tensor.
+    Inputs are float64 and already centred. ``penalty`` is a positive zero-dimensional tensor. For a stack ``...``×N×D
+    there is a penalty for each (shape ``...``) and labels may be shared; W is ``...``×D×C.
     """
-    rows, width = phi_ND.shape
+    rows, width = phi_ND.shape[-2:]
     side = min(rows, width)
-    shift = penalty * torch.eye(side, dtype=phi_ND.dtype, device=phi_ND.device)
+    shift = penalty[..., None, None] * torch.eye(side, dtype=phi_ND.dtype, device=phi_ND.device)
     if rows <= width:
-        return phi_ND.T @ torch.cholesky_solve(labels_NC, torch.linalg.cholesky(phi_ND @ phi_ND.T + shift))
-    return torch.cholesky_solve(phi_ND.T @ labels_NC, torch.linalg.cholesky(phi_ND.T @ phi_ND + shift))
+        return phi_ND.mT @ torch.cholesky_solve(labels_NC, torch.linalg.cholesky(phi_ND @ phi_ND.mT + shift))
+    return torch.cholesky_solve(phi_ND.mT @ labels_NC, torch.linalg.cholesky(phi_ND.mT @ phi_ND + shift))
 
 
 def r_squared(residual_NC: Tensor, labels_NC: Tensor) -> Tensor:
     """1 − ‖residual‖²/‖Y‖² with Y centred by the support mean: 0 for a constant answer, 1 for a perfect one."""
-    return 1 - residual_NC.square().sum() / labels_NC.square().sum()
+    return 1 - residual_NC.square().sum(dim=(-2, -1)) / labels_NC.square().sum(dim=(-2, -1))
 
 
 def spectral_adversary(
@@ -45,17 +46,18 @@ def spectral_adversary(
     ``horizon`` t is in gradient-descent steps at rate 1/σ₁: the probe fits about what that many steps would. Features
     and labels are centred by support means; σ₁ is detached, so the defender cannot win by rescaling. λ never falls
     below the square of the features' own rounding noise: features collapsed to one point give R² = 0, not a
-    singular solve.
+    singular solve. Features may be stacks of matrices of one shape (``...``×N×D) over the same labels.
 
     Returns:
-        (held-out R², support R²), zero-dimensional float64, differentiable in both feature tensors.
+        (held-out R², support R²), float64 of shape ``...`` (zero-dimensional for matrices), differentiable in both
+        feature tensors.
 
     Raises:
         SpectrumError: fewer than two support rows, widths that differ, or a horizon that is not positive.
     """
     for features in (support_ND, query_MD):
-        check_features(features)
-    if support_ND.shape[0] < 2 or support_ND.shape[1] != query_MD.shape[1]:
+        check_features(features, stacked=True)
+    if support_ND.shape[-2] < 2 or support_ND.shape[-1] != query_MD.shape[-1]:
         raise SpectrumError(
             f"expected at least two support rows and one width for support and query, got {tuple(support_ND.shape)} "
             f"and {tuple(query_MD.shape)}: raise the harmful batch size."
@@ -64,15 +66,15 @@ def spectral_adversary(
         raise SpectrumError(f"expected a positive horizon in gradient-descent steps, got {horizon}.")
     support, query = to_double(support_ND), to_double(query_MD)
     labels, query_labels = support_labels_NC.to(support), query_labels_MC.to(support)
-    phi_mean, label_mean = support.mean(dim=0, keepdim=True), labels.mean(dim=0, keepdim=True)
-    raw_norm = torch.linalg.vector_norm(support.detach())
+    phi_mean, label_mean = support.mean(dim=-2, keepdim=True), labels.mean(dim=-2, keepdim=True)
+    raw_norm = torch.linalg.vector_norm(support.detach(), dim=(-2, -1))
     support, query = support - phi_mean, query - phi_mean
     labels, query_labels = labels - label_mean, query_labels - label_mean
-    rows, width = support.shape
+    rows, width = support.shape[-2:]
     noise = singular_value_floor(raw_norm, raw_norm, rows, width, feature_dtype or support_ND.dtype)
     small = support.detach()
-    gram = small @ small.T if rows <= width else small.T @ small
-    sigma_1 = torch.linalg.eigvalsh(gram)[-1].clamp(min=0)
+    gram = small @ small.mT if rows <= width else small.mT @ small
+    sigma_1 = torch.linalg.eigvalsh(gram)[..., -1].clamp(min=0)
     # tiny: features that are exactly zero everywhere have no noise either, and must still solve (to weights of zero).
     penalty = torch.maximum(sigma_1 / horizon, noise.square()).clamp(min=torch.finfo(support.dtype).tiny)
     weights = ridge_weights(support, labels, penalty)

@@ -98,7 +98,8 @@ def learn_attack(
 
     def forward(place: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         with forwards.same_draws(step, place), attacker.attached(bare, learning=True):
-            return forwards.at_head(bare, inputs), inputs["labels"]
+            features = forwards.at_head(bare, inputs)
+            return features, torch.tensor(inputs["classes"])  # on the CPU, where reading them waits for nothing
 
     def loss_of(rows: Rows) -> Tensor:
         rows.memory = objective.memory[site].get(IMMA.name, {})

@@ -30,7 +30,7 @@ from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.training.core.average import WeightAverage
-from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
@@ -214,7 +214,7 @@ class ImmunizationTrainer(StrictTrainer):
         parts = {"step": self.step, "average": self.average, "attacker": self.attacker}
         parts |= {"temperature": self.temperature} if args.distillation else {}
         self.checkpoint_state = CheckpointState(parts, self.guard, self.watch)
-        self.add_callback(Watching(self.watch))
+        self.add_callback(Watching(self.watch, self.meter))
         if self.average:
             self.add_callback(Averaging(self.average, lambda: self.bare))
 
@@ -380,7 +380,7 @@ class ImmunizationTrainer(StrictTrainer):
             if self.objective is not None:
                 with self.forwards.side(bare, "harmful") as caught["harmful"]:
                     self.forwards.features(model, bare, inputs["harmful"], attacked=True)
-        self.meter.add({"primary_loss": mean_over_ranks(loss)})
+        self.meter.add({"primary_loss": loss}, local=True)
         total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught["primary"])
         if self.objective is not None:
             # The Trainer divides by the number of micro-batches, and DDP by that of ranks.
@@ -402,11 +402,11 @@ class ImmunizationTrainer(StrictTrainer):
         if self.args.distillation:
             ours, temperature = outputs["logits"], self.temperature.value
             distance = divergence(ours, target.to(ours.dtype), self.kind, temperature)
-            self.meter.add({"distillation": mean_over_ranks(distance)})
+            self.meter.add({"distillation": distance}, local=True)
             total = total + self.args.distillation * distance
         if features is not None and self.args.feature_distillation:
             distance = feature_distance(caught[self.site], features)
-            self.meter.add({"feature_distillation": mean_over_ranks(distance)})
+            self.meter.add({"feature_distillation": distance}, local=True)
             total = total + self.args.feature_distillation * distance
         return total
 
