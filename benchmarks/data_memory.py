@@ -5,8 +5,10 @@
 Vision: JPEG files in an Arrow table on disk (256 different pictures, again and again), as primary and as harmful
 rows of a tiny random ViT: a table with a transform, a stream of it, a torch Dataset of the user's own, and what the
 recipes' ``preprocess`` gives. Diffusion: latents and text conditions in a ``RowStore``, of a tiny UNet; beside it the
-same rows in memory, for comparison. A few steps each, in a process of its own; the peak is that of the whole process,
-libraries included, beside what the rows' float32 tensors would take. Random pictures and weights show memory alone.
+same rows in memory, for comparison. A few steps each, in a process of its own. Told are the peak of memory that the
+process itself holds (RssAnon, looked at every 20 ms), libraries included; the peak of what is resident in all, with
+pages of mapped files that the system drops when it needs room; and what the rows' float32 tensors would take. Random
+pictures and weights show memory alone.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import io
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +155,30 @@ def train_diffusion(case: str, place: Path, rows: int, steps: int) -> None:
     ).train()
 
 
-def measured(arguments: argparse.Namespace, case: str, rows: int, place: Path) -> float:
-    """Peak memory of a process of its own, MiB."""
+class Held(threading.Thread):
+    """The most memory of its own that this process has held, MiB, mapped files left out."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most = 0.0
+
+    def run(self) -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+            now = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            self.most = max(self.most, now / 1024)
+            time.sleep(0.02)
+
+
+def measured(arguments: argparse.Namespace, case: str, rows: int, place: Path) -> tuple[float, float]:
+    """Peak memory of a process of its own, MiB: what it holds itself, and what is resident."""
     words = [sys.executable, __file__, "--run", case, "--place", str(place), "--rows", str(rows),
              "--size", str(arguments.size), "--steps", str(arguments.steps)]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-3000:])
-    return float(done.stdout.strip().splitlines()[-1])
+    held, resident = map(float, done.stdout.strip().splitlines()[-1].split())
+    return held, resident
 
 
 def main() -> None:
@@ -174,24 +194,26 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.run:
         (rows,) = arguments.rows
+        held = Held()
+        held.start()
         if arguments.run in VISION:
             train_vision(arguments.run, arguments.place, arguments.size, arguments.steps)
         else:
             train_diffusion(arguments.run, arguments.place, rows, arguments.steps)
-        print(highest_resident())
+        print(held.most, highest_resident())
         return
     with tempfile.TemporaryDirectory() as folder:
         tables = {rows: write_table(Path(folder), rows, arguments.size) for rows in arguments.rows}
-        print(f"peak memory in MiB, {arguments.steps} steps; in brackets the float32 tensors of all rows")
+        print(f"peak memory in MiB, {arguments.steps} steps: held, resident, and float32 tensors of all rows")
         for case in arguments.case:
             told = []
             for rows in arguments.rows:
                 vision = case in VISION
                 numbers = 3 * arguments.size**2 if vision else 4 * SIDE**2 + TOKENS * WIDTH
                 place = tables[rows] if vision else Path(folder) / f"encoded-{rows}"
-                peak = measured(arguments, case, rows, place)
-                told.append(f"{rows:,} rows: {peak:.0f} ({rows * numbers * 4 / 2**20:.0f})")
-            print(f"{case}: {', '.join(told)}", flush=True)
+                held, resident = measured(arguments, case, rows, place)
+                told.append(f"{rows:,} rows {held:.0f}, {resident:.0f}, {rows * numbers * 4 / 2**20:.0f}")
+            print(f"{case}: {'; '.join(told)}", flush=True)
 
 
 if __name__ == "__main__":
