@@ -86,7 +86,7 @@ def difference(ours: torch.Tensor, truth: torch.Tensor) -> float:
 @pytest.mark.parametrize("most", [2**24, 1000], ids=["one stack", "in parts"])
 @pytest.mark.parametrize("terms", [*map(terms_of, OBJECTIVES), OWN], ids=[*OBJECTIVES, "own"])
 def test_sites_together_are_the_sites_one_by_one(terms, most, monkeypatch):
-    monkeypatch.setattr(stacks, "_NUMBERS", most)
+    monkeypatch.setattr(stacks, "_NUMBERS", {"cpu": most})
     together = objective_of(terms)
     alone = [Alone(terms, site, (1.0 + place) / 21, 1.0 + place) for place, site in enumerate(WIDTHS)]
     for step in range(3):

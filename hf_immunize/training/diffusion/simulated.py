@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
-from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
+from hf_immunize.training.core.distributed import mean_of_gradients, mean_over_ranks
 from hf_immunize.training.core.terms import Side, Term
 from hf_immunize.training.diffusion.attacker import Attacker
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
@@ -167,4 +167,4 @@ class SimulatedAttack:
     @staticmethod
     def _average(gradients: list[Tensor]) -> None:
         """Mean over ranks, in place."""
-        average_over_ranks(gradients)
+        mean_of_gradients(gradients)
