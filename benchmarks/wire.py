@@ -22,7 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective, MicroBatch
-from hf_immunize.training.core.terms import TermSettings, terms_of
+from hf_immunize.training.core.terms import TermSettings
+
+try:
+    from hf_immunize.training.core.registry import terms_of
+except ImportError:  # --before: a checkout from when the names of objectives stood beside their terms
+    from hf_immunize.training.core.terms import terms_of
 
 WIDTHS = [640] * 30 + [1280] * 180 + [2048] * 70
 ROWS, CLASSES = 16, 4

@@ -104,11 +104,52 @@ def ridge_accuracies(
     Raises:
         SpectrumError: features that are not finite or not a matrix.
     """
+    classes = int(torch.cat([support_labels_N, query_labels_M]).max()) + 1
+    targets = torch.nn.functional.one_hot(support_labels_N.long(), classes)
+    answers = _ridge_answers(support_ND, targets, query_MD, horizons, feature_dtype)
+    wanted = query_labels_M.cpu()
+    return torch.stack([(found.argmax(dim=1).cpu() == wanted).double().mean() for found in answers])
+
+
+def ridge_r_squared(
+    support_ND: Tensor,
+    support_targets_NC: Tensor,
+    query_MD: Tensor,
+    query_targets_MC: Tensor,
+    horizons: Sequence[float],
+    feature_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Held-out R² of ridge probes on targets of any kind, one for each horizon, as in ``ridge_accuracies``.
+
+    R² = 1 − ‖Y − Ŷ‖²/‖Y − ȳ‖² over all C columns together, ȳ the support targets' mean: 0 for a probe that answers with
+    the mean, below 0 for a worse one.
+
+    Args:
+        support_targets_NC, query_targets_MC: numbers, or 0 and 1 for several labels; N and M for one column.
+
+    Returns:
+        float64, one per horizon.
+
+    Raises:
+        SpectrumError: features that are not finite or not a matrix, or query targets that are all the mean.
+    """
+    targets, wanted = (to_double(part.reshape(len(part), -1)) for part in (support_targets_NC, query_targets_MC))
+    residual = wanted - targets.mean(dim=0)
+    if not residual.square().sum() > 0:
+        raise SpectrumError("expected targets of at least two values, got constant ones: nothing is to be learned.")
+    answers = _ridge_answers(support_ND, targets, query_MD, horizons, feature_dtype)
+    return torch.stack([r_squared(wanted - found.to(wanted), residual) for found in answers])
+
+
+def _ridge_answers(
+    support_ND: Tensor, targets_NC: Tensor, query_MD: Tensor, horizons: Sequence[float],
+    feature_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """What ridge probes with λ = σ₁(ΦᵀΦ)/t answer for the query rows, M×C for each horizon t, from one SVD."""
     for features in (support_ND, query_MD):
         check_features(features)
     support, query = to_double(support_ND.detach()), to_double(query_MD.detach())
-    classes = int(torch.cat([support_labels_N, query_labels_M]).max()) + 1
-    targets = torch.nn.functional.one_hot(support_labels_N.long().to(support.device), classes).to(support)
+    targets = targets_NC.to(support)
     raw_norm = torch.linalg.vector_norm(support)
     phi_mean, label_mean = support.mean(dim=0), targets.mean(dim=0)
     left, sigma, right = torch.linalg.svd(support - phi_mean, full_matrices=False)
@@ -119,9 +160,8 @@ def ridge_accuracies(
     found = []
     for horizon in horizons:
         shrunk = torch.where(kept, sigma / (sigma.square() + sigma.square()[:1] / horizon), torch.zeros_like(sigma))
-        answers = (seen * shrunk.nan_to_num(0.0)) @ fitted + label_mean
-        found.append((answers.argmax(dim=1).cpu() == query_labels_M.cpu()).double().mean())
-    return torch.stack(found)
+        found.append((seen * shrunk.nan_to_num(0.0)) @ fitted + label_mean)
+    return found
 
 
 def spectral_steps(features_ND: Tensor, labels_NC: Tensor, tolerance: float) -> float:

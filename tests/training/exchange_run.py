@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from hf_immunize.training.core.distributed import RowExchange, gather_rows, mean_of_gradients, sum_over_ranks
+from hf_immunize.training.core.distributed import RowExchange, average_over_ranks, gather_rows, sum_over_ranks
 from hf_immunize.training.core.meter import Meter
 
 ONE_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -58,7 +58,7 @@ sum_over_ranks(parts)
 found |= {f"sum.{place}": part for place, part in enumerate(parts)}
 told["calls.sum"] = torch.tensor(taken())
 parts = [torch.full((2, 3), rank + 1.0), torch.full((), 4.0 * rank)]
-mean_of_gradients(parts)
+average_over_ranks(parts)
 found |= {f"mean.{place}": part for place, part in enumerate(parts)}
 told["calls.mean"] = torch.tensor(taken())
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.core.terms import Term
 
 
 def parse_numbers(text: str | None, names: list[str], option: str) -> dict[str, float]:
@@ -25,6 +25,26 @@ def parse_numbers(text: str | None, names: list[str], option: str) -> dict[str, 
     return pairs
 
 
+def check_numbers(options: Any, terms: Iterable[Any]) -> None:
+    """Raise ConfigError for a weight or a share of a term that the objective does not have."""
+    names = [term.name for term in terms]
+    if "=" in options.weight:
+        parse_numbers(options.weight, names, "weight")
+    parse_numbers(options.term_shares, names, "term_shares")
+
+
+def numbers_of(options: Any, terms: Iterable[Any]) -> dict[str, Any]:
+    """``weight`` and ``shares`` of the options as far as they name these terms, where a run has others beside them."""
+    names = {term.name for term in terms}
+
+    def own(text: str | None) -> str | None:
+        if not text or "=" not in text:
+            return text
+        return ",".join(part for part in text.split(",") if part.partition("=")[0].strip() in names) or None
+
+    return {"weight": own(options.weight) or "1", "shares": own(options.term_shares)}
+
+
 class TermWeights:
     """λ of every term (Zheng et al. 2025, Algorithm 1: λ_P, λ_H).
 
@@ -37,7 +57,7 @@ class TermWeights:
     DECAY = 0.9
 
     def __init__(
-        self, terms: tuple[Term, ...], weight: str, strength: float, shares: str | None, site_share: float = 1.0
+        self, terms: Sequence[Any], weight: str, strength: float, shares: str | None, site_share: float = 1.0
     ):
         names = [term.name for term in terms]
         self.strength, self.site_share = strength, site_share
@@ -66,6 +86,11 @@ class TermWeights:
         together = update_together([self], {name: gradient[None] for name, gradient in gradients.items()})
         return {name: value[0] for name, value in together.items()}
 
+    def of_norms(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """λ for this step from the norms of the terms' gradients, as float64 scalars on the norms' device."""
+        together = weights_of_norms([self], {name: norm.reshape(1) for name, norm in norms.items()})
+        return {name: value[0] for name, value in together.items()}
+
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors."""
         kept = {"factor": torch.tensor([self.factor]).double()[0]}
@@ -86,14 +111,19 @@ def update_together(sites: Sequence[TermWeights], gradients: Mapping[str, Tensor
 
     Sites are those of one objective: fixed weights for all, or auto for all.
     """
+    norms = {name: torch.linalg.vector_norm(gradient.flatten(1), dim=1) for name, gradient in gradients.items()}
+    return weights_of_norms(sites, norms)
+
+
+def weights_of_norms(sites: Sequence[TermWeights], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As ``update_together``, from S norms per term."""
     lambdas = {}
-    for name, gradient in gradients.items():
+    for name, norm in norms.items():
         scales = [one.strength * one.factor * one.site_share * one.shares[name] for one in sites]
         fixed = [one.fixed[name] for one in sites if one.fixed is not None]
         if fixed:
-            lambdas[name] = numbers([a * b for a, b in zip(scales, fixed, strict=True)], gradient)
+            lambdas[name] = numbers([a * b for a, b in zip(scales, fixed, strict=True)], norm)
             continue
-        norm = torch.linalg.vector_norm(gradient.flatten(1), dim=1)
         mean = _running_mean([one.norms.get(name) for one in sites], norm)
         references = []
         for one, own in zip(sites, mean, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_immunize.training.core.exchange import RowExchange, world
 
 __all__ = [
-    "RowExchange", "gather_rows", "mean_of_gradients", "mean_over_ranks", "sum_over_ranks", "world",
+    "RowExchange", "gather_rows", "average_over_ranks", "mean_over_ranks", "sum_over_ranks", "world",
 ]
 
 _BUCKET = 2**28
@@ -43,7 +43,7 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
             torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
 
 
-def mean_of_gradients(gradients: Sequence[Tensor]) -> None:
+def average_over_ranks(gradients: Sequence[Tensor]) -> None:
     """Replace each gradient by its mean over ranks, in place; calls and conditions as for ``sum_over_ranks``."""
     _, size = world()
     if size > 1 and gradients:
@@ -55,7 +55,7 @@ def mean_of_gradients(gradients: Sequence[Tensor]) -> None:
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of a scalar over ranks, without gradient."""
     value = value.detach().clone()
-    mean_of_gradients([value])
+    average_over_ranks([value])
     return value
 
 

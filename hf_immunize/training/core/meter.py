@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_immunize.training.core.distributed import mean_of_gradients
+from hf_immunize.training.core.distributed import average_over_ranks
 from hf_immunize.training.core.watch import Watch, read_together
 
 
@@ -63,7 +63,7 @@ class Meter:
         waiting, self._local = self._local, []
         if waiting:
             together = torch.stack([value.reshape(()).double() for _, value in waiting])
-            mean_of_gradients([together])
+            average_over_ranks([together])
             for (name, _), value in zip(waiting, together, strict=True):
                 self.add_each([name], value[None])
 
