@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured
-from hf_immunize.training.core.distributed import gather_rows, sum_over_ranks, world
+from hf_immunize.linalg import to_double
+from hf_immunize.training.core.distributed import sum_over_ranks, world
 
 
 class ReferenceGradients:
@@ -46,9 +47,12 @@ class ReferenceGradients:
             elif not self._optional:
                 raise unmoved(site)
         found = self._gradients(loss, [caught.raw(site) for site in moved])
+        shifts = []
         for site, gradient in zip(moved, found, strict=False):
             whole = torch.zeros_like(caught.raw(site)) if gradient is None else gradient.detach()
-            self._squares[site].append(_global_norm(caught.shift(site, whole)).square())
+            shifts.append(caught.shift(site, whole))
+        for site, square in zip(moved, _global_squares(shifts), strict=True):
+            self._squares[site].append(square)
         for place, gradient in enumerate(found[len(moved) :]):
             if gradient is not None:
                 held = self._sums[place]
@@ -95,8 +99,11 @@ def unmoved(site: str) -> ConfigError:
     )
 
 
-def _global_norm(gradient: Tensor) -> Tensor:
-    """Norm over the global batch of a gradient with one row per image."""
-    everywhere, _ = gather_rows(gradient)
+def _global_squares(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Square norms over the global batch of gradients with one row per image, by one sum over ranks."""
+    if not gradients:
+        return []
+    squares = torch.stack([torch.linalg.vector_norm(to_double(gradient)).square() for gradient in gradients])
+    sum_over_ranks([squares])
     # Each rank's loss is a mean over its own rows; the global mean divides by the number of ranks as well.
-    return torch.linalg.vector_norm(everywhere.double()) / world()[1]
+    return list(squares / world()[1] ** 2)

@@ -44,7 +44,7 @@ from hf_immunize.training.vision.callbacks import Averaging, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer
 from hf_immunize.training.vision.checks import check_data, check_unlabelled, head_of, matched, refuse_streams
 from hf_immunize.training.vision.config import ImmunizationConfig
-from hf_immunize.training.vision.distillation import ROWS, evenly, feature_distance
+from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly, feature_distance
 from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.frozen import (
     BoundaryDataset,
