@@ -43,11 +43,15 @@ class GuardedRun:
         """Whether there is a base to compare with."""
         return self.guard.base is not None
 
-    def check(self, step: int, points: float) -> dict[str, float]:
-        """One evaluation of the weights that would be returned, in points of the metric; for the log."""
+    def check(self, step: int, points: float, last: int) -> dict[str, float]:
+        """One evaluation of the weights that would be returned at ``step`` of ``last``, in points; for the log.
+
+        What is ahead is time to recover in while the rate falls; where it does not, ``last`` is the step itself.
+        """
         assert self.guard.base is not None
         progress = self._watch.progress()
-        self._terms.factor = self.guard.observe(step, points, progress, self._terms.factor, self._part)
+        ahead = 1 - step / max(last, 1)
+        self._terms.factor = self.guard.observe(step, points, progress, self._terms.factor, self._part, ahead=ahead)
         return {"primary_drop": self.guard.base - points, "strength_factor": self._terms.factor}
 
     def finish(self, measure: Callable[[], float]) -> UtilityGuardRecord:

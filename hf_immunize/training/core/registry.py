@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from hf_immunize.errors import ConfigError, DataError
-from hf_immunize.training.core.simulated import SIMULATED_TERM
+from hf_immunize.training.core.attack_terms import SIMULATED_TERM
 from hf_immunize.training.core.terms import (
     ADVERSARY,
     GROUP_KAPPA,

@@ -21,15 +21,13 @@ a ceiling; ``attacker_ceiling`` bounds it here as well.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hf_immunize.training.core.attacker import Attacker
-from hf_immunize.training.core.distributed import mean_of_gradients, mean_over_ranks
-from hf_immunize.training.core.options import ImmunizationOptions
-from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerm
+from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
+from hf_immunize.training.core.weight_terms import AttackedTask
 
 
 class SimulatedAttack:
@@ -117,25 +115,10 @@ class SimulatedAttack:
         for parameter in self._attacker.asked:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        mean_of_gradients([parameter.grad for parameter in self._attacker.asked])
+        average_over_ranks([parameter.grad for parameter in self._attacker.asked])
         return mean_over_ranks(loss)
 
     def _loss(self, step: int, attack_step: int) -> Tensor:
         """Mean harmful loss over this rank's rows; the same draws whenever it is asked."""
         torch.clear_autocast_cache()  # it holds casts of the weights as they were before the attacker's step
         return self._task.loss(self._attacker.model, step, attack_step)
-
-
-def _build(goes_on: bool, task: AttackedTask, args: ImmunizationOptions) -> SimulatedAttack:
-    from hf_immunize.training.core.unrolled import UnrolledAttack  # a subclass of what is defined here
-
-    kind = UnrolledAttack if getattr(args, "attacker_second_order", False) else SimulatedAttack
-    steps = 1 if goes_on else args.attacker_steps
-    return kind(
-        task, steps=steps, learning_rate=args.attacker_learning_rate, rank=args.attacker_rank, goes_on=goes_on
-    )
-
-
-SIMULATED_TERM = WeightTerm("harmful_simulated_attack", partial(_build, False))
-IMMA_TERM = WeightTerm(SIMULATED_TERM.name, partial(_build, True))
-"""The attacker of IMMA, whose factors go on from step to step."""

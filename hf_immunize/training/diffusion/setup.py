@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,7 @@ from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess, denoisi
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import RowLayout
 from hf_immunize.models import refuse_non_finite
+from hf_immunize.training.core.attack_terms import IMMA_TERM, SIMULATED_TERM, build_attack
 from hf_immunize.training.core.balancing import check_numbers, numbers_of
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.draws import same_draws
@@ -29,7 +31,6 @@ from hf_immunize.training.core.registry import (
     terms_of,
 )
 from hf_immunize.training.core.sharding import sharding_ourselves
-from hf_immunize.training.core.simulated import IMMA_TERM
 from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import TermSettings
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
@@ -37,6 +38,7 @@ from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.sites import attention_projections, choose_layouts, choose_sites
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream, RenamedStream
+from hf_immunize.training.diffusion.unrolled import UnrolledAttack
 
 
 def accelerator_of(args: DiffusionImmunizationConfig) -> Accelerator:
@@ -154,7 +156,11 @@ class Streams:
 
 def named_terms(args: DiffusionImmunizationConfig) -> tuple[AnyTerm, ...]:
     """Every term that ``args.objective`` names. A denoiser has no classifier: imma is on its weights."""
-    return terms_of(args.objective, OBJECTIVES | {"imma": (IMMA_TERM,)})
+    known = OBJECTIVES | {"imma": (IMMA_TERM,)}
+    if args.attacker_second_order:
+        exact = partial(build_attack, False, kind=UnrolledAttack)
+        known |= {"simulated_attack": (replace(SIMULATED_TERM, build=exact),)}
+    return terms_of(args.objective, known)
 
 
 def build_step(

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from hf_immunize.diffusion import NoiseProcess, denoiser_of
 from hf_immunize.errors import ConfigError, ModelError
-from hf_immunize.training.core import unrolled
 from hf_immunize.training.core.simulated import SimulatedAttack
-from hf_immunize.training.core.unrolled import UnrolledAttack, opaque_operations
+from hf_immunize.training.diffusion import unrolled
 from hf_immunize.training.diffusion.setup import denoising_task
 from hf_immunize.training.diffusion.stream import NoisyStream
+from hf_immunize.training.diffusion.unrolled import UnrolledAttack, opaque_operations
 
 SECOND = {"objective": "simulated_attack", "attacker_second_order": True, "attacker_steps": 2}
 
