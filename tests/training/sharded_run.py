@@ -5,6 +5,7 @@ launch`` asks for it) and ``loaded`` (split by from_pretrained) for several. One
 what several began.
 """
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.sharding import is_sharded, whole
 
 torch.set_num_threads(1)
+gc.freeze()  # Trainer collects garbage before each run, among all that was imported
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
 ASKED = os.environ.get("ACCELERATE_USE_FSDP", "false")
 WAYS = ("one",) if processes == 1 else ("ddp", "fsdp2", "loaded")
@@ -29,13 +31,13 @@ GUARD = {"max_primary_drop": 40.0, "eval_strategy": "steps", "eval_steps": 1}
 CELLS = {
     "plain": {},
     "sites": {"sites": "lora", "objective": "closed_form_adversary"},
-    "guard": GUARD | {"learning_rate": 0.05},
+    "guard": GUARD | {"max_steps": 3, "learning_rate": 0.05},
     "distillation": {"distillation": 0.5, "feature_distillation": 0.3},
     "average": {"ema_decay": 0.5},
     "attack": {"objective": "ill_only+simulated_attack", "attacker_steps": 1},
     "caching": {"trainable_modules": "last:1", "cache_frozen_features": True, "distillation": 0.5},
     "everything": GUARD | {"distillation": 0.5, "ema_decay": 0.5, "save_strategy": "steps", "save_steps": 2,
-                           "max_steps": 4, "learning_rate": 0.02},
+                           "max_steps": 3, "learning_rate": 0.02},
 }
 results: dict[str, torch.Tensor] = {}
 told: dict[str, object] = {}
@@ -68,7 +70,7 @@ def built(way: str) -> ViTForImageClassification:
 
 def trainer_of(way: str, output: Path, cell: str) -> ImmunizationTrainer:
     settings = dict(
-        objective="condition_number", max_steps=3, gradient_accumulation_steps=2, learning_rate=1e-2,
+        objective="condition_number", max_steps=2, gradient_accumulation_steps=2, learning_rate=1e-2,
         adam_epsilon=1e-4, per_device_train_batch_size=12 // processes, per_device_harmful_batch_size=24 // processes,
         per_device_eval_batch_size=12 // processes, save_strategy="no", report_to="none", use_cpu=True,
         disable_tqdm=True, dataloader_pin_memory=False, logging_steps=1, feature_cache_dir=str(folder / f"cache-{way}"),

@@ -79,15 +79,16 @@ class ReferenceGradients:
 
     def at_weights(self) -> Tensor:
         """The norm of the ranks' mean gradient at the trained weights."""
-        found = [part.clone() for part in self._sums if part is not None and not isinstance(part, DTensor)]
+        # Of split weights: means over ranks already, of which each has a part.
+        split = [gradient.to_local() for gradient in self._sums if isinstance(gradient, DTensor)]
+        found = [g.clone() for g in self._sums if g is not None and not isinstance(g, DTensor)]
         sum_over_ranks(found)
         squares = [torch.zeros((), dtype=torch.float64)]
-        for gradient in self._sums:
-            if isinstance(gradient, DTensor):  # a mean over ranks already, and its norm is over their parts
-                square = torch.linalg.vector_norm(gradient.to_local(), dtype=torch.float64).square()
-                sum_over_ranks([square])
-                squares.append(square.cpu() * world()[1] ** 2)
         squares += [torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu() for gradient in found]
+        if split:
+            parts = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in split])
+            sum_over_ranks([parts])
+            squares.append(parts.sum().cpu() * world()[1] ** 2)
         return torch.stack(squares).sum().sqrt() / (world()[1] * self._count)
 
 

@@ -131,12 +131,14 @@ def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torc
     return True
 
 
-def agreed(mine: bool) -> bool:
-    """What the first rank says. Every rank takes part."""
-    told = [mine]
+def first_rank_where(mine: bool) -> int | None:
+    """The lowest rank that says yes, the same everywhere; None where none does. Every rank takes part."""
+    told: list[bool] = [False] * world()[1]
     if world()[1] > 1:
-        dist.broadcast_object_list(told, src=0)
-    return bool(told[0])
+        dist.all_gather_object(told, mine)
+    else:
+        told = [mine]
+    return told.index(True) if True in told else None
 
 
 def sharded_blocks(model: nn.Module) -> list[str]:

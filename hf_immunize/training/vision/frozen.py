@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from hf_immunize.data import RowStore, forward_rows
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.features import Boundary, find_boundary, lying_channels_last, trainable_modules
 from hf_immunize.training.core.distributed import world
-from hf_immunize.training.core.sharding import agreed, is_sharded, whole
+from hf_immunize.training.core.sharding import first_rank_where, is_sharded, whole
 from hf_immunize.training.vision.counting import digest_once
 
 _FORMAT = 2
@@ -134,20 +135,23 @@ class FeatureCache:
         check_repeatable(rows, name)
         content = digest_once(rows, name)
         key, logits_key = (_short(f"{part} {content}") for part in (self._key, self._logits_key))
-        store = self._stored(self._folder / key, self._activations(rows, name), len(rows))
+        store = self._stored(self._folder / key, partial(self._activations, rows, name), len(rows))
         logits = None
         if teacher:
-            logits = self._stored(self._folder / f"{logits_key}-logits", self._logits(store, name), len(rows))
+            folder = self._folder / f"{logits_key}-logits"
+            logits = self._stored(folder, partial(self._logits, store, name), len(rows))
         return BoundaryDataset(store, labels, logits)
 
-    def _stored(self, folder: Path, batches: Iterator[tuple[Tensor, ...]], rows: int) -> RowStore:
+    def _stored(self, folder: Path, batches: Callable[[], Iterator[tuple[Tensor, ...]]], rows: int) -> RowStore:
         """The store, written if it is not there; a model that is split over ranks answers to all of them at once."""
         if not is_sharded(self._model):
-            return RowStore.open_or_write(folder, batches, rows)
-        if agreed(RowStore.open(folder) is None):
-            if world()[0] == 0:
-                RowStore.open_or_write(folder, batches, rows)
-            for _ in batches:  # on the first rank nothing is left, unless another run has just written the same
+            return RowStore.open_or_write(folder, batches(), rows)
+        # On machines without a common disk one after the other writes.
+        while (writer := first_rank_where(RowStore.open(folder) is None)) is not None:
+            left = batches()
+            if world()[0] == writer:
+                RowStore.open_or_write(folder, left, rows)
+            for _ in left:  # the writer has none, unless another run has just written the same
                 pass
             dist.barrier()
         return RowStore.open_or_write(folder, iter(()), rows)

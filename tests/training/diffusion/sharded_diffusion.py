@@ -25,7 +25,7 @@ GUARD = {"max_primary_drop": 50.0, "eval_steps": 1}
 CELLS = {
     "plain": ("sd3", {"gradient_accumulation_steps": 2}),
     "unet": ("sd", {"objective": "group_kappa", "harmful_group_rows": 6, "sites": "middle"}),
-    "guard": ("sd3", GUARD | {"learning_rate": 0.05, "max_primary_drop": 2.0}),
+    "guard": ("sd3", GUARD | {"max_steps": 3, "learning_rate": 0.05, "max_primary_drop": 2.0}),
     "distillation": ("sd3", {"distillation": 0.5}),
     "average": ("sd3", {"ema_decay": 0.5}),
     "factors": ("flux", {"trainable_modules": "lora", "lora_rank": 2, "distillation": 0.5}),
@@ -34,7 +34,7 @@ CELLS = {
     "attack, both": ("flux", {"objective": "simulated_attack", "attacker_steps": 1, "attacker_rank": 2,
                               "trainable_modules": "lora", "lora_rank": 2}),
     "imma": ("sd3", {"objective": "imma", "trainable_modules": "attention", "attacker_rank": 2}),
-    "everything": ("sd3", GUARD | {"distillation": 0.5, "ema_decay": 0.5, "max_steps": 4, "save_steps": 2,
+    "everything": ("sd3", GUARD | {"distillation": 0.5, "ema_decay": 0.5, "max_steps": 3, "save_steps": 2,
                                    "save_total_limit": 2, "objective": "opt_kappa", "learning_rate": 0.01}),
 }  # fmt: skip
 results: dict[str, torch.Tensor] = {}
@@ -44,7 +44,7 @@ told: dict[str, object] = {}
 def trainer_of(way: str, output: Path, cell: str) -> DiffusionImmunizationTrainer:
     family, options = CELLS[cell]
     settings = dict(
-        objective="condition_number", max_steps=3, per_device_train_batch_size=8 // processes,
+        objective="condition_number", max_steps=2, per_device_train_batch_size=8 // processes,
         per_device_harmful_batch_size=12 // processes, learning_rate=1e-3, use_cpu=True, disable_progress=True,
         logging_steps=1,
     )
