@@ -129,8 +129,7 @@ def most_rows(model: nn.Module, kept: tuple[Activations, Activations], options: 
 
 def row(name: str, preset: Preset, settings: argparse.Namespace) -> str:
     """One line of the table."""
-    vision = preset.image is not None
-    base = Options(teacher=True, guard=True, guard_holds_all=vision, optim=settings.optim)
+    base = Options(teacher=True, guard=True, optim=settings.optim)
     model = built(preset)
     cells = [
         name, f"{sum(p.numel() for p in model.parameters()) / 1e6:,.0f}",

@@ -152,7 +152,7 @@ def main() -> None:
         processing_class=processor,
     )
     if model_options.trainable_modules:
-        trainer.frozen = FrozenPart(model, splits["train"].pixel_values.shape[1:])
+        trainer.frozen = FrozenPart(model, splits["train"].image_shape)
     if model_options.cache_frozen_features:
         use_cache(trainer, model)
     trainer.model_accepts_loss_kwargs = False

@@ -10,7 +10,7 @@ from hf_immunize.data import PixelDataset
 from hf_immunize.errors import ConfigError, DataError, ModelError, TrainingDivergedError
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer, Term, register_objective
 from hf_immunize.training.core.balancing import TermWeights
-from hf_immunize.training.core.terms import OBJECTIVES, terms_of
+from hf_immunize.training.core.registry import OBJECTIVES, terms_of
 
 
 class Rows(list):
@@ -35,7 +35,7 @@ def row(size: int = 8, label: int = 0, value: float = 0.0) -> dict:
 )
 def test_a_harmful_dataset_that_cannot_be_used(make_trainer, harmful, message):
     with pytest.raises(DataError, match=message):
-        make_trainer(harmful=harmful)
+        make_trainer(harmful=harmful, objective="closed_form_adversary")
 
 
 def test_a_missing_dataset_is_named(make_vit, make_pixels, tmp_path):

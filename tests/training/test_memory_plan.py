@@ -97,7 +97,7 @@ def test_what_each_option_adds_is_written_out():
     assert memory_of(model, 10**6, Options()).peak == everything + 2 * mine + 10**6
     assert found(accumulation=2).peak == plain.peak + 1000
     assert found(teacher=True, average=True).peak == plain.peak + 2 * mine
-    assert (found(guard=True).host, found(guard=True, guard_holds_all=True).host) == (2 * mine, 2 * everything)
+    assert (found(guard=True).host, found(guard=True, average=True).host_momentary) == (2 * mine, 2 * mine)
     assert found(optim="adamw_torch").peak == plain.peak + mine
     assert found(devices=8).peak == plain.peak + mine  # DDP's buckets
     sharded = found(devices=8, sharded=True)
@@ -137,7 +137,7 @@ def test_a_classifiers_plan_follows_its_options(tmp_path):
     assert last.weights == plain.weights and last.gradients < plain.gradients
     assert last.activations < plain.activations  # the frozen part keeps nothing
     assert plan(distillation=1.0).teacher == plain.gradients
-    assert plan(max_primary_drop=1.0).host == 2 * plain.weights
+    assert plan(max_primary_drop=1.0).host == 2 * plain.gradients
 
 
 def test_blocks_are_what_repeats():

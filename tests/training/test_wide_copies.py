@@ -9,9 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_immunize.training.core import distributed
-from hf_immunize.training.core.balancing import TermWeights
-from hf_immunize.training.core.distributed import average_over_ranks, norm_of
-from hf_immunize.training.core.terms import terms_of
+from hf_immunize.training.core.distributed import average_over_ranks
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 
 
@@ -19,29 +17,6 @@ def tensors(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (5,), (), (7, 1, 2)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("piece", [3, 2**22])
-def test_the_norm_is_that_of_everything_put_together_in_float64(monkeypatch, dtype, piece):
-    monkeypatch.setattr(distributed, "_PIECE", piece)
-    some = tensors(dtype)
-    truth = torch.cat([one.double().flatten() for one in some]).norm()
-    assert norm_of(some).dtype == torch.float64 and float(norm_of(some)) == pytest.approx(float(truth), rel=1e-14)
-    assert float(norm_of([1e30 * torch.ones(3)])) == pytest.approx(3**0.5 * 1e30, rel=1e-6)  # its square is not float32
-
-
-def test_weights_are_balanced_alike_by_one_tensor_and_by_its_parts():
-    terms = terms_of("ill_only")
-    (name,) = [term.name for term in terms]
-    whole, parts = (TermWeights(terms, "auto", 0.5, None) for _ in range(2))
-    whole.reference = parts.reference = torch.tensor(2.0).double()
-    some = tensors()
-    flat = torch.cat([one.double().flatten() for one in some])
-    for _ in range(2):
-        assert float(whole.update({name: flat})[name]) == pytest.approx(float(parts.update({name: some})[name]))
-    fixed = TermWeights(terms, "3", 0.5, None)
-    assert float(fixed.update({name: some})[name]) == 1.5
 
 
 @pytest.mark.parametrize("bucket,calls", [(2**28, 2), (60, 5)])

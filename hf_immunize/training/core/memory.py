@@ -66,7 +66,6 @@ class Options:
         checkpointing: activation checkpointing.
         devices, sharded: several devices with DDP, or with FSDP2.
         attacker: a simulated attacker of a denoiser: "all" trains a copy of every weight, "lora" has factors beside.
-        guard_holds_all: the classifier's guard keeps the whole model, a denoiser's what changes.
         foreach: whether torch's AdamW works on all tensors at once, as it does on a GPU unless it is fused.
     """
 
@@ -79,7 +78,6 @@ class Options:
     attacker: str | None = None
     devices: int = 1
     sharded: bool = False
-    guard_holds_all: bool = False
     foreach: bool = True
 
 
@@ -169,7 +167,6 @@ def memory_of(model: nn.Module, activations: int, options: Options, compute: tor
     attacker = {None: 0, "lora": changed, "all": bytes_of(everything)}[options.attacker] * share
     if options.attacker:
         momentary = max(momentary, attacker * (2 + 2 * (options.attacker == "all")) + activations)
-    copies = bytes_of(everything) if options.guard_holds_all else changed
     return Memory(
         weights=bytes_of([*everything, *model.buffers()]) * share,
         moments=moment_bytes(mine, options.optim) * share,
@@ -180,8 +177,8 @@ def memory_of(model: nn.Module, activations: int, options: Options, compute: tor
         activations=float(activations),
         gathered=gathered,
         momentary=momentary,
-        host=2.0 * copies if options.guard else 0.0,
-        host_momentary=(copies if options.guard else 0.0) + (changed if options.average else 0.0),
+        host=2.0 * changed if options.guard else 0.0,
+        host_momentary=float(changed * (options.guard + options.average)),
         together=options.accumulation > 1,
     )
 

@@ -20,14 +20,20 @@ class Teacher:
     Args:
         student: the bare model, not yet trained; its ``requires_grad`` flags say what will be.
         autocast: makes the context in which the student runs, ``accelerator.autocast``.
+        share: whether frozen parameters may be held once: not if each copy is to be split over ranks.
+        twin: makes the copy of a student that is split already.
 
     Attributes:
         model: the copy.
     """
 
-    def __init__(self, student: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext):
-        still = {id(parameter): parameter for parameter in student.parameters() if not parameter.requires_grad}
-        self.model = copy.deepcopy(student, still).requires_grad_(False).eval()
+    def __init__(
+        self, student: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext, *,
+        share: bool = True, twin: Callable[[], nn.Module] | None = None,
+    ):  # fmt: skip
+        still = {id(one): one for one in student.parameters() if share and not one.requires_grad}
+        made = copy.deepcopy(student, still) if twin is None else twin()
+        self.model = made.requires_grad_(False).eval()
         self._autocast = autocast
 
     @contextmanager

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
-from hf_immunize.training.diffusion.changing import ChangingPart
+from hf_immunize.training.core.changing import ChangingPart
+from hf_immunize.training.core.sharding import whole_on_cpu
 from hf_immunize.training.diffusion.optimizer_state import as_tree, flatten_state, of_tree, restore_state
 
-_MODEL, _OPTIMIZER, _AVERAGE, _MARK = (
-    "model.safetensors", "optimizer.safetensors", "average.safetensors", "trainer_state.json",
-)
+_MODEL, _OPTIMIZER, _MARK = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 
 _WHOLE = "expected a whole checkpoint of this model and these options"
 _WHAT_TO_DO = (
@@ -30,16 +29,15 @@ _WHAT_TO_DO = (
 )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, atomically; without a copy of everything in between.
-
-    Raises:
-        RecordError: the folder cannot be written or the disk is full; the old file is left as it was.
-    """
-    part = path.with_name(f".{path.name}.part")
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, write: bool = True) -> None:
+    """One safetensors file, atomically; every rank takes part, since tensors may be split over them."""
+    found = whole_on_cpu(tensors, keep=write)
+    if not write:
+        return
+    part = path.with_name(f".{path.name}.part")  # not by atomic_write: it would hold all bytes once more
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_apart(tensors), part)
+        save_file(found, part)
         with part.open("rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(part, path)
@@ -48,18 +46,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise RecordError(
             f"expected to write {path}, got {error}: free disk space or choose a writable folder."
         ) from error
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each with memory of its own, as safetensors wants them: copied where they are not so already."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        held = value.detach().cpu().contiguous()
-        place = held.untyped_storage().data_ptr()
-        found[name] = held.clone() if place in seen or held.untyped_storage().nbytes() != held.nbytes else held
-        seen.add(place)
-    return found
 
 
 def unmark(folder: Path) -> None:
@@ -73,22 +59,24 @@ def save_loop(
     model: ChangingPart,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    average: Any | None,
     log: list[dict[str, float]],
     options: Mapping[str, Any],
+    *,
+    write: bool = True,
 ) -> None:
-    """Write weights, optimizer, schedule and moving average; the mark, which holds ``options``, last."""
-    write_tensors(folder / _MODEL, model.state_dict())
+    """Write weights, optimizer and schedule; the mark, which holds ``options``, last.
+
+    Every rank calls this; where not ``write``, a rank only takes part in putting tensors together.
+    """
+    write_tensors(folder / _MODEL, model.state_dict(), write=write)
     moments, tree = flatten_state(optimizer)
     schedule = as_tree(scheduler.state_dict(), "schedule", moments)
-    write_tensors(folder / _OPTIMIZER, moments)
+    write_tensors(folder / _OPTIMIZER, moments, write=write)
     plain: dict[str, Any] = {
         "step": step, "log": log, "schedule": schedule, "options": dict(options), "optimizer": tree,
     }
-    if average is not None:
-        write_tensors(folder / _AVERAGE, {str(i): value for i, value in enumerate(average.shadow_params)})
-        plain["average_step"] = average.optimization_step
-    atomic_write(folder / _MARK, json.dumps(plain))
+    if write:
+        atomic_write(folder / _MARK, json.dumps(plain))
 
 
 def check_options(folder: Path, options: Mapping[str, Any]) -> None:
@@ -111,7 +99,7 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def load_loop(
-    folder: Path, model: ChangingPart, optimizer: torch.optim.Optimizer, scheduler: Any, average: Any | None
+    folder: Path, model: ChangingPart, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> tuple[int, list[dict[str, float]]]:
     """Take back what ``save_loop`` wrote, strictly; return the step and the log.
 
@@ -124,11 +112,6 @@ def load_loop(
         kept = load_file(folder / _OPTIMIZER)
         restore_state(optimizer, kept, plain["optimizer"])
         scheduler.load_state_dict(of_tree(plain["schedule"], kept))
-        if average is not None:
-            kept = load_file(folder / _AVERAGE)
-            for index, parameter in enumerate(average.shadow_params):
-                parameter.copy_(kept[str(index)])
-            average.optimization_step = plain["average_step"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
     return plain["step"], plain["log"]

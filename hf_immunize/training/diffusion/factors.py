@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_immunize.diffusion import Denoiser
+from hf_immunize.training.core.attacker import widen_factors
 from hf_immunize.training.diffusion.sites import attention_projections
 
 NOTABLE = 0.01
@@ -25,14 +26,6 @@ def put_factors(denoiser: Denoiser, model: nn.Module, rank: int) -> None:
         torch.manual_seed(0)
         inject_adapter_in_model(config, model)
     widen_factors(model)
-
-
-def widen_factors(model: nn.Module) -> None:
-    """Hold every LoRA factor in float32 or wider: PEFT makes them in the precision of the weights beside."""
-    for _, layer in _layers(model):
-        for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
-            if factor.weight.element_size() < 4:
-                factor.float()
 
 
 @torch.no_grad()

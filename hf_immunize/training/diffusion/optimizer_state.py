@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_immunize.errors import RecordError
+from hf_immunize.training.core.sharding import split_like
 
 _PACKAGES = ("torchao.",)
 """Where classes of tensors come from that a checkpoint may name: made of parts, they say how they are put together."""
@@ -91,15 +93,22 @@ def restore_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
     if len(groups) != len(own):
         raise ValueError(f"{len(groups)} parameter groups instead of {len(own)}")
     state = of_tree(tree["state"], tensors)
+    # Whole tensors of a checkpoint are shared out as their parameters are.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {at: {name: _split(one, parameters[at]) for name, one in kept.items()} for at, kept in state.items()}
     told = [group | {"params": mine["params"]} for group, mine in zip(groups, own, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": told})
     # torch casts a state's tensors to the dtype of its parameter, which loses what is kept wider, and widens the rest.
-    places = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for place, kept in state.items():
-        parameter = places[place]
+        parameter = parameters[place]
         held = optimizer.state[parameter]
         for name in kept.keys() & held.keys():  # bitsandbytes packs and unpacks a part of its own
             held[name] = _exactly(kept[name], held[name], parameter)
+
+
+def _split(value: Any, like: Tensor) -> Any:
+    alike = isinstance(like, DTensor) and getattr(value, "shape", None) == like.shape
+    return split_like(value, like) if alike else value
 
 
 def _exactly(kept: Any, held: Any, parameter: Tensor) -> Any:

@@ -14,14 +14,18 @@ from torch import nn
 from hf_immunize.errors import ConfigError
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 
+_BY_ELEMENT = {"adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"}
+"""Optimizers that work number by number: on a part of a weight as on the whole."""
 _UNSTORABLE = ("galore_torch", "apollo_torch")
 """Packages whose optimizers keep objects of their own beside tensors."""
 
 
 def optimizer_of(
-    args: DiffusionImmunizationConfig, model: nn.Module, parameters: Sequence[nn.Parameter]
+    args: DiffusionImmunizationConfig, model: nn.Module, parameters: Sequence[nn.Parameter], *, split: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer that ``args.optim`` and ``args.optim_args`` name, over ``parameters`` of ``model``.
+
+    ``split`` says that these are shared out over ranks.
 
     Raises:
         ConfigError: a name that transformers does not know, a package that is not installed, arguments it does not
@@ -29,6 +33,11 @@ def optimizer_of(
     """
     from transformers import Trainer
 
+    if split and args.optim not in _BY_ELEMENT:
+        raise ConfigError(
+            f"expected an optim among {sorted(_BY_ELEMENT)} under FSDP2, got {args.optim!r}: its state does not have "
+            "the shape of the weights, and was never tried in parts. Use DDP."
+        )
     if args.optim.endswith("_layerwise"):
         _refuse_own_steps(args)
     try:

@@ -9,8 +9,9 @@ from torch import nn
 
 from hf_immunize.diffusion import denoiser_of, dtype_of_rows
 from hf_immunize.training.core.memory import Activations, Memory, Options, fake, memory_of, watch_forward
+from hf_immunize.training.core.registry import on_features, on_weights
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
-from hf_immunize.training.diffusion.setup import choose_trainable
+from hf_immunize.training.diffusion.setup import choose_trainable, named_terms
 
 _TOKENS = {"FluxTransformer2DModel": 512, "SD3Transformer2DModel": 333, "PixArtTransformer2DModel": 120}
 """Text tokens of a prompt; CLIP's 77 where the class is not named."""
@@ -24,20 +25,21 @@ def plan_memory(
 
     Args:
         model: a bare denoiser on the meta device, in the precision its weights will be held in; it is left there with
-            what ``args.trainable`` puts on it, as fake tensors, and of no more use.
+            what ``args.trainable_modules`` puts on it, as fake tensors, and of no more use.
         args: options of the run.
         latents: C, H, W of one row; as the model's config says if not given.
         devices, sharded: number of devices, with DDP or with FSDP2.
     """
-    choose_trainable(denoiser_of(model), model, args.trainable, args.lora_rank)
+    choose_trainable(denoiser_of(model), model, args.trainable_modules, args.lora_rank)
+    terms = named_terms(args)
     autocast = {"bf16": torch.bfloat16}.get(args.mixed_precision)
-    sides = 2 if args.feature_objective else 1
+    sides = 2 if on_features(terms) else 1
     rows = args.per_device_train_batch_size + (sides - 1) * args.per_device_harmful_batch_size
     kept = activations_of(model, rows, latents, autocast)
-    attacker = ("lora" if args.attacker_rank else "all") if args.simulates else None
+    attacker = ("lora" if args.attacker_rank else "all") if on_weights(terms) else None
     options = Options(
         optim=args.optim, teacher=args.distillation > 0, average=args.ema_decay > 0,
-        guard=args.max_loss_factor is not None, accumulation=args.gradient_accumulation_steps,
+        guard=args.max_primary_drop is not None, accumulation=args.gradient_accumulation_steps,
         checkpointing=args.gradient_checkpointing, attacker=attacker, devices=devices, sharded=sharded,
     )  # fmt: skip
     return memory_of(model, kept.bytes(options.checkpointing), options, autocast or next(model.parameters()).dtype)

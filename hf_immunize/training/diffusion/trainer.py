@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -26,33 +26,46 @@ from hf_immunize.diffusion import (
     fits_memory,
     schedule_of,
 )
-from hf_immunize.errors import TrainingDivergedError
+from hf_immunize.errors import ConfigError, TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
-from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.average import WeightAverage
+from hf_immunize.training.core.changing import ChangingPart
+from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.draws import same_draws
 from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
-from hf_immunize.training.core.objective import SIDES, MicroBatch, SiteGradients
-from hf_immunize.training.core.state import load_state, save_state
+from hf_immunize.training.core.objective import MicroBatch
+from hf_immunize.training.core.sharding import (
+    original_class,
+    reach,
+    reduced_later,
+    settle,
+    shard,
+    sharding_plugin,
+    whole,
+    whole_copy,
+)
+from hf_immunize.training.core.state import CheckpointState
+from hf_immunize.training.core.step import Measured
 from hf_immunize.training.core.teacher import Teacher
 from hf_immunize.training.core.watch import Watch
-from hf_immunize.training.diffusion.changing import ChangingPart
 from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
-from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
+from hf_immunize.training.diffusion.draws import share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import NOTABLE, merge_factors, told_rounding
 from hf_immunize.training.diffusion.optimizers import optimizer_of, weights_to_judge
 from hf_immunize.training.diffusion.references import WrongTargetGradients
 from hf_immunize.training.diffusion.setup import (
     Streams,
-    Terms,
     accelerator_of,
+    build_step,
     check_data,
     choose_trainable,
     named_terms,
 )
-from hf_immunize.training.diffusion.simulated import SIMULATED_TERM
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream
 
 GUARD_METRIC = "retain denoising loss, -100 ln"
@@ -62,7 +75,7 @@ _SMALLER = (
     "lower per_device_train_batch_size or per_device_harmful_batch_size (raise gradient_accumulation_steps) or "
     "eval_batch_size, set gradient_checkpointing or mixed_precision=bf16"
 )
-_LARGER = "take trainable=lora (with attacker_rank above 0), fewer sites, distillation=0 or a larger device"
+_LARGER = "take trainable_modules=lora (with attacker_rank above 0), fewer sites, distillation=0 or a larger device"
 
 
 class DiffusionImmunizationTrainer:
@@ -111,48 +124,74 @@ class DiffusionImmunizationTrainer:
         eval_dataset: LatentDataset | None,
     ) -> None:
         args = self.args
+        plugin = sharding_plugin() if world()[1] > 1 else None
         self.bare = model.to(self.accelerator.device)
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
         self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        choose_trainable(self.denoiser, model.train(), args.trainable, args.lora_rank)
+        choose_trainable(self.denoiser, model.train(), args.trainable_modules, args.lora_rank)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         share_draws(self.bare)
-        self.changing = ChangingPart(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.watch = Watch(named_terms(args))
         self.meter = Meter(self.watch)
-        self.terms = Terms.of(args, self.denoiser, self.bare, self.streams, self.meter)
+        self.terms, self.layouts = build_step(args, self.denoiser, self.bare, self.streams, self.meter)
+        self._teacher = None
+        if args.distillation > 0:
+            if plugin is not None:
+                self.bare.to("cpu")  # a device need not hold two whole models
+            self._teacher = Teacher(self.bare, self.accelerator.autocast, share=plugin is None)
+        self.is_split = self._split(plugin)
+        self.changing = ChangingPart(self.bare)
         self._make_guard(harmful_dataset, eval_dataset)
-        self._teacher = Teacher(self.bare, self.accelerator.autocast) if args.distillation > 0 else None
         self._make_optimizer()
-        self.model = self.accelerator.prepare(self.bare)
+        parts = {"terms": self.terms, "meter": self.meter, "average": self.average}
+        self._state = CheckpointState(parts, self.guard, self.watch)
+        if self.is_split:  # nothing to wrap: autocast, if that was asked for
+            self.model = self.accelerator.prepare_model(self.bare, device_placement=False, evaluation_mode=True)
+        else:
+            self.model = self.accelerator.prepare(self.bare)
 
     def _make_guard(self, harmful: LatentDataset, evaluation: LatentDataset | None) -> None:
-        factor = self.args.max_loss_factor
-        allowed = None if factor is None else 100 * math.log(factor)
+        drop = self.args.max_primary_drop
+        allowed = None if drop is None else 100 * math.log1p(drop / 100)
         self.guard = UtilityGuard(allowed, GUARD_METRIC, self.args.max_strength_factor)
+        self._guarded = GuardedRun(self.guard, self.watch, self.terms, self.changing, f"max_primary_drop={drop}")
         self.guard_record: UtilityGuardRecord | None = None
         told = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
         self._exam = DenoisingExam(self.process, evaluation, **told) if evaluation is not None else None
         self._concept_exam = DenoisingExam(self.process, harmful, **told)
-        kept = self.changing.state_dict() if factor is not None else {}
-        self._initial = {name: value.detach().cpu().clone() for name, value in kept.items()}
 
     @property
     def teacher(self) -> nn.Module | None:
         """The copy of θ₀ that is imitated; None without distillation."""
         return None if self._teacher is None else self._teacher.model
 
+    def _split(self, plugin: Any) -> bool:
+        """Share weights out over ranks (FSDP2), if that was asked for."""
+        if plugin is None:
+            return False
+        if self._validate is not None and self.args.validation_steps:
+            raise ConfigError(
+                "expected no validate under FSDP2, got one: it is called on one process, and a model that is split "
+                "answers to all of them at once. Set validation_steps=0 and draw after training, from whole_model(), "
+                "or use DDP."
+            )
+        for model in (self.teacher, self.bare):
+            if model is not None:
+                shard(model, plugin, self.accelerator.device)
+        self.terms.to(self.accelerator.device)
+        return True
+
     def _make_optimizer(self) -> None:
         args = self.args
-        self.optimizer = optimizer_of(args, self.bare, self.changing.parameters)
+        self.optimizer = optimizer_of(args, self.bare, self.changing.parameters, split=self.is_split)
         self.schedule = schedule_of(
             args.lr_scheduler_type, self.optimizer, warmup_steps=args.warmup_steps, steps=args.max_steps
         )
         if hasattr(self.optimizer, "train"):  # schedule-free ones have two points, and train at one of them
             self.optimizer.train()
-        self.average = EMAModel(self.changing.parameters, decay=args.ema_decay) if args.ema_decay else None
+        self.average = WeightAverage(self.bare, args.ema_decay) if args.ema_decay else None
 
     def _batch(self, stream: NoisyStream, micro: int) -> NoisyBatch:
         return stream.batch(micro, self.accelerator.device, dtype_of_rows(self.bare))
@@ -190,50 +229,45 @@ class DiffusionImmunizationTrainer:
         if self._before_update is not None:
             self._before_update(self)
         if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.bare.parameters(), self.args.max_grad_norm)
+            self.accelerator.clip_grad_norm_(self.changing.parameters, self.args.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
-            self.average.step(self.changing.parameters)
+            self.average.update(self.bare)
         self.step += 1
 
     def compute_gradients(self) -> None:
         """Leave the gradient of the whole objective of this step in the parameters, equal on every rank."""
         self.watch.step = self.step + 1
         self.optimizer.zero_grad(set_to_none=True)
-        count = self.args.gradient_accumulation_steps
-        first = self.step * count
-        planned = self._plan(range(first, first + count)) if self.terms.objective is not None and count > 1 else None
-        for place in range(count):
-            last = place == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                given = planned[place] if planned else None
-                self.accelerator.backward(self._micro_loss(first + place, given))
-        if self.terms.attack is not None:
-            self._add_attack()
+        first = self.step * self._accumulation
+        micros = range(first, first + self._accumulation)
+        with self.accelerator.autocast():
+            runs = [partial(self._measured, micro) for micro in micros]
+            self.terms.begin(runs, spectra=(self.step + 1) % self.args.logging_steps == 0)
+        for micro in micros:
+            with nullcontext() if micro == micros[-1] else self._no_sync():
+                self.accelerator.backward(self._micro_loss(micro))
+        with self.accelerator.autocast():
+            self.terms.add_weight_gradients(self.bare, self.step)
+        self.meter.end_step()
 
-    def _micro_loss(self, micro: int, planned: SiteGradients | None) -> Tensor:
+    def _no_sync(self) -> Any:
+        return reduced_later(self.bare) if self.is_split else self.accelerator.no_sync(self.model)
+
+    def _micro_loss(self, micro: int) -> Tensor:
         """Retain loss and distillation of one micro-batch, plus a zero whose gradient is the feature terms'."""
         retain = self._batch(self.streams.retain, micro)
-        features, labels = {}, {"primary": retain.labels}
-        with self._draws("retain", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
-            answer = self._answer(self.model, retain)
-        features["primary"] = dict(caught.items())
+        answer, features = self._forward(self.model, "retain", micro, retain)
         loss = self._retain_loss(answer, retain)
-        self.meter.add({"retain_loss": mean_over_ranks(loss)})
+        self.meter.add({"retain_loss": loss}, local=True)
         total = (self.args.primary_loss_weight * loss + self._distill(answer, retain)) / self._accumulation
         if self.terms.objective is None:
             return total
-        features["harmful"], labels["harmful"] = self._harmful_features(self.model, micro)
-        if planned is None:
-            spectra = (self.step + 1) % self.args.logging_steps == 0
-            (planned,) = self.terms.objective.gradients([MicroBatch(features, labels)], spectra=spectra)
-        for side in SIDES:
-            for site, captured in features[side].items():
-                # DDP averages over ranks; the terms are one number of the whole global batch.
-                product = (captured * (world()[1] * planned[side][site]).to(captured)).sum()
-                total = total + product - product.detach()
-        return total
+        # DDP averages over ranks; the terms are one number of the whole global batch.
+        measured, theirs = self._with_harmful(self.model, micro, retain, features)
+        total = total + self.terms.injected(measured, world()[1])
+        return total + reach([theirs]) if self.is_split else total
 
     @property
     def _accumulation(self) -> int:
@@ -245,12 +279,28 @@ class DiffusionImmunizationTrainer:
     def _draws(self, name: str, micro: int) -> Any:
         return same_draws(self.accelerator.device, self.args.seed, name, micro)
 
-    def _harmful_features(self, model: nn.Module, micro: int) -> tuple[dict[str, Tensor], Tensor]:
-        batch = self._batch(self.streams.harmful, micro)
-        assert self.terms.objective is not None
-        with self._draws("harmful", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
-            self._answer(model, batch)
-        return dict(caught.items()), batch.labels
+    def _forward(
+        self, model: nn.Module, name: str, micro: int, batch: NoisyBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The answer, and the features at every site."""
+        with self._draws(name, micro), capture_inputs(self.bare, self.layouts) as caught:
+            answer = self._answer(model, batch)
+        return answer, dict(caught.items())
+
+    def _with_harmful(
+        self, model: nn.Module, micro: int, retain: NoisyBatch, features: dict[str, Tensor]
+    ) -> tuple[Measured, Tensor]:
+        """What the terms see, and the answer to the harmful rows."""
+        harmful = self._batch(self.streams.harmful, micro)
+        answer, theirs = self._forward(model, "harmful", micro, harmful)
+        labels = {"primary": retain.labels, "harmful": harmful.labels}
+        return Measured(MicroBatch({"primary": features, "harmful": theirs}, labels)), answer
+
+    def _measured(self, micro: int) -> Measured:
+        """The forwards of one micro-batch, for their features alone."""
+        retain = self._batch(self.streams.retain, micro)
+        _, features = self._forward(self.bare, "retain", micro, retain)
+        return self._with_harmful(self.bare, micro, retain, features)[0]
 
     def _retain_loss(self, answer: Tensor, batch: NoisyBatch) -> Tensor:
         losses = denoising_losses(answer, batch.target)
@@ -264,46 +314,21 @@ class DiffusionImmunizationTrainer:
         with self._teacher.answering() as model:
             wanted = self._answer(model, batch)
         distance = denoising_losses(answer, wanted).mean()
-        self.meter.add({"distillation": mean_over_ranks(distance)})
+        self.meter.add({"distillation": distance}, local=True)
         return self.args.distillation * distance
-
-    def _plan(self, micros: range) -> list[SiteGradients]:
-        """Gradients at the features of every micro-batch, from one evaluation on all of them together."""
-        assert self.terms.objective is not None
-        batches = []
-        with torch.no_grad(), self.accelerator.autocast():
-            for micro in micros:
-                retain = self._batch(self.streams.retain, micro)
-                with self._draws("retain", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
-                    self._answer(self.bare, retain)
-                harmful, labels = self._harmful_features(self.bare, micro)
-                features = {"primary": dict(caught.items()), "harmful": harmful}
-                batches.append(MicroBatch(features, {"primary": retain.labels, "harmful": labels}))
-        return self.terms.objective.gradients(batches, spectra=(self.step + 1) % self.args.logging_steps == 0)
-
-    def _add_attack(self) -> None:
-        assert self.terms.attack is not None
-        with self.accelerator.autocast():
-            value, gradients = self.terms.attack.gradient(self.bare, self.step)
-        trained = {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
-        told = {SIMULATED_TERM.name: [gradients[name] for name in trained]}
-        weight = self.terms.attack_weights.update(told)[SIMULATED_TERM.name]
-        for name, parameter in trained.items():
-            added = gradients[name].mul_(weight.to(parameter))
-            parameter.grad = added if parameter.grad is None else parameter.grad.add_(added)
-        self.meter.add({SIMULATED_TERM.name: value, f"lambda/{SIMULATED_TERM.name}": weight})
 
     # ---- measuring before, between and after ----------------------------------------------------------------------
 
     def _measure_base(self) -> None:
         if self._exam is not None:
             self.guard.base = self._points()
-        if self.terms.attack is not None:
+        if self.terms.weight_terms is not None:
             loss = self._concept_exam.ask(self.denoiser, self.bare).loss
-            self.terms.attack.ceiling = self.args.attacker_ceiling * loss
+            for objective in self.terms.weight_terms.objectives.values():
+                objective.ceiling = self.args.attacker_ceiling * loss
         found: dict[str, list[Tensor]] = {}
         for step in range(_REFERENCE_BATCHES):
-            gradients = WrongTargetGradients(self.denoiser, self.bare, self.terms.layouts)
+            gradients = WrongTargetGradients(self.denoiser, self.bare, self.layouts)
             for micro in range(step * self._accumulation, (step + 1) * self._accumulation):
                 with self._draws("reference", micro):
                     gradients.add(self._batch(self.streams.retain, micro))
@@ -314,19 +339,9 @@ class DiffusionImmunizationTrainer:
             if weights.needs_reference:
                 weights.reference = torch.stack(found[name]).mean()
 
-    @contextmanager
-    def _judged_weights(self) -> Iterator[nn.Module]:
-        """The weights that would be returned now: the moving average where there is one."""
-        if self.average is None:
-            with weights_to_judge(self.optimizer):
-                yield self.bare
-            return
-        self.average.store(self.changing.parameters)
-        self.average.copy_to(self.changing.parameters)
-        try:
-            yield self.bare
-        finally:
-            self.average.restore(self.changing.parameters)
+    def _judged_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that would be returned now: the moving average where there is one."""
+        return self.average.swapped(self.bare) if self.average is not None else weights_to_judge(self.optimizer)
 
     def _points(self) -> float:
         assert self._exam is not None
@@ -341,11 +356,10 @@ class DiffusionImmunizationTrainer:
         if self._exam is not None and (self.step % args.eval_steps == 0 or self.step == args.max_steps):
             self._guard_step()
         if self._validate and args.validation_steps and self.step % args.validation_steps == 0:
-            with self._judged_weights() as model:
+            with self._judged_weights():
                 if self.accelerator.is_main_process:
-                    model.eval()
-                    self._validate(model, self.step)
-                    model.train()
+                    self._validate(self.bare.eval(), self.step)
+                    self.bare.train()
         if args.save_steps and self.step % args.save_steps == 0:
             self._save()
 
@@ -357,11 +371,8 @@ class DiffusionImmunizationTrainer:
             self.accelerator.log(means, step=self.step)
 
     def _guard_step(self) -> None:
-        progress = self.watch.progress()
         with self._judged_weights():
-            self.terms.factor = self.guard.observe(
-                self.step, self._points(), progress, self.terms.factor, self.changing
-            )
+            self._guarded.check(self.step, self._points(), last=self.step)
 
     def _refuse_ruined(self) -> None:
         self.watch.settle()
@@ -375,51 +386,66 @@ class DiffusionImmunizationTrainer:
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
         if self.average is not None:
-            self.average.copy_to(self.changing.parameters)
-        if self._initial and not self.guard.choose(self.changing):
-            self.changing.load_state_dict(self._initial)
-            self.accelerator.print(
-                f"max_loss_factor={self.args.max_loss_factor} {self.guard.why_nothing()}: the weights from before "
-                "immunization are returned. Lower the strength, add distillation, or train longer."
-            )
-        if self.args.trainable == "lora" and self.args.merge_lora:
+            self.average.copy_to(self.bare)
+        if self._guarded.on:
+            self.guard_record = self._guarded.finish(self._points)
+        merged = self.args.trainable_modules == "lora" and self.args.merge_lora
+        if merged:
             self.merge_rounding = merge_factors(self.bare)
             if self.merge_rounding > NOTABLE:
                 self.accelerator.print(told_rounding(self.merge_rounding, next(self.bare.parameters()).dtype))
-        for name, parameter in self.bare.named_parameters():  # factors that were not merged stay as they are
+        for name, parameter in settle(self.bare).named_parameters():  # factors that were not merged stay as they are
             parameter.requires_grad_(self._asked.get(name.replace(".base_layer.", "."), parameter.requires_grad))
         # Takes away Accelerate's casting forward: the model in memory answers as the one that is saved.
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         unshare_draws(self.bare)
         self.bare.eval()
-        if self._exam is not None:
+        if self.guard_record is not None and merged:  # merging rounds
             self.guard_record = self.guard.record(self._points())
+
+    def whole_model(self) -> nn.Module | None:
+        """The model as it is now, with whole weights: to save it, or to draw with it.
+
+        Under FSDP2 a copy on the CPU of the first process and None elsewhere, else the model itself. Every process
+        calls this.
+        """
+        if not self.is_split:
+            return self.bare
+        kind = original_class(self.bare)
+        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))  # type: ignore[attr-defined]
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def _identify(self) -> dict[str, Any]:
-        """What a checkpoint may be continued with: options, model as it was given, rows, number of processes."""
+        """What a checkpoint may be continued with: options, model as it was given, rows.
+
+        Batch sizes are those of all processes together: another number of them may share the same batch.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.bare.state_dict().items()):
-            digest.update(name.encode() + digest_tensor(value))
+            digest.update(name.encode() + digest_tensor(whole(value.detach())))
         told = {name: None if held is None else held.fingerprint(source="", role="").sha256
                 for name, held in self._rows.items()}
-        return {**scientific_options(self.args), "model": digest.hexdigest(), **told, "processes": world()[1]}
+        options = scientific_options(self.args)
+        for name in ("per_device_train_batch_size", "per_device_harmful_batch_size"):
+            options[name.replace("per_device", "global")] = options.pop(name) * world()[1]
+        return {**options, "model": digest.hexdigest(), **told}
 
     def _save(self) -> None:
         self._refuse_ruined()
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
+        folder, first = Path(self.args.output_dir) / f"checkpoint-{self.step}", self.accelerator.is_main_process
+        if first:
             unmark(folder)
-            save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch)
-            save_loop(
-                folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history,
-                options=self._identity,
-            )
+        self._state.save(folder, write=first)
+        save_loop(
+            folder, self.step, self.changing, self.optimizer, self.schedule, self.log_history, self._identity,
+            write=first,
+        )
+        if first:
             prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.step)
         self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path) -> None:
         check_options(folder, self._identity)
-        load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch)
-        self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule, self.average)
+        self._state.load(folder)
+        self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule)

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_immunize.errors import ModelError
 from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
-from hf_immunize.training.diffusion.simulated import SimulatedAttack
+from hf_immunize.training.core.simulated import SimulatedAttack
 
 
 class UnrolledAttack(SimulatedAttack):

@@ -6,19 +6,24 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from hf_immunize.data import RowStore, digest_rows, forward_rows
+from hf_immunize.data import RowStore, forward_rows
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.features import Boundary, find_boundary, lying_channels_last, trainable_modules
+from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.sharding import first_rank_where, is_sharded, whole
+from hf_immunize.training.vision.counting import digest_once
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of every cache key; raised when what is stored changes its meaning."""
 _STORED = {"bf16": torch.bfloat16}
 """How floating-point activations lie on disk by precision; as they were computed where it is not named."""
@@ -140,13 +145,14 @@ class FeatureCache:
         self._model, self._boundary, self._collate = model, boundary, collate
         device = next(model.parameters()).device
         self._autocast, self._batch = autocast, batch_size or forward_rows(boundary.image, device)
-        self._stored, self._dtypes = _STORED.get(precision), self._computed_dtypes(device)
-        stored = [str(self._narrow(torch.empty(0, dtype=dtype)).dtype) for dtype in self._dtypes]
-        digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision} {stored}".encode())
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._key = digest.hexdigest()
+        self._narrowed, self._dtypes = _STORED.get(precision), self._computed_dtypes(device)
+        kept = [str(self._narrow(torch.empty(0, dtype=dtype)).dtype) for dtype in self._dtypes]
+        digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision} {kept}".encode())
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        named = sorted(model.state_dict().items())
+        # What is trained lies behind the boundary: one trunk's activations serve every head. Logits are the model's.
+        self._key = _digested(digest, [pair for pair in named if pair[0] not in trained])
+        self._logits_key = _digested(digest, [pair for pair in named if pair[0] in trained])
 
     def dataset(
         self, rows: Any, labels: Sequence[int] | Tensor, name: str, *, teacher: bool = False
@@ -158,11 +164,13 @@ class FeatureCache:
             RecordError: no space on disk, or a damaged cache.
         """
         check_repeatable(rows, name)
-        key = hashlib.sha256(f"{self._key} {digest_rows(rows, name)}".encode()).hexdigest()[:32]
-        store = RowStore.open_or_write(self._folder / key, self._activations(rows, name), len(rows))
+        content = digest_once(rows, name)
+        key, logits_key = (_short(f"{part} {content}") for part in (self._key, self._logits_key))
+        store = self._stored(self._folder / key, partial(self._activations, rows, name), len(rows))
         logits = None
         if teacher:
-            logits = RowStore.open_or_write(self._folder / f"{key}-logits", self._logits(store, name), len(rows))
+            folder = self._folder / f"{logits_key}-logits"
+            logits = self._stored(folder, partial(self._logits, store, name), len(rows))
         return BoundaryDataset(store, labels, logits, self._dtypes)
 
     def _computed_dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
@@ -172,8 +180,22 @@ class FeatureCache:
 
     def _narrow(self, activations: Tensor) -> Tensor:
         """As they are stored; masks and indices stay what they are, and nothing is widened."""
-        wide = activations.is_floating_point() and self._stored is not None
-        return activations.to(self._stored) if wide and activations.element_size() > 2 else activations
+        wide = activations.is_floating_point() and self._narrowed is not None
+        return activations.to(self._narrowed) if wide and activations.element_size() > 2 else activations
+
+    def _stored(self, folder: Path, batches: Callable[[], Iterator[tuple[Tensor, ...]]], rows: int) -> RowStore:
+        """The store, written if it is not there; a model that is split over ranks answers to all of them at once."""
+        if not is_sharded(self._model):
+            return RowStore.open_or_write(folder, batches(), rows)
+        # On machines without a common disk one after the other writes.
+        while (writer := first_rank_where(RowStore.open(folder) is None)) is not None:
+            left = batches()
+            if world()[0] == writer:
+                RowStore.open_or_write(folder, left, rows)
+            for _ in left:  # the writer has none, unless another run has just written the same
+                pass
+            dist.barrier()
+        return RowStore.open_or_write(folder, iter(()), rows)
 
     def _activations(self, rows: Any, name: str) -> Iterator[tuple[Tensor, ...]]:
         loader = DataLoader(rows, batch_size=self._batch, collate_fn=self._collate)
@@ -187,7 +209,7 @@ class FeatureCache:
         starts = range(0, len(store), self._batch)
         for start in self._evaluating(starts, f"logits of {name}"):
             rows = [store[row] for row in range(start, min(start + self._batch, len(store)))]
-            parts = (torch.stack(parts) for parts in zip(*rows, strict=True))
+            parts = (torch.stack(column) for column in zip(*rows, strict=True))
             stacked = tuple(part.to(device, dtype) for part, dtype in zip(parts, self._dtypes, strict=True))
             with self._boundary.replay(self._model, stacked) as pixels:
                 yield (self._model(pixel_values=pixels).logits.float(),)
@@ -203,6 +225,18 @@ class FeatureCache:
                         yield part
             finally:
                 model.train(was_training)
+
+
+def _digested(digest: Any, named: Sequence[tuple[str, Tensor]]) -> str:
+    """The digest after these tensors, which it has taken in."""
+    for name, value in named:
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(whole(value.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+def _short(words: str) -> str:
+    return hashlib.sha256(words.encode()).hexdigest()[:32]
 
 
 def default_folder() -> Path:

@@ -31,7 +31,7 @@ def plan_memory(
     options = Options(
         optim=str(getattr(args.optim, "value", args.optim)),
         teacher=args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features),
-        average=args.ema_decay > 0, guard=args.max_primary_drop is not None, guard_holds_all=True,
+        average=args.ema_decay > 0, guard=args.max_primary_drop is not None, 
         accumulation=args.gradient_accumulation_steps, checkpointing=args.gradient_checkpointing,
         devices=devices, sharded=sharded,
     )  # fmt: skip

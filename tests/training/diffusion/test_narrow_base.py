@@ -29,7 +29,8 @@ def test_factors_are_float32_and_train_beside_weights_in_bfloat16(make_trainer, 
     kinds = {p.dtype for p in trainer.bare.parameters() if p.requires_grad}
     frozen = {name: p.clone() for name, p in trainer.bare.named_parameters() if not p.requires_grad}
     assert kinds == {torch.float32} and {p.dtype for p in frozen.values()} == {HALF}
-    assert {p.dtype for p in trainer.terms.attack._attacker.trained} == {torch.float32}
+    (attack,) = trainer.terms.weight_terms.objectives.values()
+    assert {p.dtype for p in attack._attacker.trained} == {torch.float32}
     before = {name: value.clone() for name, value in narrow(family).state_dict().items()}
     kept = []
     trainer._before_update = lambda made: kept.append(
@@ -111,11 +112,11 @@ def test_a_merge_that_loses_much_is_told_and_factors_can_be_kept(make_trainer, t
 @pytest.mark.parametrize(
     "dtype,options,error,message",
     [
-        (HALF, {}, ModelError, "expected weights in float32, got torch.bfloat16.*trainable=lora"),
+        (HALF, {}, ModelError, "expected weights in float32, got torch.bfloat16.*trainable_modules=lora"),
         (HALF, {"trainable": "attention"}, ModelError, "expected weights in float32, got torch.bfloat16"),
         (HALF, LORA | {"attacker_rank": 0}, ModelError, "an attacker that trains all of them.*attacker_rank above 0"),
         (torch.float16, LORA, ModelError, "frozen weights in float32 or bfloat16, got torch.float16"),
-        (HALF, {"trainable": "all", "merge_lora": False}, ConfigError, "trainable=lora for merge_lora=false"),
+        (HALF, {"trainable": "all", "merge_lora": False}, ConfigError, "trainable_modules=lora for merge_lora=false"),
     ],
 )
 def test_what_is_trained_is_never_narrow(make_trainer, dtype, options, error, message):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.diffusion import Denoiser
-from hf_immunize.training.diffusion.factors import widen_factors
-from hf_immunize.training.diffusion.sites import attention_projections
-from hf_immunize.training.diffusion.stream import generator_of
+from hf_immunize.training.core.draws import generator_of
+from hf_immunize.training.core.sharding import settle, whole
 
 _NAME = "attacker"
 
@@ -23,6 +21,9 @@ class Attacker:
     those that the defender does not train either are held once, by both. A defender that trains LoRA factors as well
     has its factors beside the attacker's in the same layers; both updates are added.
 
+    Args:
+        layers: names of the linear layers that get factors; none for rank 0.
+
     Attributes:
         model: the attacked network, in training mode.
         weights: its tensors by the defended model's names.
@@ -31,13 +32,13 @@ class Attacker:
         wanted: names of the weights the defender trains (all for rank 0), at which a gradient is asked for.
     """
 
-    def __init__(self, denoiser: Denoiser, model: nn.Module, rank: int):
+    def __init__(self, model: nn.Module, layers: Sequence[str], rank: int):
         mine = dict(model.named_parameters())
-        shared = [parameter for parameter in mine.values() if rank and not parameter.requires_grad]
-        self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+        self._shared = {name for name, parameter in mine.items() if rank and not parameter.requires_grad}
+        self.model = copy.deepcopy(model, {id(mine[name]): mine[name] for name in self._shared})
         self.model.train()
         if rank:
-            _add_factors(denoiser, self.model, rank)
+            _add_factors(self.model, layers, rank)
         named = dict(self.model.named_parameters())
         self.factors = [parameter for name, parameter in named.items() if f".{_NAME}." in name]
         plain = {name if name in mine else name.replace(".base_layer.", "."): p for name, p in named.items()}
@@ -51,10 +52,10 @@ class Attacker:
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
-        """θ_0 = θ."""
-        for name, parameter in model.named_parameters():
-            if self.weights[name] is not parameter:
-                self.weights[name].copy_(parameter)
+        """θ_0 = θ; whole on every rank, also where the model's own weights are split."""
+        for name, parameter in settle(model).named_parameters():
+            if name not in self._shared:
+                self.weights[name].copy_(whole(parameter))
 
     @torch.no_grad()
     def draw_factors(self, *words: object) -> None:
@@ -77,12 +78,12 @@ class Attacker:
         return {name: values[self.weights[name]] for name in self.wanted}
 
 
-def _add_factors(denoiser: Denoiser, model: nn.Module, rank: int) -> None:
-    """LoRA factors of the attacker's on every attention projection, active beside those that are there."""
+def _add_factors(model: nn.Module, layers: Sequence[str], rank: int) -> None:
+    """LoRA factors of the attacker's on ``layers``, active beside those that are there."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=attention_projections(denoiser, model))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
     if hasattr(model, "peft_config"):  # the defender's; PEFT warns of it, and the layers know their own
         del model.peft_config
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -94,3 +95,13 @@ def _add_factors(denoiser: Denoiser, model: nn.Module, rank: int) -> None:
             layer.set_adapter(list(layer.lora_A))
     for parameter, asked in flags.items():  # PEFT changes flags, of shared weights too
         parameter.requires_grad_(asked)
+
+
+def widen_factors(model: nn.Module) -> None:
+    """Hold every LoRA factor in float32 or wider: PEFT makes them in the precision of the weights beside."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in [part for part in model.modules() if isinstance(part, LoraLayer)]:
+        for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+            if factor.weight.element_size() < 4:
+                factor.float()
