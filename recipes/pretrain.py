@@ -28,7 +28,7 @@ from hf_immunize.options import parse_options
 from hf_immunize.records import begin_run, finish_run
 from hf_immunize.training.vision.checkpoints import scientific_options
 from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
-from hf_immunize.training.vision.primary import accuracy
+from hf_immunize.training.vision.metrics import accuracy
 from hf_immunize.training.vision.support import use_one_device
 
 

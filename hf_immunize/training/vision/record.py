@@ -78,6 +78,7 @@ def immunization_record(
         guard=trainer.guard_record,
         outcome=trainer.outcome,
         steps=trainer.state.global_step,
+        saved_step=trainer.saved_step,
         seconds=seconds,
         provenance=Provenance.here(str(args.device)),
     )
