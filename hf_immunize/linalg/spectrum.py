@@ -149,6 +149,12 @@ def singular_value_floor(sigma_max: Tensor, frobenius: Tensor, rows: int, width:
     return floor
 
 
+def moment_floor(values_S: Tensor, mean_squared: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """``singular_value_floor`` from the descending eigenvalues of centred features' M and the mean's square norm."""
+    largest = (values_S[..., 0] + mean_squared).sqrt()
+    return singular_value_floor(largest, (values_S.sum(dim=-1) + mean_squared).sqrt(), rows, width, dtype)
+
+
 class _ExtremeEigenvalues(torch.autograd.Function):
     """λ₁, λ_k and ‖H‖_F² of H = ΦᵀΦ with closed-form gradients 2Φv₁v₁ᵀ, 2Φv_kv_kᵀ and 4ΦH.
 
@@ -173,8 +179,7 @@ class _ExtremeEigenvalues(torch.autograd.Function):
             values, vectors = torch.linalg.eigh(gram_SS)
             values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
         largest = values[..., 0]
-        frobenius = (values.sum(dim=-1) + mean_squared).sqrt()
-        floor = singular_value_floor((largest + mean_squared).sqrt(), frobenius, rows, width, dtype)
+        floor = moment_floor(values, mean_squared, rows, width, dtype)
         if not by_svd:
             # Squaring loses half the digits: eigenvalues below S·eps64·λ₁ are rounding of the Gram matrix itself.
             floor = torch.maximum(floor, (values.shape[-1] * torch.finfo(values.dtype).eps * largest).sqrt())

@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
 from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.sharding import whole_on_cpu
 from hf_immunize.training.core.watch import Watch
 
 TENSORS, PLAIN = "immunization_state.safetensors", "immunization_state.json"
@@ -40,14 +41,19 @@ class CheckpointState:
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._guard, self._watch = guard, watch
 
-    def save(self, folder: Path) -> None:
-        """Write both files into a checkpoint folder."""
+    def save(self, folder: Path, *, write: bool = True) -> None:
+        """Write both files into a checkpoint folder, with whole tensors where they are split over ranks.
+
+        Every rank calls this; where not ``write``, a rank only takes part in putting tensors together.
+        """
         kept, plain = self._guard.state()
         tensors = {f"guard.{name}": value for name, value in kept.items()}
         for part, stateful in self._parts.items():
             tensors |= {f"{part}.{name}": value for name, value in stateful.state().items()}
-        atomic_write(folder / TENSORS, save({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}))
-        atomic_write(folder / PLAIN, json.dumps({"guard": plain, "watch": self._watch.state()}))
+        found, watched = whole_on_cpu(tensors, keep=write), self._watch.state()
+        if write:
+            atomic_write(folder / TENSORS, save(found))
+            atomic_write(folder / PLAIN, json.dumps({"guard": plain, "watch": watched}))
 
     def load(self, folder: Path) -> None:
         """Restore every part, the guard and the watch.

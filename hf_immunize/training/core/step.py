@@ -128,6 +128,11 @@ class Step:
                 inverses[side] = self.preconditioner.inverses(layers)
         return [_Plan(found, inverses) for found in gradients]
 
+    def to(self, device: torch.device) -> None:
+        """Move what simulated attackers hold: they copied the model before it was there."""
+        for objective in self.weight_terms.objectives.values() if self.weight_terms is not None else ():
+            objective.to(device)
+
     def add_weight_gradients(self, model: nn.Module, step: int) -> None:
         """Add the gradients of the terms on weights, once those of the whole step are complete on every rank."""
         if self.weight_terms is not None:

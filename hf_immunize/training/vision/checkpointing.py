@@ -12,10 +12,10 @@ from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.training.core.state import CheckpointState
 from hf_immunize.training.core.watch import Watch
-from hf_immunize.training.vision.publishing import GatedTrainer
+from hf_immunize.training.vision.sharded import ShardedTrainer, load_whole
 
 
-class StrictTrainer(GatedTrainer):
+class StrictTrainer(ShardedTrainer):
     """A ``Trainer`` that replaces how checkpoints are saved and loaded.
 
     ``watch`` and ``checkpoint_state`` are set by the subclass before training starts.
@@ -43,9 +43,8 @@ class StrictTrainer(GatedTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Our state goes first: the Trainer's own state file is its last, and marks a complete checkpoint.
         self._refuse_ruined()
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            self.checkpoint_state.save(folder)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        self.checkpoint_state.save(folder, write=self.args.should_save)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -70,6 +69,5 @@ class StrictTrainer(GatedTrainer):
         bare = self.accelerator.unwrap_model(model if model is not None else self.model)
         if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or hasattr(bare, "peft_config"):
             return False
-        loaded = type(bare).from_pretrained(folder, config=bare.config, dtype=bare.dtype, use_safetensors=True)
-        bare.load_state_dict(loaded.state_dict(), strict=True)
+        load_whole(folder, bare)
         return True

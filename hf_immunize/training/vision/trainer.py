@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.training.core.average import WeightAverage
+from hf_immunize.training.core.changing import ChangingPart
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
@@ -37,6 +37,7 @@ from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.preconditioning import Preconditioner
 from hf_immunize.training.core.references import ReferenceGradients
 from hf_immunize.training.core.registry import terms_of
+from hf_immunize.training.core.sharding import reach, settle
 from hf_immunize.training.core.state import CheckpointState
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.callbacks import Averaging, Watching
@@ -72,8 +73,9 @@ from hf_immunize.training.vision.primary import (
 )
 from hf_immunize.training.vision.rows_of_step import rows_of_step
 from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
+from hf_immunize.training.vision.sharded import resumable
 from hf_immunize.training.vision.sites import choose_layouts, choose_sites
-from hf_immunize.training.vision.support import refuse_accelerator, refuse_model, refuse_sites, refuse_terms
+from hf_immunize.training.vision.support import refuse_accelerator, refuse_model, refuse_sharded, refuse_terms
 
 logger = logging.get_logger(__name__)
 
@@ -146,26 +148,29 @@ class ImmunizationTrainer(StrictTrainer):
         self._look_at(model, args, first)
         self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=collate_with_boundary(plain),
-            compute_metrics=self._base_labels or compute_metrics or METRICS[self.kind],
-            **kwargs,
-        )
+        with resumable(args, model):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                data_collator=collate_with_boundary(plain),
+                compute_metrics=self._base_labels or compute_metrics or METRICS[self.kind],
+                **kwargs,
+            )
         refuse_accelerator(self.accelerator)
         # The loss is a per-batch mean; without both lines the stock Trainer multiplies it by world x accumulation
         # for models that accept loss kwargs.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self._build_engine(model)
+        self._build_step(model)
+        asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
+        self.teacher = self._frozen_copy() if asked else None
+        self._share_out()
+        self._build_guard(model)
         if args.cache_frozen_features:
             self._use_cache(model, data_collator)
         self.trained_on = {"primary": self.train_dataset, "harmful": self.harmful_task.rows}
-        asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
-        self.teacher = self._frozen_copy() if asked else None
         self._streams = {name: self._stream(name) for name in ("harmful", "attack")}
         self._outcome_meter = self._make_outcome(held)
 
@@ -175,15 +180,13 @@ class ImmunizationTrainer(StrictTrainer):
         self.terms = terms_of(args.objective)
         refuse_terms(args, self.terms)
         self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
-        refuse_sites(model, self.site_weights)
         self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
         self.frozen = FrozenPart(model, sample.shape)
         self._cache: FeatureCache | None = None
 
-    def _build_engine(self, model: nn.Module) -> None:
-        """The step, the guard and what they are measured and kept by."""
+    def _build_step(self, model: nn.Module) -> None:
+        """The step and what it is measured by; simulated attackers copy the model while it is whole."""
         args = self.args
-        metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
         self.watch = Watch(self.terms)
         self.meter = Meter(self.watch)
         self.attacker = None
@@ -203,10 +206,22 @@ class ImmunizationTrainer(StrictTrainer):
             args, self.terms, self.settings, self.site_weights, task, self.preconditioner, self.meter
         )
         self.objective = self.step.objective
+
+    def _share_out(self) -> None:
+        """Split weights over ranks, if that was asked for."""
+        self.split(self.teacher)
+        if self.is_split:
+            refuse_sharded(self.args)
+            self.step.to(self.accelerator.device)
+
+    def _build_guard(self, model: nn.Module) -> None:
+        """What keeps weights: the average, the guard, checkpoints."""
+        args = self.args
+        metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
         self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
         told = f"max_primary_drop={args.max_primary_drop}"
-        self.guarded = GuardedRun(self.guard, self.watch, self.step, model, told)
+        self.guarded = GuardedRun(self.guard, self.watch, self.step, ChangingPart(model), told)
         self.temperature = Temperature()
         self.guard_record = None
         self.outcome: OutcomeRecord | None = None
@@ -281,9 +296,6 @@ class ImmunizationTrainer(StrictTrainer):
     def _attack_batch(self, place: int) -> dict[str, Any]:
         """Batch ``place`` of the rows that simulated attackers learn from."""
         return self._prepare_inputs(self._streams["attack"].batch(place))
-
-    def _frozen_copy(self) -> nn.Module:
-        return copy.deepcopy(self.bare).requires_grad_(False).eval()
 
     # ---- what Trainer asks for ------------------------------------------------------------------------------------
 
@@ -379,20 +391,23 @@ class ImmunizationTrainer(StrictTrainer):
                     loss, outputs = super().compute_loss(model, plain, return_outputs=True)
             if self.objective is not None:
                 with self.forwards.side(bare, "harmful") as caught["harmful"]:
-                    self.forwards.features(model, bare, inputs["harmful"], attacked=True)
+                    answered = self.forwards.features(model, bare, inputs["harmful"], attacked=True)
         self.meter.add({"primary_loss": loss}, local=True)
         total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught["primary"])
         if self.objective is not None:
             # The Trainer divides by the number of micro-batches, and DDP by that of ranks.
             scale = world()[1] * self.current_gradient_accumulation_steps
             total = total + self.step.injected(self.forwards.measured(caught, inputs), scale)
+            if self.is_split:
+                total = total + reach([value for value in answered.values() if torch.is_tensor(value)])
         return (total, outputs) if return_outputs else total
 
     def _distill(self, primary: dict[str, Any], outputs: Any, caught: Captured) -> Tensor | float:
         """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
         target, features = primary.get("teacher_logits"), None
         if self.teacher is not None:
-            self.teacher.to(next(self.model.parameters()).device)
+            if not self.is_split:
+                self.teacher.to(next(self.model.parameters()).device)
             head = {self.site: self.layouts[self.site]}
             with torch.no_grad(), capture_inputs(self.teacher, head) as teacher:
                 with self.frozen.entered(self.teacher, primary) as plain:
@@ -453,7 +468,7 @@ class ImmunizationTrainer(StrictTrainer):
         if not waiting:
             return
         cut, steps = self.args.gradient_accumulation_steps, []
-        trained = [part for part in self.bare.parameters() if part.requires_grad and "" in waiting]
+        trained = [part for part in settle(self.bare).parameters() if part.requires_grad and "" in waiting]
         self.bare.eval()
         for place, inputs in enumerate(self.get_train_dataloader()):
             if place == _REFERENCE_STEPS * cut:
