@@ -145,8 +145,10 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
     seconds = time.perf_counter() - start
     trainer.save_model()
+    # Every process measures: a model that is split over them answers to all at once.
+    spectra = {"base": base_spectra, "immunized": training_spectra(trainer)}
     if trainer.is_world_process_zero():
-        write_record(trainer, inputs, base=base, data=data, base_spectra=base_spectra, seconds=seconds)
+        write_record(trainer, inputs, base=base, data=data, spectra=spectra, seconds=seconds)
     trainer.accelerator.wait_for_everyone()
     if base_options.require and (trainer.outcome is None or not trainer.outcome.immunized):
         told = trainer.outcome.told if trainer.outcome else "harmful rows do not allow a probe"

@@ -96,16 +96,18 @@ def immunize(pipeline, splits: dict[str, LatentDataset], source: str, task: dict
         return
     start = time.perf_counter()
     trainer.train(last_complete_checkpoint(args.output_dir))
+    released = trainer.whole_model()  # of all processes where weights are split over them
     if main_process:
+        setattr(pipeline, component_of(pipeline), released)
         pipeline.to("cpu").save_pretrained(args.output_dir)
-        leave_record(trainer, base, data, inputs, time.perf_counter() - start)
+        leave_record(trainer, released, base, data, inputs, time.perf_counter() - start)
 
 
-def leave_record(trainer, base: ModelFingerprint, data: list, inputs: dict, seconds: float) -> None:
+def leave_record(trainer, released, base: ModelFingerprint, data: list, inputs: dict, seconds: float) -> None:
     """immunization.json, no checkpoints any more, and the mark that the run is finished."""
     args, guard = trainer.args, trainer.guard_record
     ImmunizationRecord(
-        model=fingerprint(args.output_dir, trainer.bare), base=base, config=scientific_options(args),
+        model=fingerprint(args.output_dir, released), base=base, config=scientific_options(args),
         fingerprint=fingerprint_of(inputs), seeds={"seed": args.seed}, data=data, spectra={}, guard=guard,
         steps=trainer.step, seconds=seconds, provenance=Provenance.here(str(trainer.accelerator.device)),
     ).write(Path(args.output_dir) / "immunization.json")
