@@ -62,7 +62,7 @@ class Spectrum:
         """Spectra of a stack's parts along ``dim``, which may not be the eigenvalues' own (counted from the left)."""
         several = (self.largest, self.smallest, self.frobenius_squared, self.rank, self.eigenvalues)
         parts = zip(*(value.unbind(dim) for value in several), strict=True)
-        return [Spectrum(*part, self.rows, self.width) for part in parts]
+        return [Spectrum(one, two, three, four, five, self.rows, self.width) for one, two, three, four, five in parts]
 
     @property
     def log_condition(self) -> Tensor:
