@@ -132,7 +132,9 @@ def _unpack(
             key = rows, tensor.device
             if key not in orders:
                 order, mine = _turns(rows, rank)
-                orders[key] = order.to(tensor.device, non_blocking=True), mine.to(tensor.device, non_blocking=True)
+                orders[key] = (
+                    order.to(tensor.device, non_blocking=True), mine.to(tensor.device, non_blocking=True)
+                )
             order, mine = orders[key]
             found[place] = torch.cat(parts).to(tensor.device).index_select(0, order), mine
     return found  # type: ignore[return-value]
