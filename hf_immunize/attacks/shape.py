@@ -63,7 +63,7 @@ class Attack:
 
 
 _LACKING = {
-    "base": "the attacker of this exam does not hold the base model (recipes/attack.py --base_path, on every side)",
+    "base": "the attacker of this exam does not hold the base model (hf-immunize attack --base_path, on every side)",
     "benign": "the attacker of this exam holds no benign data (benign_dataset)",
     "prior": "the attacker of this exam holds no conditions of retained concepts (context.prior)",
     "other": "the attacker of this exam holds no other name for the concept (context.other)",

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from hf_immunize.attacks import AttackContext
-from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS, PROTOCOLS, Rule
 from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.data import Task, TaskArguments
 from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Rule
 from hf_immunize.models import load_processor
 from hf_immunize.records import Certificate
 
@@ -26,7 +26,7 @@ def find_rule(certificate: Certificate) -> Rule | None:
 
 
 def read_task(path: str | Path) -> TaskArguments:
-    """The tasks of an exam from the YAML file that its recipes were given. Raises ConfigError."""
+    """The tasks of an exam from the YAML file that its stages were given. Raises ConfigError."""
     known = {field.name: field for field in dataclasses.fields(TaskArguments)}
     try:
         loaded: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

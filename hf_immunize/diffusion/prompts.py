@@ -16,6 +16,7 @@ from hf_immunize.diffusion.encoding import check_pipeline, encode, encode_prompt
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.diffusion.photos import has_images, read_captions, read_pixels
 from hf_immunize.errors import DataError
+from hf_immunize.records import DatasetFingerprint
 
 SIDES = ("retain", "harmful", "benign")
 
@@ -100,6 +101,10 @@ class PromptTask:
         if split not in rows:
             raise DataError(f"expected a split of {side} in {sorted(rows)}, got {split!r}.")
         return self._encoded(side).subset(torch.tensor(rows[split]))
+
+    def fingerprint(self, side: str, split: str) -> DatasetFingerprint:
+        """Identity by content of the rows of one split."""
+        return self.examples(side, split).fingerprint(source=self.source, role=f"{side} {split}")
 
     def attacker_knows(self, concept: str) -> dict[str, Any]:
         """What an attacker holds beside images of the concept, as DiffusionAttackContext takes it."""

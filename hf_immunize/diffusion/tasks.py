@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from hf_immunize.data.images import MODES
 from hf_immunize.data.levels import to_levels
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.errors import DataError
+from hf_immunize.records import DatasetFingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +46,7 @@ class ConceptArguments:
     dataset: str = field(
         metadata={
             "help": "Labelled images: an .npz file with x_train and y_train (or images and labels), or what "
-            "recipes/attack.py takes (Hub id, image folder, parquet file, builder:digits). Several, separated by "
+            "a classifier's tasks take (Hub id, image folder, parquet file, builder:digits). Several, separated by "
             "commas: labels go on from one to the next, so that class 0 of a second source of 10 classes is 10."
         }
     )
@@ -209,6 +210,7 @@ class ConceptTask:
     """The three groups of classes, split by content and turned into examples on demand."""
 
     def __init__(self, arguments: ConceptArguments):
+        self._arguments = arguments
         self.source = ",".join(map(describe_source, sources(arguments)))
         if arguments.rows_per_class is not None and arguments.rows_per_class < 1:
             raise DataError(f"expected rows_per_class of at least 1, got {arguments.rows_per_class}.")
@@ -243,9 +245,19 @@ class ConceptTask:
 
     def examples(self, side: str, split: str) -> LatentDataset:
         """Pixels in −1..1 with the class label as condition. Raises DataError for a split that is not there."""
-        if split not in self._splits[side]:
-            raise DataError(f"expected a split of {side} in {sorted(self._splits[side])}, got {split!r}.")
+        if split not in self._splits.get(side, {}):
+            raise DataError(f"expected a split of {side} in {sorted(self._splits.get(side, {}))}, got {split!r}.")
         return self._rows(self._splits[side][split], f"{side} {split}")
+
+    def fingerprint(self, side: str, split: str) -> DatasetFingerprint:
+        """Identity by content of the rows of one split."""
+        return self.examples(side, split).fingerprint(source=self.source, role=f"{side} {split}")
+
+    def described(self) -> dict[str, Any]:
+        """The arguments, each source by its own name."""
+        other = self._arguments.other_dataset
+        named = {"dataset": self.source, "other_dataset": other and ",".join(map(describe_source, other.split(",")))}
+        return asdict(self._arguments) | named
 
     def _rows(self, held: ArrayImages, name: str) -> LatentDataset:
         pixels = torch.from_numpy(held.images.astype(np.float32)) / 127.5 - 1

@@ -53,7 +53,7 @@ def load_classifier(
         missing = sorted(told["missing_keys"])
         raise ModelError(
             f"expected all weights of {type(model).__name__} in {source}, got none for {missing[:5]}: transformers "
-            "would draw them at random. A backbone without a head gets one from recipes/pretrain.py or "
+            "would draw them at random. A backbone without a head gets one from hf-immunize pretrain or "
             "hf_immunize.features.add_head."
         )
     refuse_non_finite(model, str(source), remedy="restore the weights, or train the model again.")

@@ -22,9 +22,9 @@ from hf_immunize.certification.diffusion import (
     recheck_pipeline,
 )
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings
-from hf_immunize.certification.protocol import DIFFUSION_RULE
 from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images
 from hf_immunize.errors import ConfigError, IncompleteExamError, ModelError, RecordError
+from hf_immunize.exam import DIFFUSION_RULE
 from hf_immunize.hub import render_card, write_card
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import scan

@@ -6,8 +6,8 @@ from trace_builders import side_of, trace
 from hf_immunize.attacks import ATTACKS, AttackContext, count_runs, plan_runs, plan_trials, run_suite
 from hf_immunize.attacks.finalists import finalists
 from hf_immunize.certification.cells import build_cell
-from hf_immunize.certification.protocol import PROTOCOLS, Rule
 from hf_immunize.errors import ConfigError, IncompleteExamError
+from hf_immunize.exam import PROTOCOLS, Rule
 from hf_immunize.records import AttackTrace
 
 TUNED = {"config": {"learning_rate": 0.1, "tuning_seeds": [0]}}
