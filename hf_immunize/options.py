@@ -17,6 +17,17 @@ from transformers import HfArgumentParser
 from hf_immunize.errors import ConfigError
 
 
+def option(default: Any, told: str, *aliases: str) -> Any:
+    """A field of options with its default and the text of ``--help``; aliases are other flags and keys for it."""
+    metadata = {"help": told, "aliases": list(aliases)} if aliases else {"help": told}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(told: str) -> Any:
+    """A field of options that has to be given."""
+    return dataclasses.field(metadata={"help": told})
+
+
 class _Parser(HfArgumentParser):
     """One section of ``--help`` for each dataclass, under the first line of its docstring."""
 

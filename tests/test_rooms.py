@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "models": {"features"},
     "data": set(),
     "options": set(),
-    "diffusion": {"data", "models"},
+    "diffusion": {"data", "models", "options"},
     "regularizers": {"linalg"},
     "linear": {"linalg", "regularizers"},
     "spectra": {"features", "data", "linalg"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from hf_immunize.data.images import MODES
 from hf_immunize.data.levels import to_levels
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.errors import DataError
+from hf_immunize.options import option, required
 from hf_immunize.records import DatasetFingerprint
 
 logger = logging.get_logger(__name__)
@@ -43,41 +44,26 @@ _NPZ_KEYS = (("x_train", "y_train"), ("images", "labels"))
 class ConceptArguments:
     """Which classes a model keeps, and which it shall not learn. The same values belong in every stage."""
 
-    dataset: str = field(
-        metadata={
-            "help": "Labelled images: an .npz file with x_train and y_train (or images and labels), or what "
-            "a classifier's tasks take (Hub id, image folder, parquet file, builder:digits). Several, separated by "
-            "commas: labels go on from one to the next, so that class 0 of a second source of 10 classes is 10."
-        }
-    )
-    other_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Images of the same classes from another source, which one of the attackers trains on."},
-    )
-    retain_labels: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "Classes to keep, by name or id."})
-    harmful_labels: str = field(default="9", metadata={"help": "The concept it shall not learn."})
-    benign_labels: str = field(default="8", metadata={"help": "A concept it should learn as easily as the base."})
-    image_size: int = field(default=28, metadata={"help": "Height and width in pixels."})
-    channels: int = field(default=1, metadata={"help": "1 for grey images, 3 for colour."})
-    rows_per_class: int | None = field(
-        default=None, metadata={"help": "First rows of each class to use; all by default."}
-    )
-    image_column: str = field(
-        default="image",
-        metadata={"help": "Column of images. A dataset without one of this name is read by its only image column."},
-    )
-    label_column: str = field(
-        default="label",
-        metadata={"help": "Column of labels. A dataset without one of this name is read by its only one of classes."},
-    )
-    retain_splits: str = field(
-        default="train=0.8,validation=0.1,test=0.1", metadata={"help": "Content-hash splits of the retained classes."}
-    )
-    concept_splits: str = field(
-        default="defense=0.35,attack=0.35,validation=0.1,test=0.2",
-        metadata={"help": "Content-hash splits of a concept: defense is all that the immunizer may see."},
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the content-hash splits."})
+    dataset: str = required("Labelled images: an .npz file with x_train and y_train (or images and labels), or what a "
+                            "classifier's tasks take (Hub id, image folder, parquet file, builder:digits). Several, "
+                            "separated by commas: labels go on from one to the next, so that class 0 of a second "
+                            "source of 10 classes is 10.")
+    other_dataset: str | None = option(None, "Images of the same classes from another source, which one of the "
+                                       "attackers trains on.")
+    retain_labels: str = option("0,1,2,3,4,5,6,7", "Classes to keep, by name or id.")
+    harmful_labels: str = option("9", "The concept it shall not learn.")
+    benign_labels: str = option("8", "A concept it should learn as easily as the base.")
+    image_size: int = option(28, "Height and width in pixels.")
+    channels: int = option(1, "1 for grey images, 3 for colour.")
+    rows_per_class: int | None = option(None, "First rows of each class to use; all by default.")
+    image_column: str = option("image", "Column of images. A dataset without one of this name is read by its only "
+                               "image column.")
+    label_column: str = option("label", "Column of labels. A dataset without one of this name is read by its only one "
+                               "of classes.")
+    retain_splits: str = option("train=0.8,validation=0.1,test=0.1", "Content-hash splits of the retained classes.")
+    concept_splits: str = option("defense=0.35,attack=0.35,validation=0.1,test=0.2", "Content-hash splits of a "
+                                 "concept: defense is all that the immunizer may see.")
+    split_seed: int = option(0, "Seed of the content-hash splits.")
 
 
 class ArrayImages:

@@ -6,7 +6,7 @@ The model is a classifier or a diffusion pipeline, as the task says: classes, co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from hf_immunize.attacks.plan import describe_attacks, find_attack
 from hf_immunize.errors import ConfigError
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
 from hf_immunize.hub import local_folder, working_folder
+from hf_immunize.options import option, required
 from hf_immunize.stages.start import DEVICE_HELP, hush, start
 from hf_immunize.stages.words import choose_family, read_words, refuse_foreign
 from hf_immunize.tasks import ExamTask, Family, attacker_holds, family_of
@@ -42,89 +43,40 @@ class AttackOptions:
         "eval_batch_size": "pipeline", "pictures": "pipeline",
     }  # fmt: skip
 
-    model_path: str = field(metadata={"help": "Folder (save_pretrained) or Hub id of the model to attack."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    role: str = field(
-        default="subject",
-        metadata={
-            "help": "subject: the model under test. control: its un-immunized base. scratch: random weights with the "
-            "architecture of model_path."
-        },
-    )
-    protocol: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Preset of attacks, sweeps and seeds: {', '.join(PROTOCOLS)}; for pipelines "
-            f"{', '.join(DIFFUSION_PROTOCOLS)}. The first by default."
-        },
-    )
-    attacks: list[str] | None = field(
-        default=None, metadata={"help": "Attacks to run, all of the protocol by default. --describe lists them."}
-    )
-    seeds: list[int] | None = field(
-        default=None, metadata={"help": "Seeds of the attacker's rows, initialisation and data order."}
-    )
-    settings: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Replace an attack's hyperparameters: attack.field=value[,value...]; several values are a sweep, "
-            "e.g. lora.learning_rate=1e-3,1e-2 lora.rank=4. --describe lists all fields and their values."
-        },
-    )
-    trials: int | None = field(
-        default=None,
-        metadata={
-            "help": "Random search instead of the grid: this many trials of every attack that trains the network, the "
-            "same for every model; 0 = the grid. The protocol's by default."
-        },
-    )
-    tuning_seeds: int | None = field(
-        default=None,
-        metadata={
-            "help": "Compare such trials on this many seeds and run the best (fastest, furthest) on the others; 0 = "
-            "every trial on every seed. The protocol's by default."
-        },
-    )
-    task: str = field(
-        default="harmful",
-        metadata={
-            "help": "harmful: attack. benign: learn the benign task, which a good immunization does not hinder.",
-            "aliases": ["--concept"],
-        },
-    )
-    base_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Classifiers: folder of the base, where the attackers of this exam hold it too (it is public): "
-            "attacks that compare with it then run. Give it for every role or for none."
-        },
-    )
-    attack_fraction: float = field(
-        default=0.8, metadata={"help": "Share of each class of the attack split that one seed trains on."}
-    )
-    feature_module: str | None = field(
-        default=None, metadata={"help": "Classifiers: head whose input is probed; found automatically by default."}
-    )
-    exam_levels: int = field(
-        default=8,
-        metadata={"help": "Pipelines: noise levels that every held-out image is judged at; the same for every model."},
-    )
-    eval_batch_size: int = field(
-        default=256, metadata={"help": "Pipelines: rows at a time in the exam and when images are drawn."}
-    )
-    pictures: int = field(
-        default=8, metadata={"help": "Pipelines: images of the concept that an attacked model draws; 0 for none."}
-    )
-    output_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where traces/<role>/ and samples/<role>/ are written; model_path by default. A model from the Hub "
-            "is copied there, by default to runs/<owner>--<name>, so that weights and traces are found together."
-        },
-    )
-    device: str = field(default="auto", metadata={"help": DEVICE_HELP})
-    overwrite: bool = field(default=False, metadata={"help": "Make runs again whose trace tells of another run."})
-    describe: bool = field(default=False, metadata={"help": "List every attack with its fields and values, and stop."})
+    model_path: str = required("Folder (save_pretrained) or Hub id of the model to attack.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+    role: str = option("subject", "subject: the model under test. control: its un-immunized base. scratch: random "
+                       "weights with the architecture of model_path.")
+    protocol: str | None = option(None, f"Preset of attacks, sweeps and seeds: {', '.join(PROTOCOLS)}; for pipelines "
+                                  f"{', '.join(DIFFUSION_PROTOCOLS)}. The first by default.")
+    attacks: list[str] | None = option(None, "Attacks to run, all of the protocol by default. --describe lists them.")
+    seeds: list[int] | None = option(None, "Seeds of the attacker's rows, initialisation and data order.")
+    settings: list[str] | None = option(None, "Replace an attack's hyperparameters: attack.field=value[,value...]; "
+                                        "several values are a sweep, e.g. lora.learning_rate=1e-3,1e-2 lora.rank=4. "
+                                        "--describe lists all fields and their values.")
+    trials: int | None = option(None, "Random search instead of the grid: this many trials of every attack that trains "
+                                "the network, the same for every model; 0 = the grid. The protocol's by default.")
+    tuning_seeds: int | None = option(None, "Compare such trials on this many seeds and run the best (fastest, "
+                                      "furthest) on the others; 0 = every trial on every seed. The protocol's by "
+                                      "default.")
+    task: str = option("harmful", "harmful: attack. benign: learn the benign task, which a good immunization does not "
+                       "hinder.", "--concept")
+    base_path: str | None = option(None, "Classifiers: folder of the base, where the attackers of this exam hold it "
+                                   "too (it is public): attacks that compare with it then run. Give it for every role "
+                                   "or for none.")
+    attack_fraction: float = option(0.8, "Share of each class of the attack split that one seed trains on.")
+    feature_module: str | None = option(None, "Classifiers: head whose input is probed; found automatically by "
+                                        "default.")
+    exam_levels: int = option(8, "Pipelines: noise levels that every held-out image is judged at; the same for every "
+                              "model.")
+    eval_batch_size: int = option(256, "Pipelines: rows at a time in the exam and when images are drawn.")
+    pictures: int = option(8, "Pipelines: images of the concept that an attacked model draws; 0 for none.")
+    output_path: str | None = option(None, "Where traces/<role>/ and samples/<role>/ are written; model_path by "
+                                     "default. A model from the Hub is copied there, by default to "
+                                     "runs/<owner>--<name>, so that weights and traces are found together.")
+    device: str = option("auto", DEVICE_HELP)
+    overwrite: bool = option(False, "Make runs again whose trace tells of another run.")
+    describe: bool = option(False, "List every attack with its fields and values, and stop.")
 
 
 @dataclass(frozen=True)

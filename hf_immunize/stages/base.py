@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hf_immunize.hub import local_folder
 from hf_immunize.models import refuse_folder
+from hf_immunize.options import option, required
 from hf_immunize.records import HubSource, finish_run, weight_files
 
 
@@ -21,30 +22,14 @@ class ImmunizeOptions:
         "from_scratch": "classifier", "trust_remote_code": "classifier", "require": "classifier",
     }  # fmt: skip
 
-    base_path: str = field(
-        metadata={
-            "help": "Folder or Hub id of the trained classifier or pipeline to immunize (theta_0); with from_scratch, "
-            "of a config and an image processor."
-        }
-    )
-    from_scratch: bool = field(
-        default=False,
-        metadata={
-            "help": "Classifiers: immunize while pre-training: start at random weights; only config and processor are "
-            "read."
-        },
-    )
-    base_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a base on the Hub."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Classifiers: run model code that comes with the model."}
-    )
-    require: bool = field(
-        default=False,
-        metadata={
-            "help": "Classifiers: leave with an error unless the last line says IMMUNIZED; model and record are "
-            "written."
-        },
-    )
+    base_path: str = required("Folder or Hub id of the trained classifier or pipeline to immunize (theta_0); with "
+                              "from_scratch, of a config and an image processor.")
+    from_scratch: bool = option(False, "Classifiers: immunize while pre-training: start at random weights; only config "
+                                "and processor are read.")
+    base_revision: str | None = option(None, "Branch, tag or commit of a base on the Hub.")
+    trust_remote_code: bool = option(False, "Classifiers: run model code that comes with the model.")
+    require: bool = option(False, "Classifiers: leave with an error unless the last line says IMMUNIZED; model and "
+                           "record are written.")
 
 
 def fetch_base(options: ImmunizeOptions) -> tuple[Path, HubSource | None]:

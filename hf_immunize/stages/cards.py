@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_immunize.hub import CardOptions, render_card
-from hf_immunize.options import parse_options
+from hf_immunize.options import option, parse_options, required
 from hf_immunize.records import Certificate, atomic_write
 from hf_immunize.report import curve_pictures
 
@@ -17,9 +17,9 @@ from hf_immunize.report import curve_pictures
 class CardsOptions:
     """Which runs, and where their cards are kept."""
 
-    model_paths: list[str] = field(metadata={"help": "Folders of certified models."})
-    output: str = field(metadata={"help": "One folder below it per model; what was there is replaced."})
-    license: str = field(default="apache-2.0", metadata={"help": "Licence identifier of the Hub."})
+    model_paths: list[str] = required("Folders of certified models.")
+    output: str = required("One folder below it per model; what was there is replaced.")
+    license: str = option("apache-2.0", "Licence identifier of the Hub.")
 
 
 def write_cards(options: CardsOptions) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from hf_immunize.certification import ExamData, Recheck, Rule, build_certificate
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol, find_protocol
 from hf_immunize.hub import write_card
 from hf_immunize.hub.tables import certificate_table
+from hf_immunize.options import option, required
 from hf_immunize.records import Certificate
 from hf_immunize.stages.start import DEVICE_HELP, hush, start, working_copy
 from hf_immunize.stages.words import read_words, refuse_foreign
@@ -33,58 +34,29 @@ class CertifyOptions:
         "judged_images": "pipeline", "draw_steps": "pipeline", "eval_batch_size": "pipeline",
     }  # fmt: skip
 
-    model_path: str = field(
-        metadata={
-            "help": "Folder of the model under test, with traces/subject/; or the Hub id it was attacked by, which "
-            "stands for the folder it was copied to."
-        }
-    )
-    base_path: str = field(metadata={"help": "The same for the un-immunized base, with traces/control/."})
-    revision: str | None = field(default=None, metadata={"help": "Revision of a model_path on the Hub."})
-    base_revision: str | None = field(default=None, metadata={"help": "Revision of a base_path on the Hub."})
-    protocol: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Preset exam whose attacks must be there or are named NOT RUN: {', '.join(PROTOCOLS)}; for "
-            f"pipelines {', '.join(DIFFUSION_PROTOCOLS)}. The first by default."
-        },
-    )
-    threshold: float | None = field(
-        default=None,
-        metadata={
-            "help": "Harmful score that counts as success (accuracy in 0..1, or R2 of the concept); by default a share "
-            "of what the base's best attack reaches."
-        },
-    )
-    feature_module: str | None = field(
-        default=None, metadata={"help": "Classifiers: layer whose input's spectrum is measured; the head by default."}
-    )
-    judge_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pipelines: folder of an image classifier that recognises what is drawn; without one, utility is "
-            "R2."
-        },
-    )
-    features_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pipelines: folder or Hub id of an image model (CLIP, DINOv2, a classifier) by whose features "
-            "drawn images are compared with real ones: SGR and Fréchet distance. The judge by default."
-        },
-    )
-    judged_images: int = field(
-        default=1000,
-        metadata={"help": "Pipelines: images that each model draws for the judge and the Fréchet distance."},
-    )
-    draw_steps: int = field(default=20, metadata={"help": "Pipelines: sampling steps of every drawn image."})
-    eval_batch_size: int = field(default=256, metadata={"help": "Pipelines: rows at a time."})
-    device: str = field(default="auto", metadata={"help": DEVICE_HELP})
-    recheck: int = field(
-        default=0,
-        metadata={"help": "Write nothing; sit this many random cells of the certificate again and compare."},
-    )
-    recheck_seed: int = field(default=0, metadata={"help": "Which cells are drawn for the recheck."})
+    model_path: str = required("Folder of the model under test, with traces/subject/; or the Hub id it was attacked "
+                               "by, which stands for the folder it was copied to.")
+    base_path: str = required("The same for the un-immunized base, with traces/control/.")
+    revision: str | None = option(None, "Revision of a model_path on the Hub.")
+    base_revision: str | None = option(None, "Revision of a base_path on the Hub.")
+    protocol: str | None = option(None, "Preset exam whose attacks must be there or are named NOT RUN: "
+                                  f"{', '.join(PROTOCOLS)}; for pipelines {', '.join(DIFFUSION_PROTOCOLS)}. The first "
+                                  "by default.")
+    threshold: float | None = option(None, "Harmful score that counts as success (accuracy in 0..1, or R2 of the "
+                                     "concept); by default a share of what the base's best attack reaches.")
+    feature_module: str | None = option(None, "Classifiers: layer whose input's spectrum is measured; the head by "
+                                        "default.")
+    judge_path: str | None = option(None, "Pipelines: folder of an image classifier that recognises what is drawn; "
+                                    "without one, utility is R2.")
+    features_path: str | None = option(None, "Pipelines: folder or Hub id of an image model (CLIP, DINOv2, a "
+                                       "classifier) by whose features drawn images are compared with real ones: SGR "
+                                       "and Fréchet distance. The judge by default.")
+    judged_images: int = option(1000, "Pipelines: images that each model draws for the judge and the Fréchet distance.")
+    draw_steps: int = option(20, "Pipelines: sampling steps of every drawn image.")
+    eval_batch_size: int = option(256, "Pipelines: rows at a time.")
+    device: str = option("auto", DEVICE_HELP)
+    recheck: int = option(0, "Write nothing; sit this many random cells of the certificate again and compare.")
+    recheck_seed: int = option(0, "Which cells are drawn for the recheck.")
 
 
 @dataclass(frozen=True)

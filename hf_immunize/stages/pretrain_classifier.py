@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, Trainer, T
 from hf_immunize.data import TaskArguments, collate_pixels, describe_source
 from hf_immunize.errors import ConfigError, ModelError, TrainingDivergedError
 from hf_immunize.models import DIVERGED, load_classifier, load_processor, refuse_non_finite
+from hf_immunize.options import option, required
 from hf_immunize.records import begin_run
 from hf_immunize.stages.base import leave_finished
 from hf_immunize.tasks import ClassesTask
@@ -25,29 +26,19 @@ from hf_immunize.training.vision.support import use_one_device
 class ClassifierOptions:
     """Which model to train."""
 
-    model_name_or_path: str = field(
-        metadata={"help": "Hub id or folder of the model, or of its config and processor for from_scratch."}
-    )
-    processor_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the image processor. Default: the model's own."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": "Numbers of the config to change, e.g. 'classifier_dropout_prob=0', joined with commas."},
-    )
-    trainable_modules: str | None = field(
-        default=None,
-        metadata={
-            "help": "What is trained, as when immunizing, e.g. 'classifier' for a head on frozen features; the frozen "
-            "part is held in evaluation mode. Default: everything."
-        },
-    )
-    cache_frozen_features: bool = field(
-        default=False,
-        metadata={"help": "With trainable_modules: run the frozen part once per image and keep its output on disk."},
-    )
-    from_scratch: bool = field(default=False, metadata={"help": "Start from random weights; only the config is read."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the model."})
+    model_name_or_path: str = required("Hub id or folder of the model, or of its config and processor for "
+                                       "from_scratch.")
+    processor_name_or_path: str | None = option(None, "Hub id or folder of the image processor. Default: the model's "
+                                                "own.")
+    config_overrides: str | None = option(None, "Numbers of the config to change, e.g. 'classifier_dropout_prob=0', "
+                                          "joined with commas.")
+    trainable_modules: str | None = option(None, "What is trained, as when immunizing, e.g. 'classifier' for a head on "
+                                           "frozen features; the frozen part is held in evaluation mode. Default: "
+                                           "everything.")
+    cache_frozen_features: bool = option(False, "With trainable_modules: run the frozen part once per image and keep "
+                                         "its output on disk.")
+    from_scratch: bool = option(False, "Start from random weights; only the config is read.")
+    trust_remote_code: bool = option(False, "Run model code that comes with the model.")
 
 
 class HeldTrainer(Trainer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from hf_immunize.diffusion import DenoisingExam, LatentDataset, NoiseProcess, de
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
 from hf_immunize.errors import ConfigError, TrainingDivergedError
 from hf_immunize.models import DIVERGED, refuse_non_finite
+from hf_immunize.options import option, required
 from hf_immunize.records import begin_run
 from hf_immunize.stages.base import leave_finished
 from hf_immunize.stages.start import DEVICE_HELP, start
@@ -25,15 +26,15 @@ _STAGE = "pretrain_diffusion"
 class DenoiserOptions:
     """Size of the denoiser (a UNet2DModel) and how it is trained."""
 
-    output_dir: str = field(metadata={"help": "Folder of the pipeline."})
-    block_channels: str = field(default="32,64", metadata={"help": "Channels at each resolution, halving each time."})
-    num_classes: int = field(default=10, metadata={"help": "Classes the model has embeddings for."})
-    prediction_type: str = field(default="epsilon", metadata={"help": "epsilon, v_prediction or sample."})
-    max_steps: int = field(default=2000, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=64, metadata={"help": "Images per step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW, decayed linearly."})
-    seed: int = field(default=0, metadata={"help": "Seed of weights, rows, noise and levels."})
-    device: str = field(default="auto", metadata={"help": DEVICE_HELP})
+    output_dir: str = required("Folder of the pipeline.")
+    block_channels: str = option("32,64", "Channels at each resolution, halving each time.")
+    num_classes: int = option(10, "Classes the model has embeddings for.")
+    prediction_type: str = option("epsilon", "epsilon, v_prediction or sample.")
+    max_steps: int = option(2000, "Optimizer steps.")
+    batch_size: int = option(64, "Images per step.")
+    learning_rate: float = option(1e-3, "Peak learning rate of AdamW, decayed linearly.")
+    seed: int = option(0, "Seed of weights, rows, noise and levels.")
+    device: str = option("auto", DEVICE_HELP)
 
     def __post_init__(self) -> None:
         for name, least in (("max_steps", 1), ("batch_size", 1), ("num_classes", 1), ("learning_rate", 1e-12)):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from hf_immunize.options import parse_options
+from hf_immunize.options import option, parse_options, required
 from hf_immunize.records import Cell, Certificate
 from hf_immunize.report import render_report
 
@@ -20,13 +20,9 @@ _COLOURS = {"FAILS": "bold red", "RESISTS": "green", "INCONCLUSIVE": "yellow"}
 class ReportOptions:
     """What to compare, and where to write it."""
 
-    model_paths: list[str] = field(metadata={"help": "Folders of the models, each with its certificate.json."})
-    base_path: str | None = field(
-        default=None, metadata={"help": "Folder of the base they were examined against, whose weights are compared."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "The page to write; report.html in the first model's folder by default."}
-    )
+    model_paths: list[str] = required("Folders of the models, each with its certificate.json.")
+    base_path: str | None = option(None, "Folder of the base they were examined against, whose weights are compared.")
+    output: str | None = option(None, "The page to write; report.html in the first model's folder by default.")
 
 
 def write_report(options: ReportOptions) -> Path:

@@ -21,8 +21,6 @@ class Family:
     name: str
     kind: Literal["classifier", "pipeline"]
     """What is immunized and attacked."""
-    kept: str
-    """The side that the model keeps."""
     marks: frozenset[str]
     """Options that a task of this family has to have, and no other family knows."""
     arguments: Callable[[], type]
@@ -73,16 +71,15 @@ def _make_prompts(arguments: Any, pipeline: Any) -> ExamTask:
 
 FAMILIES: dict[str, Family] = {
     "classes": Family(
-        "classes", "classifier", "primary", frozenset({"primary_dataset", "harmful_dataset"}),
+        "classes", "classifier", frozenset({"primary_dataset", "harmful_dataset"}),
         lambda: TaskArguments, load_processor, _make_classes,
     ),
     "concepts": Family(
-        "concepts", "pipeline", "retain", frozenset({"dataset"}),
+        "concepts", "pipeline", frozenset({"dataset"}),
         _concept_arguments, lambda folder: None, _make_concepts,
     ),
     "prompts": Family(
-        "prompts", "pipeline", "retain",
-        frozenset({"retain_images", "harmful_images", "retain_prompt", "harmful_prompt"}),
+        "prompts", "pipeline", frozenset({"retain_images", "harmful_images", "retain_prompt", "harmful_prompt"}),
         _prompt_arguments, _load_pipeline, _make_prompts,
     ),
 }  # fmt: skip
