@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks import ATTACKS, AttackContext, plan_runs
-from hf_immunize.attacks._probes import (
+from hf_immunize.attacks.vision._probes import (
     ProbeData,
     Update,
     adam,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_immunize.attacks import Attack
-from hf_immunize.attacks.finalists import finalists
+from hf_immunize.attacks.core.finalists import finalists
 from hf_immunize.certification.measures import area, best_of_trials, within, worst_seed
 from hf_immunize.certification.verdict import judge_solve, judge_steps
 from hf_immunize.errors import IncompleteExamError

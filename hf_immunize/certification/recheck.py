@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_immunize.attacks import ATTACKS, Attack, Run
-from hf_immunize.attacks.suite import trace_of
+from hf_immunize.attacks.core.suite import trace_of
 from hf_immunize.certification.cells import build_cell
 from hf_immunize.errors import RecordError
 from hf_immunize.exam import Rule

@@ -24,7 +24,7 @@ from hf_immunize.attacks import (
     plan_runs,
     run_suite,
 )
-from hf_immunize.attacks.plan import describe_attacks, find_attack
+from hf_immunize.attacks.core.plan import describe_attacks, find_attack
 from hf_immunize.errors import ConfigError
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
 from hf_immunize.hub import local_folder, working_folder

@@ -6,14 +6,16 @@ from_scratch there is no theta_0: random weights learn the primary task under th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from hf_immunize.stages.base import ImmunizeOptions
+from hf_immunize.records import begin_run, fingerprint_of
+from hf_immunize.stages.base import ImmunizeOptions, leave_finished
 from hf_immunize.stages.words import read_words, refuse_foreign
 from hf_immunize.tasks import Family, family_of
-
-__all__ = ["ImmunizeOptions", "config_of", "immunize_model", "main"]
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 
 def config_of(family: Family) -> type:
@@ -25,6 +27,17 @@ def config_of(family: Family) -> type:
     from hf_immunize.training.diffusion import DiffusionImmunizationConfig
 
     return DiffusionImmunizationConfig
+
+
+def defence_of(family: Family) -> type:
+    """What differs between the two kinds of model: how one is loaded, trained, saved and told about."""
+    if family.kind == "classifier":
+        from hf_immunize.stages.immunize_classifier import ClassifierDefence
+
+        return ClassifierDefence
+    from hf_immunize.stages.immunize_pipeline import PipelineDefence
+
+    return PipelineDefence
 
 
 def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
@@ -41,13 +54,32 @@ def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
     """
     family = family_of(arguments)
     refuse_foreign(options, family)
-    if family.kind == "classifier":
-        from hf_immunize.stages.immunize_classifier import immunize_classifier
-
-        return immunize_classifier(arguments, options, args)
-    from hf_immunize.stages.immunize_pipeline import immunize_pipeline
-
-    return immunize_pipeline(arguments, options, args)
+    defence = defence_of(family)(arguments, options, args)
+    task, folder = defence.task, Path(args.output_dir)
+    seen = ((task.sides[0], "train"), (task.sides[0], "validation"), ("harmful", "defense"))
+    rows, data = [task.examples(*part) for part in seen], [task.fingerprint(*part) for part in seen]
+    inputs = {
+        "base": defence.base.weights or defence.start,
+        "task": task.described(),
+        "data": {found.role: found.sha256 for found in data},
+        "options": defence.options_told,
+    }
+    if begin_run(folder, defence.stage, inputs, write=defence.is_main):
+        print(f"{folder}: already immunized, nothing to do")
+        return None
+    trainer = defence.trainer(*rows)
+    start = time.perf_counter()
+    trainer.train(last_complete_checkpoint(folder))
+    seconds = time.perf_counter() - start
+    defence.save(trainer)
+    if defence.is_main:
+        record = defence.record(trainer, data=data, fingerprint=fingerprint_of(inputs), seconds=seconds)
+        record.write(folder / "immunization.json")
+        leave_finished(folder, defence.stage, inputs, [defence.index, "immunization.json"])
+        print(f"{folder}: {defence.told(record.guard)}, weights of step {record.guard.returned_step} of "
+              f"{record.steps}, {seconds:.0f} s")  # fmt: skip
+    defence.leave(trainer)
+    return trainer
 
 
 def main(argv: Sequence[str] | None = None, family: str | None = None, prog: str | None = None) -> None:

@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_immunize.data import TaskArguments, collate_pixels, describe_source
-from hf_immunize.errors import ConfigError, ModelError, TrainingDivergedError
-from hf_immunize.models import DIVERGED, load_classifier, load_processor, refuse_non_finite
+from hf_immunize.errors import ConfigError, TrainingDivergedError
+from hf_immunize.models import (
+    DIVERGED,
+    label_maps,
+    load_classifier,
+    load_processor,
+    random_classifier,
+    refuse_non_finite,
+)
 from hf_immunize.options import option, required
 from hf_immunize.records import begin_run
 from hf_immunize.stages.base import leave_finished
@@ -122,15 +128,8 @@ def _overrides(text: str | None) -> dict[str, float]:
 
 def _load_model(options: ClassifierOptions, label_names: list[str]) -> Any:
     """The architecture with a head for these labels, weights from safetensors only or random. Raises ModelError."""
-    source = {"trust_remote_code": options.trust_remote_code}
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-    overrides = _overrides(options.config_overrides)
-    if not options.from_scratch:
-        return load_classifier(options.model_name_or_path, labels=labels, **overrides, **source)
-    try:
-        config = AutoConfig.from_pretrained(options.model_name_or_path, **labels, **overrides, **source)
-        return AutoModelForImageClassification.from_config(config, dtype=torch.float32, **source)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"expected the config of an image classifier in {options.model_name_or_path}, got {error}: check the path."
-        ) from error
+    named, labels = options.model_name_or_path, label_maps(label_names)
+    told = _overrides(options.config_overrides) | {"trust_remote_code": options.trust_remote_code}
+    if options.from_scratch:
+        return random_classifier(named, None, **labels, **told)
+    return load_classifier(named, labels=labels, **told)

@@ -11,8 +11,8 @@ import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
 
 from hf_immunize.attacks import run_suite
+from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, DiffusionAttackContext
-from hf_immunize.attacks.suite import picture_name
 from hf_immunize.certification import Protocol, find_rule
 from hf_immunize.certification.cells import reference_threshold, score_before
 from hf_immunize.certification.diffusion import (
