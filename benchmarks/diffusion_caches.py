@@ -128,7 +128,8 @@ def build(case: str, arguments: argparse.Namespace) -> tuple[Callable[[], None],
     trainer._measure_base()
     trainer.compute_gradients()
     norm = torch.nn.utils.get_total_norm([p.grad for p in unet.parameters() if p.grad is not None])
-    return trainer._take_step, [trainer.terms.attack.ceiling, float(norm)]
+    (attack,) = trainer.terms.weight_terms.objectives.values()
+    return trainer._take_step, [attack.ceiling, float(norm)]
 
 
 def peak(case: str, arguments: argparse.Namespace) -> float:

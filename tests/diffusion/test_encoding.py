@@ -117,7 +117,7 @@ def test_the_recipe_of_a_real_model_builds_and_steps_with_a_tiny_random_one(name
     task, args = parse_options(
         (PromptArguments, DiffusionImmunizationConfig), ["--config", str(tmp_path / "stage.yaml")], description=""
     )
-    assert args.objective == objective and (args.trainable == "lora") == (name != "stable-diffusion-1-5")
+    assert args.objective == objective and (args.trainable_modules == "lora") == (name != "stable-diffusion-1-5")
     pipeline = build_text_pipeline(RECIPES[name])
     pixels = read_pixels(photos, 16)
     splits = [encode(pipeline, pixels, prompt, label, ["retain", "harmful"])

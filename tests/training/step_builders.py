@@ -6,7 +6,8 @@ import torch
 
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective, MicroBatch
-from hf_immunize.training.core.terms import TermSettings, terms_of
+from hf_immunize.training.core.registry import terms_of
+from hf_immunize.training.core.terms import TermSettings
 
 
 def relative_error(ours: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:

@@ -10,7 +10,7 @@ from hf_immunize.data import PixelDataset
 from hf_immunize.errors import ConfigError, DataError, ModelError, TrainingDivergedError
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer, Term, register_objective
 from hf_immunize.training.core.balancing import TermWeights
-from hf_immunize.training.core.terms import OBJECTIVES, terms_of
+from hf_immunize.training.core.registry import OBJECTIVES, terms_of
 
 
 class Rows(list):

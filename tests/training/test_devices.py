@@ -15,7 +15,8 @@ from hf_immunize.errors import ConfigError
 from hf_immunize.features import linear_sites
 from hf_immunize.linalg import second_moment_spectrum
 from hf_immunize.regularizers import closed_form_adversary, ill_conditioned, simulated_attacker, well_conditioned
-from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.training import ImmunizationConfig
+from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.support import is_sharded, refuse_accelerator, refuse_model, refuse_sites
 
 DOUBLE = torch.float64
@@ -82,21 +83,19 @@ def test_checkpointing_really_repeats_the_forward(gradients_of, make_vit):
 
 def test_statistics_of_the_batch_are_those_of_both_passes_when_accumulating(make_trainer, monkeypatch):
     """With freeze_norm_statistics=False primary features depend on the micro-batch; terms are of these features."""
-    passes = {"_micro": [], "_inject": []}
-    for name in passes:
-        original = getattr(ImmunizationTrainer, name)
+    seen, original = [], Forwards.measured
 
-        def watch(self, caught, other, name=name, original=original):
-            passes[name].extend(caught[side][self.site].detach().clone() for side in ("primary", "harmful"))
-            return original(self, caught, other)
+    def watch(self, caught, inputs):
+        seen.extend(caught[side][self.head].detach().clone() for side in ("primary", "harmful"))
+        return original(self, caught, inputs)
 
-        monkeypatch.setattr(ImmunizationTrainer, name, watch)
+    monkeypatch.setattr(Forwards, "measured", watch)
     model = make_resnet()
     trainer = make_trainer(
         model=model, gradient_accumulation_steps=2, max_steps=1, freeze_norm_statistics=False, learning_rate=0.0
     )
     trainer.train()
-    first, second = passes["_micro"], passes["_inject"]
+    first, second = seen[:4], seen[4:]
     assert len(first) == len(second) == 4
     # Running statistics, which harmful rows are normalized with, go on learning from primary rows in the second pass.
     assert all(torch.allclose(first[place], second[place], atol=1e-6) for place in (0, 2))
@@ -230,7 +229,7 @@ def one_process():
 
 def _asked(**options):
     plain = {"cache_frozen_features": False, "precondition_gradients": None, "ema_decay": 0.0, "distillation": 0.0}
-    plain |= {"feature_distillation": 0.0, "max_primary_drop": None, "attacker_lora_rank": 0}
+    plain |= {"feature_distillation": 0.0, "max_primary_drop": None, "attacker_rank": 0}
     return SimpleNamespace(**plain | options)
 
 
@@ -238,7 +237,7 @@ def _asked(**options):
     "options",
     [
         {"cache_frozen_features": True}, {"precondition_gradients": "fc2"}, {"ema_decay": 0.9}, {"distillation": 1.0},
-        {"feature_distillation": 1.0}, {"max_primary_drop": 1.0}, {"attacker_lora_rank": 4},
+        {"feature_distillation": 1.0}, {"max_primary_drop": 1.0}, {"attacker_rank": 4},
     ],
     ids=lambda options: next(iter(options)),
 )

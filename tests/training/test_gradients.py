@@ -10,6 +10,7 @@ from torch.nn import functional
 from hf_immunize.data import StepBatchSampler
 from hf_immunize.linalg import second_moment_spectrum
 from hf_immunize.regularizers import closed_form_adversary, ill_conditioned, log_condition, well_conditioned
+from hf_immunize.training.vision.forwards import Forwards
 
 
 def by_hand(model, primary_rows, harmful_rows, objective: str) -> dict[str, torch.Tensor]:
@@ -77,21 +78,13 @@ def test_the_gradient_of_one_step_is_that_of_one_large_batch(
 def test_accumulating_with_dropout_uses_the_same_masks_in_both_passes(
     make_trainer, make_vit, keep_gradients, monkeypatch
 ):
-    from hf_immunize.training import ImmunizationTrainer
+    seen, measured = [], Forwards.measured
 
-    seen = []
-    plan, inject = ImmunizationTrainer._micro, ImmunizationTrainer._inject
-
-    def watch_first_pass(self, caught, inputs):
-        seen.extend(caught[side]["classifier"].clone() for side in ("primary", "harmful"))
-        return plan(self, caught, inputs)
-
-    def watch_second_pass(self, caught, found):
+    def watch(self, caught, inputs):
         seen.extend(caught[side]["classifier"].detach().clone() for side in ("primary", "harmful"))
-        return inject(self, caught, found)
+        return measured(self, caught, inputs)
 
-    monkeypatch.setattr(ImmunizationTrainer, "_micro", watch_first_pass)
-    monkeypatch.setattr(ImmunizationTrainer, "_inject", watch_second_pass)
+    monkeypatch.setattr(Forwards, "measured", watch)
     trainer = make_trainer(
         model=make_vit(dropout=0.3), gradient_accumulation_steps=2, max_steps=1, callbacks=[keep_gradients]
     )

@@ -122,3 +122,29 @@ def test_weights_that_do_not_hold_when_measured_again_are_not_returned(make_trai
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert trainer.guard_record.held and trainer.guard_record.returned_step == 0
+
+
+def test_a_drop_may_be_wider_while_there_are_steps_to_recover_in_but_not_the_choice():
+    guard = UtilityGuard(1.0, "accuracy", 8.0)
+    guard.base = 90.0
+    assert guard.observe(1, 87.0, -9.0, 1.0, weight(1), ahead=0.9) == 1.0
+    assert guard.observe(5, 86.9, -9.0, 1.0, weight(5), ahead=0.5) == 0.5
+    assert guard.observe(6, 89.0, -1.0, 0.5, weight(6), ahead=0.4) == 0.5
+    assert guard.observe(7, 89.4, -0.5, 0.5, weight(7), ahead=0.3) == 0.5
+    assert guard.observe(8, 89.6, -0.1, 0.5, weight(8), ahead=0.2) == 0.625
+    assert guard.observe(9, 88.9, -9.9, 0.5, weight(9), ahead=0.0) == 0.25
+    model = weight(0)
+    assert guard.choose(model) and float(model.weight) == 6.0
+
+
+def test_the_trainer_tells_the_guard_how_much_of_the_run_is_ahead(make_trainer, make_pixels, monkeypatch):
+    told = []
+    observe = UtilityGuard.observe
+
+    def listen(self, step, *args, ahead=None, **kwargs):
+        told.append((step, ahead))
+        return observe(self, step, *args, ahead=ahead, **kwargs)
+
+    monkeypatch.setattr(UtilityGuard, "observe", listen)
+    make_trainer(evaluation=make_pixels(12), max_primary_drop=1.0, eval_steps=1, max_steps=4).train()
+    assert told == [(1, 0.75), (2, 0.5), (3, 0.25), (4, 0.0)]

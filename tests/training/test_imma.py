@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional
 
 from hf_immunize.regularizers import alternate_within_classes, simulated_attacker
-from hf_immunize.training.core.terms import Rows, TermSettings, evaluate_terms, terms_of
+from hf_immunize.training.core.registry import terms_of
+from hf_immunize.training.core.terms import Rows, TermSettings, evaluate_terms
 
 
 def blobs(rows=24, width=5, seed=0, spread=1.0):

@@ -8,7 +8,7 @@ import torch
 from hf_immunize import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.linalg import ridge_accuracies
 from hf_immunize.models import load_classifier
-from hf_immunize.training.core.terms import OBJECTIVES, terms_of
+from hf_immunize.training.core.registry import OBJECTIVES, terms_of
 from hf_immunize.training.vision.outcome import Measured, judge, pick_rows
 
 
@@ -35,7 +35,7 @@ def run(digits, base, tmp_path, **options):
 
 
 def test_an_objective_that_works_says_so_on_rows_it_has_not_seen(digits, digits_base, tmp_path, caplog):
-    with caplog.at_level("WARNING", logger="hf_immunize.training.vision.guarding"):
+    with caplog.at_level("WARNING", logger="hf_immunize.training.core.guarded"):
         found = run(digits, digits_base, tmp_path, objective="closed_form_adversary", max_steps=150).outcome
     assert found.held_out and found.rows == len(digits["harmful_eval_dataset"])
     assert found.probe_after < found.probe_before - 0.2 and found.probe_before > 0.6
@@ -48,7 +48,7 @@ def test_every_objective_is_measured_and_lowers_its_terms_by_default(digits, dig
     """Nothing set but objective, length and guard."""
     trainer = run(digits, digits_base, tmp_path, objective=objective, max_steps=40, max_primary_drop=1.0)
     found = trainer.outcome
-    harmful = [term for term in trainer.objective.terms if term.side == "harmful"]
+    harmful = [term for term in trainer.terms if term.side == "harmful"]
     assert set(found.terms_after) == {term.name for term in harmful}
     before, after = (sum(t.progress(of[t.name]) for t in harmful) for of in (found.terms_before, found.terms_after))
     assert trainer.guard_record.held

@@ -69,7 +69,7 @@ def test_the_regularizers_gradient_is_multiplied_on_the_input_side(
 
 
 def test_white_inputs_change_nothing():
-    from hf_immunize.training.vision.preconditioning import Preconditioner
+    from hf_immunize.training.core.preconditioning import Preconditioner
 
     layer = torch.nn.Sequential(torch.nn.Linear(4, 3)).double()
     inputs = 3 * torch.eye(4, dtype=torch.float64)

@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 from hf_immunize.errors import ModelError, TrainingDivergedError
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.core.meter import Meter
-from hf_immunize.training.core.terms import terms_of
+from hf_immunize.training.core.registry import terms_of
 from hf_immunize.training.core.watch import Watch
 
 SILENT = {"logging_steps": 500, "logging_strategy": "steps"}
@@ -106,7 +106,7 @@ def test_why_nothing_is_returned_is_said_as_it_was(make_trainer, make_vit, make_
         model=model, primary=primary, evaluation=primary, strength=1e4, weight="auto", objective="ill_only",
         learning_rate=0.3, max_primary_drop=0.0, eval_steps=1, max_steps=3,
     )
-    with caplog.at_level("WARNING", logger="hf_immunize.training.vision.guarding"):
+    with caplog.at_level("WARNING", logger="hf_immunize.training.core.guarded"):
         trainer.train()
     assert trainer.guard_record.returned_step == 0
     assert "was held at none of 3 evaluations (smallest drop" in caplog.text

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.core.terms import Term
 
 
 def parse_numbers(text: str | None, names: list[str], option: str) -> dict[str, float]:
@@ -25,6 +25,26 @@ def parse_numbers(text: str | None, names: list[str], option: str) -> dict[str, 
     return pairs
 
 
+def check_numbers(options: Any, terms: Iterable[Any]) -> None:
+    """Raise ConfigError for a weight or a share of a term that the objective does not have."""
+    names = [term.name for term in terms]
+    if "=" in options.weight:
+        parse_numbers(options.weight, names, "weight")
+    parse_numbers(options.term_shares, names, "term_shares")
+
+
+def numbers_of(options: Any, terms: Iterable[Any]) -> dict[str, Any]:
+    """``weight`` and ``shares`` of the options as far as they name these terms, where a run has others beside them."""
+    names = {term.name for term in terms}
+
+    def own(text: str | None) -> str | None:
+        if not text or "=" not in text:
+            return text
+        return ",".join(part for part in text.split(",") if part.partition("=")[0].strip() in names) or None
+
+    return {"weight": own(options.weight) or "1", "shares": own(options.term_shares)}
+
+
 class TermWeights:
     """λ of every term (Zheng et al. 2025, Algorithm 1: λ_P, λ_H).
 
@@ -37,7 +57,7 @@ class TermWeights:
     DECAY = 0.9
 
     def __init__(
-        self, terms: tuple[Term, ...], weight: str, strength: float, shares: str | None, site_share: float = 1.0
+        self, terms: Sequence[Any], weight: str, strength: float, shares: str | None, site_share: float = 1.0
     ):
         names = [term.name for term in terms]
         self.strength, self.site_share = strength, site_share
@@ -62,14 +82,17 @@ class TermWeights:
         return self.fixed is None and self.reference is None
 
     def update(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """λ for this step, as zero-dimensional float64 tensors on the gradients' device."""
+        """λ for this step from the terms' float64 gradients."""
+        return self.of_norms({name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()})
+
+    def of_norms(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """λ for this step from the norms of the terms' gradients, as float64 scalars on the norms' device."""
         lambdas = {}
-        for name, gradient in gradients.items():
+        for name, norm in norms.items():
             scale = self.strength * self.factor * self.site_share * self.shares[name]
             if self.fixed is not None:
-                lambdas[name] = gradient.new_full((), scale * self.fixed[name])  # filled there, not copied
+                lambdas[name] = norm.new_full((), scale * self.fixed[name])  # filled there, not copied
                 continue
-            norm = torch.linalg.vector_norm(gradient)
             old = self.norms.get(name)
             mean = norm if old is None else self.DECAY * old.to(norm) + (1 - self.DECAY) * norm
             if old is not None:

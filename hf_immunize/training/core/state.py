@@ -29,43 +29,53 @@ class Stateful(Protocol):
         """Take back what ``state`` returned."""
 
 
-def save_state(
-    folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, watch: Watch
-) -> None:
-    """Write what ``load_state`` needs into a checkpoint folder."""
-    kept, plain = guard.state()
-    tensors = {f"guard.{name}": value for name, value in kept.items()}
-    for part, stateful in parts.items():
-        tensors |= {f"{part}.{name}": value for name, value in stateful.state().items()}
-    atomic_write(folder / TENSORS, save({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}))
-    atomic_write(folder / PLAIN, json.dumps({"guard": plain, "watch": watch.state()}))
+class CheckpointState:
+    """What a resumed run needs beside weights, optimizer and schedule.
 
-
-def load_state(folder: Path, parts: Mapping[str, Stateful], guard: UtilityGuard, watch: Watch) -> None:
-    """Restore every part, the guard and the watch.
-
-    Raises:
-        RecordError: the checkpoint was not written by this trainer, is incomplete, or was written without one of the
-            parts (an option was changed).
+    Args:
+        parts: by the name they have in the file; None where a run has none of the kind.
     """
-    try:
-        tensors = load_file(folder / TENSORS)
-        plain = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
-        guarded, watched = plain["guard"], plain["watch"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RecordError(
-            f"expected {TENSORS} and {PLAIN} in {folder}, got {error}: resume from a checkpoint that "
-            "ImmunizationTrainer wrote completely."
-        ) from error
-    for part, stateful in parts.items():
-        found = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+
+    def __init__(self, parts: Mapping[str, Stateful | None], guard: UtilityGuard, watch: Watch):
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        self._guard, self._watch = guard, watch
+
+    def save(self, folder: Path) -> None:
+        """Write both files into a checkpoint folder."""
+        kept, plain = self._guard.state()
+        tensors = {f"guard.{name}": value for name, value in kept.items()}
+        for part, stateful in self._parts.items():
+            tensors |= {f"{part}.{name}": value for name, value in stateful.state().items()}
+        atomic_write(folder / TENSORS, save({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}))
+        atomic_write(folder / PLAIN, json.dumps({"guard": plain, "watch": self._watch.state()}))
+
+    def load(self, folder: Path) -> None:
+        """Restore every part, the guard and the watch.
+
+        Raises:
+            RecordError: the checkpoint was not written by this trainer, is incomplete, or was written without one of
+                the parts (an option was changed).
+        """
         try:
-            stateful.load_state(found)
-        except KeyError as error:
+            tensors = load_file(folder / TENSORS)
+            plain = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
+            guarded, watched = plain["guard"], plain["watch"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise RecordError(
-                f"expected {error.args[0]!r} of {part} in {folder / TENSORS}, got a checkpoint without: resume with "
-                "the options it was written with."
+                f"expected {TENSORS} and {PLAIN} in {folder}, got {error}: resume from a checkpoint that "
+                "ImmunizationTrainer wrote completely."
             ) from error
-    kept = {k.removeprefix("guard."): v for k, v in tensors.items() if k.startswith("guard.")}
-    guard.load_state(kept, guarded)
-    watch.load_state(watched)
+        for part, stateful in self._parts.items():
+            try:
+                stateful.load_state(_under(tensors, part))
+            except KeyError as error:
+                raise RecordError(
+                    f"expected {error.args[0]!r} of {part} in {folder / TENSORS}, got a checkpoint without: resume "
+                    "with the options it was written with."
+                ) from error
+        self._guard.load_state(_under(tensors, "guard"), guarded)
+        self._watch.load_state(watched)
+
+
+def _under(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): v for name, v in tensors.items() if name.startswith(f"{part}.")}

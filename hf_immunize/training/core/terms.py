@@ -1,12 +1,12 @@
 """What immunization adds to the primary loss: terms on captured features, each a value and a gradient.
 
 An objective is a sum of terms. A term sees rows of features and their labels, nothing of the trainer, the model or
-the devices; a new one is added with ``register_objective``.
+the devices; a new one is added with ``register_objective`` (``registry.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.linalg import Spectrum, second_moment_spectrum, to_double
 from hf_immunize.regularizers import (
     attacker_training_loss,
@@ -134,59 +133,17 @@ def _group_log_kappa(rows: Rows, settings: TermSettings) -> Tensor:
     return -torch.stack([log_condition(part) for part in rows.group_spectra(settings.group_rows)]).mean()
 
 
-_R_ILL = Term("harmful_r_ill", "harmful", lambda rows, _: ill_conditioned(rows.spectrum), logarithmic=True)
-_R_WELL = Term("primary_r_well", "primary", lambda rows, _: well_conditioned(rows.spectrum), logarithmic=True)
-_LOG_KAPPA_H = Term(
+R_ILL = Term("harmful_r_ill", "harmful", lambda rows, _: ill_conditioned(rows.spectrum), logarithmic=True)
+R_WELL = Term("primary_r_well", "primary", lambda rows, _: well_conditioned(rows.spectrum), logarithmic=True)
+LOG_KAPPA_H = Term(
     "harmful_negative_log_kappa", "harmful", lambda rows, _: -log_condition(rows.spectrum), full_precision=True
 )
-_LOG_KAPPA_P = Term(
+LOG_KAPPA_P = Term(
     "primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum), full_precision=True
 )
-_GROUP_KAPPA = Term("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
-_ADVERSARY = Term("harmful_adversary_r2", "harmful", _adversary, tells_classes_apart=True)
+GROUP_KAPPA = Term("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
+ADVERSARY = Term("harmful_adversary_r2", "harmful", _adversary, tells_classes_apart=True)
 IMMA = Term("harmful_attacker_gain", "harmful", _imma, tells_classes_apart=True)
-
-OBJECTIVES: dict[str, tuple[Term, ...]] = {
-    "condition_number": (_R_ILL, _R_WELL),
-    "ill_only": (_R_ILL,),
-    "opt_kappa": (_LOG_KAPPA_H, _LOG_KAPPA_P),
-    "group_kappa": (_GROUP_KAPPA,),
-    "closed_form_adversary": (_ADVERSARY,),
-    "imma": (IMMA,),
-}
-
-
-def register_objective(name: str, *terms: Term) -> None:
-    """Make a new objective available to ``ImmunizationConfig(objective=name)``. Raises ConfigError for a taken name."""
-    if name in OBJECTIVES or not terms:
-        raise ConfigError(f"expected a new objective name with one term or more, got {name!r} with {len(terms)} terms.")
-    OBJECTIVES[name] = terms
-
-
-def terms_of(objective: str) -> tuple[Term, ...]:
-    """Terms of one objective, or of several joined with '+'; a term named twice counts once.
-
-    Raises:
-        ConfigError: an unknown objective.
-    """
-    terms: dict[str, Term] = {}
-    for name in objective.split("+"):
-        if name.strip() not in OBJECTIVES:
-            raise ConfigError(f"expected objectives among {sorted(OBJECTIVES)} joined with '+', got {name.strip()!r}.")
-        terms.update({term.name: term for term in OBJECTIVES[name.strip()]})
-    return tuple(terms.values())
-
-
-def refuse_one_class(terms: tuple[Term, ...], harmful_labels: Iterable[int]) -> None:
-    """Raise DataError where a term tells harmful classes apart and there is one class only."""
-    telling = [term.name for term in terms if term.tells_classes_apart]
-    found = set(harmful_labels)
-    if telling and len(found) < 2:
-        raise DataError(
-            f"expected at least two classes in harmful_dataset for {', '.join(telling)}, which tells them apart, got "
-            f"{len(found)}: choose an objective that does not, such as condition_number, or give the task its classes."
-        )
-
 
 @dataclass
 class Evaluated:

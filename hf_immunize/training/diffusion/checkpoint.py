@@ -15,11 +15,9 @@ from torch import Tensor
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
-from hf_immunize.training.diffusion.changing import ChangingPart
+from hf_immunize.training.core.changing import ChangingPart
 
-_MODEL, _OPTIMIZER, _AVERAGE, _MARK = (
-    "model.safetensors", "optimizer.safetensors", "average.safetensors", "trainer_state.json",
-)
+_MODEL, _OPTIMIZER, _MARK = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 
 _WHOLE = "expected a whole checkpoint of this model and these options"
 _WHAT_TO_DO = (
@@ -44,11 +42,10 @@ def save_loop(
     model: ChangingPart,
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
-    average: Any | None,
     log: list[dict[str, float]],
     options: Mapping[str, Any],
 ) -> None:
-    """Write weights, optimizer, schedule and moving average; the mark, which holds ``options``, last."""
+    """Write weights, optimizer and schedule; the mark, which holds ``options``, last."""
     write_tensors(folder / _MODEL, model.state_dict())
     moments = optimizer.state_dict()["state"]
     write_tensors(
@@ -56,9 +53,6 @@ def save_loop(
         {f"{index}.{name}": torch.as_tensor(value) for index, kept in moments.items() for name, value in kept.items()},
     )
     plain: dict[str, Any] = {"step": step, "log": log, "schedule": scheduler.state_dict(), "options": dict(options)}
-    if average is not None:
-        write_tensors(folder / _AVERAGE, {str(i): value for i, value in enumerate(average.shadow_params)})
-        plain["average_step"] = average.optimization_step
     atomic_write(folder / _MARK, json.dumps(plain))
 
 
@@ -82,7 +76,7 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def load_loop(
-    folder: Path, model: ChangingPart, optimizer: torch.optim.Optimizer, scheduler: Any, average: Any | None
+    folder: Path, model: ChangingPart, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> tuple[int, list[dict[str, float]]]:
     """Take back what ``save_loop`` wrote, strictly; return the step and the log.
 
@@ -96,11 +90,6 @@ def load_loop(
         scheduler.load_state_dict(plain["schedule"])
         for group, rate in zip(optimizer.param_groups, plain["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
-        if average is not None:
-            kept = load_file(folder / _AVERAGE)
-            for index, parameter in enumerate(average.shadow_params):
-                parameter.copy_(kept[str(index)])
-            average.optimization_step = plain["average_step"]
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
     return plain["step"], plain["log"]

@@ -6,23 +6,13 @@ from one seed, and keeps its own rows: W processes drop what one process would h
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from hf_immunize.training.core.distributed import world
-from hf_immunize.training.diffusion.stream import generator_of
-
-
-@contextlib.contextmanager
-def same_draws(device: torch.device, *words: object) -> Iterator[None]:
-    """Draws inside come from ``words`` alone; the global generators are left as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(generator_of(*words).initial_seed())
-        yield
 
 
 def share_draws(model: nn.Module) -> None:

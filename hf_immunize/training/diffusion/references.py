@@ -1,33 +1,30 @@
-"""G: how hard the retain task can pull back, at every site and at the weights."""
+"""Retain rows that are asked for another row's answer: what a denoiser's balance is measured by."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.diffusion import Denoiser, denoising_losses
-from hf_immunize.features import Captured, RowLayout, capture_inputs
-from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.features import RowLayout, capture_inputs
+from hf_immunize.training.core.distributed import gather_rows
+from hf_immunize.training.core.references import ReferenceGradients
 from hf_immunize.training.diffusion.stream import NoisyBatch
 
 
 class WrongTargetGradients:
     """Gradient norms of the retain loss when every row is asked for the next row's answer, of one step's batch.
 
-    The counterpart of a classifier's loss with every label wrong (see ``TermWeights``): at a trained model the
-    gradient of the true loss is close to nothing and would balance the terms away. A step's batch is that of all its
-    micro-batches and ranks, so that it does not depend on how it is cut.
+    The counterpart of a classifier's loss with every label wrong (see ``ReferenceGradients``).
     """
 
     def __init__(self, denoiser: Denoiser, model: nn.Module, sites: Mapping[str, RowLayout]):
         self._denoiser, self._model, self._sites = denoiser, model, sites
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._squares: dict[str, list[Tensor]] = {site: [] for site in sites}
-        self._sums: list[Tensor | None] = [None] * len(self._trained)
-        self._count = 0
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # What reads text alone, before any trained weight, has no gradient: nothing pulls back there.
+        self._found = ReferenceGradients(sites, trained, optional=True)
 
     def add(self, batch: NoisyBatch) -> None:
         """One micro-batch."""
@@ -35,27 +32,13 @@ class WrongTargetGradients:
             # The input asks for a gradient so that every site has one, whatever is trained before it.
             noisy = batch.noisy.detach().requires_grad_()
             answer = self._denoiser.call(self._model, noisy, batch.timesteps, batch.conditions)
-        everyone, mine = gather_rows(batch.target)
-        loss = denoising_losses(answer, everyone.roll(1, 0)[mine]).mean()
-        # What reads text alone, before any trained weight, has no gradient: nothing pulls back there.
-        moved = [site for site in self._sites if caught.raw(site).requires_grad]
-        asked = [*(caught.raw(site) for site in moved), *self._trained]
-        found = torch.autograd.grad(loss, asked, allow_unused=True)
-        for site, gradient in zip(moved, found, strict=False):
-            self._squares[site].append(_pooled_norm(caught, site, gradient).square())
-        for place, gradient in enumerate(found[len(moved) :]):
-            if gradient is not None:
-                held = self._sums[place]
-                self._sums[place] = gradient.detach() if held is None else held + gradient
-        self._count += 1
+            everyone, mine = gather_rows(batch.target)
+            loss = denoising_losses(answer, everyone.roll(1, 0)[mine]).mean()
+        self._found.add(loss, caught)
 
     def norms(self) -> tuple[dict[str, Tensor], Tensor]:
         """The norm over the global batch at the pooled features of each site, and at the trained weights."""
-        place = self._trained[0] if self._trained else next(self._model.parameters())
-        nothing = place.new_zeros((), dtype=torch.float64)
-        at_sites = {site: torch.stack(found).sum().sqrt() / self._count if found else nothing
-                    for site, found in self._squares.items()}
-        return at_sites, _mean_norm(self._sums) / self._count
+        return self._found.at_sites(), self._found.at_weights()
 
 
 def wrong_target_gradients(
@@ -65,21 +48,3 @@ def wrong_target_gradients(
     found = WrongTargetGradients(denoiser, model, sites)
     found.add(batch)
     return found.norms()
-
-
-def _pooled_norm(caught: Captured, site: str, gradient: Tensor) -> Tensor:
-    """Norm over all ranks of the gradient at pooled features, that is of a shift of all tokens of an image at once.
-
-    Each rank's loss is a mean over its own rows; the global mean divides by the number of ranks as well.
-    """
-    layout, images = caught.layout(site), caught.images(site)
-    everywhere, _ = gather_rows(layout.rows(gradient, images) * layout.positions(gradient, images))
-    return torch.linalg.vector_norm(everywhere.double()) / world()[1]
-
-
-def _mean_norm(gradients: Sequence[Tensor | None]) -> Tensor:
-    """Norm of the ranks' mean gradient."""
-    flat = torch.cat([gradient.double().flatten() for gradient in gradients if gradient is not None])
-    if world()[1] > 1:
-        dist.all_reduce(flat)
-    return torch.linalg.vector_norm(flat / world()[1])

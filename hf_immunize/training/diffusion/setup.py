@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -11,20 +12,31 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 from torch import nn
 
-from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess
+from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess, denoising_losses
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import RowLayout
 from hf_immunize.models import refuse_non_finite
-from hf_immunize.training.core.balancing import TermWeights, parse_numbers
+from hf_immunize.training.core.attack_terms import IMMA_TERM, SIMULATED_TERM, build_attack
+from hf_immunize.training.core.balancing import check_numbers, numbers_of
 from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.draws import same_draws
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
-from hf_immunize.training.core.terms import Term, TermSettings, refuse_one_class, terms_of
+from hf_immunize.training.core.registry import (
+    OBJECTIVES,
+    AnyTerm,
+    on_features,
+    on_weights,
+    refuse_one_class,
+    terms_of,
+)
+from hf_immunize.training.core.step import Step
+from hf_immunize.training.core.terms import TermSettings
+from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
-from hf_immunize.training.diffusion.simulated import SIMULATED_TERM, SimulatedAttack
 from hf_immunize.training.diffusion.sites import attention_projections, choose_layouts, choose_sites
-from hf_immunize.training.diffusion.stream import NoisyStream, RenamedStream
+from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream, RenamedStream
 from hf_immunize.training.diffusion.unrolled import UnrolledAttack
 
 
@@ -78,11 +90,10 @@ def check_data(
             f"expected at least two images of the concept in harmful_dataset, got {len(harmful)}: one image has no "
             "spectrum, and an attack on it is memorisation."
         )
-    if args.feature_objective:
-        refuse_one_class(terms_of(args.feature_objective), harmful.labels.tolist())
-    if args.max_loss_factor is not None and evaluation is None:
-        raise ConfigError("expected an eval_dataset for max_loss_factor, got none: pass held-out retain rows.")
-    if args.simulates and args.attacker_renamed > 0:
+    refuse_one_class(named_terms(args), harmful.labels.tolist())
+    if args.max_primary_drop is not None and evaluation is None:
+        raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out retain rows.")
+    if on_weights(named_terms(args)) and args.attacker_renamed > 0:
         told = [{name: tuple(value.shape[1:]) for name, value in held.conditions.items()} for held in (train, harmful)]
         if told[0] != told[1]:
             raise DataError(
@@ -141,106 +152,61 @@ class Streams:
         )
 
 
-def named_terms(args: DiffusionImmunizationConfig) -> tuple[Term, ...]:
-    """Every term that ``args.objective`` names."""
-    of_features = terms_of(args.feature_objective) if args.feature_objective else ()
-    return (*of_features, *((SIMULATED_TERM,) if args.simulates else ()))
+def named_terms(args: DiffusionImmunizationConfig) -> tuple[AnyTerm, ...]:
+    """Every term that ``args.objective`` names. A denoiser has no classifier: imma is on its weights."""
+    known = OBJECTIVES | {"imma": (IMMA_TERM,)}
+    if args.attacker_second_order:
+        exact = partial(build_attack, False, kind=UnrolledAttack)
+        known |= {"simulated_attack": (replace(SIMULATED_TERM, build=exact),)}
+    return terms_of(args.objective, known)
 
 
-@dataclass
-class Terms:
-    """Feature terms, the simulated attack and its weight; each None where the objective has none."""
-
-    objective: GlobalObjective | None
-    attack: SimulatedAttack | None
-    attack_weights: TermWeights | None
-    layouts: dict[str, RowLayout]
-    """Where features are measured, and how an input there becomes one row per image."""
-
-    @classmethod
-    def of(
-        cls, args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, streams: Streams, meter: Meter
-    ) -> Terms:
-        """The terms that ``args.objective`` names."""
-        terms = terms_of(args.feature_objective) if args.feature_objective else ()
-        names = [term.name for term in named_terms(args)]
-        if "=" in args.weight:
-            parse_numbers(args.weight, names, "weight")
-        parse_numbers(args.term_shares, names, "term_shares")
+def build_step(
+    args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, streams: Streams, meter: Meter
+) -> tuple[Step, dict[str, RowLayout]]:
+    """The terms that ``args.objective`` names at work, and how an input at each site becomes one row per image."""
+    terms = named_terms(args)
+    check_numbers(args, terms)
+    objective, layouts, at_work = None, {}, None
+    if found := on_features(terms):
         place = next(model.parameters())
-        objective, attack, weights, layouts = None, None, None, {}
-        if terms:
-            sample = streams.harmful.batch(0, place.device, place.dtype)
-            sites = choose_sites(denoiser, model, args.sites, sample)
-            layouts = choose_layouts(denoiser, model, sites, args.site_layouts, sample)
-            objective = GlobalObjective(
-                terms,
-                TermSettings(horizons=(args.horizon,), group_rows=args.harmful_group_rows),
-                dict.fromkeys(sites, 1 / len(sites)),
-                strength=args.strength,
-                bank_rows=0,
-                meter=meter,
-                **_numbers_of(args, terms),
-            )
-        if args.simulates:
-            kind = UnrolledAttack if args.attacker_second_order else SimulatedAttack
-            attack = kind.of(args, denoiser, model, streams.attack)
-            weights = TermWeights((SIMULATED_TERM,), strength=args.strength, **_numbers_of(args, (SIMULATED_TERM,)))
-        return cls(objective, attack, weights, layouts)
-
-    @property
-    def sites(self) -> list[str]:
-        """Where features are measured; empty without feature terms."""
-        return self.objective.sites if self.objective is not None else []
-
-    @property
-    def weights(self) -> dict[str, TermWeights]:
-        """Every balance, by site; that of the simulated attack under the empty name."""
-        found = dict(self.objective.weights) if self.objective is not None else {}
-        return found | ({"": self.attack_weights} if self.attack_weights is not None else {})
-
-    @property
-    def factor(self) -> float:
-        """What the utility guard multiplies the strength with, everywhere."""
-        return next(iter(self.weights.values())).factor
-
-    @factor.setter
-    def factor(self, value: float) -> None:
-        for weights in self.weights.values():
-            weights.factor = value
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Everything a resumed run needs, as tensors."""
-        kept = {} if self.objective is None else _under("objective", self.objective.state())
-        if self.attack is not None and self.attack_weights is not None:
-            kept |= _under("attack", self.attack.state()) | _under("weights", self.attack_weights.state())
-        return kept
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take back what ``state`` returned."""
-        if self.objective is not None:
-            self.objective.load_state(_of("objective", state))
-        if self.attack is not None and self.attack_weights is not None:
-            self.attack.load_state(_of("attack", state))
-            self.attack_weights.load_state(_of("weights", state))
+        sample = streams.harmful.batch(0, place.device, place.dtype)
+        sites = choose_sites(denoiser, model, args.sites, sample)
+        layouts = choose_layouts(denoiser, model, sites, args.site_layouts, sample)
+        objective = GlobalObjective(
+            found,
+            TermSettings(horizons=args.horizons, group_rows=args.harmful_group_rows),
+            dict.fromkeys(sites, 1 / len(sites)),
+            strength=args.strength,
+            bank_rows=0,
+            meter=meter,
+            **numbers_of(args, found),
+        )
+    if held := on_weights(terms):
+        task = denoising_task(denoiser, model, attacked_rows(args, model, streams.attack), args.seed)
+        at_work = WeightTerms(
+            {term: term.build(task, args) for term in held}, strength=args.strength, **numbers_of(args, held)
+        )
+    return Step(objective, at_work, meter, optional_sites=True), layouts
 
 
-def _under(place: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{place}:{name}": value for name, value in state.items()}
+def attacked_rows(
+    args: DiffusionImmunizationConfig, model: nn.Module, stream: RenamedStream
+) -> Callable[[int, int], NoisyBatch]:
+    """Rows of each step of the attacker at each step of ours: K of its steps take K + 1 batches."""
+    place, width = next(model.parameters()), 2 if args.attacker_goes_on else args.attacker_steps + 1
+    return lambda step, attack_step: stream.batch(step * width + attack_step, place.device, place.dtype)
 
 
-def _of(place: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    start = f"{place}:"
-    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+def denoising_task(
+    denoiser: Denoiser, model: nn.Module, rows: Callable[[int, int], NoisyBatch], seed: int
+) -> AttackedTask:
+    """The denoising loss on harmful rows, of any copy of the model."""
 
+    def loss(attacked: nn.Module, step: int, attack_step: int) -> torch.Tensor:
+        batch = rows(step, attack_step)
+        with same_draws(batch.noisy.device, seed, "attack", step, attack_step):
+            answer = denoiser.call(attacked, batch.noisy, batch.timesteps, batch.conditions)
+        return denoising_losses(answer, batch.target).mean()
 
-def _numbers_of(args: DiffusionImmunizationConfig, terms: tuple[Term, ...]) -> dict[str, Any]:
-    """``weight`` and ``shares`` as far as they name these terms."""
-    names = {term.name for term in terms}
-
-    def own(text: str | None) -> str | None:
-        if not text or "=" not in text:
-            return text
-        return ",".join(part for part in text.split(",") if part.partition("=")[0].strip() in names) or None
-
-    return {"weight": own(args.weight) or "1", "shares": own(args.term_shares)}
+    return AttackedTask(model, attention_projections(denoiser, model), loss, seed)

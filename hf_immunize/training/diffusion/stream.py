@@ -6,7 +6,6 @@ row of it has a generator of its own.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,12 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.diffusion import LatentDataset, NoiseProcess
-
-
-def generator_of(*words: object) -> torch.Generator:
-    """A CPU generator seeded with the SHA-256 of ``words``."""
-    digest = hashlib.sha256(repr(words).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+from hf_immunize.training.core.draws import generator_of
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -30,27 +30,30 @@ from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
+from hf_immunize.training.core.average import WeightAverage
+from hf_immunize.training.core.changing import ChangingPart
 from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.draws import same_draws
 from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
-from hf_immunize.training.core.objective import SIDES, MicroBatch, SiteGradients
-from hf_immunize.training.core.state import load_state, save_state
+from hf_immunize.training.core.objective import MicroBatch
+from hf_immunize.training.core.state import CheckpointState
+from hf_immunize.training.core.step import Measured
 from hf_immunize.training.core.watch import Watch
-from hf_immunize.training.diffusion.changing import ChangingPart
 from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
-from hf_immunize.training.diffusion.draws import same_draws, share_draws, unshare_draws
+from hf_immunize.training.diffusion.draws import share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import merge_factors
 from hf_immunize.training.diffusion.references import WrongTargetGradients
 from hf_immunize.training.diffusion.setup import (
     Streams,
-    Terms,
     accelerator_of,
+    build_step,
     check_data,
     choose_trainable,
     named_terms,
 )
-from hf_immunize.training.diffusion.simulated import SIMULATED_TERM
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream
 
 GUARD_METRIC = "retain denoising loss, -100 ln"
@@ -60,7 +63,7 @@ _SMALLER = (
     "lower per_device_train_batch_size or per_device_harmful_batch_size (raise gradient_accumulation_steps) or "
     "eval_batch_size, set gradient_checkpointing or mixed_precision=bf16"
 )
-_LARGER = "take trainable=lora (with attacker_rank above 0), fewer sites, distillation=0 or a larger device"
+_LARGER = "take trainable_modules=lora (with attacker_rank above 0), fewer sites, distillation=0 or a larger device"
 
 
 class DiffusionImmunizationTrainer:
@@ -110,7 +113,7 @@ class DiffusionImmunizationTrainer:
         self.bare = model.to(self.accelerator.device)
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
         self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        choose_trainable(self.denoiser, model.train(), args.trainable, args.lora_rank)
+        choose_trainable(self.denoiser, model.train(), args.trainable_modules, args.lora_rank)
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         share_draws(self.bare)
@@ -118,22 +121,23 @@ class DiffusionImmunizationTrainer:
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.watch = Watch(named_terms(args))
         self.meter = Meter(self.watch)
-        self.terms = Terms.of(args, self.denoiser, self.bare, self.streams, self.meter)
+        self.terms, self.layouts = build_step(args, self.denoiser, self.bare, self.streams, self.meter)
         self._make_guard(harmful_dataset, eval_dataset)
         self.teacher = self._frozen_copy() if args.distillation > 0 else None
         self._make_optimizer()
+        parts = {"terms": self.terms, "meter": self.meter, "average": self.average}
+        self._state = CheckpointState(parts, self.guard, self.watch)
         self.model = self.accelerator.prepare(self.bare)
 
     def _make_guard(self, harmful: LatentDataset, evaluation: LatentDataset | None) -> None:
-        factor = self.args.max_loss_factor
-        allowed = None if factor is None else 100 * math.log(factor)
+        drop = self.args.max_primary_drop
+        allowed = None if drop is None else 100 * math.log1p(drop / 100)
         self.guard = UtilityGuard(allowed, GUARD_METRIC, self.args.max_strength_factor)
+        self._guarded = GuardedRun(self.guard, self.watch, self.terms, self.changing, f"max_primary_drop={drop}")
         self.guard_record: UtilityGuardRecord | None = None
         told = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
         self._exam = DenoisingExam(self.process, evaluation, **told) if evaluation is not None else None
         self._concept_exam = DenoisingExam(self.process, harmful, **told)
-        kept = self.changing.state_dict() if factor is not None else {}
-        self._initial = {name: value.detach().cpu().clone() for name, value in kept.items()}
 
     def _frozen_copy(self) -> nn.Module:
         """The base as it answers now; weights that are not trained are held once."""
@@ -148,7 +152,7 @@ class DiffusionImmunizationTrainer:
         self.schedule = schedule_of(
             args.lr_scheduler_type, self.optimizer, warmup_steps=args.warmup_steps, steps=args.max_steps
         )
-        self.average = EMAModel(self.changing.parameters, decay=args.ema_decay) if args.ema_decay else None
+        self.average = WeightAverage(self.bare, args.ema_decay) if args.ema_decay else None
 
     def _batch(self, stream: NoisyStream, micro: int) -> NoisyBatch:
         return stream.batch(micro, self.accelerator.device, next(self.bare.parameters()).dtype)
@@ -190,46 +194,35 @@ class DiffusionImmunizationTrainer:
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
-            self.average.step(self.changing.parameters)
+            self.average.update(self.bare)
         self.step += 1
 
     def compute_gradients(self) -> None:
         """Leave the gradient of the whole objective of this step in the parameters, equal on every rank."""
         self.watch.step = self.step + 1
         self.optimizer.zero_grad(set_to_none=True)
-        count = self.args.gradient_accumulation_steps
-        first = self.step * count
-        planned = self._plan(range(first, first + count)) if self.terms.objective is not None and count > 1 else None
-        for place in range(count):
-            last = place == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                given = planned[place] if planned else None
-                self.accelerator.backward(self._micro_loss(first + place, given))
-        if self.terms.attack is not None:
-            self._add_attack()
+        first = self.step * self._accumulation
+        micros = range(first, first + self._accumulation)
+        with self.accelerator.autocast():
+            runs = [partial(self._measured, micro) for micro in micros]
+            self.terms.begin(runs, spectra=(self.step + 1) % self.args.logging_steps == 0)
+        for micro in micros:
+            with nullcontext() if micro == micros[-1] else self.accelerator.no_sync(self.model):
+                self.accelerator.backward(self._micro_loss(micro))
+        with self.accelerator.autocast():
+            self.terms.add_weight_gradients(self.bare, self.step)
 
-    def _micro_loss(self, micro: int, planned: SiteGradients | None) -> Tensor:
+    def _micro_loss(self, micro: int) -> Tensor:
         """Retain loss and distillation of one micro-batch, plus a zero whose gradient is the feature terms'."""
         retain = self._batch(self.streams.retain, micro)
-        features, labels = {}, {"primary": retain.labels}
-        with self._draws("retain", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
-            answer = self._answer(self.model, retain)
-        features["primary"] = dict(caught.items())
+        answer, features = self._forward(self.model, "retain", micro, retain)
         loss = self._retain_loss(answer, retain)
         self.meter.add({"retain_loss": mean_over_ranks(loss)})
         total = (self.args.primary_loss_weight * loss + self._distill(answer, retain)) / self._accumulation
         if self.terms.objective is None:
             return total
-        features["harmful"], labels["harmful"] = self._harmful_features(self.model, micro)
-        if planned is None:
-            spectra = (self.step + 1) % self.args.logging_steps == 0
-            (planned,) = self.terms.objective.gradients([MicroBatch(features, labels)], spectra=spectra)
-        for side in SIDES:
-            for site, captured in features[side].items():
-                # DDP averages over ranks; the terms are one number of the whole global batch.
-                product = (captured * (world()[1] * planned[side][site]).to(captured)).sum()
-                total = total + product - product.detach()
-        return total
+        # DDP averages over ranks; the terms are one number of the whole global batch.
+        return total + self.terms.injected(self._with_harmful(self.model, micro, retain, features), world()[1])
 
     @property
     def _accumulation(self) -> int:
@@ -241,12 +234,27 @@ class DiffusionImmunizationTrainer:
     def _draws(self, name: str, micro: int) -> Any:
         return same_draws(self.accelerator.device, self.args.seed, name, micro)
 
-    def _harmful_features(self, model: nn.Module, micro: int) -> tuple[dict[str, Tensor], Tensor]:
-        batch = self._batch(self.streams.harmful, micro)
-        assert self.terms.objective is not None
-        with self._draws("harmful", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
-            self._answer(model, batch)
-        return dict(caught.items()), batch.labels
+    def _forward(
+        self, model: nn.Module, name: str, micro: int, batch: NoisyBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The answer, and the features at every site."""
+        with self._draws(name, micro), capture_inputs(self.bare, self.layouts) as caught:
+            answer = self._answer(model, batch)
+        return answer, dict(caught.items())
+
+    def _with_harmful(
+        self, model: nn.Module, micro: int, retain: NoisyBatch, features: dict[str, Tensor]
+    ) -> Measured:
+        harmful = self._batch(self.streams.harmful, micro)
+        _, theirs = self._forward(model, "harmful", micro, harmful)
+        labels = {"primary": retain.labels, "harmful": harmful.labels}
+        return Measured(MicroBatch({"primary": features, "harmful": theirs}, labels))
+
+    def _measured(self, micro: int) -> Measured:
+        """The forwards of one micro-batch, for their features alone."""
+        retain = self._batch(self.streams.retain, micro)
+        _, features = self._forward(self.bare, "retain", micro, retain)
+        return self._with_harmful(self.bare, micro, retain, features)
 
     def _retain_loss(self, answer: Tensor, batch: NoisyBatch) -> Tensor:
         losses = denoising_losses(answer, batch.target)
@@ -263,43 +271,18 @@ class DiffusionImmunizationTrainer:
         self.meter.add({"distillation": mean_over_ranks(distance)})
         return self.args.distillation * distance
 
-    def _plan(self, micros: range) -> list[SiteGradients]:
-        """Gradients at the features of every micro-batch, from one evaluation on all of them together."""
-        assert self.terms.objective is not None
-        batches = []
-        with torch.no_grad(), self.accelerator.autocast():
-            for micro in micros:
-                retain = self._batch(self.streams.retain, micro)
-                with self._draws("retain", micro), capture_inputs(self.bare, self.terms.layouts) as caught:
-                    self._answer(self.bare, retain)
-                harmful, labels = self._harmful_features(self.bare, micro)
-                features = {"primary": dict(caught.items()), "harmful": harmful}
-                batches.append(MicroBatch(features, {"primary": retain.labels, "harmful": labels}))
-        return self.terms.objective.gradients(batches, spectra=(self.step + 1) % self.args.logging_steps == 0)
-
-    def _add_attack(self) -> None:
-        assert self.terms.attack is not None
-        with self.accelerator.autocast():
-            value, gradients = self.terms.attack.gradient(self.bare, self.step)
-        trained = {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
-        flat = torch.cat([gradients[name].double().flatten() for name in trained])
-        weight = self.terms.attack_weights.update({SIMULATED_TERM.name: flat})[SIMULATED_TERM.name]
-        for name, parameter in trained.items():
-            added = weight.to(parameter) * gradients[name]
-            parameter.grad = added if parameter.grad is None else parameter.grad + added
-        self.meter.add({SIMULATED_TERM.name: value, f"lambda/{SIMULATED_TERM.name}": weight})
-
     # ---- measuring before, between and after ----------------------------------------------------------------------
 
     def _measure_base(self) -> None:
         if self._exam is not None:
             self.guard.base = self._points()
-        if self.terms.attack is not None:
+        if self.terms.weight_terms is not None:
             loss = self._concept_exam.ask(self.denoiser, self.bare).loss
-            self.terms.attack.ceiling = self.args.attacker_ceiling * loss
+            for objective in self.terms.weight_terms.objectives.values():
+                objective.ceiling = self.args.attacker_ceiling * loss
         found: dict[str, list[Tensor]] = {}
         for step in range(_REFERENCE_BATCHES):
-            gradients = WrongTargetGradients(self.denoiser, self.bare, self.terms.layouts)
+            gradients = WrongTargetGradients(self.denoiser, self.bare, self.layouts)
             for micro in range(step * self._accumulation, (step + 1) * self._accumulation):
                 with self._draws("reference", micro):
                     gradients.add(self._batch(self.streams.retain, micro))
@@ -310,18 +293,9 @@ class DiffusionImmunizationTrainer:
             if weights.needs_reference:
                 weights.reference = torch.stack(found[name]).mean()
 
-    @contextmanager
-    def _judged_weights(self) -> Iterator[nn.Module]:
-        """The weights that would be returned now: the moving average where there is one."""
-        if self.average is None:
-            yield self.bare
-            return
-        self.average.store(self.changing.parameters)
-        self.average.copy_to(self.changing.parameters)
-        try:
-            yield self.bare
-        finally:
-            self.average.restore(self.changing.parameters)
+    def _judged_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that would be returned now: the moving average where there is one."""
+        return self.average.swapped(self.bare) if self.average is not None else nullcontext()
 
     def _points(self) -> float:
         assert self._exam is not None
@@ -336,11 +310,10 @@ class DiffusionImmunizationTrainer:
         if self._exam is not None and (self.step % args.eval_steps == 0 or self.step == args.max_steps):
             self._guard_step()
         if self._validate and args.validation_steps and self.step % args.validation_steps == 0:
-            with self._judged_weights() as model:
+            with self._judged_weights():
                 if self.accelerator.is_main_process:
-                    model.eval()
-                    self._validate(model, self.step)
-                    model.train()
+                    self._validate(self.bare.eval(), self.step)
+                    self.bare.train()
         if args.save_steps and self.step % args.save_steps == 0:
             self._save()
 
@@ -352,11 +325,8 @@ class DiffusionImmunizationTrainer:
             self.accelerator.log(means, step=self.step)
 
     def _guard_step(self) -> None:
-        progress = self.watch.progress()
         with self._judged_weights():
-            self.terms.factor = self.guard.observe(
-                self.step, self._points(), progress, self.terms.factor, self.changing
-            )
+            self._guarded.check(self.step, self._points(), self.args.max_steps)
 
     def _refuse_ruined(self) -> None:
         self.watch.settle()
@@ -368,14 +338,11 @@ class DiffusionImmunizationTrainer:
     def _finish(self) -> None:
         self._refuse_ruined()
         if self.average is not None:
-            self.average.copy_to(self.changing.parameters)
-        if self._initial and not self.guard.choose(self.changing):
-            self.changing.load_state_dict(self._initial)
-            self.accelerator.print(
-                f"max_loss_factor={self.args.max_loss_factor} {self.guard.why_nothing()}: the weights from before "
-                "immunization are returned. Lower the strength, add distillation, or train longer."
-            )
-        if self.args.trainable == "lora":
+            self.average.copy_to(self.bare)
+        if self._guarded.on:
+            self.guard_record = self._guarded.finish(self._points)
+        merged = self.args.trainable_modules == "lora"
+        if merged:
             merge_factors(self.bare)
         for name, parameter in self.bare.named_parameters():
             parameter.requires_grad_(self._asked[name])
@@ -383,7 +350,7 @@ class DiffusionImmunizationTrainer:
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         unshare_draws(self.bare)
         self.bare.eval()
-        if self._exam is not None:
+        if self.guard_record is not None and merged:  # merging rounds
             self.guard_record = self.guard.record(self._points())
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
@@ -402,9 +369,9 @@ class DiffusionImmunizationTrainer:
         if self.accelerator.is_main_process:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
             unmark(folder)
-            save_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch)
+            self._state.save(folder)
             save_loop(
-                folder, self.step, self.changing, self.optimizer, self.schedule, self.average, self.log_history,
+                folder, self.step, self.changing, self.optimizer, self.schedule, self.log_history,
                 options=self._identity,
             )
             prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.step)
@@ -412,5 +379,5 @@ class DiffusionImmunizationTrainer:
 
     def _load(self, folder: Path) -> None:
         check_options(folder, self._identity)
-        load_state(folder, {"terms": self.terms, "meter": self.meter}, self.guard, self.watch)
-        self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule, self.average)
+        self._state.load(folder)
+        self.step, self.log_history = load_loop(folder, self.changing, self.optimizer, self.schedule)

@@ -10,35 +10,29 @@ from transformers import PreTrainedModel
 
 from hf_immunize.errors import TrainingDivergedError
 from hf_immunize.models import DIVERGED, refuse_non_finite
-from hf_immunize.training.core.state import load_state, save_state
+from hf_immunize.training.core.state import CheckpointState
 from hf_immunize.training.core.watch import Watch
+from hf_immunize.training.vision.publishing import GatedTrainer
 
 
-class StrictCheckpointMixin:
-    """Replaces how ``Trainer`` saves and loads; expects the attributes below."""
+class StrictTrainer(GatedTrainer):
+    """A ``Trainer`` that replaces how checkpoints are saved and loaded.
 
-    args: Any
-    state: Any
-    model: Any
-    accelerator: Any
-    objective: Any
-    average: Any
-    attacker: Any
-    guard: Any
+    ``watch`` and ``checkpoint_state`` are set by the subclass before training starts.
+    """
+
     watch: Watch
+    checkpoint_state: CheckpointState
 
     @property
-    def _stateful(self) -> dict[str, Any]:
-        parts = {"objective": self.objective, "average": self.average, "attacker": self.attacker}
-        return {name: part for name, part in parts.items() if part is not None}
+    def bare(self) -> Any:
+        """The model as it was passed in, without what devices wrap it in."""
+        return self.accelerator.unwrap_model(self.model)
 
     def _refuse_ruined(self) -> None:
         """Raise TrainingDivergedError before weights that are no numbers reach the disk."""
         self.watch.settle()
-        refuse_non_finite(
-            self.accelerator.unwrap_model(self.model), "the trained model", error=TrainingDivergedError,
-            remedy=DIVERGED,
-        )
+        refuse_non_finite(self.bare, "the trained model", error=TrainingDivergedError, remedy=DIVERGED)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._refuse_ruined()
@@ -51,20 +45,21 @@ class StrictCheckpointMixin:
         self._refuse_ruined()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_state(folder, self._stateful, self.guard, self.watch)
+            self.checkpoint_state.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_state(Path(checkpoint), self._stateful, self.guard, self.watch)
+            self.checkpoint_state.load(Path(checkpoint))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._load_strictly(resume_from_checkpoint, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not self._load_strictly(self.state.best_model_checkpoint, None):
+        best = self.state.best_model_checkpoint
+        if best is None or not self._load_strictly(best, None):
             super()._load_best_model()
 
     def _load_strictly(self, folder: str, model: nn.Module | None) -> bool:
@@ -78,4 +73,3 @@ class StrictCheckpointMixin:
         loaded = type(bare).from_pretrained(folder, config=bare.config, dtype=bare.dtype, use_safetensors=True)
         bare.load_state_dict(loaded.state_dict(), strict=True)
         return True
-

@@ -18,7 +18,7 @@ from hf_immunize.data import RowStore, digest_rows, forward_rows
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.features import Boundary, find_boundary, lying_channels_last, trainable_modules
 
-_FORMAT = 1
+_FORMAT = 2
 """Part of every cache key; raised when what is stored changes its meaning."""
 
 
@@ -112,10 +112,11 @@ class FeatureCache:
         device = next(model.parameters()).device
         self._autocast, self._batch = autocast, batch_size or forward_rows(boundary.image, device)
         digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision}".encode())
-        for name, value in sorted(model.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        self._key = digest.hexdigest()
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        whole = sorted(model.state_dict().items())
+        # What is trained lies behind the boundary: one trunk's activations serve every head. Logits are the model's.
+        self._key = _digested(digest, [pair for pair in whole if pair[0] not in trained])
+        self._logits_key = _digested(digest, [pair for pair in whole if pair[0] in trained])
 
     def dataset(
         self, rows: Any, labels: Sequence[int] | Tensor, name: str, *, teacher: bool = False
@@ -127,11 +128,12 @@ class FeatureCache:
             RecordError: no space on disk, or a damaged cache.
         """
         check_repeatable(rows, name)
-        key = hashlib.sha256(f"{self._key} {digest_rows(rows, name)}".encode()).hexdigest()[:32]
+        content = digest_rows(rows, name)
+        key, logits_key = (_short(f"{part} {content}") for part in (self._key, self._logits_key))
         store = RowStore.open_or_write(self._folder / key, self._activations(rows, name), len(rows))
         logits = None
         if teacher:
-            logits = RowStore.open_or_write(self._folder / f"{key}-logits", self._logits(store, name), len(rows))
+            logits = RowStore.open_or_write(self._folder / f"{logits_key}-logits", self._logits(store, name), len(rows))
         return BoundaryDataset(store, labels, logits)
 
     def _activations(self, rows: Any, name: str) -> Iterator[tuple[Tensor, ...]]:
@@ -160,6 +162,18 @@ class FeatureCache:
                         yield part
             finally:
                 model.train(was_training)
+
+
+def _digested(digest: Any, named: Sequence[tuple[str, Tensor]]) -> str:
+    """The digest after these tensors, which it has taken in."""
+    for name, value in named:
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+def _short(words: str) -> str:
+    return hashlib.sha256(words.encode()).hexdigest()[:32]
 
 
 def default_folder() -> Path:

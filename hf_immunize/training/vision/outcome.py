@@ -16,7 +16,8 @@ from hf_immunize.features import Captured
 from hf_immunize.linalg import ridge_accuracies, to_double
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.regularizers import alternate_within_classes
-from hf_immunize.training.core.terms import Rows, Term, TermSettings
+from hf_immunize.training.core.registry import AnyTerm, on_features
+from hf_immunize.training.core.terms import Rows, TermSettings
 
 _HORIZONS = tuple(10.0**power for power in range(9))
 _MOST_ROWS = 2048
@@ -51,6 +52,7 @@ class OutcomeMeter:
         held_out: whether training does not see them.
         capture: given a model and a batch, runs a forward and returns the captured inputs of ``sites`` and ``head``.
         terms, settings: the objective; terms of harmful rows are measured, summed over sites by their weights.
+        on_weights: values of the terms on weights, given a model.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class OutcomeMeter:
         capture: Callable[[nn.Module, dict[str, Any]], Captured],
         sites: Mapping[str, float],
         head: str,
-        terms: Sequence[Term],
+        terms: Sequence[AnyTerm],
         settings: TermSettings,
+        on_weights: Callable[[nn.Module], dict[str, float]] | None = None,
     ):
         chosen = pick_rows(labels)
         self._labels = torch.tensor([labels[row] for row in chosen])
@@ -73,7 +76,8 @@ class OutcomeMeter:
             Subset(rows, chosen), batch_size=_BATCH, collate_fn=collate, generator=torch.Generator().manual_seed(0)
         )
         self._capture, self._sites, self._head = capture, dict(sites), head
-        self._terms, self._settings = [term for term in terms if term.side == "harmful"], settings
+        self._judged = [term for term in terms if term.side == "harmful"]
+        self._terms, self._settings, self._on_weights = on_features(self._judged), settings, on_weights
         self.held_out = held_out
         self.before: Measured | None = None
 
@@ -107,6 +111,7 @@ class OutcomeMeter:
                 rows = Rows(to_double(whole[site]), self._labels, whole[site].dtype)
                 values.append(share * float(term.measure(rows, self._settings)))
             terms[term.name] = sum(values)
+        terms |= self._on_weights(model) if self._on_weights else {}
         return Measured(terms, _probe(whole[self._head], self._labels))
 
     def record(self, model: nn.Module) -> OutcomeRecord | None:
@@ -116,7 +121,7 @@ class OutcomeMeter:
         after = self.measure(model)
         counts = self._labels.bincount()
         chance = float(counts.max() / counts.sum())
-        immunized, told = judge(self.before, after, chance, self._terms, self.held_out)
+        immunized, told = judge(self.before, after, chance, self._judged, self.held_out)
         return OutcomeRecord(
             rows=len(self._labels), held_out=self.held_out, chance=chance,
             probe_before=self.before.probe, probe_after=after.probe,
@@ -133,7 +138,7 @@ def _probe(features_ND: Tensor, labels_N: Tensor) -> float:
 
 
 def judge(
-    before: Measured, after: Measured, chance: float, terms: Sequence[Term], held_out: bool
+    before: Measured, after: Measured, chance: float, terms: Sequence[AnyTerm], held_out: bool
 ) -> tuple[bool, str]:
     """Whether the objective reached what it is for, and that in one line.
 

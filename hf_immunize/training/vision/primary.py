@@ -71,8 +71,12 @@ def wrong_labels(labels: Tensor, kind: str, classes: int) -> Tensor:
     return 1 - labels if kind == MULTI else labels.roll(1, dims=0)
 
 
-def divergence(outputs: Tensor, target: Tensor, kind: str) -> Tensor:
-    """How far outputs are from θ₀'s: KL(softmax ‖ softmax) per row, KL of independent bits, or mean squared error."""
+def divergence(outputs: Tensor, target: Tensor, kind: str, temperature: float = 1.0) -> Tensor:
+    """How far outputs are from θ₀'s: KL(softmax ‖ softmax) per row, KL of independent bits, or mean squared error.
+
+    Both are divided by ``temperature`` first, and nothing is multiplied back: see ``temperature_of``.
+    """
+    outputs, target = outputs / temperature, target / temperature
     if kind == REGRESSION:
         return functional.mse_loss(outputs, target)
     if kind == MULTI:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 
-class GatedPushMixin:
-    """Replaces every push of ``Trainer``: nothing goes out without a certificate for exactly those weights."""
-
-    args: Any
+class GatedTrainer(Trainer):
+    """A ``Trainer`` that pushes through the gate alone: nothing goes out without a certificate for its weights."""
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Nothing to do before there is something to publish: the gate creates the repository."""

@@ -60,8 +60,10 @@ def refuse_unsupported(args: Any) -> None:
         _refuse_accelerate_fsdp("the fsdp option")
     _refuse_precision(args)
     _refuse_with_checkpointing(args)
-    if args.attacker_lora_rank:
+    if args.attacker_rank and ("imma" in args.objectives or "simulated_attack" not in args.objectives):
         _refuse_with_lora(args)
+    if "simulated_attack" in args.objectives:
+        _refuse_with_attack(args)
     if args.cache_frozen_features and args.augmentation:
         raise ConfigError(
             "expected cache_frozen_features or augmentation, got both: cached activations are of unchanged images."
@@ -106,13 +108,22 @@ def _refuse_with_lora(args: Any) -> None:
     """What the attacker's LoRA updates cannot be combined with: other terms would see an attacked model's features."""
     if args.objective.strip() != "imma" or args.sites != "head":
         raise ConfigError(
-            f"expected objective imma alone at sites=head with attacker_lora_rank, got {args.objective} at "
-            f"{args.sites}: set attacker_lora_rank=0 for other objectives and sites."
+            f"expected objective imma alone at sites=head with attacker_rank, got {args.objective} at "
+            f"{args.sites}: set attacker_rank=0 for other objectives and sites."
         )
     if args.activation_checkpointing or args.cache_frozen_features:
         raise ConfigError(
-            "expected neither activation_checkpointing nor cache_frozen_features with attacker_lora_rank, got one: a "
+            "expected neither activation_checkpointing nor cache_frozen_features with attacker_rank, got one: a "
             "forward that is repeated or begins late would not have the attacker's updates."
+        )
+
+
+def _refuse_with_attack(args: Any) -> None:
+    """An attacker of all weights trains the frozen part as well, and an image model's has no exact gradient."""
+    if args.cache_frozen_features and not args.attacker_rank:
+        raise ConfigError(
+            "expected attacker_rank of at least 1 for simulated_attack with cache_frozen_features, got 0: an attacker "
+            "of all weights trains the part whose activations are cached. Set attacker_rank, or turn the cache off."
         )
 
 
@@ -208,7 +219,7 @@ def _refuse_sharded(args: Any, model: nn.Module) -> None:
         "distillation": args.distillation > 0,
         "feature_distillation": args.feature_distillation > 0,
         "max_primary_drop": args.max_primary_drop is not None,
-        "attacker_lora_rank": args.attacker_lora_rank > 0,
+        "attacker_rank": args.attacker_rank > 0,
     }
     asked = [name for name, on in needs_whole.items() if on]
     if asked and is_sharded(model):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from hf_immunize.data import NamedRows, collate_pixels, has_transform, named_workers, output_names
@@ -18,16 +21,21 @@ from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.training.core.average import WeightAverage
-from hf_immunize.training.core.distributed import mean_over_ranks
+from hf_immunize.training.core.distributed import mean_over_ranks, world
 from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
-from hf_immunize.training.core.objective import GlobalObjective
-from hf_immunize.training.core.terms import TermSettings, terms_of
+from hf_immunize.training.core.preconditioning import Preconditioner
+from hf_immunize.training.core.references import ReferenceGradients
+from hf_immunize.training.core.registry import terms_of
+from hf_immunize.training.core.state import CheckpointState
 from hf_immunize.training.core.watch import Watch
-from hf_immunize.training.vision.checkpointing import StrictCheckpointMixin
+from hf_immunize.training.vision.callbacks import Averaging, Watching
+from hf_immunize.training.vision.checkpointing import StrictTrainer
 from hf_immunize.training.vision.checks import check_data, check_harmful, check_unlabelled, head_of, matched
 from hf_immunize.training.vision.config import ImmunizationConfig
-from hf_immunize.training.vision.distillation import feature_distance
+from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly, feature_distance
+from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.frozen import (
     BoundaryDataset,
     FeatureCache,
@@ -35,12 +43,9 @@ from hf_immunize.training.vision.frozen import (
     collate_with_boundary,
     freeze_all_but,
 )
-from hf_immunize.training.vision.guarding import GuardedMixin
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
-from hf_immunize.training.vision.norms import frozen_statistics
 from hf_immunize.training.vision.outcome import OutcomeMeter
-from hf_immunize.training.vision.preconditioning import Preconditioner
 from hf_immunize.training.vision.primary import (
     METRICS,
     REGRESSION,
@@ -51,39 +56,20 @@ from hf_immunize.training.vision.primary import (
     check_primary_labels,
     collate_with_labels,
     divergence,
+    wrong_labels,
 )
-from hf_immunize.training.vision.publishing import GatedPushMixin
+from hf_immunize.training.vision.rows_of_step import rows_of_step
+from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
 from hf_immunize.training.vision.sites import choose_layouts, choose_sites
-from hf_immunize.training.vision.steps import StepMixin
 from hf_immunize.training.vision.support import refuse_accelerator, refuse_model, refuse_sites, refuse_terms
 
 logger = logging.get_logger(__name__)
 
-
-class _Averaging(TrainerCallback):
-    """Takes each optimizer step's weights into the moving average."""
-
-    def __init__(self, average: WeightAverage, bare: Callable[[], nn.Module]):
-        self._average, self._bare = average, bare
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After ``optimizer.step()``."""
-        self._average.update(self._bare())
+_REFERENCE_STEPS = 8
+"""Steps whose wrong-label gradients G is the mean of."""
 
 
-class _Watching(TrainerCallback):
-    """Stops a run whose numbers are not finite, however rarely it logs."""
-
-    def __init__(self, watch: Watch):
-        self._watch = watch
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After every optimizer step; values are read when that costs nothing, or has waited long enough."""
-        if self._watch.is_due:
-            self._watch.settle()
-
-
-class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, StepMixin, Trainer):
+class ImmunizationTrainer(StrictTrainer):
     """A ``Trainer`` that immunizes: primary loss + λ·terms on features of primary and harmful rows.
 
     Used as any Trainer, plus ``harmful_dataset``. The model passed in is θ₀: distillation and the utility guard
@@ -136,12 +122,10 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self.kind, *labels = check_data(model, train_dataset, harmful_dataset, eval_dataset)
         if self.kind == UNLABELLED:
             check_unlabelled(model, args, train_dataset, self.site)
-        sample = torch.as_tensor(train_dataset[0]["pixel_values"])
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset = harmful_eval_dataset
         held = None if harmful_eval_dataset is None else check_harmful(harmful_eval_dataset, "harmful_eval_dataset")
-        self._choose_sites(model, args, train_dataset[0])
-        self._set_up(model, args, sample, max(labels[1]) + 1)
+        self._look_at(model, args, train_dataset[0])
         self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
         super().__init__(
@@ -158,73 +142,62 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         # for models that accept loss kwargs.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        harmful = self._set_up_rest(model, data_collator, *labels)
-        self._outcome_meter = self._make_outcome(harmful, labels[1], held)
-
-    def _choose_sites(self, model: nn.Module, args: ImmunizationConfig, row: dict[str, Any]) -> None:
-        """Sites with their weights, and how an input there, or at the head, becomes one row per image."""
-        sample = torch.as_tensor(row["pixel_values"])
-        self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
-        refuse_sites(model, self.site_weights)
-        self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
-
-    def _set_up(self, model: nn.Module, args: ImmunizationConfig, sample: Tensor, harmful_classes: int) -> None:
-        """Everything of ours that Trainer's own constructor does not need to have run for."""
-        terms = terms_of(args.objective)
-        refuse_terms(args, terms)
-        metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
-        self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
-        self.watch = Watch(terms)
-        self.meter = Meter(self.watch)
-        self.frozen = FrozenPart(model, sample.shape)
-        self.objective = GlobalObjective(
-            terms,
-            TermSettings(
-                horizons=args.horizons,
-                memorization=args.memorization,
-                group_rows=args.harmful_group_rows,
-                attacker_steps=args.attacker_steps,
-                harmful_classes=harmful_classes,
-            ),
-            self.site_weights,
-            weight=args.weight,
-            strength=args.strength,
-            shares=args.term_shares,
-            bank_rows=args.feature_bank_rows,
-            meter=self.meter,
-        )
-        self.preconditioner = (
-            Preconditioner(model, args.precondition_gradients, args.precondition_ridge)
-            if args.precondition_gradients
-            else None
-        )
-        self._planned = None
-        self._place = 0
-        self.guard_record = None
-        self.outcome: OutcomeRecord | None = None
-        """Whether it worked; set when training ends."""
-
-    def _set_up_rest(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
-        """What needs Trainer's own constructor to have run: devices, callbacks, precision."""
-        args = self.args
-        guarded = args.max_primary_drop is not None
-        self._initial = {k: v.cpu().clone() for k, v in model.state_dict().items()} if guarded else None
-        self.add_callback(_Watching(self.watch))
-        self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
-        if self.average:
-            self.add_callback(_Averaging(self.average, lambda: self.accelerator.unwrap_model(self.model)))
-        harmful, self._cache = self.harmful_dataset, None
-        if args.cache_frozen_features:
-            harmful = self._use_cache(model, collator, primary_labels, harmful_labels)
+        self._build_engine(model, max(labels[1]) + 1)
+        harmful = self._use_cache(model, data_collator, *labels) if args.cache_frozen_features else harmful_dataset
         self.trained_on = {"primary": self.train_dataset, "harmful": harmful}
         asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
         self.teacher = self._frozen_copy() if asked else None
-        self._harmful = self._stream(harmful, harmful_labels)
+        self._streams = {name: self._stream(harmful, labels[1], name) for name in ("harmful", "attack")}
+        self._outcome_meter = self._make_outcome(harmful, labels[1], held)
+
+    def _look_at(self, model: nn.Module, args: ImmunizationConfig, row: dict[str, Any]) -> None:
+        """Sites with their weights, how an input there or at the head becomes one row per image, the frozen part."""
+        sample = torch.as_tensor(row["pixel_values"])
+        self.terms = terms_of(args.objective)
+        refuse_terms(args, self.terms)
+        self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
+        refuse_sites(model, self.site_weights)
+        self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
+        self.frozen = FrozenPart(model, sample.shape)
+        self._cache: FeatureCache | None = None
+
+    def _build_engine(self, model: nn.Module, harmful_classes: int) -> None:
+        """The step, the guard and what they are measured and kept by."""
+        args = self.args
+        metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
+        self.watch = Watch(self.terms)
+        self.meter = Meter(self.watch)
         self.attacker = None
-        if args.attacker_lora_rank:
-            rank, rate = args.attacker_lora_rank, args.attacker_lora_rate
+        if args.attacker_rank and "imma" in args.objectives:
+            rank, rate = args.attacker_rank, args.attacker_learning_rate
             self.attacker = LoraAttacker(model, self.site, rank=rank, rate=rate, seed=args.seed)
-        return harmful
+        patterns = args.precondition_gradients
+        self.preconditioner = Preconditioner(model, patterns, args.precondition_ridge) if patterns else None
+        self.forwards = Forwards(
+            args, kind=self.kind, head=self.site, sites=list(self.site_weights),
+            layers=list(self.preconditioner.layers) if self.preconditioner else [], layouts=self.layouts,
+            frozen=self.frozen, attacker=self.attacker, context=self.compute_loss_context_manager,
+        )
+        task = attacked_task(self.forwards, model, self._attack_batch, harmful_classes)
+        self.settings = settings_of(args, harmful_classes)
+        self.step = build_step(
+            args, self.terms, self.settings, self.site_weights, task, self.preconditioner, self.meter
+        )
+        self.objective = self.step.objective
+        self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
+        self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
+        told = f"max_primary_drop={args.max_primary_drop}"
+        self.guarded = GuardedRun(self.guard, self.watch, self.step, model, told)
+        self.temperature = Temperature()
+        self.guard_record = None
+        self.outcome: OutcomeRecord | None = None
+        """Whether it worked; set when training ends."""
+        parts = {"step": self.step, "average": self.average, "attacker": self.attacker}
+        parts |= {"temperature": self.temperature} if args.distillation else {}
+        self.checkpoint_state = CheckpointState(parts, self.guard, self.watch)
+        self.add_callback(Watching(self.watch))
+        if self.average:
+            self.add_callback(Averaging(self.average, lambda: self.bare))
 
     def _make_outcome(self, harmful: Any, labels: list[int], held: list[int] | None) -> OutcomeMeter:
         """Measures the held-out harmful rows, or those that are trained on."""
@@ -237,17 +210,12 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             NamedRows(rows, "harmful_dataset" if held is None else "harmful_eval_dataset"),
             labels if held is None else held,
             held_out=held is not None, collate=self.data_collator, capture=self._capture_rows,
-            sites={site: weights.site_share for site, weights in self.objective.weights.items()}, head=self.site,
-            terms=self.objective.terms, settings=self.objective.settings,
+            sites=self.site_weights, head=self.site, terms=self.terms, settings=self.settings,
+            on_weights=self.step.weight_terms.values if self.step.weight_terms else None,
         )
 
     def _capture_rows(self, model: nn.Module, batch: dict[str, Any]) -> Captured:
-        """Inputs of the sites and of the head in one forward of harmful rows."""
-        batch = self._prepare_inputs(batch)
-        names = {name: self.layouts.get(name) for name in dict.fromkeys([*self.objective.sites, self.site])}
-        with self.compute_loss_context_manager(), capture_inputs(model, names) as caught:
-            self._forward(model, batch)
-        return caught
+        return self.forwards.at_sites_and_head(model, self._prepare_inputs(batch))
 
     def _use_cache(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
         """Put cached activations in the place of all images; returns the harmful rows."""
@@ -278,65 +246,94 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         self._cache = cache
         return cache.dataset(self.harmful_dataset, harmful_labels, "harmful_dataset")
 
-    def _stream(self, dataset: Any, labels: list[int]) -> HarmfulStream:
+    def _stream(self, dataset: Any, labels: list[int], name: str) -> HarmfulStream:
         args = self.args
+        seed = args.data_seed if args.data_seed is not None else args.seed
         return HarmfulStream(
             dataset,
             labels,
             self.data_collator,
             rows_per_device=args.per_device_harmful_batch_size,
             classes_per_batch=args.harmful_classes_per_batch,
-            seed=args.data_seed if args.data_seed is not None else args.seed,
+            seed=seed if name == "harmful" else seed + 1_000_003,
             rank=args.process_index,
             world_size=args.world_size,
             workers=args.dataloader_num_workers,
             timeout=args.dataloader_timeout,
         )
 
+    def _attack_batch(self, place: int) -> dict[str, Any]:
+        """Batch ``place`` of the rows that simulated attackers learn from."""
+        return self._prepare_inputs(self._streams["attack"].batch(place))
+
+    def _frozen_copy(self) -> nn.Module:
+        return copy.deepcopy(self.bare).requires_grad_(False).eval()
+
+    # ---- what Trainer asks for ------------------------------------------------------------------------------------
+
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; rows that cannot be read are named, and workers get a time limit.
 
         What a transform reads is kept; of what it makes, the collator drops what no forward takes.
         """
-        if hasattr(dataset, "column_names") and not has_transform(dataset):
-            dataset = self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
+        dataset = self._readable(dataset, description)
         name = "train_dataset" if description == "Training" else "eval_dataset"
         loader = super()._get_dataloader(NamedRows(dataset, name), description, *args, **kwargs)
         if self.args.dataloader_num_workers:
             getattr(loader, "base_dataloader", loader).timeout = self.args.dataloader_timeout
         return loader
 
+    def _readable(self, dataset: Any, description: str) -> Any:
+        """Without columns that no forward takes."""
+        if hasattr(dataset, "column_names") and not has_transform(dataset):
+            return self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
+        return dataset
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; a worker that fails is named."""
         with named_workers("eval_dataset", self.args.dataloader_timeout):
             return super().evaluation_loop(*args, **kwargs)
 
-    def _frozen_copy(self) -> nn.Module:
-        teacher = copy.deepcopy(self.accelerator.unwrap_model(self.model))
-        return teacher.requires_grad_(False).eval()
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
         with named_workers("train_dataset", self.args.dataloader_timeout):
-            self._outcome_meter.start(self.accelerator.unwrap_model(self.model))  # the model is θ₀ until it is loaded
+            self._outcome_meter.start(self.bare)  # the model is θ₀ until a checkpoint is loaded
             if not resume_from_checkpoint:
                 if self.eval_dataset is not None and self.kind != UNLABELLED:
                     self.guard.base = self._measure_base()
                 self._measure_references()
+                if self.args.distillation:
+                    self._measure_temperature()
                 set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._finish()
         return output
 
-    def _measure_base(self) -> float:
-        """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
-        if self._base_labels is None:
-            return self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
-        self._base_labels.open = True
-        points = self._metric_points(self.evaluate(metric_key_prefix="base"), "base")
-        config = self.accelerator.unwrap_model(self.model).config
-        self._base_labels.refuse_other_order(output_names(config.id2label), "eval_dataset")
-        return points
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        done = self.state.global_step
+        self.watch.step = done + 1
+        samples = rows_of_step(samples, self._streams["harmful"], self.args, done)
+        if self.attacker:
+            assert self.objective is not None
+            prepared = [self._prepare_inputs(sample["harmful"]) for sample in samples]
+            loss = learn_attack(self.attacker, self.forwards, self.objective, self.bare, prepared, done)
+            self.meter.add({"attacker_lora_loss": loss})
+        every = int(self.args.logging_steps)
+        spectra = every > 0 and (done + 1) % every == 0
+        self.step.begin([partial(self._ahead, place, sample) for place, sample in enumerate(samples)], spectra=spectra)
+        return samples, items
+
+    def _ahead(self, place: int, sample: dict[str, Any]) -> Any:
+        return self.forwards.ahead(self.bare, self._prepare_inputs(sample), self.state.global_step, place)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Trainer; the last micro-batch of a step brings the gradients of the terms on weights."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.step.add_weight_gradients(self.bare, self.state.global_step)
+        return loss
 
     def compute_loss(
         self,
@@ -348,32 +345,26 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
         """Primary loss + distillation + λ·terms while training; the plain loss during evaluation."""
         bare = self.accelerator.unwrap_model(model)
         if not model.training or "harmful" not in inputs:
-            with self._entered(bare, inputs) as plain:
+            with self.forwards.entered(bare, inputs) as plain:
                 return super().compute_loss(model, plain, return_outputs=return_outputs)
-        harmful = inputs["harmful"]
         primary = {name: value for name, value in inputs.items() if name != "harmful"}
         self.frozen.hold(bare)
-        place = self._micro_batch()
-        with self._same_draws(place) if self._planned is not None else contextlib.nullcontext():
-            with frozen_statistics(bare, every=self.args.freeze_norm_statistics), self._watched(bare) as caught_primary:
-                with self._entered(bare, primary) as plain:
+        draws = self.forwards.same_draws(self.state.global_step, self.step.place)
+        caught = {}
+        with draws if self.step.looks_ahead else contextlib.nullcontext():
+            with self.forwards.side(bare, "primary") as caught["primary"]:
+                with self.forwards.entered(bare, primary) as plain:
                     loss, outputs = super().compute_loss(model, plain, return_outputs=True)
-            with frozen_statistics(bare, every=True), self._watched(bare) as caught_harmful:
-                self._forward(model, harmful, attacked=True)
-        caught = {"primary": caught_primary, "harmful": caught_harmful}
-        plan = self._planned[place] if self._planned is not None else self._plan_of([self._micro(caught, inputs)])[0]
+            if self.objective is not None:
+                with self.forwards.side(bare, "harmful") as caught["harmful"]:
+                    self.forwards.features(model, bare, inputs["harmful"], attacked=True)
         self.meter.add({"primary_loss": mean_over_ranks(loss)})
-        total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught_primary)
-        total = total + self._inject(caught, plan)
+        total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught["primary"])
+        if self.objective is not None:
+            # The Trainer divides by the number of micro-batches, and DDP by that of ranks.
+            scale = world()[1] * self.current_gradient_accumulation_steps
+            total = total + self.step.injected(self.forwards.measured(caught, inputs), scale)
         return (total, outputs) if return_outputs else total
-
-    @contextlib.contextmanager
-    def _entered(self, bare: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Inputs of a forward: pixels, or a placeholder where it starts at cached activations; float targets."""
-        with self.frozen.entered(bare, inputs) as plain:
-            if self.kind == REGRESSION and "labels" in plain:
-                plain = plain | {"labels": plain["labels"].float()}
-            yield plain
 
     def _distill(self, primary: dict[str, Any], outputs: Any, caught: Captured) -> Tensor | float:
         """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
@@ -387,7 +378,8 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             target, features = theirs.get("logits"), teacher[self.site]
         total: Tensor | float = 0.0
         if self.args.distillation:
-            distance = divergence(outputs["logits"], target.to(outputs["logits"].dtype), self.kind)
+            ours, temperature = outputs["logits"], self.temperature.value
+            distance = divergence(ours, target.to(ours.dtype), self.kind, temperature)
             self.meter.add({"distillation": mean_over_ranks(distance)})
             total = total + self.args.distillation * distance
         if features is not None and self.args.feature_distillation:
@@ -395,6 +387,101 @@ class ImmunizationTrainer(GatedPushMixin, StrictCheckpointMixin, GuardedMixin, S
             self.meter.add({"feature_distillation": mean_over_ranks(distance)})
             total = total + self.args.feature_distillation * distance
         return total
+
+    # ---- measuring before, between and after ----------------------------------------------------------------------
+
+    def _measure_base(self) -> float:
+        """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
+        if self._base_labels is None:
+            return self._points(self.evaluate(metric_key_prefix="base"), "base")
+        self._base_labels.open = True
+        points = self._points(self.evaluate(metric_key_prefix="base"), "base")
+        self._base_labels.refuse_other_order(output_names(self.bare.config.id2label), "eval_dataset")
+        return points
+
+    @torch.no_grad()
+    def _measure_temperature(self) -> None:
+        """The temperature of distillation, from θ₀'s outputs on a choice of rows that no rank or batch decides."""
+        bare, outputs, labels = self.bare.eval(), [], []
+        rows = evenly(self._readable(self.train_dataset, "Temperature"), ROWS)
+        for batch in DataLoader(rows, 32, collate_fn=self.data_collator, generator=torch.Generator()):
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                outputs.append(self.forwards.features(bare, bare, batch)["logits"].double().cpu())
+            labels.append(batch["labels"].cpu())
+        self.temperature.measure(torch.cat(outputs), torch.cat(labels), self.kind)
+
+    def _measure_references(self) -> None:
+        """G wherever a balance needs it and has none yet: the primary loss's pull with every label wrong.
+
+        A task without labels cannot be wrong; there the gradient of its loss as it is has to do.
+        """
+        waiting = {site: weights for site, weights in self.step.weights.items() if weights.needs_reference}
+        if not waiting:
+            return
+        cut, steps = self.args.gradient_accumulation_steps, []
+        trained = [part for part in self.bare.parameters() if part.requires_grad and "" in waiting]
+        self.bare.eval()
+        for place, inputs in enumerate(self.get_train_dataloader()):
+            if place == _REFERENCE_STEPS * cut:
+                break
+            if place % cut == 0:
+                steps.append(ReferenceGradients([site for site in waiting if site], trained))
+            steps[-1].add(*self._wrong_loss(self._prepare_inputs(inputs), [site for site in waiting if site]))
+        for site, weights in waiting.items():
+            found = [step.at_sites()[site] if site else step.at_weights() for step in steps]
+            weights.reference = torch.stack(found).mean()
+
+    def _wrong_loss(self, inputs: dict[str, Any], sites: Sequence[str]) -> tuple[Tensor, Captured]:
+        if self.kind != UNLABELLED:
+            inputs = {**inputs, "labels": wrong_labels(inputs["labels"], self.kind, self.bare.config.num_labels)}
+        with capture_inputs(self.bare, self.forwards.laid_out(sites)) as caught:
+            with self.forwards.entered(self.bare, inputs) as plain:
+                with torch.enable_grad(), self.compute_loss_context_manager():
+                    return self.bare(**plain).loss, caught
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of what was measured since the last log. A log only tells: see ``Watch`` for what decides.
+
+        A number that is not defined, as log κ of features that have collapsed to a point, is left out.
+        """
+        if "loss" in logs:
+            means = {name: value for name, value in self.meter.drain().items() if math.isfinite(value)}
+            logs = {**logs, **means, "strength": self.step.strength}
+        super().log(logs, start_time)
+
+    def _points(self, metrics: dict[str, float], prefix: str = "eval") -> float:
+        key = f"{prefix}_{self.guard.metric}"
+        if key not in metrics:
+            raise ConfigError(f"expected metric {self.guard.metric!r} in {sorted(metrics)}: set guard_metric.")
+        return 100.0 * metrics[key]
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """An evaluation during training, of the averaged weights where there are such: they are what is returned."""
+        with self.average.swapped(self.bare) if self.average else contextlib.nullcontext():
+            metrics = super()._evaluate(*args, **kwargs)
+            if self.guarded.on:
+                self.log(self._checked(metrics))
+        return metrics
+
+    def _checked(self, metrics: dict[str, float]) -> dict[str, float]:
+        return self.guarded.check(self.state.global_step, self._points(metrics), self.state.max_steps)
+
+    def _finish(self) -> None:
+        """Give the model the weights that are returned, and say whether they are what was asked for."""
+        self._refuse_ruined()
+        if self.average:
+            self.average.copy_to(self.bare)
+        if self.guarded.on:
+            if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
+                self.log(self._checked(self.evaluate()))
+            self.guard_record = self.guarded.finish(
+                lambda: self._points(self.evaluate(metric_key_prefix="final"), "final")
+            )
+        self.outcome = self._outcome_meter.record(self.bare)
+        if self.outcome is not None:
+            self.log({"harmful_probe_before": self.outcome.probe_before, "harmful_probe": self.outcome.probe_after})
+            logger.warning(self.outcome.told)
 
 
 __all__ = ["BoundaryDataset", "ImmunizationTrainer"]

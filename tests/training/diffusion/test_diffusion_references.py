@@ -10,7 +10,7 @@ from hf_immunize.training.diffusion.references import WrongTargetGradients, wron
 
 def test_a_step_of_two_micro_batches_has_the_norms_of_their_mean(make_trainer):
     trainer = make_trainer(objective="condition_number", dtype=torch.float64)
-    sites = trainer.terms.layouts
+    sites = trainer.layouts
     one, two = (trainer._batch(trainer.streams.retain, micro) for micro in (0, 1))
     joined = WrongTargetGradients(trainer.denoiser, trainer.bare, sites)
     for batch in (one, two):

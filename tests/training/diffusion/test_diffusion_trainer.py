@@ -197,7 +197,7 @@ def test_with_an_average_the_average_is_judged_and_returned(make_trainer):
         validate=lambda model, step: seen.append((step, model.training, weights(model))),
     )
     trainer.train()
-    shadow = dict(zip([n for n, _ in trainer.bare.named_parameters()], trainer.average.shadow_params, strict=True))
+    shadow = trainer.average.mean
     assert all(torch.equal(value, shadow[name]) for name, value in trainer.bare.named_parameters())
     assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False)]
     assert not equal(seen[0][2], seen[1][2]) and equal(seen[1][2], weights(trainer.bare))
@@ -276,7 +276,7 @@ def test_divergence_and_lack_of_memory_are_errors_that_name_the_knobs(make_train
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DeviceMemoryError, match="model, optimizer and the cop"):
-        patch.setattr("hf_immunize.training.diffusion.setup.SimulatedAttack.of", exhausted)
+        patch.setattr("hf_immunize.training.core.simulated.SimulatedAttack.__init__", exhausted)
         make_trainer(objective="simulated_attack")
     for place in ("compute_gradients", "_measure_base", "optimizer.step"):
         trainer = make_trainer()

@@ -57,7 +57,8 @@ def test_copies_follow_and_every_part_gets_its_own_class_back(make_trainer):
     model = build_denoiser("dit")
     kinds = [type(module) for module in model.modules()]
     trainer = make_trainer("dit", model=model, objective="simulated_attack", attacker_steps=1, max_steps=1)
-    assert isinstance(trainer.terms.attack._attacker.model.transformer_blocks[0].norm1.emb.class_embedder,
+    (attack,) = trainer.terms.weight_terms.objectives.values()
+    assert isinstance(attack._attacker.model.transformer_blocks[0].norm1.emb.class_embedder,
                       draws._SharedLabelEmbedding)
     trainer.train()
     assert [type(module) for module in trainer.bare.modules()] == kinds

@@ -10,9 +10,11 @@ from denoiser_builders import build_denoiser, build_examples, build_scheduler
 from safetensors.torch import load_file
 
 from hf_immunize.diffusion import NoiseProcess, denoiser_of
-from hf_immunize.training.diffusion.attacker import Attacker
+from hf_immunize.training.core.attacker import Attacker
+from hf_immunize.training.core.simulated import SimulatedAttack
 from hf_immunize.training.diffusion.factors import put_factors
-from hf_immunize.training.diffusion.simulated import SimulatedAttack
+from hf_immunize.training.diffusion.setup import denoising_task
+from hf_immunize.training.diffusion.sites import attention_projections
 from hf_immunize.training.diffusion.stream import NoisyStream
 
 
@@ -24,9 +26,8 @@ def attack_of(model, steps=3, rank=0, rate=1e-2):
     def batches(step, k):
         return stream.batch(step * (steps + 1) + k, torch.device("cpu"), torch.float64)
 
-    made = SimulatedAttack(
-        denoiser_of(model), model, batches, steps=steps, learning_rate=rate, rank=rank, seed=0
-    )
+    task = denoising_task(denoiser_of(model), model, batches, 0)
+    made = SimulatedAttack(task, steps=steps, learning_rate=rate, rank=rank)
     return made, batches
 
 
@@ -191,7 +192,7 @@ def test_two_sets_of_factors_beside_one_set_of_weights_are_the_attack_written_ou
     own = sum(p.numel() for p in attacker.model.parameters() if not any(p is other for other in held.values()))
     assert own < 0.5 * sum(p.numel() for p in plain.parameters())
 
-    drawn = Attacker(denoiser_of(model), model, 2)
+    drawn = Attacker(model, attention_projections(denoiser_of(model), model), 2)
     drawn.draw_factors(0, "lora", 5)
     names = [name for name in flags if "lora_A" in name]
     parts = dict(drawn.model.named_parameters())

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from hf_immunize.diffusion import NoiseProcess, denoiser_of
 from hf_immunize.errors import ConfigError, ModelError
+from hf_immunize.training.core.simulated import SimulatedAttack
 from hf_immunize.training.diffusion import unrolled
-from hf_immunize.training.diffusion.simulated import SimulatedAttack
+from hf_immunize.training.diffusion.setup import denoising_task
 from hf_immunize.training.diffusion.stream import NoisyStream
 from hf_immunize.training.diffusion.unrolled import UnrolledAttack, opaque_operations
 
@@ -30,7 +31,7 @@ def attack_of(model, family="unet", kind=UnrolledAttack, steps=3, rank=0, rate=1
     def batches(step, k):
         return stream.batch(step * (steps + 1) + k, torch.device(device), dtype)
 
-    made = kind(denoiser_of(model), model, batches, steps=steps, learning_rate=rate, rank=rank, seed=0)
+    made = kind(denoising_task(denoiser_of(model), model, batches, 0), steps=steps, learning_rate=rate, rank=rank)
     made.ceiling = ceiling
     return made, batches
 
@@ -276,8 +277,11 @@ def test_on_a_cuda_device_in_float32_it_is_that_of_the_cpu_in_float64(family):
 
 
 def test_it_is_off_by_default_and_only_for_the_simulated_attack(make_trainer):
-    assert type(make_trainer(objective="simulated_attack").terms.attack) is SimulatedAttack
-    assert type(make_trainer(**SECOND).terms.attack) is UnrolledAttack
+    def attack(**options):
+        return make_trainer(**options).terms.weight_terms.objectives["harmful_simulated_attack"]
+
+    assert type(attack(objective="simulated_attack")) is SimulatedAttack
+    assert type(attack(**SECOND)) is UnrolledAttack
     for objective in ("condition_number", "imma"):
         with pytest.raises(ConfigError, match="attacker_second_order"):
             make_trainer(objective=objective, attacker_second_order=True, trainable="attention", attacker_rank=2)

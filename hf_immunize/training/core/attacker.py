@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.diffusion import Denoiser
-from hf_immunize.training.diffusion.sites import attention_projections
-from hf_immunize.training.diffusion.stream import generator_of
+from hf_immunize.training.core.draws import generator_of
 
 _NAME = "attacker"
 
@@ -22,6 +20,9 @@ class Attacker:
     those that the defender does not train either are held once, by both. A defender that trains LoRA factors as well
     has its factors beside the attacker's in the same layers; both updates are added.
 
+    Args:
+        layers: names of the linear layers that get factors; none for rank 0.
+
     Attributes:
         model: the attacked network, in training mode.
         weights: its tensors by the defended model's names.
@@ -30,13 +31,13 @@ class Attacker:
         wanted: names of the weights the defender trains (all for rank 0), at which a gradient is asked for.
     """
 
-    def __init__(self, denoiser: Denoiser, model: nn.Module, rank: int):
+    def __init__(self, model: nn.Module, layers: Sequence[str], rank: int):
         mine = dict(model.named_parameters())
         shared = [parameter for parameter in mine.values() if rank and not parameter.requires_grad]
         self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
         self.model.train()
         if rank:
-            _add_factors(denoiser, self.model, rank)
+            _add_factors(self.model, layers, rank)
         named = dict(self.model.named_parameters())
         self.factors = [parameter for name, parameter in named.items() if f".{_NAME}." in name]
         plain = {name if name in mine else name.replace(".base_layer.", "."): p for name, p in named.items()}
@@ -76,12 +77,12 @@ class Attacker:
         return {name: values[self.weights[name]] for name in self.wanted}
 
 
-def _add_factors(denoiser: Denoiser, model: nn.Module, rank: int) -> None:
-    """LoRA factors of the attacker's on every attention projection, active beside those that are there."""
+def _add_factors(model: nn.Module, layers: Sequence[str], rank: int) -> None:
+    """LoRA factors of the attacker's on ``layers``, active beside those that are there."""
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=attention_projections(denoiser, model))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
     if hasattr(model, "peft_config"):  # the defender's; PEFT warns of it, and the layers know their own
         del model.peft_config
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}

@@ -20,76 +20,33 @@ a ceiling; ``attacker_ceiling`` bounds it here as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_immunize.diffusion import Denoiser, denoising_losses
-from hf_immunize.training.core.distributed import mean_over_ranks, world
-from hf_immunize.training.core.terms import Side, Term
-from hf_immunize.training.diffusion.attacker import Attacker
-from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
-from hf_immunize.training.diffusion.draws import same_draws
-from hf_immunize.training.diffusion.stream import NoisyBatch, RenamedStream
-
-_HARMFUL: Side = "harmful"
-
-
-def _unmeasured(rows: object, settings: object) -> Tensor:
-    raise AssertionError("a term on weights is not measured on features")
-
-
-SIMULATED_TERM = Term("harmful_simulated_attack", _HARMFUL, _unmeasured)
+from hf_immunize.training.core.attacker import Attacker
+from hf_immunize.training.core.distributed import mean_of_gradients, mean_over_ranks
+from hf_immunize.training.core.weight_terms import AttackedTask
 
 
 class SimulatedAttack:
     """H and its first-order gradient at the weights of a model.
 
     Args:
-        batches: harmful rows of (optimizer step, k), k = 0..K.
+        task: the harmful loss of a model on the rows of (optimizer step, k), k = 0..K.
         steps, learning_rate, rank: the attacker's; rank 0 trains all weights.
-        seed: of LoRA factors and dropout.
         goes_on: whether factors and moments are kept for the next call (IMMA).
     """
 
-    @classmethod
-    def of(
-        cls, args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, stream: RenamedStream
-    ) -> SimulatedAttack:
-        """The attack that ``args`` describe, on rows of ``stream``."""
-        steps = 1 if args.attacker_goes_on else args.attacker_steps
-        place, width = next(model.parameters()), steps + 1
-        return cls(
-            denoiser,
-            model,
-            lambda step, k: stream.batch(step * width + k, place.device, place.dtype),
-            steps=steps,
-            learning_rate=args.attacker_learning_rate,
-            rank=args.attacker_rank,
-            seed=args.seed,
-            goes_on=args.attacker_goes_on,
-        )
-
     def __init__(
-        self,
-        denoiser: Denoiser,
-        model: nn.Module,
-        batches: Callable[[int, int], NoisyBatch],
-        *,
-        steps: int,
-        learning_rate: float,
-        rank: int,
-        seed: int,
-        goes_on: bool = False,
+        self, task: AttackedTask, *, steps: int, learning_rate: float, rank: int, goes_on: bool = False
     ):
         self._goes_on, self._optimizer = goes_on, None
         self.ceiling = float("inf")
         """c, set once the base's own loss is known."""
-        self._denoiser, self._batches, self._seed = denoiser, batches, seed
-        self._steps, self._rate = steps, learning_rate
-        self._attacker = Attacker(denoiser, model, rank)
+        self._task, self._steps, self._rate = task, steps, learning_rate
+        self._attacker = Attacker(task.model, task.layers if rank else (), rank)
 
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """H and its gradient at the weights of ``model``, by parameter name; equal on every rank."""
@@ -143,7 +100,7 @@ class SimulatedAttack:
         """θ_0 = θ, and fresh factors unless those of the last step go on."""
         self._attacker.start(model)
         if self._optimizer is None:
-            self._attacker.draw_factors(self._seed, "lora", step)
+            self._attacker.draw_factors(self._task.seed, "lora", step)
 
     def _backward(self, step: int, attack_step: int) -> Tensor:
         """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the attacker."""
@@ -154,21 +111,10 @@ class SimulatedAttack:
         for parameter in self._attacker.asked:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._average([parameter.grad for parameter in self._attacker.asked])
+        mean_of_gradients([parameter.grad for parameter in self._attacker.asked])
         return mean_over_ranks(loss)
 
     def _loss(self, step: int, attack_step: int) -> Tensor:
         """Mean harmful loss over this rank's rows; the same draws whenever it is asked."""
         torch.clear_autocast_cache()  # it holds casts of the weights as they were before the attacker's step
-        batch = self._batches(step, attack_step)
-        with same_draws(batch.noisy.device, self._seed, "attack", step, attack_step):
-            answer = self._denoiser.call(self._attacker.model, batch.noisy, batch.timesteps, batch.conditions)
-        return denoising_losses(answer, batch.target).mean()
-
-    @staticmethod
-    def _average(gradients: list[Tensor]) -> None:
-        """Mean over ranks, in place."""
-        if world()[1] > 1:
-            for gradient in gradients:
-                dist.all_reduce(gradient)
-                gradient /= world()[1]
+        return self._task.loss(self._attacker.model, step, attack_step)

@@ -1,0 +1,73 @@
+"""The objectives by name: terms on features or on weights, built in or a user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.training.core.attack_terms import SIMULATED_TERM
+from hf_immunize.training.core.terms import (
+    ADVERSARY,
+    GROUP_KAPPA,
+    IMMA,
+    LOG_KAPPA_H,
+    LOG_KAPPA_P,
+    R_ILL,
+    R_WELL,
+    Term,
+)
+from hf_immunize.training.core.weight_terms import WeightTerm
+
+AnyTerm = Term | WeightTerm
+
+OBJECTIVES: dict[str, tuple[AnyTerm, ...]] = {
+    "condition_number": (R_ILL, R_WELL),
+    "ill_only": (R_ILL,),
+    "opt_kappa": (LOG_KAPPA_H, LOG_KAPPA_P),
+    "group_kappa": (GROUP_KAPPA,),
+    "closed_form_adversary": (ADVERSARY,),
+    "imma": (IMMA,),
+    "simulated_attack": (SIMULATED_TERM,),
+}
+
+
+def register_objective(name: str, *terms: AnyTerm) -> None:
+    """Make a new objective available to ``ImmunizationConfig(objective=name)``. Raises ConfigError for a taken name."""
+    if name in OBJECTIVES or not terms:
+        raise ConfigError(f"expected a new objective name with one term or more, got {name!r} with {len(terms)} terms.")
+    OBJECTIVES[name] = terms
+
+
+def terms_of(objective: str, known: Mapping[str, tuple[AnyTerm, ...]] = OBJECTIVES) -> tuple[AnyTerm, ...]:
+    """Terms of one objective, or of several joined with '+'; a term named twice counts once.
+
+    Raises:
+        ConfigError: an unknown objective.
+    """
+    terms: dict[str, AnyTerm] = {}
+    for name in objective.split("+"):
+        if name.strip() not in known:
+            raise ConfigError(f"expected objectives among {sorted(known)} joined with '+', got {name.strip()!r}.")
+        terms.update({term.name: term for term in known[name.strip()]})
+    return tuple(terms.values())
+
+
+def refuse_one_class(terms: Iterable[AnyTerm], harmful_labels: Iterable[int]) -> None:
+    """Raise DataError where a term tells harmful classes apart and there is one class only."""
+    telling = [term.name for term in terms if term.tells_classes_apart]
+    found = set(harmful_labels)
+    if telling and len(found) < 2:
+        raise DataError(
+            f"expected at least two classes in harmful_dataset for {', '.join(telling)}, which tells them apart, got "
+            f"{len(found)}: choose an objective that does not, such as condition_number, or give the task its classes."
+        )
+
+
+def on_features(terms: Iterable[AnyTerm]) -> tuple[Term, ...]:
+    """Those that are measured at the sites."""
+    return tuple(term for term in terms if isinstance(term, Term))
+
+
+def on_weights(terms: Iterable[AnyTerm]) -> tuple[WeightTerm, ...]:
+    """Those that are measured on the weights."""
+    return tuple(term for term in terms if isinstance(term, WeightTerm))

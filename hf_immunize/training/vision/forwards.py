@@ -1,0 +1,128 @@
+"""Forwards of primary and harmful rows, and what the terms need of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.features import Captured, RowLayout, capture_inputs
+from hf_immunize.training.core.objective import SIDES, MicroBatch
+from hf_immunize.training.core.step import Measured
+from hf_immunize.training.vision.config import ImmunizationConfig
+from hf_immunize.training.vision.frozen import FrozenPart
+from hf_immunize.training.vision.lora_attacker import LoraAttacker
+from hf_immunize.training.vision.norms import frozen_statistics, unlearned_statistics
+from hf_immunize.training.vision.primary import REGRESSION
+
+_NOT_INPUTS = ("labels", "classes", "harmful")
+"""What a batch holds besides the arguments of a forward without loss."""
+
+
+class Forwards:
+    """How this run calls its model.
+
+    Args:
+        kind: of the primary task (``primary.py``).
+        head: the module whose input probes measure.
+        sites: where terms are measured.
+        layers: preconditioned layers, whose inputs are wanted too.
+        layouts: how an input becomes one row per image.
+        frozen: the part that may be skipped.
+        attacker: whose updates harmful forwards have, if there is one.
+        context: precision of a forward.
+    """
+
+    def __init__(
+        self,
+        args: ImmunizationConfig,
+        *,
+        kind: str,
+        head: str,
+        sites: Sequence[str],
+        layers: Sequence[str],
+        layouts: Mapping[str, RowLayout],
+        frozen: FrozenPart,
+        attacker: LoraAttacker | None,
+        context: Callable[[], AbstractContextManager[Any]],
+    ):
+        self.args, self.kind, self.head, self.sites, self.layers = args, kind, head, list(sites), list(layers)
+        self.layouts, self.frozen, self.attacker, self.context = layouts, frozen, attacker, context
+
+    def laid_out(self, names: Sequence[str]) -> dict[str, RowLayout | None]:
+        """Names with their layouts, each once."""
+        return {name: self.layouts.get(name) for name in dict.fromkeys(names)}
+
+    @contextlib.contextmanager
+    def entered(self, bare: nn.Module, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Inputs of a forward: pixels, or a placeholder where it starts at cached activations; float targets."""
+        with self.frozen.entered(bare, dict(inputs)) as plain:
+            if self.kind == REGRESSION and "labels" in plain:
+                plain = plain | {"labels": plain["labels"].float()}
+            yield plain
+
+    def features(self, model: nn.Module, bare: nn.Module, inputs: Mapping[str, Any], *, attacked: bool = False) -> Any:
+        """A forward without labels, for its features; ``attacked``: with the attacker's updates, if it makes any."""
+        updates = self.attacker.attached(bare) if attacked and self.attacker else contextlib.nullcontext()
+        with updates, self.frozen.entered(bare, dict(inputs)) as plain:
+            return model(**{name: value for name, value in plain.items() if name not in _NOT_INPUTS})
+
+    @contextlib.contextmanager
+    def watched(self, bare: nn.Module) -> Iterator[Captured]:
+        """Capture what terms, preconditioner and feature distillation need of one forward."""
+        head = [self.head] if self.args.feature_distillation else []
+        with capture_inputs(bare, self.laid_out([*self.sites, *self.layers, *head])) as caught:
+            yield caught
+
+    @contextlib.contextmanager
+    def side(self, bare: nn.Module, side: str) -> Iterator[Captured]:
+        """Around one forward: BatchNorm statistics as suits the side, and what was caught."""
+        every = self.args.freeze_norm_statistics or side == "harmful"
+        with frozen_statistics(bare, every=every), self.watched(bare) as caught:
+            yield caught
+
+    def measured(self, caught: Mapping[str, Captured], inputs: Mapping[str, Any]) -> Measured:
+        """What the terms see of one micro-batch. The harmful classes are numbers, so that nothing waits for them."""
+        features = {side: {site: caught[side][site] for site in self.sites} for side in SIDES}
+        harmful = torch.tensor(inputs["harmful"]["classes"])
+        nothing = harmful.new_zeros(next((len(rows) for rows in features["primary"].values()), 0))
+        labels = {"primary": inputs.get("labels", nothing), "harmful": harmful}
+        raw = {side: {name: caught[side].raw(name) for name in self.layers} for side in SIDES}
+        return Measured(MicroBatch(features, labels), raw)
+
+    def ahead(self, bare: nn.Module, inputs: Mapping[str, Any], step: int, place: int) -> Measured:
+        """Both sides of a micro-batch before its turn, drawing and normalizing as it will; nothing is learned."""
+        bare.train()
+        self.frozen.hold(bare)
+        caught = {}
+        with unlearned_statistics(bare), self.same_draws(step, place), self.context():
+            for name, batch in (("primary", inputs), ("harmful", inputs["harmful"])):
+                with self.side(bare, name) as caught[name]:
+                    self.features(bare, bare, batch, attacked=name == "harmful")
+        return self.measured(caught, inputs)
+
+    @contextlib.contextmanager
+    def same_draws(self, step: int, place: int) -> Iterator[None]:
+        """Every pass over a micro-batch draws the same dropout masks: a generator state derived from the step."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            micro = step * self.args.gradient_accumulation_steps + place
+            torch.manual_seed((self.args.seed * 1_000_003 + micro) * 1_009 + self.args.process_index)
+            yield
+
+    def at_sites_and_head(self, bare: nn.Module, inputs: Mapping[str, Any]) -> Captured:
+        """Inputs of the sites and of the head in one forward."""
+        with self.context(), capture_inputs(bare, self.laid_out([*self.sites, self.head])) as caught:
+            self.features(bare, bare, inputs)
+        return caught
+
+    def at_head(self, bare: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """One row per image of the head's input, of any copy of the model; harmful rows teach no statistics."""
+        with frozen_statistics(bare, every=True), self.context():
+            with capture_inputs(bare, self.laid_out([self.head])) as caught:
+                self.features(bare, bare, inputs)
+        return caught[self.head]

@@ -1,0 +1,106 @@
+"""The terms of a run at work: on features at the sites, on weights through a simulated attacker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.features import linear_sites
+from hf_immunize.training.core.balancing import check_numbers, numbers_of
+from hf_immunize.training.core.draws import same_draws
+from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import GlobalObjective
+from hf_immunize.training.core.preconditioning import Preconditioner
+from hf_immunize.training.core.registry import AnyTerm, on_features, on_weights
+from hf_immunize.training.core.step import Step
+from hf_immunize.training.core.terms import IMMA, Rows, TermSettings, imma_training_loss
+from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
+from hf_immunize.training.vision.config import ImmunizationConfig
+from hf_immunize.training.vision.forwards import Forwards
+from hf_immunize.training.vision.harmful_loss import refitted_head_loss
+from hf_immunize.training.vision.lora_attacker import LoraAttacker
+from hf_immunize.training.vision.norms import frozen_statistics
+
+
+def settings_of(args: ImmunizationConfig, harmful_classes: int) -> TermSettings:
+    """The options that terms on features depend on."""
+    return TermSettings(
+        horizons=args.horizons,
+        memorization=args.memorization,
+        group_rows=args.harmful_group_rows,
+        attacker_steps=args.attacker_steps,
+        harmful_classes=harmful_classes,
+    )
+
+
+def build_step(
+    args: ImmunizationConfig,
+    terms: Sequence[AnyTerm],
+    settings: TermSettings,
+    site_weights: Mapping[str, float],
+    task: AttackedTask,
+    preconditioner: Preconditioner | None,
+    meter: Meter,
+) -> Step:
+    """The step of a run with these terms."""
+    check_numbers(args, terms)
+    objective, at_work = None, None
+    if found := on_features(terms):
+        objective = GlobalObjective(
+            found, settings, site_weights, strength=args.strength, bank_rows=args.feature_bank_rows, meter=meter,
+            **numbers_of(args, found),
+        )
+    if held := on_weights(terms):
+        attackers = {term: term.build(task, args) for term in held}
+        for attacker in attackers.values():
+            attacker.ceiling = 1.0  # chance: see refitted_head_loss
+        at_work = WeightTerms(attackers, strength=args.strength, **numbers_of(args, held))
+    return Step(objective, at_work, meter, preconditioner=preconditioner)
+
+
+def attacked_task(
+    forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], harmful_classes: int
+) -> AttackedTask:
+    """The error of a refitted head on harmful rows, of any copy of the model."""
+    args = forwards.args
+    layers = linear_sites(model, "lora", forwards.head) if args.attacker_rank and args.objective != "imma" else []
+
+    def loss(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
+        rows = batch(step * (args.attacker_steps + 1) + attack_step)
+        forwards.frozen.hold(attacked)
+        with same_draws(args.device, args.seed, "attack", step, attack_step, args.process_index):
+            features = forwards.at_head(attacked, rows)
+        horizons = [refitted_head_loss(features, rows["labels"].cpu(), t, harmful_classes) for t in args.horizons]
+        return torch.stack(horizons).mean()
+
+    return AttackedTask(model, layers, loss, args.seed)
+
+
+def learn_attack(
+    attacker: LoraAttacker,
+    forwards: Forwards,
+    objective: GlobalObjective,
+    bare: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    step: int,
+) -> Tensor:
+    """One step of imma's LoRA updates on the harmful rows of the coming optimizer step; its loss before."""
+    (site,) = objective.sites
+    bare.train()
+    forwards.frozen.hold(bare)
+
+    def forward(place: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        with forwards.same_draws(step, place), attacker.attached(bare, learning=True):
+            return forwards.at_head(bare, inputs), inputs["labels"]
+
+    def loss_of(rows: Rows) -> Tensor:
+        rows.memory = objective.memory[site].get(IMMA.name, {})
+        return imma_training_loss(rows, objective.settings)
+
+    with frozen_statistics(bare, every=True):
+        runs = [partial(forward, place, harmful) for place, harmful in enumerate(batches)]
+        return attacker.learn(runs, loss_of)
