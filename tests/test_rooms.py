@@ -149,7 +149,7 @@ def test_weights_are_read_from_safetensors_alone():
     root = PACKAGE.parent
     files = [*FILES, *(root / "recipes").glob("*.py"), *(root / "benchmarks").glob("*.py")]
     found = {path: loads_of_models(path) for path in files if path != PACKAGE / "hub" / "load.py"}
-    assert sum(map(len, found.values())) > 5
+    assert sum(map(len, found.values())) >= 5
     for path, calls in found.items():
         for call in calls:
             words = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
