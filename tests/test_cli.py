@@ -1,12 +1,14 @@
 """The command line on local folders, in process; publishing in a process of its own against the loopback Hub."""
 
 import datetime
+import io
 import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "hub")]
@@ -135,6 +137,18 @@ def test_show_prints_names_as_they_are(tmp_path):
     folder = certified(tmp_path, statement="[bold red]markup[/] \x1b[31m and [link=https://evil.example]x[/link]")
     output = run("show", folder).output
     assert "\x1b[31m" not in output and "[link=https://evil.example]" in output.replace("\n", "")
+
+
+def test_the_verdicts_of_a_report_are_inert_too(tmp_path):
+    from hf_immunize.hub.tables import verdicts_table
+
+    certificate = Certificate.read(certified(tmp_path) / "certificate.json")
+    subject = certificate.subject.model_copy(update={"name": "[red]x[/]\x1b[31m"})
+    named = certificate.model_copy(update={"subject": subject})
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(verdicts_table([named, certificate]))
+    shown = console.export_text()
+    assert "[red]x[/]" in shown and "\x1b" not in shown and shown.count("RESISTS") >= 4
 
 
 def test_report(tmp_path):

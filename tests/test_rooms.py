@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "exam": set(),
     "attacks": {"exam", "features", "data", "models", "linalg", "diffusion"},
     "metrics": set(),
-    "certification": {"exam", "attacks", "metrics", "linalg", "features", "data", "models", "spectra", "diffusion"},
+    "certification": {
+        "exam", "tasks", "attacks", "metrics", "linalg", "features", "data", "models", "spectra", "diffusion",
+    },
     "report": {"metrics", "certification"},
     "hub": {"exam", "certification", "metrics", "report", "features", "models"},
     "tasks": {"data", "models", "diffusion"},

@@ -2,7 +2,7 @@
 
 from hf_immunize.certification.certificate import ExamData, build_certificate
 from hf_immunize.certification.recheck import Recheck, recheck
-from hf_immunize.certification.sit_again import find_rule, read_task, sit_again
+from hf_immunize.certification.sit_again import exam_contexts, find_rule, read_task, sit_again
 from hf_immunize.certification.trainability import measure_trainability
 from hf_immunize.certification.utility import correct_rows, measure_utility
 from hf_immunize.certification.verdict import family_verdicts, judge_solve, judge_steps, overall_verdict, strongest
@@ -16,6 +16,7 @@ __all__ = [
     "Rule",
     "build_certificate",
     "correct_rows",
+    "exam_contexts",
     "family_verdicts",
     "find_protocol",
     "find_rule",

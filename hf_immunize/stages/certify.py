@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from hf_immunize.attacks import AttackContext
-from hf_immunize.certification import ExamData, Recheck, Rule, build_certificate, recheck
+from hf_immunize.certification import ExamData, Recheck, Rule, build_certificate, exam_contexts, recheck
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol, find_protocol
 from hf_immunize.hub import write_card
 from hf_immunize.hub.tables import certificate_table
@@ -22,7 +21,7 @@ from hf_immunize.options import option, required
 from hf_immunize.records import Certificate
 from hf_immunize.stages.start import DEVICE_HELP, hush, start, working_copy
 from hf_immunize.stages.words import read_words, refuse_foreign
-from hf_immunize.tasks import ATTACKER_SPLITS, ClassesTask, ExamTask, attacker_fingerprints, attacker_holds, family_of
+from hf_immunize.tasks import ATTACKER_SPLITS, ClassesTask, ExamTask, attacker_fingerprints, family_of
 
 
 @dataclass
@@ -113,11 +112,7 @@ def _judge_classifier(task: ClassesTask, options: CertifyOptions, folder: str, b
     site = {"feature_module": options.feature_module, "device": device}
 
     def again(rule: Rule) -> list[Recheck]:
-        held = attacker_holds(task, "harmful") | site | {"base": Path(base)}
-        contexts = {
-            role: AttackContext(folder=Path(path), role=role, **held)
-            for role, path in (("subject", folder), ("control", base))
-        }
+        contexts = exam_contexts(task, folder, base, **site)
         return recheck(folder, contexts, options.recheck, options.recheck_seed, rule)
 
     return Judge(
