@@ -1,6 +1,7 @@
 """Condition-number regularizers and the closed-form adversary: a spectrum or rows in, one float64 scalar out.
 
-None of them knows which task is harmful, what its weight is, or that a trainer exists.
+None of them knows which task is harmful, what its weight is, or that a trainer exists. Of a stack (a spectrum of
+several matrices of one shape, or features ``...``×N×D over the same labels) each gives one value per matrix.
 """
 
 from __future__ import annotations
@@ -69,10 +70,9 @@ def closed_form_adversary(
     targets = torch.nn.functional.one_hot(labels_N.long(), int(labels_N.max()) + 1)
     (targets,) = _beside(features_ND, targets)
     total = features_ND.new_zeros((), dtype=torch.float64)
-    for learn, judge in ((support, query), (query, support)):
-        held_out, seen = spectral_adversary(
-            features_ND[learn], targets[learn], features_ND[judge], targets[judge], horizon, feature_dtype
-        )
+    halves = {part: (features_ND.index_select(-2, rows), targets[rows]) for part, rows in enumerate((support, query))}
+    for learn, judge in ((0, 1), (1, 0)):
+        held_out, seen = spectral_adversary(*halves[learn], *halves[judge], horizon, feature_dtype)
         total = total + torch.relu(held_out) + memorization * torch.relu(seen)
     return total / 2
 
@@ -121,9 +121,10 @@ def simulated_attacker(
         SpectrumError: fewer than two classes with at least two rows each.
     """
     features, support, query, targets = _attacker_rows(features_ND, labels_N, start)
-    weights, bias = softmax_descent(features[support], targets[support], *start, rate=rate, steps=steps)
-    loss = torch.nn.functional.cross_entropy(features[query] @ weights + bias, targets[query])
-    chance = math.log(start[1].shape[0])
+    learnt = features.index_select(-2, support)
+    weights, bias = softmax_descent(learnt, targets[support], *start, rate=rate, steps=steps)
+    loss = _cross_entropy(features.index_select(-2, query) @ weights + bias[..., None, :], targets[query])
+    chance = math.log(start[1].shape[-1])
     return torch.relu(1 - loss / chance), (weights.detach(), bias.detach())
 
 
@@ -136,9 +137,10 @@ def attacker_training_loss(
     enters. Arguments and errors are those of ``simulated_attacker``.
     """
     features, support, _, targets = _attacker_rows(features_ND, labels_N, start)
+    learnt = features.index_select(-2, support)
     with torch.no_grad():
-        weights, bias = softmax_descent(features[support], targets[support], *start, rate=rate, steps=steps)
-    return torch.nn.functional.cross_entropy(features[support] @ weights + bias, targets[support])
+        weights, bias = softmax_descent(learnt, targets[support], *start, rate=rate, steps=steps)
+    return _cross_entropy(learnt @ weights + bias[..., None, :], targets[support])
 
 
 def _attacker_rows(
@@ -147,6 +149,11 @@ def _attacker_rows(
     """Features centred by the support mean, rows of support and query, and one-hot targets."""
     support, query = _beside(features_ND, *alternate_within_classes(labels_N))
     features = to_double(features_ND)
-    features = features - features[support].mean(dim=0, keepdim=True)
-    (targets,) = _beside(features, torch.nn.functional.one_hot(labels_N.long(), start[1].shape[0]))
+    features = features - features.index_select(-2, support).mean(dim=-2, keepdim=True)
+    (targets,) = _beside(features, torch.nn.functional.one_hot(labels_N.long(), start[1].shape[-1]))
     return features, support, query, targets.to(features)
+
+
+def _cross_entropy(logits_NC: Tensor, targets_NC: Tensor) -> Tensor:
+    """Mean over rows; torch's own takes the second dimension for the classes, which in a stack are the last."""
+    return -(torch.log_softmax(logits_NC, dim=-1) * targets_NC).sum(dim=-1).mean(dim=-1)

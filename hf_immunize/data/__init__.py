@@ -2,13 +2,27 @@
 
 from hf_immunize.data.alignment import align_labels, for_model, names_classes, output_names, refuse_other_labels
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
+from hf_immunize.data.caching import cache_folder, identity_of, is_shared
 from hf_immunize.data.classes import Classes, parse_labels, read_classes, select_classes
 from hf_immunize.data.columns import find_columns
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
 from hf_immunize.data.images import BACKGROUND, convert_image, decode_image
-from hf_immunize.data.labels import check_classes, check_label_range, check_sample, label_names_of, labels_of
+from hf_immunize.data.iterables import NamedStream, RankBatches, check_source, first_row, is_stream
+from hf_immunize.data.labels import (
+    Labels,
+    check_classes,
+    check_label_range,
+    check_sample,
+    find_labels,
+    label_key,
+    label_names_of,
+    labels_of,
+    pixel_shape,
+    read_labels,
+    whole_number,
+)
 from hf_immunize.data.levels import ImageFault, ImageTally
-from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
+from hf_immunize.data.pixels import ImagePixels, PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.processors import PixelMaker, model_channels
 from hf_immunize.data.row_store import RowStore
 from hf_immunize.data.rows import NamedRows, as_mapping, check_rows, fetch, has_transform, named_workers, read_image
@@ -21,7 +35,8 @@ from hf_immunize.data.splits import (
     split_by_content,
     split_few_by_content,
 )
-from hf_immunize.data.streams import StepBatchSampler
+from hf_immunize.data.streams import RowBatchSampler, StepBatchSampler, StepSampler
+from hf_immunize.data.targets import Targets, targets_of, unlabelled
 from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows, warn_of_copies
 
 __all__ = [
@@ -30,13 +45,20 @@ __all__ = [
     "Classes",
     "HARMFUL_SPLITS",
     "ImageFault",
+    "ImagePixels",
     "ImageTally",
+    "Labels",
     "NamedRows",
+    "NamedStream",
     "PRIMARY_SPLITS",
     "PixelDataset",
     "PixelMaker",
+    "RankBatches",
+    "RowBatchSampler",
     "RowStore",
     "StepBatchSampler",
+    "StepSampler",
+    "Targets",
     "Task",
     "TaskArguments",
     "align_labels",
@@ -44,10 +66,12 @@ __all__ = [
     "assign_splits",
     "augment",
     "batches",
+    "cache_folder",
     "check_classes",
     "check_label_range",
     "check_rows",
     "check_sample",
+    "check_source",
     "collate_pixels",
     "convert_image",
     "decode_image",
@@ -55,10 +79,16 @@ __all__ = [
     "digest_rows",
     "fetch",
     "find_columns",
+    "find_labels",
     "fingerprint",
+    "first_row",
     "for_model",
     "forward_rows",
     "has_transform",
+    "identity_of",
+    "is_shared",
+    "is_stream",
+    "label_key",
     "label_names_of",
     "labels_of",
     "load_source",
@@ -66,15 +96,20 @@ __all__ = [
     "named_workers",
     "names_classes",
     "output_names",
-    "parse_fractions",
     "parse_augmentation",
+    "parse_fractions",
     "parse_labels",
+    "pixel_shape",
     "preprocess",
     "read_classes",
     "read_image",
+    "read_labels",
     "refuse_other_labels",
     "select_classes",
     "split_by_content",
     "split_few_by_content",
+    "targets_of",
+    "unlabelled",
     "warn_of_copies",
+    "whole_number",
 ]

@@ -103,7 +103,7 @@ def for_model(dataset: PixelDataset, id2label: Mapping[int, str]) -> PixelDatase
     pairs = [f"{name!r} is output {place}" for name, place in zip(dataset.label_names, places, strict=True)]
     more = ", …" if len(pairs) > _NAMED else ""
     logger.warning(f"{dataset.name}: classes are matched with the model's by name: {', '.join(pairs[:_NAMED])}{more}")
-    return PixelDataset(dataset.pixel_values, torch.tensor(places)[dataset.labels], known, dataset.name)
+    return dataset.relabelled(torch.tensor(places)[dataset.labels], known)
 
 
 def refuse_other_labels(predicted: Tensor, labels: Tensor, names: Sequence[str], where: str) -> None:

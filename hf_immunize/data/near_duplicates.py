@@ -8,15 +8,20 @@ images look alike. docs/data.md has what this was chosen by.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from hf_immunize.data.fingerprint import digest_pixels
+from hf_immunize.data.caching import cache_folder, identity_of, is_shared
+from hf_immunize.data.fingerprint import as_digests, as_rows, digest_pixels
+from hf_immunize.data.row_store import RowStore
 from hf_immunize.data.rows import read_image
 
 SIDE = 16
@@ -28,6 +33,7 @@ ROUGH = 2.5
 ROUGH_CORRELATION = 0.9
 COLOUR = 32.0
 _BLOCK = 1024
+_READ = 256
 
 
 @dataclass(frozen=True)
@@ -59,18 +65,63 @@ class Looks:
         return Looks([self.contents[place] for place in places], self.thumbnails[chosen], self.compared[chosen])
 
 
-def read_looks(dataset: Any, rows: Sequence[int], column: str, name: str) -> Looks:
-    """Read the image of each row once. Raises DataError for one that cannot be decoded; its row is named."""
-    from PIL import Image
+def read_looks(dataset: Any, rows: Sequence[int], column: str, name: str, *, workers: int = 0) -> Looks:
+    """Read the image of each row once, in ``workers`` processes besides this one.
 
-    contents, thumbnails, compared = [], np.zeros((len(rows), SIDE, SIDE, 3), dtype=np.uint8), []
-    for place, row in enumerate(tqdm(rows, desc=f"images of {name}", leave=False, disable=None)):
-        image = read_image(dataset, row, column, name)
-        contents.append(digest_pixels(np.asarray(image)))
-        compared.append(min(image.size) >= SMALLEST_SIDE)
-        if compared[-1]:
-            thumbnails[place] = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0))
-    return Looks(contents, thumbnails, np.asarray(compared, dtype=bool))
+    Of many rows, and where several processes ask, one process reads and the others find on disk what it found.
+
+    Raises:
+        DataError: an image that cannot be decoded; its row is named.
+    """
+    identity = identity_of(dataset, column, "looks", _digest_of(rows)) if is_shared(len(rows)) else None
+    if identity is None or not len(rows):
+        parts = list(_read_looks(dataset, rows, column, name, workers))
+        digests, thumbnails, compared = (torch.cat(part) for part in zip(*parts, strict=True)) if parts else _nothing()
+    else:
+        batches = _read_looks(dataset, rows, column, name, workers)
+        store = RowStore.open_or_write(cache_folder("looks") / identity, batches, len(rows))
+        digests, thumbnails, compared = (store.column(place) for place in range(3))
+    return Looks(as_digests(digests), thumbnails.numpy(), compared.numpy())
+
+
+def _digest_of(rows: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(rows, dtype=np.int64).tobytes()).hexdigest()
+
+
+def _nothing() -> tuple[torch.Tensor, ...]:
+    empty = torch.zeros(0, SIDE, SIDE, 3, dtype=torch.uint8)
+    return empty[:, 0, :, 0], empty, torch.zeros(0, dtype=torch.bool)
+
+
+def _read_looks(
+    dataset: Any, rows: Sequence[int], column: str, name: str, workers: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Digests, thumbnails and whether to compare, some rows at a time."""
+    looks = DataLoader(_LookedAt(dataset, rows, column, name), batch_size=_READ, num_workers=workers)
+    with tqdm(total=len(rows), desc=f"images of {name}", unit="row", leave=False, disable=None) as bar:
+        for part in looks:
+            yield tuple(part)
+            bar.update(len(part[0]))
+
+
+class _LookedAt(Dataset):
+    """Digest, thumbnail and size of the image in each of some rows."""
+
+    def __init__(self, dataset: Any, rows: Sequence[int], column: str, name: str):
+        self._dataset, self._rows, self._column, self._name = dataset, rows, column, name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, place: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        from PIL import Image
+
+        image = read_image(self._dataset, self._rows[place], self._column, self._name)
+        large, thumbnail = min(image.size) >= SMALLEST_SIDE, np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+        if large:
+            small = image.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+            thumbnail = np.array(small)
+        return as_rows([digest_pixels(np.asarray(image))])[0], torch.from_numpy(thumbnail), large
 
 
 def similar_pairs(looks: Looks) -> Iterator[np.ndarray]:

@@ -38,6 +38,15 @@ class RowStore:
     def __getitem__(self, row: int) -> tuple[Tensor, ...]:
         return tuple(column[row] for column in self._columns)
 
+    def column(self, place: int) -> Tensor:
+        """One column of all rows, mapped into memory: nothing is read before it is looked at."""
+        return self._columns[place]
+
+    @property
+    def width(self) -> int:
+        """How many columns there are."""
+        return len(self._columns)
+
     @classmethod
     def open(cls, folder: str | Path) -> RowStore | None:
         """The store in ``folder``; None when there is none.

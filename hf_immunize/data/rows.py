@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import traceback
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -23,7 +23,7 @@ from hf_immunize.errors import DataError, ImmunizeError, WorkerError
 
 logger = logging.get_logger(__name__)
 
-_NEVER_WRAPPED = (ImmunizeError, MemoryError, torch.OutOfMemoryError)
+NEVER_WRAPPED = (ImmunizeError, MemoryError, torch.OutOfMemoryError)
 _UNREADABLE = (OSError, EOFError, UnicodeError, struct.error, zlib.error, Image.DecompressionBombError)
 _MISTAKES = (LookupError, TypeError, AttributeError, NameError, AssertionError, ImportError, NotImplementedError)
 
@@ -77,13 +77,14 @@ def fetch(dataset: Any, row: int, name: str) -> Any:
     """
     try:
         return dataset[row]
-    except _NEVER_WRAPPED:
+    except NEVER_WRAPPED:
         raise
     except Exception as error:
-        raise _named(error, row, name) from error
+        raise named_error(error, row, name) from error
 
 
-def _named(error: Exception, row: int, name: str) -> DataError:
+def named_error(error: Exception, row: int, name: str) -> DataError:
+    """What a dataset raised when it was asked for a row, as an error that names the row and says whose fault it is."""
     what = f"{type(error).__name__}: {error}"
     last = traceback.extract_tb(error.__traceback__)[-1]
     decoding = not isinstance(error, _MISTAKES) and "/PIL/" in last.filename.replace("\\", "/")
@@ -164,6 +165,13 @@ def _stored(dataset: Any, column: str) -> _Stored | None:
     return views[column]
 
 
+def is_table(dataset: Any) -> bool:
+    """Whether it is a ``datasets.Dataset``, whose columns can be read without decoding images."""
+    from datasets import Dataset as Table
+
+    return isinstance(dataset, Table)
+
+
 def has_transform(dataset: Any) -> bool:
     """Whether ``with_transform`` or ``set_transform`` makes the rows of a ``datasets.Dataset`` what they are."""
     made = getattr(dataset, "format", None)
@@ -173,27 +181,37 @@ def has_transform(dataset: Any) -> bool:
 class NamedRows(Dataset):
     """A map-style dataset whose rows, when reading them fails, are named in the error.
 
+    Args:
+        rows: the dataset.
+        name: what to call it in errors.
+        check: called with each row, its number and ``name``; raises where the row cannot be used.
+
     Raises:
         DataError: for a dataset without numbered rows; and when a row is read that the dataset cannot give, see
             ``fetch``.
     """
 
-    def __init__(self, rows: Any, name: str):
+    def __init__(self, rows: Any, name: str, check: Callable[[Any, int, str], None] | None = None):
         check_rows(rows, name)
-        self.rows, self.name = rows, name
+        self.rows, self.name, self._check = rows, name, check
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Any:
-        return fetch(self.rows, row, self.name)
+        return self._checked(fetch(self.rows, row, self.name), row)
+
+    def _checked(self, found: Any, row: int) -> Any:
+        if self._check is not None:
+            self._check(found, row, self.name)
+        return found
 
     def __getitems__(self, rows: Sequence[int]) -> list[Any]:
         """Rows read together where the dataset can; one by one to name the one that fails."""
         if hasattr(self.rows, "__getitems__"):
             try:
-                return self.rows.__getitems__(rows)
-            except _NEVER_WRAPPED:
+                together = self.rows.__getitems__(rows)
+            except NEVER_WRAPPED:
                 raise
             except Exception as error:
                 found = [self[row] for row in rows]  # names the row that fails
@@ -202,6 +220,7 @@ class NamedRows(Dataset):
                     f"{type(error).__name__}: {error}"
                 )
                 return found
+            return [self._checked(found, row) for found, row in zip(together, rows, strict=True)]
         return [self[row] for row in rows]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,7 +11,64 @@ from torch.utils.data import Sampler
 from hf_immunize.errors import DataError
 
 
-class StepBatchSampler(Sampler[list[int]]):
+class StepSampler(Sampler[list[int]], ABC):
+    """Batches of row indices for consecutive steps from ``step`` on, each a pure function of (seed, step)."""
+
+    def __init__(self, rows_per_batch: int, seed: int, start: int, rank: int, world_size: int):
+        self._batch, self._seed, self.step = rows_per_batch, seed, start
+        self._rank, self._world = rank, world_size
+
+    @abstractmethod
+    def global_batch(self, step: int) -> torch.Tensor:
+        """Row indices of the whole batch of one step, over all ranks."""
+
+    def _generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self._seed * 1_000_003 + step) % 2**63)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.step
+        while True:
+            yield self.global_batch(step)[self._rank :: self._world].tolist()
+            step += 1
+
+
+class RowBatchSampler(StepSampler):
+    """Batches of rows without classes: drawn without replacement; a batch that holds more than there are repeats some.
+
+    Args:
+        rows: how many there are.
+        rows_per_batch: rows of the *global* batch.
+        seed, start, rank, world_size: as in StepBatchSampler.
+
+    Raises:
+        DataError: fewer than two rows, in all or in a batch.
+    """
+
+    def __init__(
+        self, rows: int, rows_per_batch: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ):
+        if rows < 2:
+            raise DataError(
+                f"expected at least two rows in harmful_dataset, got {rows}: the features of one image have no "
+                "spectrum. Bring more images."
+            )
+        if rows_per_batch < 2:
+            raise DataError(
+                f"expected a global harmful batch of at least two rows, got {rows_per_batch}: raise "
+                "per_device_harmful_batch_size."
+            )
+        super().__init__(rows_per_batch, seed, start, rank, world_size)
+        self._rows = rows
+
+    def global_batch(self, step: int) -> torch.Tensor:
+        """Row indices of the whole batch of one step, over all ranks."""
+        generator = self._generator(step)
+        rows = torch.randperm(self._rows, generator=generator)[: self._batch]
+        again = torch.randint(self._rows, (self._batch - len(rows),), generator=generator)
+        return torch.cat([rows, again])
+
+
+class StepBatchSampler(StepSampler):
     """Batches of row indices for consecutive steps, each drawn by a generator seeded with (seed, step).
 
     Because step s never depends on what was drawn before it, a resumed run continues bit for bit, and the global
@@ -54,12 +112,11 @@ class StepBatchSampler(Sampler[list[int]]):
                 f"{rows_per_batch} rows for {self._classes} classes: raise per_device_harmful_batch_size or lower "
                 "harmful_classes_per_batch."
             )
-        self._batch, self._seed, self.step = rows_per_batch, seed, start
-        self._rank, self._world = rank, world_size
+        super().__init__(rows_per_batch, seed, start, rank, world_size)
 
     def global_batch(self, step: int) -> torch.Tensor:
         """Row indices of the whole batch of one step, over all ranks."""
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + step) % 2**63)
+        generator = self._generator(step)
         classes = torch.randperm(len(self._rows), generator=generator)[: self._classes].tolist()
         parts = []
         for place, label in enumerate(classes):
@@ -71,9 +128,3 @@ class StepBatchSampler(Sampler[list[int]]):
                 parts.append(rows[torch.randint(len(rows), (share,), generator=generator)])
         batch = torch.cat(parts)
         return batch[torch.randperm(len(batch), generator=generator)]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.step
-        while True:
-            yield self.global_batch(step)[self._rank :: self._world].tolist()
-            step += 1

@@ -118,6 +118,10 @@ class TaskArguments:
         metadata={"help": "Keep images that look alike (resized, encoded again, mirrored) in one split."},
     )
 
+    preprocessing_workers: int = field(
+        default=0,
+        metadata={"help": "Processes that decode images where a whole dataset is read once, to split it by content."},
+    )
     background: str = field(
         default=BACKGROUND, metadata={"help": "Colour that transparent parts of images show: a name or #rrggbb."}
     )
@@ -127,6 +131,7 @@ class TaskArguments:
         later = [f"{side}_{name}" for side in _SIDES for name in ("image_column", "label_column", "revision")]
         later += ["drop_rare_classes", "group_near_duplicates"]
         told = {name: value for name, value in asdict(self).items() if name not in later or value}
+        told.pop("preprocessing_workers")
         return told if self.background != BACKGROUND else {n: v for n, v in told.items() if n != "background"}
 
 
@@ -156,7 +161,7 @@ class Task:
         rows, labels, names = choose_rows(classes, chosen, name)
         if chosen is not None:
             logger.warning(f"{name}: chosen classes, by id and name: {classes.named(chosen)}.")
-        looks = read_looks(dataset, rows, self._columns[0], name)
+        looks = read_looks(dataset, rows, self._columns[0], name, workers=arguments.preprocessing_workers)
         keys = group_contents(looks) if arguments.group_near_duplicates else looks.contents
         fractions = parse_fractions(own["splits"])
         if arguments.drop_rare_classes:
@@ -271,6 +276,6 @@ def batches(
         batch_size = forward_rows(dataset[0]["pixel_values"].shape, device) if len(dataset) else 1
     if isinstance(dataset, PixelDataset):
         for rows in torch.arange(len(dataset)).split(batch_size):
-            yield {"pixel_values": dataset.pixel_values[rows], "labels": dataset.labels[rows]}
+            yield {"pixel_values": dataset.stacked(rows), "labels": dataset.labels[rows]}
     else:
         yield from DataLoader(dataset, batch_size=batch_size, collate_fn=collate_pixels)

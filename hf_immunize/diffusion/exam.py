@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +58,7 @@ class DenoisingExam:
         part = torch.arange(levels).repeat_interleave(count)
         place = (part + torch.rand(levels * count, generator=generator, dtype=torch.float64)) / levels
         self._levels = (place * process.levels).long().clamp(max=process.levels - 1)
-        self._noise = torch.randn((levels * count, *dataset.latents.shape[1:]), generator=generator)
+        self._noise = _Noise((levels * count, *dataset.latents.shape[1:]), generator)
         self._process, self._dataset, self._rows = process, dataset, batch_size
 
     @torch.no_grad()
@@ -65,9 +68,10 @@ class DenoisingExam:
         model.eval()
         losses, energies = [], []
         count = len(self._dataset)
-        for rows in torch.arange(len(self._levels)).split(self._rows):
+        asked = torch.arange(len(self._levels)).split(self._rows)
+        for rows, noise in zip(asked, self._noise.parts(self._rows), strict=True):
             batch = self._dataset.batch(rows % count).to(device, dtype)
-            noise, levels = self._noise[rows].to(device, dtype), self._levels[rows].to(device)
+            noise, levels = noise.to(device, dtype), self._levels[rows].to(device)
             noisy = self._process.noisy(batch.latents, noise, levels)
             answer = denoiser.call(model, noisy, self._process.timesteps(levels), batch.conditions)
             target = self._process.target(batch.latents, noise, levels)
@@ -75,3 +79,27 @@ class DenoisingExam:
             energies.append(denoising_losses(torch.zeros_like(target), target).cpu())
         model.train(was_training)
         return ExamResult(*(torch.cat(found).reshape(-1, count).mean(dim=0) for found in (losses, energies)))
+
+
+class _Noise:
+    """Normal numbers of a shape, drawn again in the same order each time they are asked for, never all held.
+
+    On a CPU, ``torch.randn`` fills blocks of 16 numbers; where rows are whole blocks, parts are those of one call.
+    """
+
+    def __init__(self, shape: tuple[int, ...], generator: torch.Generator):
+        self._shape, self._state = shape, generator.get_state()
+
+    def __getitem__(self, row: int) -> Tensor:
+        return next(itertools.islice(self.parts(1), row, None))[0]
+
+    def parts(self, rows: int) -> Iterator[Tensor]:
+        """Consecutive parts of ``rows`` rows."""
+        generator = torch.Generator()
+        generator.set_state(self._state)
+        if math.prod(self._shape[1:]) % 16:
+            yield from torch.randn(self._shape, generator=generator).split(rows)
+            return
+        for start in range(0, self._shape[0], rows):
+            count = min(rows, self._shape[0] - start)
+            yield torch.randn((count, *self._shape[1:]), generator=generator)

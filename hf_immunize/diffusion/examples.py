@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.data.fingerprint import digest_pixels
+from hf_immunize.data.row_store import RowStore
 from hf_immunize.errors import DataError
 from hf_immunize.records import DatasetFingerprint
 
@@ -54,6 +55,8 @@ class LatentDataset:
     ``digests`` says what the rows are made of, by row. With them the fingerprint is that of images and prompts, and
     does not depend on how a machine rounds when it encodes them; without them it is that of the tensors.
 
+    Tensors may be memory-mapped (``stored``): a batch reads the rows it holds and no others.
+
     Raises:
         DataError: no rows, rows that do not match, values that are not finite, or a label without a name.
     """
@@ -66,6 +69,8 @@ class LatentDataset:
         label_names: Sequence[str],
         name: str = "",
         digests: Sequence[str] | None = None,
+        *,
+        known_finite: bool = False,
     ):
         where = f" in {name}" if name else ""
         if latents.dim() != 4 or len(latents) == 0:
@@ -74,7 +79,7 @@ class LatentDataset:
         lengths |= {} if digests is None else {"digests": len(digests)}
         if set(lengths.values()) != {len(latents)}:
             raise DataError(f"expected {len(latents)} rows of every condition{where}, got {lengths}: check captions.")
-        for key, value in {"latents": latents, **conditions}.items():
+        for key, value in {} if known_finite else {"latents": latents, **conditions}.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise DataError(f"expected finite {key}{where}, got NaN or infinity: check the images and the VAE.")
         if int(labels.min()) < 0 or int(labels.max()) >= len(label_names):
@@ -82,6 +87,22 @@ class LatentDataset:
         self.latents, self.conditions, self.labels = latents, dict(conditions), labels
         self.label_names = list(label_names)
         self.digests = None if digests is None else list(digests)
+
+    @classmethod
+    def stored(
+        cls, store: RowStore, names: Sequence[str], labels: Tensor, label_names: Sequence[str], name: str = "",
+        *, digests: Sequence[str] | None = None, shared: Mapping[str, Tensor] | None = None,
+    ) -> LatentDataset:
+        """Rows that lie on disk: latents in the store's first column, then the conditions called ``names``.
+
+        What is in a store was checked when it was written.
+
+        Args:
+            shared: conditions that all rows have in common, one row each.
+        """
+        conditions = {key: store.column(1 + place) for place, key in enumerate(names)}
+        conditions |= {key: value.expand(len(store), *value.shape[1:]) for key, value in (shared or {}).items()}
+        return cls(store.column(0), conditions, labels, label_names, name, digests, known_finite=True)
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -19,10 +19,14 @@ import numpy as np
 import torch
 from PIL import ImageOps
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from hf_immunize.data.caching import cache_folder, identity_of_files, is_shared, places
+from hf_immunize.data.fingerprint import as_digests, as_rows, digest_pixels
 from hf_immunize.data.images import BACKGROUND, MODES, decode_image
 from hf_immunize.data.levels import ImageFault, ImageTally
+from hf_immunize.data.row_store import RowStore
 from hf_immunize.errors import DataError
 
 logger = logging.get_logger(__name__)
@@ -209,6 +213,89 @@ def _rows_of(path: Path, where: str) -> Iterator[tuple[int, str, Any]]:
         raise DataError(f"expected a table with the columns file_name and text in {where}, got {error}.") from error
 
 
+class Photos:
+    """Image files of folders as N×C×R×R in −1..1, by name, decoded when they are asked for and not kept.
+
+    Args:
+        files: in order.
+        resolution, channels: R, and C: 3 for colour or 1 for grey.
+        background: what transparent parts show.
+
+    Raises:
+        DataError: other channels.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], resolution: int, *, channels: int = 3,
+        background: str | tuple[int, int, int] = BACKGROUND,
+    ):  # fmt: skip
+        if channels not in MODES:
+            where = repr(files[0].parent.name) if files else "a folder"
+            raise DataError(f"expected 1 or 3 channels for the images of {where}, got channels={channels}.")
+        self.files, self.resolution, self.channels = list(files), resolution, channels
+        self._background = background
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """N, C, R and R."""
+        return len(self.files), self.channels, self.resolution, self.resolution
+
+    def subset(self, rows: Sequence[int]) -> Photos:
+        """Some of the images, in that order."""
+        files = [self.files[row] for row in rows]
+        return Photos(files, self.resolution, channels=self.channels, background=self._background)
+
+    def stacked(self, rows: Sequence[int] | None = None, tally: ImageTally | None = None) -> Tensor:
+        """Pixels of some images, of all by default. Raises DataError for one that cannot be read."""
+        files = self.files if rows is None else [self.files[row] for row in rows]
+        return torch.stack([self._decoded(path, tally) for path in files])
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """Pixels of all images in order, ``rows`` at a time."""
+        for part in places(len(self), rows):
+            yield self.stacked(part)
+
+    def _decoded(self, path: Path, tally: ImageTally | None) -> Tensor:
+        size, channels = self.resolution, self.channels
+        try:
+            image = decode_image(path, MODES[channels], background=self._background, tally=tally)
+        except ImageFault as fault:
+            raise DataError(f"expected a readable image, got {path.name!r}: {fault.told}.") from fault
+        levels = np.asarray(ImageOps.fit(image, (size, size))).astype(np.float32).reshape(size, size, channels)
+        return torch.from_numpy(levels / 127.5 - 1).permute(2, 0, 1)
+
+    def digests(self, name: str) -> list[bytes]:
+        """``digest_pixels`` of every image, from one pass with a progress bar, which is kept where there are many.
+
+        Raises:
+            DataError: an image that cannot be read, or 16-bit images that are all but black.
+        """
+        if not is_shared(len(self)):
+            return [digest for part in self._hashed(name) for digest in part]
+        words = (self.resolution, self.channels, self._background)
+        folder = cache_folder("digests") / identity_of_files(self.files, *words)
+        batches = ((as_rows(part),) for part in self._hashed(name))
+        return as_digests(RowStore.open_or_write(folder, batches, len(self)).column(0))
+
+    def _hashed(self, name: str) -> Iterator[list[bytes]]:
+        tally = ImageTally()
+        with tqdm(total=len(self), desc=f"images of {name}", unit="row", leave=False, disable=None) as bar:
+            for rows in places(len(self), 16):
+                yield [digest_pixels(pixels.numpy()) for pixels in self.stacked(rows, tally)]
+                bar.update(len(rows))
+        tally.tell(f"{name!r}", self._background)
+
+
+def read_photos(folder: str | Path, resolution: int, *, channels: int = 3) -> Photos:
+    """The images of a folder; files that are none are told. Raises DataError for no images, or other channels."""
+    found = Photos(image_files(folder), resolution, channels=channels)
+    _tell_left_out(Path(folder))
+    return found
+
+
 def read_pixels(
     folder: str | Path, resolution: int, *, channels: int = 3, background: str | tuple[int, int, int] = BACKGROUND
 ) -> Tensor:
@@ -219,15 +306,8 @@ def read_pixels(
     """
     if channels not in MODES:
         raise DataError(f"expected 1 or 3 channels for the images of {Path(folder).name!r}, got channels={channels}.")
-    rows, tally, folder = [], ImageTally(), Path(folder)
-    for path in image_files(folder):
-        try:
-            image = decode_image(path, MODES[channels], background=background, tally=tally)
-        except ImageFault as fault:
-            raise DataError(f"expected a readable image, got {path.name!r}: {fault.told}.") from fault
-        levels = np.asarray(ImageOps.fit(image, (resolution, resolution))).astype(np.float32).reshape(
-            resolution, resolution, channels)
-        rows.append(torch.from_numpy(levels / 127.5 - 1).permute(2, 0, 1))
+    tally, folder = ImageTally(), Path(folder)
+    pixels = Photos(image_files(folder), resolution, channels=channels, background=background).stacked(tally=tally)
     _tell_left_out(folder)
     tally.tell(f"{folder.name!r}", background)
-    return torch.stack(rows)
+    return pixels

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hf_immunize.data import parse_fractions, split_few_by_content
-from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion.encoding import check_pipeline, encode, encode_prompt
 from hf_immunize.diffusion.examples import LatentDataset
-from hf_immunize.diffusion.photos import has_images, read_captions, read_pixels
+from hf_immunize.diffusion.photos import Photos, has_images, read_captions, read_photos
 from hf_immunize.errors import DataError
 from hf_immunize.options import option, required
 from hf_immunize.records import DatasetFingerprint
@@ -88,7 +85,7 @@ class PromptTask:
         rows = self._read(side)[1]
         if split not in rows:
             raise DataError(f"expected a split of {side} in {sorted(rows)}, got {split!r}.")
-        return self._encoded(side).subset(torch.tensor(rows[split]))
+        return self._encoded(side, split)
 
     def fingerprint(self, side: str, split: str) -> DatasetFingerprint:
         """Identity by content of the rows of one split."""
@@ -98,7 +95,8 @@ class PromptTask:
         """What an attacker holds beside images of the concept, as DiffusionAttackContext takes it."""
         given, size = self._arguments, self._arguments.resolution
         shown, rows = self._read(concept)
-        known: dict[str, Any] = {"pixels": shown.pixels[rows["attack"]], "prior": self.examples("retain", "validation")}
+        pixels, prior = shown.photos.stacked(rows["attack"]), self.examples("retain", "validation")
+        known: dict[str, Any] = {"pixels": pixels, "prior": prior}
         for name in ("other", "placeholder", "generic"):
             prompt = getattr(given, f"{name}_prompt")
             if prompt is not None:
@@ -169,35 +167,41 @@ class PromptTask:
     def _shown(self, concepts: list[tuple[str, Path]]) -> _Shown:
         channels = 1 if self._pipeline.vae.config.in_channels == 1 else 3
         parts = [
-            (name, read_pixels(folder, self._arguments.resolution, channels=channels), read_captions(folder))
+            (name, read_photos(folder, self._arguments.resolution, channels=channels), read_captions(folder))
             for name, folder in concepts
         ]
+        files = [path for _, photos, _ in parts for path in photos.files]
         return _Shown(
-            torch.cat([pixels for _, pixels, _ in parts]),
-            [caption for _, pixels, captions in parts for caption in captions or [None] * len(pixels)],
-            [name for name, pixels, _ in parts for _ in range(len(pixels))],
+            Photos(files, self._arguments.resolution, channels=channels),
+            [caption for _, photos, captions in parts for caption in captions or [None] * len(photos)],
+            [name for name, photos, _ in parts for _ in range(len(photos))],
+            [digest for name, photos, _ in parts for digest in photos.digests(name)],
         )
 
-    def _encoded(self, side: str) -> LatentDataset:
-        return self._encode(self._read(side)[0], side)
+    def _encoded(self, side: str, split: str) -> LatentDataset:
+        shown, rows = self._read(side)
+        return self._encode(shown.subset(rows[split]), side)
 
     def _encode(self, shown: _Shown, side: str) -> LatentDataset:
         names, own = self.label_names, getattr(self._arguments, f"{side}_prompt") or ""
         if unknown := sorted(set(shown.concepts) - set(names)):
             raise DataError(f"expected sub-folders named like those of the {side} images, got {unknown}.")
         captions = [own if caption is None else caption for caption in shown.captions]
-        return encode(self._pipeline, shown.pixels, captions, [names.index(name) for name in shown.concepts], names)
+        labels = [names.index(name) for name in shown.concepts]
+        return encode(self._pipeline, shown.photos, captions, labels, names, digests=shown.digests)
 
 
 @dataclass(frozen=True)
 class _Shown:
     """Images with their captions, None where the side's prompt is meant, and concepts."""
 
-    pixels: Tensor
+    photos: Photos
     captions: list[str | None]
     concepts: list[str]
+    digests: list[bytes]
+    """Of every image's pixels."""
 
-    @cached_property
-    def digests(self) -> list[bytes]:
-        """Of every image's pixels."""
-        return [digest_pixels(row.numpy()) for row in self.pixels]
+    def subset(self, rows: Sequence[int]) -> _Shown:
+        """Some of the images."""
+        held = ([part[row] for row in rows] for part in (self.captions, self.concepts, self.digests))
+        return _Shown(self.photos.subset(rows), *held)

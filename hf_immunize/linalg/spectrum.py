@@ -1,6 +1,7 @@
 """Extreme eigenvalues and condition number of a feature second moment, rank-aware and differentiable.
 
-Shape legend: N rows (samples), D columns (feature width), S = min(N, D) the smaller side.
+Shape legend: N rows (samples), D columns (feature width), S = min(N, D) the smaller side; ``...`` any number of
+matrices of one shape (a stack), whose decompositions are one call.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class SpectrumStatus(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Spectrum of the second moment M = ΦᵀΦ / N of features Φ (N×D), in float64.
+    """Spectrum of the second moment M = ΦᵀΦ / N of features Φ (N×D), in float64; or of every matrix of a stack.
 
     ``largest``, ``smallest`` (smallest *nonzero*) and ``frobenius_squared`` = ‖M‖_F² are zero-dimensional float64
-    tensors that carry gradients to Φ; ``rank`` is a zero-dimensional int64 tensor. Nothing here synchronises the
-    device until ``status`` or a Python number is asked for, but for torch's own check that its decomposition succeeded.
+    tensors that carry gradients to Φ; ``rank`` is a zero-dimensional int64 tensor. Of a stack (``...``×N×D) all of them
+    have the shape ``...``. Nothing here synchronises the device until ``status`` or a Python number is asked for, but
+    for torch's own check that its decomposition succeeded.
     """
 
     largest: Tensor
@@ -55,6 +57,12 @@ class Spectrum:
     """All S eigenvalues of M, descending, detached; those past ``rank`` are below the noise of the features."""
     rows: int
     width: int
+
+    def unbind(self, dim: int = 0) -> list[Spectrum]:
+        """Spectra of a stack's parts along ``dim``, which may not be the eigenvalues' own (counted from the left)."""
+        several = (self.largest, self.smallest, self.frobenius_squared, self.rank, self.eigenvalues)
+        parts = zip(*(value.unbind(dim) for value in several), strict=True)
+        return [Spectrum(*part, self.rows, self.width) for part in parts]
 
     @property
     def log_condition(self) -> Tensor:
@@ -70,7 +78,7 @@ class Spectrum:
         """
         gap = self.frobenius_squared / (2 * self.rank) - 0.5 * self.smallest.square()
         largest = self.largest.detach()
-        noise = 2 * len(self.eigenvalues) * torch.finfo(largest.dtype).eps * largest.square()
+        noise = 2 * self.eigenvalues.shape[-1] * torch.finfo(largest.dtype).eps * largest.square()
         return torch.where(gap.abs() <= noise, torch.zeros_like(gap), gap)
 
     @property
@@ -97,17 +105,21 @@ class Spectrum:
     @property
     def effective_rank(self) -> Tensor:
         """exp of the entropy of the normalised eigenvalues (Roy & Vetterli 2007); between 1 and ``rank``."""
-        share = self.eigenvalues.clamp(min=0) / self.eigenvalues.sum()
-        entropy: Tensor = torch.special.entr(share).sum()
+        share = self.eigenvalues.clamp(min=0) / self.eigenvalues.sum(dim=-1, keepdim=True)
+        entropy: Tensor = torch.special.entr(share).sum(dim=-1)
         return entropy.exp()
 
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
-def check_features(features_ND: Tensor) -> None:
-    """Raise SpectrumError unless ``features_ND`` is a floating N×D matrix with N, D ≥ 1. Does not read values."""
-    if features_ND.dim() != 2 or min(features_ND.shape) < 1 or not features_ND.is_floating_point():
+def check_features(features_ND: Tensor, *, stacked: bool = False) -> None:
+    """Raise SpectrumError unless ``features_ND`` is a floating N×D matrix with N, D ≥ 1. Does not read values.
+
+    With ``stacked``, matrices of one shape behind any number of dimensions will do too.
+    """
+    shaped = features_ND.dim() >= 2 if stacked else features_ND.dim() == 2
+    if not shaped or min(features_ND.shape) < 1 or not features_ND.is_floating_point():
         raise SpectrumError(
             f"expected a floating-point N x D matrix with at least one row and one column, got shape "
             f"{tuple(features_ND.shape)} of {features_ND.dtype}: pool the features to one row per sample first."
@@ -148,42 +160,43 @@ class _ExtremeEigenvalues(torch.autograd.Function):
     def forward(
         ctx: Any, phi: Tensor, mean_squared: Tensor, dtype: torch.dtype, by_svd: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        rows, width = phi.shape
+        rows, width = phi.shape[-2:]
         wide = rows <= width
         # LAPACK refuses NaN; zeros keep the call alive and NaN eigenvalues carry the news without a device sync.
-        finite = torch.isfinite(phi).all()
-        safe = torch.where(finite, phi, torch.zeros_like(phi))
-        gram_SS = safe @ safe.T if wide else safe.T @ safe
+        finite = torch.isfinite(phi).flatten(-2).all(dim=-1)
+        safe = torch.where(finite[..., None, None], phi, torch.zeros_like(phi))
+        gram_SS = safe @ safe.mT if wide else safe.mT @ safe
         if by_svd:
             left, sigma, right = torch.linalg.svd(safe, full_matrices=False)
             values, vectors = sigma.square(), left if wide else right.mH
         else:
             values, vectors = torch.linalg.eigh(gram_SS)
-            values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        raw_sigma_max = (values[0] + mean_squared).sqrt()
-        floor = singular_value_floor(raw_sigma_max, (values.sum() + mean_squared).sqrt(), rows, width, dtype)
+            values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+        largest = values[..., 0]
+        frobenius = (values.sum(dim=-1) + mean_squared).sqrt()
+        floor = singular_value_floor((largest + mean_squared).sqrt(), frobenius, rows, width, dtype)
         if not by_svd:
             # Squaring loses half the digits: eigenvalues below S·eps64·λ₁ are rounding of the Gram matrix itself.
-            floor = torch.maximum(floor, (len(values) * torch.finfo(values.dtype).eps * values[0]).sqrt())
-        rank = (values.sqrt() > floor).sum()
-        last = (rank - 1).clamp(min=0).reshape(1)
-        # index_select: values[last] would read the index, and wait for the device.
-        smallest = torch.where(rank > 0, values.index_select(0, last).squeeze(0), torch.zeros_like(values[0]))
+            floor = torch.maximum(floor, (values.shape[-1] * torch.finfo(values.dtype).eps * largest).sqrt())
+        rank = (values.sqrt() > floor[..., None]).sum(dim=-1)
+        last = (rank - 1).clamp(min=0)[..., None]
+        # gather: values[last] would read the index, and wait for the device.
+        smallest = torch.where(rank > 0, values.gather(-1, last).squeeze(-1), torch.zeros_like(largest))
         bad = torch.full_like(values, float("nan"))
-        values = torch.where(finite, values, bad)
-        smallest = torch.where(finite, smallest, bad[0])
-        ctx.save_for_backward(safe, gram_SS, vectors[:, 0], vectors.index_select(1, last).squeeze(1))
+        values = torch.where(finite[..., None], values, bad)
+        smallest = torch.where(finite, smallest, bad[..., 0])
+        last_column = last[..., None].expand(*vectors.shape[:-1], 1)
+        ctx.save_for_backward(safe, gram_SS, vectors[..., :1], vectors.gather(-1, last_column))
         ctx.wide = wide
         ctx.mark_non_differentiable(rank, values)
-        return values[0].clone(), smallest, values.square().sum(), rank, values
+        return values[..., 0].clone(), smallest, values.square().sum(dim=-1), rank, values
 
     @staticmethod
     def backward(ctx: Any, d_largest: Tensor, d_smallest: Tensor, d_frobenius: Tensor, *_: Any) -> tuple[Any, ...]:
         phi, gram_SS, first, last = ctx.saved_tensors
+        d_largest, d_smallest, d_frobenius = (d[..., None, None] for d in (d_largest, d_smallest, d_frobenius))
         weight_SS = (
-            2 * d_largest * torch.outer(first, first)
-            + 2 * d_smallest * torch.outer(last, last)
-            + 4 * d_frobenius * gram_SS
+            2 * d_largest * (first @ first.mT) + 2 * d_smallest * (last @ last.mT) + 4 * d_frobenius * gram_SS
         )
         return (weight_SS @ phi if ctx.wide else phi @ weight_SS), None, None, None
 
@@ -208,16 +221,31 @@ def second_moment_spectrum(
         SpectrumError: not a floating N×D matrix with at least one row and column, or an unknown method.
     """
     check_features(features_ND)
-    dtype = feature_dtype or features_ND.dtype
+    return second_moment_spectra(features_ND, centered=centered, method=method, feature_dtype=feature_dtype)
+
+
+def second_moment_spectra(
+    features_GND: Tensor, *, centered: bool = True, method: str = "auto", feature_dtype: torch.dtype | None = None
+) -> Spectrum:
+    """``second_moment_spectrum`` of every matrix of a stack ``...``×N×D, by one decomposition call for all.
+
+    Each matrix has its own floor, rank and finiteness, and its values and gradients do not depend on its neighbours.
+    Arguments are those of ``second_moment_spectrum``.
+
+    Raises:
+        SpectrumError: not floating ``...``×N×D, or an unknown method.
+    """
+    check_features(features_GND, stacked=True)
+    dtype = feature_dtype or features_GND.dtype
     if method not in ("auto", "svd", "gram"):
         raise SpectrumError(f"expected method 'auto', 'svd' or 'gram', got {method!r}.")
     by_svd = method == "svd" or (method == "auto" and dtype == torch.float64)
-    rows, width = features_ND.shape
-    phi = to_double(features_ND) / math.sqrt(rows)
-    mean_squared = phi.new_zeros(())
+    rows, width = features_GND.shape[-2:]
+    phi = to_double(features_GND) / math.sqrt(rows)
+    mean_squared = phi.new_zeros(phi.shape[:-2])
     if centered:
-        mean_1D = phi.mean(dim=0, keepdim=True)
-        phi, mean_squared = phi - mean_1D, rows * mean_1D.detach().square().sum()
+        mean_G1D = phi.mean(dim=-2, keepdim=True)
+        phi, mean_squared = phi - mean_G1D, rows * mean_G1D.detach().square().sum(dim=(-2, -1))
     outputs = _ExtremeEigenvalues.apply(phi, mean_squared, dtype, by_svd)  # type: ignore[no-untyped-call]
     largest, smallest, frobenius_squared, rank, values = outputs
     return Spectrum(largest, smallest, frobenius_squared, rank, values, rows, width)

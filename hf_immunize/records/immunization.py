@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import JsonValue
 
 from hf_immunize.records.base import Part, Record
@@ -31,18 +33,21 @@ class OutcomeRecord(Part):
     rows: int
     held_out: bool
     """Whether training has not seen these rows."""
-    chance: float
-    """Share of the most frequent class."""
-    probe_before: float
-    """Accuracy (0..1) of the best of several ridge probes at the head's input before training: fitted on one half of
-    the rows, judged on the other."""
-    probe_after: float
+    chance: float | None
+    """Share of the most frequent class; 0 for R²; null without a probe."""
+    probe_before: float | None
+    """What the best of several ridge probes at the head's input reaches before training, fitted on one half of the rows
+    and judged on the other: accuracy (0..1), or held-out R² where rows have several labels or numbers. Null where they
+    have one class or none."""
+    probe_after: float | None
     terms_before: dict[str, float]
     """Harmful terms of the objective, over all rows."""
     terms_after: dict[str, float]
     immunized: bool
     told: str
     """The same in one line."""
+    probe_metric: Literal["accuracy", "r2"] | None = "accuracy"
+    """Null without a probe."""
 
 
 class ImmunizationRecord(Record):

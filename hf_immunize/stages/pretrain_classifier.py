@@ -90,7 +90,7 @@ def pretrain_classifier(arguments: TaskArguments, options: ClassifierOptions, ar
         compute_metrics=accuracy, processing_class=processor,
     )  # fmt: skip
     if options.trainable_modules:
-        trainer.frozen = FrozenPart(model, train.pixel_values.shape[1:])
+        trainer.frozen = FrozenPart(model, train.image_shape)
     if options.cache_frozen_features:
         _use_cache(trainer, model)
     trainer.model_accepts_loss_kwargs = False

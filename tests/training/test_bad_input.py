@@ -35,7 +35,7 @@ def row(size: int = 8, label: int = 0, value: float = 0.0) -> dict:
 )
 def test_a_harmful_dataset_that_cannot_be_used(make_trainer, harmful, message):
     with pytest.raises(DataError, match=message):
-        make_trainer(harmful=harmful)
+        make_trainer(harmful=harmful, objective="closed_form_adversary")
 
 
 def test_a_missing_dataset_is_named(make_vit, make_pixels, tmp_path):

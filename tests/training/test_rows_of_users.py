@@ -51,12 +51,12 @@ def test_a_transform_beside_other_heads(make_trainer):
 
 
 def test_streams_tuples_and_mistakes_are_found_when_the_trainer_is_made(make_trainer):
-    with pytest.raises(DataError, match="numbers in harmful_dataset, got IterableDataset: .*streaming=True"):
-        make_trainer(harmful=table().to_iterable_dataset())
-    with pytest.raises(DataError, match="numbers in train_dataset, got IterableDataset"):
-        make_trainer(primary=table().to_iterable_dataset())
-    with pytest.raises(DataError, match=r"numbers in eval_dataset\['one'\], got IterableDataset"):
-        make_trainer(evaluation={"one": table().to_iterable_dataset()})
+    with pytest.raises(DataError, match="numbers in harmful_dataset, got list_iterator: .*streaming=True"):
+        make_trainer(harmful=iter([{}]))
+    with pytest.raises(DataError, match=r"one dataset as train_dataset, got a dict of \['one'\]: choose a split"):
+        make_trainer(primary={"one": table()})
+    with pytest.raises(DataError, match=r"numbers in eval_dataset\['one'\], got list_iterator"):
+        make_trainer(evaluation={"one": iter([{}])})
     tuples = [(torch.zeros(3, 8, 8), row % 3) for row in range(12)]
     for side, name in (("primary", "train_dataset"), ("harmful", "harmful_dataset")):
         with pytest.raises(DataError, match=rf"rows that are dicts in {name}, got a tuple of Tensor, int in row 0"):

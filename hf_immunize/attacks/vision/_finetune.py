@@ -163,7 +163,7 @@ def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, s
     steps = config.steps - before
     exam = _Exam(context, evaluation_steps(steps, config.evaluation_ratio))
     data = training_rows(context, config, seed)
-    cost = forward_flops(model, data.pixel_values.shape[1:])
+    cost = forward_flops(model, data.image_shape)
     loss = train(model, data, replace(config, steps=steps), seed, context.device, collator(config, seed), [exam])
     seconds = time.perf_counter() - started
     if exam.note is None and not math.isfinite(loss):

@@ -29,6 +29,7 @@ def training_rows(context: AttackContext, config: Any, seed: int) -> PixelDatase
         noisy = torch.rand(len(data), generator=generator) < label_noise
         data.labels = torch.where(noisy, drawn, data.labels)
     if pixel_noise:
+        data = data.loaded()
         noise = torch.randn(data.pixel_values.shape, generator=generator) * data.pixel_values.std()
         data.pixel_values = data.pixel_values + pixel_noise * noise.to(data.pixel_values)
     return _with_benign(data, context.benign, benign_share, generator) if benign_share else data

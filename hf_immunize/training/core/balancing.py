@@ -82,27 +82,14 @@ class TermWeights:
         return self.fixed is None and self.reference is None
 
     def update(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """λ for this step from the terms' float64 gradients."""
-        return self.of_norms({name: torch.linalg.vector_norm(gradient) for name, gradient in gradients.items()})
+        """λ for this step, as zero-dimensional float64 tensors on the gradients' device."""
+        together = update_together([self], {name: gradient[None] for name, gradient in gradients.items()})
+        return {name: value[0] for name, value in together.items()}
 
     def of_norms(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """λ for this step from the norms of the terms' gradients, as float64 scalars on the norms' device."""
-        lambdas = {}
-        for name, norm in norms.items():
-            scale = self.strength * self.factor * self.site_share * self.shares[name]
-            if self.fixed is not None:
-                lambdas[name] = norm.new_full((), scale * self.fixed[name])  # filled there, not copied
-                continue
-            old = self.norms.get(name)
-            mean = norm if old is None else self.DECAY * old.to(norm) + (1 - self.DECAY) * norm
-            if old is not None:
-                # A hinge that is satisfied has no gradient; averaging its zeros in would blow up the next nonzero one.
-                mean = torch.where(norm > 0, mean, old.to(norm))
-            self.norms[name] = mean
-            assert self.reference is not None, "reference is measured before the first step"
-            ratio = scale * self.reference.to(norm) / mean
-            lambdas[name] = torch.where(mean > 0, ratio, torch.zeros_like(ratio))
-        return lambdas
+        together = weights_of_norms([self], {name: norm.reshape(1) for name, norm in norms.items()})
+        return {name: value[0] for name, value in together.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors."""
@@ -117,3 +104,49 @@ class TermWeights:
         self.factor = float(state["factor"])
         self.reference = state.get("reference")
         self.norms = {name.removeprefix("norm."): norm for name, norm in state.items() if name.startswith("norm.")}
+
+
+def update_together(sites: Sequence[TermWeights], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``TermWeights.update`` of S sites at once: from S×… gradients per term, S λ per term, each of its own site.
+
+    Sites are those of one objective: fixed weights for all, or auto for all.
+    """
+    norms = {name: torch.linalg.vector_norm(gradient.flatten(1), dim=1) for name, gradient in gradients.items()}
+    return weights_of_norms(sites, norms)
+
+
+def weights_of_norms(sites: Sequence[TermWeights], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As ``update_together``, from S norms per term."""
+    lambdas = {}
+    for name, norm in norms.items():
+        scales = [one.strength * one.factor * one.site_share * one.shares[name] for one in sites]
+        fixed = [one.fixed[name] for one in sites if one.fixed is not None]
+        if fixed:
+            lambdas[name] = numbers([a * b for a, b in zip(scales, fixed, strict=True)], norm)
+            continue
+        mean = _running_mean([one.norms.get(name) for one in sites], norm)
+        references = []
+        for one, own in zip(sites, mean, strict=True):
+            assert one.reference is not None, "reference is measured before the first step"
+            one.norms[name], one.reference = own, one.reference.to(norm)
+            references.append(one.reference)
+        ratio = numbers(scales, norm) * torch.stack(references) / mean
+        lambdas[name] = torch.where(mean > 0, ratio, torch.zeros_like(ratio))
+    return lambdas
+
+
+def _running_mean(old: Sequence[Tensor | None], norm: Tensor) -> Tensor:
+    """ḡ of each site, from its last one (None for none yet) and the norms of this step."""
+    if all(value is None for value in old):
+        return norm
+    last = torch.stack([own if value is None else value.to(norm) for value, own in zip(old, norm, strict=True)])
+    mean = TermWeights.DECAY * last + (1 - TermWeights.DECAY) * norm
+    # A hinge that is satisfied has no gradient; averaging its zeros in would blow up the next nonzero one.
+    return torch.where(norm > 0, mean, last)
+
+
+def numbers(values: Sequence[float], like: Tensor) -> Tensor:
+    """Plain numbers as a vector on the device and in the dtype of ``like``, without waiting for the device."""
+    if all(value == values[0] for value in values):
+        return like.new_full((len(values),), values[0])  # filled there, not copied
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)

@@ -1,64 +1,77 @@
-"""The global batch on every rank, in an order that does not depend on how many ranks there are."""
+"""The global batch on every rank, in an order that does not depend on how many ranks there are; sums over ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_immunize.training.core.exchange import RowExchange, world
 
-def world() -> tuple[int, int]:
-    """(rank, world size) of the default process group; (0, 1) without one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+__all__ = [
+    "RowExchange", "average_over_ranks", "gather_rows", "mean_over_ranks", "sum_over_ranks", "world",
+]
+
+_BUCKET = 2**28
+"""Bytes of tensors that are summed over ranks by one call: more would hold a second copy of a model's gradients."""
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """All ranks' rows, without gradient, and the places of this rank's rows among them.
 
     Rank r's row i stands before rank r+1's row i, which undoes a round-robin split: the result equals the batch that
-    one process would have seen. Ranks may hold different numbers of rows.
+    one process would have seen. Ranks may hold different numbers of rows. For many tensors see ``RowExchange``.
     """
-    rank, size = world()
-    rows = rows.detach()
-    if size == 1:
-        return rows, torch.arange(len(rows), device=rows.device)
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(size)]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    sizes = [int(count) for count in counts]
-    padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded.contiguous())
-    order = sorted((row, owner) for owner, count in enumerate(sizes) for row in range(count))
-    everything = torch.stack([parts[owner][row] for row, owner in order])
-    mine = torch.tensor([place for place, (_, owner) in enumerate(order) if owner == rank], device=rows.device)
-    return everything, mine
+    (gathered,) = RowExchange()([rows])
+    return gathered
+
+
+def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over ranks, in place: a call for each dtype, and for each 256 MiB.
+
+    Every rank has to pass the same shapes, dtypes and devices in the same order.
+    """
+    if world()[1] == 1:
+        return
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        dist.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        with torch.no_grad():
+            torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
+
+
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over ranks, in place; calls and conditions as for ``sum_over_ranks``."""
+    _, size = world()
+    if size > 1 and tensors:
+        sum_over_ranks(tensors)
+        with torch.no_grad():
+            torch._foreach_div_(list(tensors), size)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of a scalar over ranks, without gradient."""
-    _, size = world()
     value = value.detach().clone()
-    if size > 1:
-        dist.all_reduce(value)
-    return value / size
+    average_over_ranks([value])
+    return value
 
 
-def mean_of_gradients(gradients: Sequence[Tensor]) -> None:
-    """Mean over ranks of each tensor, in place, in one exchange per dtype and device."""
-    _, size = world()
-    if size == 1:
-        return
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for gradient in gradients:
-        groups.setdefault((gradient.dtype, gradient.device), []).append(gradient)
-    for group in groups.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in group])
-        dist.all_reduce(flat)
-        parts = (flat / size).split([gradient.numel() for gradient in group])
-        for gradient, part in zip(group, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype and device, in their order, as many as fit one call."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for same in kinds.values():
+        bucket: list[Tensor] = []
+        held = 0
+        for tensor in same:
+            size = tensor.numel() * tensor.element_size()
+            if bucket and held + size > _BUCKET:
+                yield bucket
+                bucket, held = [], 0
+            bucket.append(tensor)
+            held += size
+        yield bucket

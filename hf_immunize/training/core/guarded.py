@@ -44,7 +44,10 @@ class GuardedRun:
         return self.guard.base is not None
 
     def check(self, step: int, points: float, last: int) -> dict[str, float]:
-        """One evaluation of the weights that would be returned at ``step`` of ``last``, in points; for the log."""
+        """One evaluation of the weights that would be returned at ``step`` of ``last``, in points; for the log.
+
+        What is ahead is time to recover in while the rate falls; where it does not, ``last`` is the step itself.
+        """
         assert self.guard.base is not None
         progress = self._watch.progress()
         ahead = 1 - step / max(last, 1)

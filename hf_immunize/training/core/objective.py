@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hf_immunize.training.core.balancing import TermWeights
+from hf_immunize.training.core.balancing import TermWeights, numbers, update_together
 from hf_immunize.training.core.bank import FeatureBank
-from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.evaluation import Evaluated, evaluate_stack
+from hf_immunize.training.core.measured import Rows, Side, Term, TermSettings
 from hf_immunize.training.core.meter import Meter
-from hf_immunize.training.core.terms import Evaluated, Rows, Side, Term, TermSettings, evaluate_terms
+from hf_immunize.training.core.stacks import SIDES, MicroBatch, SiteExchange, SiteStack
 
-SIDES: tuple[Side, Side] = ("primary", "harmful")
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Features of one micro-batch on this rank, by side and site, and the labels of each side, best on the CPU."""
-
-    features: Mapping[Side, Mapping[str, Tensor]]
-    labels: Mapping[Side, Tensor]
-
+__all__ = ["SIDES", "GlobalObjective", "MicroBatch", "SiteGradients"]
 
 SiteGradients = dict[Side, dict[str, Tensor]]
 
@@ -57,6 +47,7 @@ class GlobalObjective:
         }
         self.bank = FeatureBank(bank_rows) if bank_rows else None
         self.memory: dict[str, dict[str, dict[str, Tensor]]] = {site: {} for site in site_weights}
+        self._gather = SiteExchange()
 
     @property
     def sites(self) -> list[str]:
@@ -80,40 +71,70 @@ class GlobalObjective:
             weights.factor = value
 
     def gradients(self, batches: Sequence[MicroBatch], *, spectra: bool) -> list[SiteGradients]:
-        """λ-weighted gradients at this rank's features, per micro-batch; ``spectra`` puts spectra in the log too."""
+        """λ-weighted gradients at this rank's features, per micro-batch; ``spectra`` puts spectra in the log too.
+
+        Every site is measured on its own; sites with features of one shape share the calls that measure them. Ranks
+        exchange everything by one collective.
+        """
         found: list[SiteGradients] = [{side: {} for side in SIDES} for _ in batches]
         totals: dict[str, Tensor] = {}
-        for site, weights in self.weights.items():
-            rows, places = _global_rows(batches, site)
-            past = {side: kept for side in SIDES if self.bank and (kept := self.bank.past(side, site))}
-            evaluated = evaluate_terms(self.terms, rows, self.settings, past=past, memory=self.memory[site])
-            for side in SIDES if self.bank else ():
-                self.bank.add(side, site, rows[side])  # type: ignore[union-attr]
-            lambdas = weights.update(evaluated.gradients)
-            self._observe(site, evaluated, lambdas, spectra)
-            for name, value in evaluated.values.items():
-                totals[name] = totals.get(name, 0) + value * weights.site_share
+        for stack in self._gather(batches, self.sites):
+            evaluated = evaluate_stack(
+                self.terms, stack.rows, self.settings, past=self._past(stack),
+                memories=[self.memory[site] for site in stack.sites],
+            )
+            self._remember(stack)
+            weights = [self.weights[site] for site in stack.sites]
+            lambdas = update_together(weights, evaluated.gradients)
+            self._observe(stack.sites, evaluated, lambdas, spectra)
+            shares = [one.site_share for one in weights]
+            for name, values in evaluated.values.items():
+                total = (values * numbers(shares, values)).sum()
+                totals[name] = totals[name] + total.to(totals[name]) if name in totals else total
             for side in SIDES:
-                summed = torch.zeros_like(rows[side].features, dtype=torch.float64)
-                for term in self.terms:
-                    if term.side == side:
-                        summed = summed + (lambdas[term.name] * evaluated.gradients[term.name]).to(summed.device)
-                for gradients, place in zip(found, places[side], strict=True):
-                    gradients[side][site] = summed[place]
+                summed = self._summed(side, evaluated, lambdas, stack.rows[side].features)
+                for gradients, place in zip(found, stack.places[side], strict=True):
+                    own = summed.index_select(1, place.to(summed.device))
+                    gradients[side] |= dict(zip(stack.sites, own, strict=True))
         self.meter.add(totals)
         return found
 
-    def _observe(self, site: str, evaluated: Evaluated, lambdas: Mapping[str, Tensor], spectra: bool) -> None:
+    def _summed(self, side: Side, evaluated: Evaluated, lambdas: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """Σ over a side's terms of λ × gradient, S×N×D."""
+        parts = [lambdas[term.name][:, None, None] * evaluated.gradients[term.name]
+                 for term in self.terms if term.side == side]
+        if not parts:
+            return torch.zeros_like(like, dtype=torch.float64)
+        return sum(parts[1:], start=parts[0])
+
+    def _past(self, stack: SiteStack) -> dict[Side, Rows]:
+        """What the bank holds of these sites, stacked; nothing without a bank or before its first step."""
+        if self.bank is None:
+            return {}
+        kept = {side: [self.bank.past(side, site) for site in stack.sites] for side in SIDES}
+        return {side: Rows(torch.stack([one.features for one in rows if one]), rows[0].labels)
+                for side, rows in kept.items() if rows[0] is not None}
+
+    def _remember(self, stack: SiteStack) -> None:
+        for side, rows in stack.rows.items() if self.bank else ():
+            for site, part in zip(stack.sites, rows.sites, strict=True):
+                self.bank.add(side, site, part)  # type: ignore[union-attr]
+
+    def _observe(
+        self, sites: Sequence[str], evaluated: Evaluated, lambdas: Mapping[str, Tensor], spectra: bool
+    ) -> None:
         """Values for the log; with several sites each under its own name besides the weighted sum over sites."""
         many = len(self.weights) > 1
-        end = f"/{site}" if many else ""
-        self.meter.add({f"lambda/{name}{end}": value for name, value in lambdas.items()})
-        if many:
-            self.meter.add({f"{name}{end}": value for name, value in evaluated.values.items()})
+        ends = [f"/{site}" if many else "" for site in sites]
+        for name, value in lambdas.items():
+            self.meter.add_each([f"lambda/{name}{end}" for end in ends], value)
+        for name, value in evaluated.values.items() if many else ():
+            self.meter.add_each([f"{name}{end}" for end in ends], value)
         for side, rows in evaluated.rows.items() if spectra else ():
             spectrum = rows.spectrum
             found = {"log_kappa": spectrum.log_condition, "effective_rank": spectrum.effective_rank}
-            self.meter.add({f"{side}_{name}{end}": value.detach() for name, value in found.items()}, diagnostic=True)
+            for name, value in found.items():
+                self.meter.add_each([f"{side}_{name}{end}" for end in ends], value, diagnostic=True)
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors."""
@@ -138,21 +159,3 @@ class GlobalObjective:
 
 def _under(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-
-
-def _global_rows(batches: Sequence[MicroBatch], site: str) -> tuple[dict[Side, Rows], dict[Side, list[Tensor]]]:
-    """Rows of all ranks and micro-batches at a site, and the places of this rank's among them, per micro-batch."""
-    rows, places = {}, {}
-    for side in SIDES:
-        parts = [(gather_rows(b.features[side][site]), _labels(b, side, site)) for b in batches]
-        starts = np.cumsum([0] + [len(labels) for _, labels in parts])
-        features = torch.cat([gathered for (gathered, _), _ in parts])
-        rows[side] = Rows(features, torch.cat([labels for _, labels in parts]))
-        places[side] = [mine + int(start) for ((_, mine), _), start in zip(parts, starts, strict=False)]
-    return rows, places
-
-
-def _labels(batch: MicroBatch, side: Side, site: str) -> Tensor:
-    """Labels of all ranks. Collectives want them beside the features; alone they stay where reading them is free."""
-    labels = batch.labels[side]
-    return labels if world()[1] == 1 else gather_rows(labels.to(batch.features[side][site].device))[0]

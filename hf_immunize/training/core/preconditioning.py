@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import match_modules
 from hf_immunize.linalg import to_double
 from hf_immunize.linalg.precondition import InverseMoment
-from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.distributed import sum_over_ranks
 
 
 class Preconditioner:
@@ -46,14 +45,15 @@ class Preconditioner:
 
     def inverses(self, inputs: Mapping[str, Sequence[Tensor]]) -> dict[str, tuple[InverseMoment, float]]:
         """K̃⁻¹ of every layer as (inverse, scale), from this rank's inputs of all micro-batches."""
-        found = {}
+        sums = {}
         for name, parts in inputs.items():
             flat = [to_double(part.detach().flatten(0, -2)) for part in parts]
             moment = torch.stack([part.T @ part for part in flat]).sum(dim=0)
             rows = torch.tensor(float(sum(len(part) for part in flat)), dtype=moment.dtype, device=moment.device)
-            if world()[1] > 1:
-                dist.all_reduce(moment)
-                dist.all_reduce(rows)
+            sums[name] = moment, rows
+        sum_over_ranks([part for pair in sums.values() for part in pair])
+        found = {}
+        for name, (moment, rows) in sums.items():
             moment = moment / rows
             mean = float(moment.diagonal().mean())
             found[name] = InverseMoment.of_moment(moment, ridge=self.ridge * mean), (1 + self.ridge) * mean

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured
-from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.distributed import gather_rows, sum_over_ranks, world
 
 
 class ReferenceGradients:
@@ -64,13 +63,10 @@ class ReferenceGradients:
 
     def at_weights(self) -> Tensor:
         """The norm of the ranks' mean gradient at the trained weights."""
+        found = [gradient.clone() for gradient in self._sums if gradient is not None]
+        sum_over_ranks(found)
         squares = [torch.zeros((), dtype=torch.float64)]
-        for gradient in self._sums:
-            if gradient is not None:
-                if world()[1] > 1:
-                    gradient = gradient.clone()
-                    dist.all_reduce(gradient)
-                squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu())
+        squares += [torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu() for gradient in found]
         return torch.stack(squares).sum().sqrt() / (world()[1] * self._count)
 
 

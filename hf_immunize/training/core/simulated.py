@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.training.core.attacker import Attacker
-from hf_immunize.training.core.distributed import mean_of_gradients, mean_over_ranks
+from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
 from hf_immunize.training.core.weight_terms import AttackedTask
 
 
@@ -111,7 +111,7 @@ class SimulatedAttack:
         for parameter in self._attacker.asked:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        mean_of_gradients([parameter.grad for parameter in self._attacker.asked])
+        average_over_ranks([parameter.grad for parameter in self._attacker.asked])
         return mean_over_ranks(loss)
 
     def _loss(self, step: int, attack_step: int) -> Tensor:

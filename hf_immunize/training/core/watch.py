@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Watch:
 
     def __init__(self, terms: Iterable[Term]):
         self._terms = {term.name: term for term in terms}
-        self._waiting: list[tuple[int, str, Tensor]] = []
+        self._waiting: list[tuple[int, tuple[str, ...], Tensor]] = []
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
         self.step = 0
@@ -34,7 +34,11 @@ class Watch:
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Take detached scalars of the current step; nothing is read."""
-        self._waiting += [(self.step, name, value.detach()) for name, value in values.items()]
+        self._waiting += [(self.step, (name,), value.detach().reshape(1)) for name, value in values.items()]
+
+    def add_each(self, names: Sequence[str], values: Tensor) -> None:
+        """Take as many scalars of the current step as there are names, in one vector; nothing is read."""
+        self._waiting.append((self.step, tuple(names), values.detach()))
 
     @property
     def is_due(self) -> bool:
@@ -53,14 +57,14 @@ class Watch:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        numbers = torch.stack([value.double().cpu() for _, _, value in waiting]).tolist()
         broken: dict[int, list[str]] = {}
-        for (step, name, _), number in zip(waiting, numbers, strict=True):
-            if not math.isfinite(number):
-                broken.setdefault(step, []).append(name)
-            elif name in self._terms:
-                self._sums[name] = self._sums.get(name, 0.0) + number
-                self._counts[name] = self._counts.get(name, 0) + 1
+        for (step, names, _), found in zip(waiting, read_together([value for *_, value in waiting]), strict=True):
+            for name, number in zip(names, found, strict=True):
+                if not math.isfinite(number):
+                    broken.setdefault(step, []).append(name)
+                elif name in self._terms:
+                    self._sums[name] = self._sums.get(name, 0.0) + number
+                    self._counts[name] = self._counts.get(name, 0) + 1
         if broken:
             first = min(broken)
             raise TrainingDivergedError(
@@ -85,3 +89,18 @@ class Watch:
         """Take back what ``state`` returned."""
         self._sums = dict(state["sums"])
         self._counts = {name: int(count) for name, count in state["counts"].items()}
+
+
+def read_together(vectors: Sequence[Tensor]) -> list[list[float]]:
+    """Numbers of several vectors, by one wait for each device that holds some."""
+    found: list[list[float]] = [[] for _ in vectors]
+    for device in {vector.device for vector in vectors}:
+        places = [place for place, vector in enumerate(vectors) if vector.device == device]
+        together = torch.cat([vectors[place].to(_widest(device)) for place in places]).tolist()
+        for place in places:
+            found[place], together = together[: len(vectors[place])], together[len(vectors[place]) :]
+    return found
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -32,7 +32,7 @@ from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.training.core.average import WeightAverage
 from hf_immunize.training.core.changing import ChangingPart
-from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.draws import same_draws
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
@@ -211,13 +211,14 @@ class DiffusionImmunizationTrainer:
                 self.accelerator.backward(self._micro_loss(micro))
         with self.accelerator.autocast():
             self.terms.add_weight_gradients(self.bare, self.step)
+        self.meter.end_step()
 
     def _micro_loss(self, micro: int) -> Tensor:
         """Retain loss and distillation of one micro-batch, plus a zero whose gradient is the feature terms'."""
         retain = self._batch(self.streams.retain, micro)
         answer, features = self._forward(self.model, "retain", micro, retain)
         loss = self._retain_loss(answer, retain)
-        self.meter.add({"retain_loss": mean_over_ranks(loss)})
+        self.meter.add({"retain_loss": loss}, local=True)
         total = (self.args.primary_loss_weight * loss + self._distill(answer, retain)) / self._accumulation
         if self.terms.objective is None:
             return total
@@ -268,7 +269,7 @@ class DiffusionImmunizationTrainer:
         with torch.no_grad(), self.accelerator.autocast():
             wanted = self._answer(self.teacher, batch)
         distance = denoising_losses(answer, wanted).mean()
-        self.meter.add({"distillation": mean_over_ranks(distance)})
+        self.meter.add({"distillation": distance}, local=True)
         return self.args.distillation * distance
 
     # ---- measuring before, between and after ----------------------------------------------------------------------
@@ -326,7 +327,7 @@ class DiffusionImmunizationTrainer:
 
     def _guard_step(self) -> None:
         with self._judged_weights():
-            self._guarded.check(self.step, self._points(), self.args.max_steps)
+            self._guarded.check(self.step, self._points(), last=self.step)
 
     def _refuse_ruined(self) -> None:
         self.watch.settle()

@@ -30,7 +30,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_immunize.errors import ModelError
-from hf_immunize.training.core.distributed import mean_of_gradients, mean_over_ranks
+from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
 from hf_immunize.training.core.simulated import SimulatedAttack
 
 
@@ -91,13 +91,13 @@ class UnrolledAttack(SimulatedAttack):
             self._check(loss)
             graphs = torch.autograd.grad(loss, everything, create_graph=True, materialize_grads=True)
             mean = [part.detach().clone() for part in graphs]
-            mean_of_gradients(mean)
+            average_over_ranks(mean)
             gradient = dict(zip(everything, mean, strict=True))
             told = dict(zip(everything, graphs, strict=True))
             directions = {p: update_vjp(gradient[p], adjoint[p], self._rate) for p in self._attacker.trained}
             product = sum((told[p] * direction).sum() for p, direction in directions.items())
             pulled = list(torch.autograd.grad(product, everything, materialize_grads=True))
-        mean_of_gradients(pulled)
+        average_over_ranks(pulled)
         return mean_over_ranks(loss), gradient, dict(zip(everything, pulled, strict=True))
 
     def _check(self, loss: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_immunize.training.core.average import WeightAverage
+from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.watch import Watch
 
 
@@ -26,10 +27,11 @@ class Averaging(TrainerCallback):
 class Watching(TrainerCallback):
     """Stops a run whose numbers are not finite, however rarely it logs."""
 
-    def __init__(self, watch: Watch):
-        self._watch = watch
+    def __init__(self, watch: Watch, meter: Meter):
+        self._watch, self._meter = watch, meter
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After every optimizer step; values are read when that costs nothing, or has waited long enough."""
+        self._meter.end_step()
         if self._watch.is_due:
             self._watch.settle()

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_immunize.data import (
     PixelDataset,
     align_labels,
-    check_classes,
-    check_label_range,
-    check_rows,
-    check_sample,
+    check_source,
+    first_row,
     for_model,
+    is_stream,
     label_names_of,
-    labels_of,
     names_classes,
+    pixel_shape,
 )
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import capture_inputs, find_classifier, linear_sites
-from hf_immunize.training.vision.primary import SINGLE, UNLABELLED, check_primary_labels, kind_of
+from hf_immunize.training.core.registry import AnyTerm
+from hf_immunize.training.vision.harmful_task import HarmfulTask
+from hf_immunize.training.vision.primary import SINGLE, UNLABELLED, check_known_labels, kind_of
 
 
 def head_of(model: nn.Module, args: Any) -> str:
@@ -44,9 +45,9 @@ def head_of(model: nn.Module, args: Any) -> str:
 
 
 def check_data(
-    model: nn.Module, primary: Any, harmful: Any, evaluation: Any
-) -> tuple[str, list[int] | Tensor, list[int]]:
-    """Kind of the primary task, its labels and the harmful ones.
+    model: nn.Module, primary: Any, harmful: Any, evaluation: Any, terms: Sequence[AnyTerm]
+) -> tuple[str, Mapping[str, Any], HarmfulTask]:
+    """Kind of the primary task, its first row, and the harmful task. No more than a few rows are read.
 
     Raises:
         DataError: an empty or missing dataset, missing columns, images of another size, labels outside their range, or
@@ -57,30 +58,37 @@ def check_data(
         missing = "train_dataset" if primary is None else "harmful_dataset"
         raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
     for name, rows in (("train_dataset", primary), ("harmful_dataset", harmful), *_parts(evaluation)):
-        check_rows(rows, name)
-    kind = kind_of(model, primary)
-    primary_labels = check_primary_labels(model, primary, kind)
+        check_source(rows, name)
+    first = first_row(primary, "train_dataset")
+    kind = kind_of(model, first)
+    check_known_labels(model, primary, kind, "train_dataset")
     check_head(model, primary, kind)
     for name, rows in _parts(evaluation) if kind != UNLABELLED else ():
-        check_primary_labels(model, rows, kind, name)
+        check_known_labels(model, rows, kind, name)
         check_head(model, rows, kind, name)
-    harmful_labels = check_harmful(harmful, "harmful_dataset")
-    shapes = check_sample(primary, "train_dataset"), check_sample(harmful, "harmful_dataset")
+    task = HarmfulTask(harmful, "harmful_dataset", terms)
+    shapes = pixel_shape(first, "train_dataset"), pixel_shape(task.first, "harmful_dataset")
     if shapes[0] != shapes[1]:
         raise DataError(
             f"expected harmful images of the primary images' size {tuple(shapes[0])}, got {tuple(shapes[1])}: "
             "preprocess both with the same image processor."
         )
-    return kind, primary_labels, harmful_labels
+    return kind, first, task
 
 
-def check_harmful(harmful: Any, where: str) -> list[int]:
-    """Labels of harmful rows. Raises DataError for labels outside their range, or a class without rows."""
-    labels, names = labels_of(harmful, where), label_names_of(harmful)
-    classes = len(names) if names else max(labels) + 1
-    check_label_range(labels, classes, where)
-    check_classes(labels, names or range(classes), where)
-    return labels
+def refuse_streams(args: Any, streams: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options that need rows with numbers, where a dataset is a stream."""
+    found = [name for name, rows in streams.items() if is_stream(rows)]
+    if found and args.cache_frozen_features:
+        raise ConfigError(
+            f"expected datasets with numbered rows for cache_frozen_features, got a stream as {', '.join(found)}: set "
+            "cache_frozen_features to false, or load the dataset without streaming=True."
+        )
+    if "train_dataset" in found and args.max_steps <= 0:
+        raise ConfigError(
+            "expected max_steps for a stream as train_dataset, whose end nobody knows, got num_train_epochs: set "
+            "max_steps."
+        )
 
 
 def _parts(evaluation: Any) -> Iterator[tuple[str, Any]]:
@@ -124,7 +132,7 @@ def check_head(model: Any, primary: Any, kind: str, name: str = "train_dataset")
         )
 
 
-def check_unlabelled(model: nn.Module, args: Any, primary: Any, site: str) -> None:
+def check_unlabelled(model: nn.Module, args: Any, first: Mapping[str, Any], site: str) -> None:
     """Refuse what a primary task without labels cannot have: logits to imitate, a metric, features that are noise.
 
     Raises:
@@ -136,7 +144,7 @@ def check_unlabelled(model: nn.Module, args: Any, primary: Any, site: str) -> No
             f"expected no {' and no '.join(found)} for a primary task without labels, which has neither class logits "
             "nor an accuracy: use feature_distillation."
         )
-    if args.feature_distillation and not _repeats(model, primary[0], site):
+    if args.feature_distillation and not _repeats(model, first, site):
         raise ConfigError(
             "expected a model that computes the same features twice for feature_distillation, got random ones: put the "
             "mask into the rows (bool_masked_pos, or noise for ViTMAE), so that both models see the same patches."
@@ -144,7 +152,7 @@ def check_unlabelled(model: nn.Module, args: Any, primary: Any, site: str) -> No
 
 
 @torch.no_grad()
-def _repeats(model: nn.Module, row: dict[str, Any], site: str) -> bool:
+def _repeats(model: nn.Module, row: Mapping[str, Any], site: str) -> bool:
     """Whether two forwards of one row, eight times over, give the same features in evaluation mode."""
     device = next(model.parameters()).device
     inputs = {name: torch.stack([torch.as_tensor(value)] * 8).to(device) for name, value in row.items()}

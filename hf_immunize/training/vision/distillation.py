@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from hf_immunize.data import NamedStream, is_stream
 from hf_immunize.training.vision.primary import MULTI, REGRESSION, SINGLE
 
 SPREAD = 1.0
@@ -66,8 +66,8 @@ def _beats_the_commonest_label(outputs_NC: Tensor, labels_N: Tensor) -> bool:
 
 def evenly(rows: Any, most: int) -> Any:
     """At most ``most`` rows at equal distances, or the first ones of rows that have no places."""
-    if not hasattr(rows, "__getitem__"):
-        return list(itertools.islice(rows, most))
+    if is_stream(rows):
+        return NamedStream(rows, "train_dataset", limit=most)
     count = min(most, len(rows))
     return Subset(rows, [place * len(rows) // count for place in range(count)])
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from hf_immunize.data import RowStore, digest_rows, forward_rows
+from hf_immunize.data import RowStore, forward_rows
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.features import Boundary, find_boundary, lying_channels_last, trainable_modules
+from hf_immunize.training.vision.counting import digest_once
 
 _FORMAT = 2
 """Part of every cache key; raised when what is stored changes its meaning."""
@@ -128,7 +129,7 @@ class FeatureCache:
             RecordError: no space on disk, or a damaged cache.
         """
         check_repeatable(rows, name)
-        content = digest_rows(rows, name)
+        content = digest_once(rows, name)
         key, logits_key = (_short(f"{part} {content}") for part in (self._key, self._logits_key))
         store = RowStore.open_or_write(self._folder / key, self._activations(rows, name), len(rows))
         logits = None

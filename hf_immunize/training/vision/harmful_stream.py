@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from hf_immunize.data import NamedRows, StepBatchSampler, named_workers
+from hf_immunize.data import (
+    NamedRows,
+    NamedStream,
+    RankBatches,
+    RowBatchSampler,
+    StepBatchSampler,
+    StepSampler,
+    named_workers,
+)
+from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
+from hf_immunize.training.vision.loading import LoaderOptions
 
 
 class HarmfulStream:
-    """Random access by micro-step over StepBatchSampler.
+    """Random access by micro-step.
+
+    Rows with classes are drawn by StepBatchSampler, others by RowBatchSampler; both are pure functions of (seed, step).
+    A stream's batches are taken as they come: step s is its batch s, reached by reading what lies before it.
 
     The loader has a generator of its own, so that making it anew on resume draws nothing from the global one.
+
+    Raises:
+        DataError: a batch that cannot hold what the terms need.
+        ConfigError: classes per batch for rows that have none, or that cannot be chosen.
     """
 
     def __init__(
         self,
-        dataset: Any,
-        labels: Sequence[int],
+        task: HarmfulTask,
         collate: Callable[..., Any],
         *,
         rows_per_device: int,
@@ -28,22 +45,40 @@ class HarmfulStream:
         seed: int,
         rank: int,
         world_size: int,
-        workers: int = 0,
-        timeout: float = 0.0,
+        options: LoaderOptions | None = None,
     ):
-        self._dataset, self._collate = NamedRows(dataset, "harmful_dataset"), collate
-        self._workers, self._timeout = workers, timeout if workers else 0.0
-        self._labels = labels
-        self._options = {
-            "rows_per_batch": rows_per_device * world_size,
-            "seed": seed,
-            "classes_per_batch": classes_per_batch,
-            "rank": rank,
-            "world_size": world_size,
-        }
-        StepBatchSampler(self._labels, **self._options)  # raises now rather than at the first step
+        self._task, self._options = task, options or LoaderOptions()
+        self._collate = collate if task.kind == "classes" else WithoutTargets(collate)
+        self._rows, self._classes = rows_per_device * world_size, classes_per_batch
+        self._seed, self._rank, self._world = seed, rank, world_size
+        self._sampler: StepSampler | None = None
+        self._loader: DataLoader | None = None
         self._iterator: Iterator[Any] | None = None
         self._next = -1
+        if classes_per_batch is not None and (task.is_stream or task.kind != "classes"):
+            raise ConfigError(
+                f"expected no harmful_classes_per_batch for {task.name}, "
+                f"{'a stream, whose rows come as they are' if task.is_stream else 'whose rows have no class'}, got "
+                f"{classes_per_batch}: leave it out."
+            )
+        if task.is_stream and self._rows < 2:
+            raise DataError("expected a global harmful batch of at least two rows, got 1: raise "
+                            "per_device_harmful_batch_size.")
+        if task.targets is not None:
+            self.prepare()  # raises now rather than at the first step
+
+    def prepare(self) -> None:
+        """Choose how rows are drawn; what the labels are has to be known by now, or is counted."""
+        if self._task.is_stream or self._sampler is not None:
+            return
+        labels = self._task.labels
+        place = {"seed": self._seed, "rank": self._rank, "world_size": self._world}
+        if self._task.kind == "classes" and len(labels.unique()) > 1:
+            self._sampler = StepBatchSampler(labels, self._rows, classes_per_batch=self._classes, **place)
+        else:
+            self._sampler = RowBatchSampler(len(labels), self._rows, **place)
+        if self._task.kind != "classes" and not isinstance(self._collate, WithoutTargets):
+            self._collate = WithoutTargets(self._collate)  # counting has shown that they are no classes
 
     def batch(self, step: int) -> Any:
         """The batch of micro-step ``step``, collated, on the CPU.
@@ -52,18 +87,33 @@ class HarmfulStream:
             DataError: a row that cannot be read.
             WorkerError: a worker that died or took too long.
         """
-        if self._iterator is None or step != self._next:
-            sampler = StepBatchSampler(self._labels, start=step, **self._options)
-            loader = DataLoader(
-                self._dataset,
-                batch_sampler=sampler,
-                collate_fn=self._collate,
-                num_workers=self._workers,
-                timeout=self._timeout,
-                generator=torch.Generator().manual_seed(step),
-            )
-            with named_workers("harmful_dataset", self._timeout):
-                self._iterator = iter(loader)
-        self._next = step + 1
-        with named_workers("harmful_dataset", self._timeout):
+        with named_workers(self._task.name, self._options.timeout):
+            if self._iterator is None or step != self._next:
+                self._iterator = self._from(step)
+            self._next = step + 1
             return next(self._iterator)
+
+    def _from(self, step: int) -> Iterator[Any]:
+        """Batches from a step on. Workers that are to persist are asked again; those of a stream begin anew."""
+        if self._task.is_stream:
+            rows = NamedStream(self._task.rows, self._task.name, repeat=True, check=self._task.check_row)
+            batches = RankBatches(rows, self._collate, self._rows, self._rank, self._world, skip=step)
+            self._loader = DataLoader(batches, batch_size=None, generator=self._generator(step), **self._options.words)
+            iterator = iter(self._loader)
+            for _ in range(step):
+                next(iterator)
+            return iterator
+        self.prepare()
+        assert self._sampler is not None
+        self._sampler.step = step
+        if self._loader is None:
+            self._loader = DataLoader(
+                NamedRows(self._task.rows, self._task.name, self._task.check_row), batch_sampler=self._sampler,
+                collate_fn=self._collate, generator=self._generator(step), **self._options.words,
+            )
+        self._loader.generator.manual_seed(step)
+        return iter(self._loader)
+
+    @staticmethod
+    def _generator(step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(step)

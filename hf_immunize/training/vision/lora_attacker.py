@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_immunize.features import linear_sites
 from hf_immunize.linalg import to_double
-from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.distributed import RowExchange, sum_over_ranks
 from hf_immunize.training.core.terms import Rows
 
 _SCALE = 2.0
@@ -41,6 +40,7 @@ class LoraAttacker:
             self.factors[name] = (_leaf(down, weight), _leaf(up, weight))
         self._flat = [factor for pair in self.factors.values() for factor in pair]
         self._optimizer = torch.optim.AdamW(self._flat, lr=rate, weight_decay=0.0)
+        self._exchange = RowExchange()
 
     @contextmanager
     def attached(self, model: nn.Module, *, learning: bool = False) -> Iterator[None]:
@@ -75,7 +75,8 @@ class LoraAttacker:
         first = forwards[0]() if len(forwards) == 1 else None
         with torch.no_grad():
             parts = [first] if first is not None else [forward() for forward in forwards]
-        gathered = [(gather_rows(features), gather_rows(labels)[0]) for features, labels in parts]
+        found = self._exchange([tensor for pair in parts for tensor in pair])
+        gathered = list(zip(found[::2], [labels for labels, _ in found[1::2]], strict=True))
         leaf = to_double(torch.cat([rows for (rows, _), _ in gathered])).requires_grad_()
         with torch.enable_grad():
             labels = torch.cat([found for _, found in gathered])
@@ -89,15 +90,14 @@ class LoraAttacker:
                 share = (features * gradient[start + mine].to(features)).sum()
             self._add(torch.autograd.grad(share, self._flat, allow_unused=True))
             start += len(rows)
+        sum_over_ranks([factor.grad for factor in self._flat if factor.grad is not None])
         self._optimizer.step()
         return loss.detach()
 
     def _add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Sum this micro-batch's gradients over ranks into the factors'."""
+        """Sum this micro-batch's gradients on this rank into the factors'."""
         for factor, gradient in zip(self._flat, gradients, strict=True):
             whole = torch.zeros_like(factor) if gradient is None else gradient.contiguous()
-            if world()[1] > 1:
-                dist.all_reduce(whole)
             factor.grad = whole if factor.grad is None else factor.grad + whole
 
     def state(self) -> dict[str, Tensor]:

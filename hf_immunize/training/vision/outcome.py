@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from hf_immunize.data import NamedRows, NamedStream, Targets, targets_of, unlabelled
 from hf_immunize.errors import SpectrumError
 from hf_immunize.features import Captured
-from hf_immunize.linalg import ridge_accuracies, to_double
+from hf_immunize.linalg import ridge_accuracies, ridge_r_squared, to_double
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.regularizers import alternate_within_classes
 from hf_immunize.training.core.registry import AnyTerm, on_features
 from hf_immunize.training.core.terms import Rows, TermSettings
+from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
 
 _HORIZONS = tuple(10.0**power for power in range(9))
 _MOST_ROWS = 2048
@@ -28,10 +30,10 @@ _LOST = 0.5
 
 @dataclass(frozen=True)
 class Measured:
-    """Harmful terms and the ridge probe's accuracy at one moment."""
+    """Harmful terms and what the ridge probe reached at one moment; None without a probe."""
 
     terms: dict[str, float]
-    probe: float
+    probe: float | None
 
 
 def pick_rows(labels: Sequence[int], most: int = _MOST_ROWS) -> list[int]:
@@ -48,17 +50,18 @@ class OutcomeMeter:
     """Measures the same harmful rows whenever it is asked.
 
     Args:
-        rows: any map-style dataset of harmful rows; ``labels`` theirs.
+        task: harmful rows. Of a stream the first rows are taken.
         held_out: whether training does not see them.
+        collate: of rows.
         capture: given a model and a batch, runs a forward and returns the captured inputs of ``sites`` and ``head``.
         terms, settings: the objective; terms of harmful rows are measured, summed over sites by their weights.
         on_weights: values of the terms on weights, given a model.
+        workers: processes that read rows.
     """
 
     def __init__(
         self,
-        rows: Any,
-        labels: Sequence[int],
+        task: HarmfulTask,
         *,
         held_out: bool,
         collate: Callable[..., Any],
@@ -68,23 +71,36 @@ class OutcomeMeter:
         terms: Sequence[AnyTerm],
         settings: TermSettings,
         on_weights: Callable[[nn.Module], dict[str, float]] | None = None,
+        workers: int = 0,
     ):
-        chosen = pick_rows(labels)
-        self._labels = torch.tensor([labels[row] for row in chosen])
-        # A generator of its own: looking must not change what is drawn in training.
-        self._loader = DataLoader(
-            Subset(rows, chosen), batch_size=_BATCH, collate_fn=collate, generator=torch.Generator().manual_seed(0)
-        )
+        self.task, self._collate, self._workers = task, collate, workers
         self._capture, self._sites, self._head = capture, dict(sites), head
         self._judged = [term for term in terms if term.side == "harmful"]
-        self._terms, self._settings, self._on_weights = on_features(self._judged), settings, on_weights
+        self._terms, self.settings, self._on_weights = on_features(self._judged), settings, on_weights
         self.held_out = held_out
         self.before: Measured | None = None
+        self._targets: Targets | None = None
 
     def start(self, model: nn.Module) -> None:
         """Remember the model before training; nothing where the rows do not allow it, as one row of a class."""
         with contextlib.suppress(SpectrumError):
             self.before = self.measure(model)
+
+    def _batches(self) -> Iterator[Any]:
+        """The collated batches of the rows that are measured, and the labels of each row."""
+        task = self.task
+        collate = WithLabels(self._collate, task.key, task.kind)
+        # A generator of its own: looking must not change what is drawn in training.
+        options = {"batch_size": _BATCH, "collate_fn": collate, "generator": torch.Generator().manual_seed(0)}
+        if task.is_stream:
+            yield from DataLoader(NamedStream(task.rows, task.name, check=task.check_row, limit=_MOST_ROWS), **options)
+            return
+        if task.kind == "classes":
+            chosen = pick_rows(task.labels.tolist())
+        else:
+            chosen = torch.linspace(0, len(task.rows) - 1, min(_MOST_ROWS, len(task.rows))).round().long().tolist()
+        rows = Subset(NamedRows(task.rows, task.name), chosen)
+        yield from DataLoader(rows, num_workers=self._workers, **options)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Measured:
@@ -94,51 +110,96 @@ class OutcomeMeter:
             SpectrumError: fewer than two classes with two rows each, or features without a spectrum.
         """
         features: dict[str, list[Tensor]] = {}
+        labels: list[Any] = []
         was_training = model.training
         model.eval()
         try:
-            for batch in self._loader:
+            for batch, told in self._batches():
                 caught = self._capture(model, batch)
+                labels += told
                 for name in {*self._sites, self._head}:
                     features.setdefault(name, []).append(caught[name].cpu())
         finally:
             model.train(was_training)
         whole = {name: torch.cat(parts) for name, parts in features.items()}
+        unknown = self.task.kind == "unlabelled"
+        self._targets = unlabelled(len(labels)) if unknown else targets_of(labels, self.task.name)
+        of_classes = self._targets.kind == "classes"
+        classes = self._targets.values if of_classes else torch.zeros(len(labels), dtype=torch.long)
         terms = {}
         for term in self._terms:
             values = []
             for site, share in self._sites.items():
-                rows = Rows(to_double(whole[site]), self._labels, whole[site].dtype)
-                values.append(share * float(term.measure(rows, self._settings)))
+                rows = Rows(to_double(whole[site]), classes, whole[site].dtype)
+                values.append(share * float(term.measure(rows, self.settings)))
             terms[term.name] = sum(values)
         terms |= self._on_weights(model) if self._on_weights else {}
-        return Measured(terms, _probe(whole[self._head], self._labels))
+        return Measured(terms, _probe(whole[self._head], self._targets))
 
     def record(self, model: nn.Module) -> OutcomeRecord | None:
         """Before against after; None where nothing was measured before."""
         if self.before is None:
             return None
         after = self.measure(model)
-        counts = self._labels.bincount()
-        chance = float(counts.max() / counts.sum())
+        assert self._targets is not None
+        metric, chance = _metric_of(self._targets)
         immunized, told = judge(self.before, after, chance, self._judged, self.held_out)
         return OutcomeRecord(
-            rows=len(self._labels), held_out=self.held_out, chance=chance,
+            rows=len(self._targets), held_out=self.held_out, chance=chance, probe_metric=metric,
             probe_before=self.before.probe, probe_after=after.probe,
             terms_before=self.before.terms, terms_after=after.terms, immunized=immunized, told=told,
         )
 
 
-def _probe(features_ND: Tensor, labels_N: Tensor) -> float:
-    """The best ridge probe of ``_HORIZONS``, each half of the rows judged by the other."""
-    one, other = alternate_within_classes(labels_N)
+class WithLabels:
+    """Collates rows for a forward, and keeps what they are labelled with beside the batch."""
+
+    def __init__(self, collate: Callable[..., Any], key: str | None, kind: str):
+        self._collate = collate if kind == "classes" else WithoutTargets(collate)
+        self._key = None if kind == "unlabelled" else key
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Any, list[Any]]:
+        """One batch, and the label of each row."""
+        return self._collate(rows), [None if self._key is None else row[self._key] for row in rows]
+
+
+def _metric_of(targets: Targets) -> tuple[Literal["accuracy", "r2"] | None, float | None]:
+    """What a probe's answers are measured by, and what one reaches that has seen no image."""
+    if targets.kind in ("multi-label", "regression"):
+        return "r2", 0.0
+    if targets.tells_apart < 2:
+        return None, None
+    counts = targets.values.bincount()
+    return "accuracy", float(counts.max() / counts.sum())
+
+
+def _probe(features_ND: Tensor, targets: Targets) -> float | None:
+    """The best ridge probe of ``_HORIZONS``, each half of the rows judged by the other; None without targets."""
+    metric, _ = _metric_of(targets)
+    if metric is None:
+        return None
+    if metric == "accuracy":
+        one, other = alternate_within_classes(targets.values)
+        measure: Callable[..., Tensor] = ridge_accuracies
+    else:
+        one, other = (torch.arange(start, len(targets), 2) for start in (0, 1))
+        measure = ridge_r_squared
+    known = targets.values
     pairs = ((one, other), (other, one))
-    found = [ridge_accuracies(features_ND[a], labels_N[a], features_ND[b], labels_N[b], _HORIZONS) for a, b in pairs]
+    found = [measure(features_ND[a], known[a], features_ND[b], known[b], _HORIZONS) for a, b in pairs]
     return float(torch.stack(found).mean(dim=0).max())
 
 
+def logged(outcome: OutcomeRecord) -> dict[str, float]:
+    """What of an outcome goes into the log of a run."""
+    found = {"harmful_probe_before": outcome.probe_before, "harmful_probe": outcome.probe_after}
+    found |= {f"{name}_before": value for name, value in outcome.terms_before.items()}
+    found |= {f"{name}_after": value for name, value in outcome.terms_after.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def judge(
-    before: Measured, after: Measured, chance: float, terms: Sequence[AnyTerm], held_out: bool
+    before: Measured, after: Measured, chance: float | None, terms: Sequence[AnyTerm], held_out: bool
 ) -> tuple[bool, str]:
     """Whether the objective reached what it is for, and that in one line.
 
@@ -146,16 +207,29 @@ def judge(
     conditions features is to lower its terms; it does not stop a probe in closed form, and the line says so.
     """
     lower = sum(t.progress(after.terms[t.name]) for t in terms) < sum(t.progress(before.terms[t.name]) for t in terms)
-    gain = before.probe - chance
-    lost = (before.probe - after.probe) / gain if gain > 0 else 0.0
     telling = any(term.tells_classes_apart for term in terms)
-    immunized = lower and (lost >= _LOST if telling else True)
+    immunized = lower and (_lost(before.probe, after.probe, chance) >= _LOST if telling else True)
     names = ", ".join(f"{term.name} {before.terms[term.name]:.3g} -> {after.terms[term.name]:.3g}" for term in terms)
     told = (
-        f"{'IMMUNIZED' if immunized else 'NOT IMMUNIZED'}: {names}; ridge probe on {'held-out ' if held_out else ''}"
-        f"harmful rows {100 * before.probe:.1f} -> {100 * after.probe:.1f} % (chance {100 * chance:.1f} %)"
+        f"{'IMMUNIZED' if immunized else 'NOT IMMUNIZED'}: {names}; "
+        f"{_told(before.probe, after.probe, chance, 'held-out harmful rows' if held_out else 'harmful rows')}"
     )
     if not immunized:
         return False, f"{told}. Train longer (max_steps), raise strength or max_primary_drop, or train more layers."
     return True, told + ("." if telling else ". Conditioning slows attackers that follow the raw gradient, no others.")
 
+
+def _lost(before: float | None, after: float | None, chance: float | None) -> float:
+    """The share of its gain over chance that the probe has lost."""
+    if before is None or after is None or chance is None or before <= chance:
+        return 0.0
+    return (before - after) / (before - chance)
+
+
+def _told(before: float | None, after: float | None, chance: float | None, rows: str) -> str:
+    """What the probe says, in words."""
+    if before is None or after is None or chance is None:
+        return f"no probe on {rows}, which have no classes or one"
+    if chance == 0:
+        return f"ridge probe on {rows} R2 {before:.3g} -> {after:.3g}"
+    return f"ridge probe on {rows} {100 * before:.1f} -> {100 * after:.1f} % (chance {100 * chance:.1f} %)"

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_immunize.data import as_mapping, check_label_range, fetch, labels_of, refuse_other_labels
+from hf_immunize.data import (
+    Labels,
+    as_mapping,
+    check_label_range,
+    find_labels,
+    first_row,
+    is_stream,
+    label_key,
+    labels_of,
+    read_labels,
+    refuse_other_labels,
+    whole_number,
+)
 from hf_immunize.errors import DataError
 
 SINGLE, MULTI, REGRESSION, UNLABELLED = (
@@ -21,17 +33,19 @@ SINGLE, MULTI, REGRESSION, UNLABELLED = (
 )
 
 
-def kind_of(model: Any, primary: Any) -> str:
-    """What the primary head is trained on: the config's problem_type, or no labels at all, else single labels."""
-    first = fetch(primary, 0, "train_dataset") if len(primary) else {}
-    if isinstance(first, Mapping) and len(first) and not {"labels", "label"} & set(first):
-        if "ForImageClassification" not in type(model).__name__:
-            return UNLABELLED
+def kind_of(model: Any, first: Mapping[str, Any]) -> str:
+    """What the primary head is trained on: the config's problem_type, or no labels at all, else single labels.
+
+    Args:
+        first: the first primary row.
+    """
+    if len(first) and label_key(first) is None and "ForImageClassification" not in type(model).__name__:
+        return UNLABELLED
     return getattr(model.config, "problem_type", None) or SINGLE
 
 
 def check_primary_labels(model: Any, primary: Any, kind: str, name: str = "train_dataset") -> list[int] | Tensor:
-    """The labels of every primary row, checked against the head before training.
+    """The labels of every primary row, checked against the head before training; rows are read if they have to be.
 
     Raises:
         DataError: a row whose label the head cannot be trained on; the row is named.
@@ -42,26 +56,77 @@ def check_primary_labels(model: Any, primary: Any, kind: str, name: str = "train
         labels = labels_of(primary, name)
         check_label_range(labels, model.config.num_labels, name)
         return labels
-    found = _float_labels(primary, name)
-    wanted = (model.config.num_labels,) if kind == MULTI or model.config.num_labels > 1 else ()
-    for row, label in enumerate(found):
+    found = find_labels(primary, name)
+    values = read_labels(primary, _key_of(found, name), name) if found.values is None else found.values
+    check = RowCheck(model, kind)
+    return torch.stack([check.label(value, row, name) for row, value in enumerate(values)])
+
+
+def check_known_labels(model: Any, primary: Any, kind: str, name: str) -> None:
+    """As ``check_primary_labels``, of the labels that are known without reading rows, and of a few rows else.
+
+    The others are checked as they are read (``RowCheck``).
+
+    Raises:
+        DataError: a row whose label the head cannot be trained on; the row is named.
+    """
+    if kind == UNLABELLED:
+        return
+    check = RowCheck(model, kind)
+    if is_stream(primary):
+        check(first_row(primary, name), 0, name)
+        return
+    found = find_labels(primary, name)
+    _key_of(found, name)
+    values = found.sampled if found.values is None else found.values
+    if kind == SINGLE:
+        if isinstance(values, Tensor):
+            values = values.tolist()
+        whole = [whole_number(value, row, name) for row, value in enumerate(values)]
+        check_label_range(whole, model.config.num_labels, name)
+        return
+    for row, value in enumerate(values):
+        check.label(value, row, name)
+
+
+def _key_of(found: Labels, name: str) -> str:
+    if found.key is None:
+        raise DataError(f"expected a 'labels' column in {name}, got none: rename the label column to 'labels'.")
+    return found.key
+
+
+class RowCheck:
+    """Called with each row that is read: raises DataError where the head cannot be trained on its label."""
+
+    def __init__(self, model: Any, kind: str):
+        self._kind, self._outputs = kind, int(model.config.num_labels) if kind != UNLABELLED else 0
+
+    def __call__(self, row: Any, number: int, name: str) -> None:
+        """Check one row of ``name``."""
+        if self._kind == UNLABELLED:
+            return
+        key = label_key(as_mapping(row, number, name))
+        if key is not None:  # else the collator says what is missing
+            self.label(row[key], number, name)
+
+    def label(self, value: Any, row: int, name: str) -> Tensor:
+        """One label as a tensor, checked."""
+        if self._kind == SINGLE:
+            whole = whole_number(value, row, name)
+            if not 0 <= whole < self._outputs:
+                check_label_range([0] * row + [whole], self._outputs, name)
+            return torch.tensor(whole)
+        label = torch.as_tensor(value).float()
+        wanted = (self._outputs,) if self._kind == MULTI or self._outputs > 1 else ()
         if tuple(label.shape) != wanted:
             raise DataError(
-                f"expected labels of shape {wanted} in {name} for a {kind} head with "
-                f"{model.config.num_labels} outputs, got {tuple(label.shape)} in row {row}: fix the label column or "
+                f"expected labels of shape {wanted} in {name} for a {self._kind} head with "
+                f"{self._outputs} outputs, got {tuple(label.shape)} in row {row}: fix the label column or "
                 "the model's num_labels."
             )
         if not bool(torch.isfinite(label).all()):
             raise DataError(f"expected finite labels in {name}, got {label.tolist()} in row {row}: remove it.")
-    return torch.stack(found)
-
-
-def _float_labels(dataset: Any, name: str) -> list[Tensor]:
-    whole = getattr(dataset, "labels", None)
-    if isinstance(whole, Tensor):
-        return list(whole.float())
-    key = "labels" if "labels" in as_mapping(fetch(dataset, 0, name), 0, name) else "label"
-    return [torch.as_tensor(fetch(dataset, row, name)[key]).float() for row in range(len(dataset))]
+        return label
 
 
 def wrong_labels(labels: Tensor, kind: str, classes: int) -> Tensor:

@@ -22,11 +22,12 @@ from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.harmful_loss import refitted_head_loss
+from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics
 
 
-def settings_of(args: ImmunizationConfig, harmful_classes: int) -> TermSettings:
+def settings_of(args: ImmunizationConfig, harmful_classes: int | None) -> TermSettings:
     """The options that terms on features depend on."""
     return TermSettings(
         horizons=args.horizons,
@@ -63,7 +64,7 @@ def build_step(
 
 
 def attacked_task(
-    forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], harmful_classes: int
+    forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], task: HarmfulTask
 ) -> AttackedTask:
     """The error of a refitted head on harmful rows, of any copy of the model."""
     args = forwards.args
@@ -74,7 +75,9 @@ def attacked_task(
         forwards.frozen.hold(attacked)
         with same_draws(args.device, args.seed, "attack", step, attack_step, args.process_index):
             features = forwards.at_head(attacked, rows)
-        horizons = [refitted_head_loss(features, rows["labels"].cpu(), t, harmful_classes) for t in args.horizons]
+        classes = task.classes
+        assert classes is not None  # the harmful task was refused without classes
+        horizons = [refitted_head_loss(features, rows["labels"].cpu(), t, classes) for t in args.horizons]
         return torch.stack(horizons).mean()
 
     return AttackedTask(model, layers, loss, args.seed)
@@ -95,7 +98,8 @@ def learn_attack(
 
     def forward(place: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         with forwards.same_draws(step, place), attacker.attached(bare, learning=True):
-            return forwards.at_head(bare, inputs), inputs["labels"]
+            features = forwards.at_head(bare, inputs)
+            return features, torch.tensor(inputs["classes"])  # on the CPU, where reading them waits for nothing
 
     def loss_of(rows: Rows) -> Tensor:
         rows.memory = objective.memory[site].get(IMMA.name, {})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,13 +16,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from hf_immunize.data import NamedRows, collate_pixels, has_transform, named_workers, output_names
+from hf_immunize.data import (
+    NamedRows,
+    NamedStream,
+    collate_pixels,
+    has_transform,
+    is_stream,
+    named_workers,
+    output_names,
+)
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.training.core.average import WeightAverage
-from hf_immunize.training.core.distributed import mean_over_ranks, world
+from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
@@ -32,7 +41,7 @@ from hf_immunize.training.core.state import CheckpointState
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.callbacks import Averaging, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer
-from hf_immunize.training.vision.checks import check_data, check_harmful, check_unlabelled, head_of, matched
+from hf_immunize.training.vision.checks import check_data, check_unlabelled, head_of, matched, refuse_streams
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly, feature_distance
 from hf_immunize.training.vision.forwards import Forwards
@@ -44,14 +53,17 @@ from hf_immunize.training.vision.frozen import (
     freeze_all_but,
 )
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
+from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
+from hf_immunize.training.vision.loading import LoaderOptions
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
-from hf_immunize.training.vision.outcome import OutcomeMeter
+from hf_immunize.training.vision.outcome import OutcomeMeter, logged
 from hf_immunize.training.vision.primary import (
     METRICS,
     REGRESSION,
     SINGLE,
     UNLABELLED,
     BaseLabels,
+    RowCheck,
     accuracy,
     check_primary_labels,
     collate_with_labels,
@@ -84,8 +96,10 @@ class ImmunizationTrainer(StrictTrainer):
         model: an image model of transformers that returns a loss: a classifier with a linear head, a regression or
             multi-label head, or masked-image pre-training (then name ``sites``).
         args: ImmunizationConfig.
-        train_dataset: primary rows with ``pixel_values`` and the ``labels`` of the model's own task, if it has any.
-        harmful_dataset: harmful rows of the same shape; labels are the attacker's classes.
+        train_dataset: primary rows with ``pixel_values`` and the ``labels`` of the model's own task, if it has any;
+            with numbered rows, or a stream (``IterableDataset``), which is begun again where it ends.
+        harmful_dataset: harmful rows of the same shape; labels are the attacker's classes. Objectives that do not tell
+            classes apart take rows of one class, of several labels or numbers, and rows without labels.
         harmful_eval_dataset: harmful rows of the same classes that training does not see: whether it worked is then
             measured on them, else on those of ``harmful_dataset``.
         eval_dataset, processing_class, data_collator, compute_metrics, …: as in Trainer. ``compute_metrics`` defaults
@@ -119,13 +133,17 @@ class ImmunizationTrainer(StrictTrainer):
         refuse_below_float32(model, "the model")
         self.site = head_of(model, args)
         train_dataset, eval_dataset = matched(model, train_dataset), matched(model, eval_dataset)
-        self.kind, *labels = check_data(model, train_dataset, harmful_dataset, eval_dataset)
+        refuse_streams(args, {"train_dataset": train_dataset, "harmful_dataset": harmful_dataset})
+        terms = terms_of(args.objective)
+        self.kind, first, self.harmful_task = check_data(model, train_dataset, harmful_dataset, eval_dataset, terms)
         if self.kind == UNLABELLED:
-            check_unlabelled(model, args, train_dataset, self.site)
+            check_unlabelled(model, args, first, self.site)
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset = harmful_eval_dataset
-        held = None if harmful_eval_dataset is None else check_harmful(harmful_eval_dataset, "harmful_eval_dataset")
-        self._look_at(model, args, train_dataset[0])
+        held = None
+        if harmful_eval_dataset is not None:
+            held = HarmfulTask(harmful_eval_dataset, "harmful_eval_dataset", terms)
+        self._look_at(model, args, first)
         self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
         plain = data_collator or collate_with_labels(collate_pixels, self.kind)
         super().__init__(
@@ -142,15 +160,16 @@ class ImmunizationTrainer(StrictTrainer):
         # for models that accept loss kwargs.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        self._build_engine(model, max(labels[1]) + 1)
-        harmful = self._use_cache(model, data_collator, *labels) if args.cache_frozen_features else harmful_dataset
-        self.trained_on = {"primary": self.train_dataset, "harmful": harmful}
+        self._build_engine(model)
+        if args.cache_frozen_features:
+            self._use_cache(model, data_collator)
+        self.trained_on = {"primary": self.train_dataset, "harmful": self.harmful_task.rows}
         asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
         self.teacher = self._frozen_copy() if asked else None
-        self._streams = {name: self._stream(harmful, labels[1], name) for name in ("harmful", "attack")}
-        self._outcome_meter = self._make_outcome(harmful, labels[1], held)
+        self._streams = {name: self._stream(name) for name in ("harmful", "attack")}
+        self._outcome_meter = self._make_outcome(held)
 
-    def _look_at(self, model: nn.Module, args: ImmunizationConfig, row: dict[str, Any]) -> None:
+    def _look_at(self, model: nn.Module, args: ImmunizationConfig, row: Mapping[str, Any]) -> None:
         """Sites with their weights, how an input there or at the head becomes one row per image, the frozen part."""
         sample = torch.as_tensor(row["pixel_values"])
         self.terms = terms_of(args.objective)
@@ -161,7 +180,7 @@ class ImmunizationTrainer(StrictTrainer):
         self.frozen = FrozenPart(model, sample.shape)
         self._cache: FeatureCache | None = None
 
-    def _build_engine(self, model: nn.Module, harmful_classes: int) -> None:
+    def _build_engine(self, model: nn.Module) -> None:
         """The step, the guard and what they are measured and kept by."""
         args = self.args
         metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
@@ -178,8 +197,8 @@ class ImmunizationTrainer(StrictTrainer):
             layers=list(self.preconditioner.layers) if self.preconditioner else [], layouts=self.layouts,
             frozen=self.frozen, attacker=self.attacker, context=self.compute_loss_context_manager,
         )
-        task = attacked_task(self.forwards, model, self._attack_batch, harmful_classes)
-        self.settings = settings_of(args, harmful_classes)
+        task = attacked_task(self.forwards, model, self._attack_batch, self.harmful_task)
+        self.settings = settings_of(args, self.harmful_task.classes)
         self.step = build_step(
             args, self.terms, self.settings, self.site_weights, task, self.preconditioner, self.meter
         )
@@ -195,30 +214,27 @@ class ImmunizationTrainer(StrictTrainer):
         parts = {"step": self.step, "average": self.average, "attacker": self.attacker}
         parts |= {"temperature": self.temperature} if args.distillation else {}
         self.checkpoint_state = CheckpointState(parts, self.guard, self.watch)
-        self.add_callback(Watching(self.watch))
+        self.add_callback(Watching(self.watch, self.meter))
         if self.average:
             self.add_callback(Averaging(self.average, lambda: self.bare))
 
-    def _make_outcome(self, harmful: Any, labels: list[int], held: list[int] | None) -> OutcomeMeter:
+    def _make_outcome(self, held: HarmfulTask | None) -> OutcomeMeter:
         """Measures the held-out harmful rows, or those that are trained on."""
-        rows = harmful
-        if held is not None:
-            rows = self.harmful_eval_dataset
-            if self._cache is not None:
-                rows = self._cache.dataset(rows, held, "harmful_eval_dataset")
+        if held is not None and self._cache is not None:
+            held = held.replaced(self._cache.dataset(held.rows, held.every_label, held.name))
         return OutcomeMeter(
-            NamedRows(rows, "harmful_dataset" if held is None else "harmful_eval_dataset"),
-            labels if held is None else held,
+            held or self.harmful_task,
             held_out=held is not None, collate=self.data_collator, capture=self._capture_rows,
             sites=self.site_weights, head=self.site, terms=self.terms, settings=self.settings,
             on_weights=self.step.weight_terms.values if self.step.weight_terms else None,
+            workers=self.args.dataloader_num_workers,
         )
 
     def _capture_rows(self, model: nn.Module, batch: dict[str, Any]) -> Captured:
         return self.forwards.at_sites_and_head(model, self._prepare_inputs(batch))
 
-    def _use_cache(self, model: nn.Module, collator: Any, primary_labels: Any, harmful_labels: list[int]) -> Any:
-        """Put cached activations in the place of all images; returns the harmful rows."""
+    def _use_cache(self, model: nn.Module, collator: Any) -> None:
+        """Put cached activations in the place of all images."""
         if collator is not None:
             raise ConfigError(
                 "expected no data_collator of your own with cache_frozen_features, got one: it would be run once and "
@@ -234,32 +250,32 @@ class ImmunizationTrainer(StrictTrainer):
             self.args.feature_cache_dir,
             model,
             self.frozen.boundary,
-            collate_with_labels(collate_pixels, self.kind),
+            WithoutTargets(collate_with_labels(collate_pixels, self.kind)),
             str(self.accelerator.mixed_precision),
             self.compute_loss_context_manager,
         )
         teacher = self.args.distillation > 0
-        self.train_dataset = cache.dataset(self.train_dataset, primary_labels, "train_dataset", teacher=teacher)
+        labels = check_primary_labels(model, self.train_dataset, self.kind)
+        self.train_dataset = cache.dataset(self.train_dataset, labels, "train_dataset", teacher=teacher)
         if self.eval_dataset is not None:
             labels = check_primary_labels(model, self.eval_dataset, self.kind)
             self.eval_dataset = cache.dataset(self.eval_dataset, labels, "eval_dataset")
         self._cache = cache
-        return cache.dataset(self.harmful_dataset, harmful_labels, "harmful_dataset")
+        task = self.harmful_task
+        self.harmful_task = task.replaced(cache.dataset(task.rows, task.every_label, task.name))
 
-    def _stream(self, dataset: Any, labels: list[int], name: str) -> HarmfulStream:
+    def _stream(self, name: str) -> HarmfulStream:
         args = self.args
         seed = args.data_seed if args.data_seed is not None else args.seed
         return HarmfulStream(
-            dataset,
-            labels,
+            self.harmful_task,
             self.data_collator,
             rows_per_device=args.per_device_harmful_batch_size,
             classes_per_batch=args.harmful_classes_per_batch,
             seed=seed if name == "harmful" else seed + 1_000_003,
             rank=args.process_index,
             world_size=args.world_size,
-            workers=args.dataloader_num_workers,
-            timeout=args.dataloader_timeout,
+            options=LoaderOptions.of(args),
         )
 
     def _attack_batch(self, place: int) -> dict[str, Any]:
@@ -276,16 +292,21 @@ class ImmunizationTrainer(StrictTrainer):
 
         What a transform reads is kept; of what it makes, the collator drops what no forward takes.
         """
-        dataset = self._readable(dataset, description)
-        name = "train_dataset" if description == "Training" else "eval_dataset"
-        loader = super()._get_dataloader(NamedRows(dataset, name), description, *args, **kwargs)
+        training = description == "Training"
+        dataset, name = self._readable(dataset, description), "train_dataset" if training else "eval_dataset"
+        check = RowCheck(self.model, self.kind)
+        if is_stream(dataset):
+            rows: Any = NamedStream(dataset, name, repeat=training, check=check)
+        else:
+            rows = NamedRows(dataset, name, check)
+        loader = super()._get_dataloader(rows, description, *args, **kwargs)
         if self.args.dataloader_num_workers:
             getattr(loader, "base_dataloader", loader).timeout = self.args.dataloader_timeout
         return loader
 
     def _readable(self, dataset: Any, description: str) -> Any:
         """Without columns that no forward takes."""
-        if hasattr(dataset, "column_names") and not has_transform(dataset):
+        if hasattr(dataset, "column_names") and not has_transform(dataset) and not is_stream(dataset):
             return self._remove_unused_columns(dataset, description=description)  # knows datasets.Dataset only
         return dataset
 
@@ -296,6 +317,7 @@ class ImmunizationTrainer(StrictTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
+        self._count_rows()
         with named_workers("train_dataset", self.args.dataloader_timeout):
             self._outcome_meter.start(self.bare)  # the model is θ₀ until a checkpoint is loaded
             if not resume_from_checkpoint:
@@ -358,7 +380,7 @@ class ImmunizationTrainer(StrictTrainer):
             if self.objective is not None:
                 with self.forwards.side(bare, "harmful") as caught["harmful"]:
                     self.forwards.features(model, bare, inputs["harmful"], attacked=True)
-        self.meter.add({"primary_loss": mean_over_ranks(loss)})
+        self.meter.add({"primary_loss": loss}, local=True)
         total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught["primary"])
         if self.objective is not None:
             # The Trainer divides by the number of micro-batches, and DDP by that of ranks.
@@ -380,15 +402,26 @@ class ImmunizationTrainer(StrictTrainer):
         if self.args.distillation:
             ours, temperature = outputs["logits"], self.temperature.value
             distance = divergence(ours, target.to(ours.dtype), self.kind, temperature)
-            self.meter.add({"distillation": mean_over_ranks(distance)})
+            self.meter.add({"distillation": distance}, local=True)
             total = total + self.args.distillation * distance
         if features is not None and self.args.feature_distillation:
             distance = feature_distance(caught[self.site], features)
-            self.meter.add({"feature_distillation": mean_over_ranks(distance)})
+            self.meter.add({"feature_distillation": distance}, local=True)
             total = total + self.args.feature_distillation * distance
         return total
 
     # ---- measuring before, between and after ----------------------------------------------------------------------
+
+    def _count_rows(self) -> None:
+        """Read what no column tells: the labels of harmful rows, once."""
+        for task in (self.harmful_task, self._outcome_meter.task):
+            task.count(workers=self.args.dataloader_num_workers)
+        for stream in self._streams.values():
+            stream.prepare()
+        self.settings = replace(self.settings, harmful_classes=self.harmful_task.classes)
+        self._outcome_meter.settings = self.settings
+        if self.objective is not None:
+            self.objective.settings = self.settings
 
     def _measure_base(self) -> float:
         """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
@@ -480,7 +513,7 @@ class ImmunizationTrainer(StrictTrainer):
             )
         self.outcome = self._outcome_meter.record(self.bare)
         if self.outcome is not None:
-            self.log({"harmful_probe_before": self.outcome.probe_before, "harmful_probe": self.outcome.probe_after})
+            self.log(logged(self.outcome))
             logger.warning(self.outcome.told)
 
 

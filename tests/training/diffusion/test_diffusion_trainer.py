@@ -272,7 +272,7 @@ def test_divergence_and_lack_of_memory_are_errors_that_name_the_knobs(make_train
     with pytest.raises(TrainingDivergedError, match="lower the learning rate"):
         make_trainer(learning_rate=1e30, max_steps=6, max_grad_norm=0.0).train()
 
-    def exhausted(*_):
+    def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DeviceMemoryError, match="model, optimizer and the cop"):
