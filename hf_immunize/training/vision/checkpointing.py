@@ -44,7 +44,7 @@ class StrictTrainer(ShardedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._refuse_ruined()
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(str(output_dir or self.args.output_dir))
         if self._in_checkpoint and self._part_is_enough():
             self._save_changed(folder)
         else:

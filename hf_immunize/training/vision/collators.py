@@ -54,7 +54,7 @@ class UnmixedCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """One batch."""
         if not self._mixes:
-            batch = self._given(rows)
+            batch: dict[str, Any] = self._given(rows)
             if "labels" not in batch or _same_labels(batch["labels"], rows):
                 return batch
             self._mixes = True
@@ -62,7 +62,8 @@ class UnmixedCollator:
                 "The data_collator changes labels, as MixUp does: harmful rows and evaluations do without it. "
                 "Put what they need (resizing, normalization) into the datasets."
             )
-        return self._plain(rows)
+        stacked: dict[str, Any] = self._plain(rows)
+        return stacked
 
 
 def _same_labels(labels: Any, rows: Sequence[dict[str, Any]]) -> bool:

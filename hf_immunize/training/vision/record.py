@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_immunize.errors import RecordError
 from hf_immunize.features import capture_inputs, lying_channels_last
 from hf_immunize.records import DatasetFingerprint, ImmunizationRecord, ModelFingerprint, Provenance, SpectrumRecord
 from hf_immunize.spectra import model_spectra, spectrum_record
@@ -63,6 +64,8 @@ def immunization_record(
     seconds: float,
 ) -> ImmunizationRecord:
     """Describe the run whose weights were saved in ``folder``; ``spectra`` are those of base and immunized model."""
+    if trainer.guard_record is None:
+        raise RecordError("expected a finished run with an eval_dataset, got none: the record says what utility cost.")
     model = trainer.accelerator.unwrap_model(trainer.model)
     saved = ModelFingerprint.of_folder(
         folder, name=Path(folder).name, architecture=original_class(model).__name__, parameters=model.num_parameters()

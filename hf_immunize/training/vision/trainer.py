@@ -27,17 +27,18 @@ from hf_immunize.data import (
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
-from hf_immunize.records import OutcomeRecord
+from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
 from hf_immunize.training.core.average import WeightAverage
 from hf_immunize.training.core.changing import ChangingPart
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import GlobalObjective
 from hf_immunize.training.core.preconditioning import Preconditioner
 from hf_immunize.training.core.registry import terms_of
 from hf_immunize.training.core.sharding import reach
-from hf_immunize.training.core.state import CheckpointState
+from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.before import measure_references, measure_temperature
 from hf_immunize.training.vision.callbacks import Averaging, Watching
@@ -109,6 +110,10 @@ class ImmunizationTrainer(StrictTrainer):
         ConfigError: options that contradict each other or the set-up.
         ModelError: no linear head found, a head of another number of classes, or patterns that fit no module.
     """
+
+    args: ImmunizationConfig
+    guard_record: UtilityGuardRecord | None
+    objective: GlobalObjective | None
 
     def __init__(
         self,
@@ -225,7 +230,7 @@ class ImmunizationTrainer(StrictTrainer):
         self.guard_record = None
         self.outcome: OutcomeRecord | None = None
         """Whether it worked; set when training ends."""
-        parts = {"step": self.step, "average": self.average, "attacker": self.attacker}
+        parts: dict[str, Stateful | None] = {"step": self.step, "average": self.average, "attacker": self.attacker}
         parts |= {"temperature": self.temperature} if args.distillation else {}
         self.checkpoint_state = CheckpointState(parts, self.guard, self.watch)
         self.add_callback(Watching(self.watch, self.meter))
@@ -331,7 +336,9 @@ class ImmunizationTrainer(StrictTrainer):
         with named_workers("eval_dataset", self.args.dataloader_timeout):
             return super().evaluation_loop(*args, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
         self._count_rows()
         with named_workers("train_dataset", self.args.dataloader_timeout):
@@ -349,7 +356,7 @@ class ImmunizationTrainer(StrictTrainer):
         self._finish()
         return output
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         done = self.state.global_step
