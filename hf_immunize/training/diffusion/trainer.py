@@ -403,7 +403,7 @@ class DiffusionImmunizationTrainer:
         if not self.is_split:
             return self.bare
         kind = original_class(self.bare)
-        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))  # type: ignore[attr-defined]
+        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
