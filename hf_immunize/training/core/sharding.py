@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ def settle(model: nn.Module) -> nn.Module:
     return model
 
 
-def original_class(model: nn.Module) -> type[nn.Module]:
+def original_class(model: nn.Module) -> type[Any]:
     """The class of a model before FSDP2 put its own in front."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
 
@@ -224,7 +224,7 @@ def reach(outputs: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def reduced_later(model: nn.Module) -> Iterator[None]:
+def reduced_later(model: Any) -> Iterator[None]:
     """Inside, backward adds up whole gradients and leaves their reduction to a later one: ``no_sync`` of FSDP2."""
     model.set_requires_gradient_sync(False)
     try:
@@ -271,7 +271,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """The optimizer's state by parameter name on the first rank, whole; elsewhere nothing. Every rank takes part."""
     settle(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    whole: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer, options=options)}
+    state = whole.get("state", {})
     return {f"{name}:{key}": torch.as_tensor(value) for name, held in state.items() for key, value in held.items()}
 
 
@@ -285,7 +286,8 @@ def load_optimizer_tensors(
     """
     settle(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    now = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=False))
+    mine = StateDictOptions(full_state_dict=False)
+    now: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer, options=mine)}
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.rpartition(":")
@@ -293,4 +295,4 @@ def load_optimizer_tensors(
     for name in now["state"]:
         if name not in state:
             raise KeyError(name)
-    set_optimizer_state_dict(model, optimizer, {**now, "state": state}, options=options)
+    set_optimizer_state_dict(model, optimizer, cast(Any, {**now, "state": state}), options=options)

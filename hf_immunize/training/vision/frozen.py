@@ -71,7 +71,7 @@ class FrozenPart:
             yield {"pixel_values": pixels, **rest}
 
 
-class BoundaryDataset(Dataset):
+class BoundaryDataset(Dataset[dict[str, Any]]):
     """Cached activations and labels in the place of images; ``teacher`` adds θ₀'s logits."""
 
     def __init__(self, store: RowStore, labels: Sequence[int] | Tensor, teacher: RowStore | None = None):
