@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers.utils import logging
 
 from hf_immunize.data import (
@@ -28,8 +30,12 @@ from hf_immunize.data import (
     read_image,
     split_by_content,
 )
+from hf_immunize.data.caching import cache_folder, places
+from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.data.images import MODES
 from hf_immunize.data.levels import to_levels
+from hf_immunize.data.pixels import KEPT_BYTES
+from hf_immunize.data.row_store import RowStore
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.errors import DataError
 from hf_immunize.options import option, required
@@ -37,6 +43,7 @@ from hf_immunize.records import DatasetFingerprint
 
 logger = logging.get_logger(__name__)
 
+_BLOCK = 1024
 _NPZ_KEYS = (("x_train", "y_train"), ("images", "labels"))
 
 
@@ -246,10 +253,14 @@ class ConceptTask:
         return asdict(self._arguments) | named
 
     def _rows(self, held: ArrayImages, name: str) -> LatentDataset:
-        pixels = torch.from_numpy(held.images.astype(np.float32)) / 127.5 - 1
-        pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(held.labels.astype(np.int64))
-        return LatentDataset(pixels, {"class_labels": labels}, labels, self.label_names, name)
+        if held.images.size * 4 <= KEPT_BYTES:
+            return LatentDataset(_scaled(held.images), {"class_labels": labels}, labels, self.label_names, name)
+        key = hashlib.sha256(digest_pixels(held.images) + digest_pixels(held.labels)).hexdigest()[:32]
+        parts = places(len(held), _BLOCK)
+        batches = ((_scaled(held.images[part.start : part.stop]), labels[part.start : part.stop]) for part in parts)
+        store = RowStore.open_or_write(cache_folder("pixels") / key, batches, len(held))
+        return LatentDataset.stored(store, ["class_labels"], labels, self.label_names, name)
 
     def attacker_knows(self, concept: str) -> dict[str, Any]:
         """What an attacker holds beside images of the concept, as DiffusionAttackContext takes it.
@@ -270,6 +281,12 @@ class ConceptTask:
             rows = _rows_of(self._other.labels, labels, None, f"{concept} (other_dataset)")
             known["other_images"] = self._rows(self._other.select(rows), f"other {concept}")
         return known
+
+
+def _scaled(images: np.ndarray) -> Tensor:
+    """Levels N×H×W or N×H×W×3 as N×C×H×W in −1..1."""
+    pixels = torch.from_numpy(images.astype(np.float32)) / 127.5 - 1
+    return pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
 
 
 def _rows_of(labels: np.ndarray, wanted: Sequence[int], limit: int | None, side: str) -> np.ndarray:

@@ -50,17 +50,18 @@ class ClassifierDefence:
             model=self._model, args=self._args, train_dataset=for_model(train, labels), harmful_dataset=defense,
             eval_dataset=for_model(validation, labels), processing_class=self._processor,
         )  # fmt: skip
-        self._spectra = training_spectra(made)
+        self._before = training_spectra(made)
         return made
 
     def save(self, trainer: ImmunizationTrainer) -> None:
-        """Model and processor."""
+        """Model and processor, and a look at the spectra: a model that is split answers to all processes at once."""
         trainer.save_model()
+        self._spectra = {"base": self._before, "immunized": training_spectra(trainer)}
 
     def record(self, trainer: ImmunizationTrainer, **known: Any) -> ImmunizationRecord:
         """Spectra before and after, guard, outcome."""
         return immunization_record(
-            trainer, Path(self._args.output_dir), base=self.base, base_spectra=self._spectra, **known
+            trainer, Path(self._args.output_dir), base=self.base, spectra=self._spectra, **known
         )
 
     def told(self, guard: Any) -> str:

@@ -68,8 +68,11 @@ class PipelineDefence:
         return paint
 
     def save(self, trainer: DiffusionImmunizationTrainer) -> None:
-        """The whole pipeline."""
+        """The whole pipeline; weights that are split over processes are put together by all of them."""
+        released = trainer.whole_model()
         if self.is_main:
+            setattr(self._pipeline, component_of(self._pipeline), released)
+            self._model = released
             self._pipeline.to("cpu").save_pretrained(self._args.output_dir)
 
     def record(self, trainer: DiffusionImmunizationTrainer, **known: Any) -> ImmunizationRecord:

@@ -24,7 +24,7 @@ from hf_immunize.stages.base import leave_finished
 from hf_immunize.tasks import ClassesTask
 from hf_immunize.training.vision.checkpoints import scientific_options
 from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
-from hf_immunize.training.vision.primary import accuracy
+from hf_immunize.training.vision.metrics import accuracy
 from hf_immunize.training.vision.support import use_one_device
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_immunize.training.core.balancing import TermWeights
-from hf_immunize.training.core.terms import Rows, TermSettings, evaluate_terms, terms_of
+from hf_immunize.training.core.registry import terms_of
+from hf_immunize.training.core.terms import Rows, TermSettings, evaluate_terms
 
 SETTINGS = TermSettings(horizons=(30.0, 300.0), memorization=0.5, group_rows=12, harmful_classes=4)
 

@@ -42,7 +42,7 @@ def temperature_of(outputs_NC: Tensor, labels_N: Tensor, kind: str) -> float:
 
     A classifier that is right no more often than its commonest label is has nothing to hold, and no scale to take: 1.
     """
-    outputs = outputs_NC.double()
+    outputs = outputs_NC.detach().double()
     if kind == REGRESSION:
         spread = _root_mean_square(outputs - outputs.mean(dim=0))
     else:
