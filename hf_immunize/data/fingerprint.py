@@ -27,6 +27,14 @@ def digest_pixels(pixels: Any) -> bytes:
     return digest.digest()
 
 
+def digest_tensor(tensor: torch.Tensor) -> bytes:
+    """SHA-256 over the shape, dtype and values of a tensor: ``digest_pixels``, also where numpy has no such dtype."""
+    held = tensor.detach().cpu().contiguous()
+    if held.dtype != torch.bfloat16:
+        return digest_pixels(held.numpy())
+    return digest_pixels(held.view(torch.int16).numpy()) + b"bfloat16"
+
+
 def as_rows(digests: Sequence[bytes]) -> Tensor:
     """N digests as N×32 uint8."""
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).reshape(len(digests), -1)

@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("expected diffusers: pip install hf_immunize[diffusers].") from error
 
-from hf_immunize.diffusion.denoisers import DENOISERS, Denoiser, denoiser_of
+from hf_immunize.diffusion.denoisers import DENOISERS, Denoiser, denoiser_of, dtype_of_rows
 from hf_immunize.diffusion.drawing import (
     DRAWN_SHARES,
     decode,
@@ -19,7 +19,7 @@ from hf_immunize.diffusion.exam import EVAL_BATCH_SIZE, SCORE, DenoisingExam, Ex
 from hf_immunize.diffusion.examples import LatentBatch, LatentDataset, PromptConditions
 from hf_immunize.diffusion.memory import fits_memory
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
-from hf_immunize.diffusion.pipelines import component_of, differences, fresh_denoiser, load_pipeline
+from hf_immunize.diffusion.pipelines import component_of, differences, fresh_denoiser, hollow_denoiser, load_pipeline
 from hf_immunize.diffusion.schedules import schedule_of
 
 __all__ = [
@@ -41,9 +41,11 @@ __all__ = [
     "denoising_losses",
     "draw_latents",
     "drawing_steps",
+    "dtype_of_rows",
     "fits_memory",
     "fresh_denoiser",
     "grid_png",
+    "hollow_denoiser",
     "load_pipeline",
     "schedule_of",
     "split_grid",

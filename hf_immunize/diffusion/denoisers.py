@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from diffusers import (
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from hf_immunize.errors import DataError, ModelError
 
 Conditions = Mapping[str, Tensor]
+Call = Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
 FLUX_GUIDANCE = 3.5
 """Guidance that a distilled Flux is told during training, unless the conditions hold ``guidance``."""
 
@@ -34,7 +36,7 @@ class Denoiser:
         component: name under which pipelines hold it.
         needs: names of the conditioning tensors (N rows each) that a batch must hold, given the model.
         call: the answer in the shape of the latents, from the model (wrapped or not), noisy latents, timesteps and
-            conditions.
+            conditions. Rows are in float32 or wider; a model of narrower weights is given them in its own precision.
         middle: module whose input stands for mid-block features, given the bare model.
         attention: last parts of the names of the attention projections an attacker trains by default.
         classes: number of class labels the bare model knows, None where it is told none.
@@ -42,7 +44,7 @@ class Denoiser:
 
     component: str
     needs: Callable[[nn.Module], tuple[str, ...]]
-    call: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
+    call: Call
     middle: Callable[[nn.Module], str]
     attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     classes: Callable[[nn.Module], int | None] = lambda _: None
@@ -77,9 +79,9 @@ class Denoiser:
             DataError: what ``check`` finds, or sizes of latents or embeddings that the model cannot take.
         """
         self.check(model, latents, conditions)
-        place, was_training = next(model.parameters()), model.training
+        place, dtype, was_training = next(model.parameters()), dtype_of_rows(model), model.training
         first = {name: value[:1] for name, value in {**conditions, "": latents}.items()}
-        first = {name: value.to(place.device, place.dtype if value.is_floating_point() else None)
+        first = {name: value.to(place.device, dtype if value.is_floating_point() else None)
                  for name, value in first.items()}
         row = first.pop("")
         shapes = {"latents": tuple(row.shape[1:])} | {name: tuple(value.shape[1:]) for name, value in first.items()}
@@ -102,14 +104,38 @@ class Denoiser:
             )
 
 
+def dtype_of_rows(model: nn.Module) -> torch.dtype:
+    """What noise, latents and targets are computed in for this model: float32, or what is wider of its own.
+
+    A frozen base in bfloat16 does not make the question coarser, only the answer.
+    """
+    return torch.promote_types(next(model.parameters()).dtype, torch.float32)
+
+
+def _in_own_precision(call: Call) -> Call:
+    """``call`` with latents and floating-point conditions in the precision of the model's weights; timesteps stay."""
+
+    @wraps(call)
+    def called(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
+        dtype = next(model.parameters()).dtype
+        if not dtype.is_floating_point or noisy.dtype.itemsize <= dtype.itemsize:
+            return call(model, noisy, timesteps, conditions)
+        told = {name: one.to(dtype) if one.is_floating_point() else one for name, one in conditions.items()}
+        return call(model, noisy.to(dtype), timesteps, told)
+
+    return called
+
+
 def _bare(model: nn.Module) -> nn.Module:
     return model.module if hasattr(model, "module") else model
 
 
+@_in_own_precision
 def _unet(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
     return model(noisy, timesteps, class_labels=conditions.get("class_labels"), return_dict=False)[0]
 
 
+@_in_own_precision
 def _text_unet(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
     added = {name: conditions[name] for name in ("text_embeds", "time_ids") if name in conditions}
     return model(
@@ -123,11 +149,13 @@ def _text_unet(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: C
     )[0]
 
 
+@_in_own_precision
 def _dit(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
     answer = model(noisy, timestep=timesteps, class_labels=conditions["class_labels"], return_dict=False)[0]
     return answer[:, : noisy.shape[1]]  # the second half, where there is one, is a learned variance
 
 
+@_in_own_precision
 def _pixart(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
     answer = model(
         noisy,
@@ -140,29 +168,36 @@ def _pixart(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Cond
     return answer[:, : noisy.shape[1]]
 
 
+@_in_own_precision
 def _sd3(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
     return model(
         hidden_states=noisy,
         encoder_hidden_states=conditions["encoder_hidden_states"],
         pooled_projections=conditions["pooled_projections"],
-        timestep=timesteps.to(noisy),
+        timestep=timesteps.to(_exact(noisy)),
         return_dict=False,
     )[0]
 
 
+def _exact(noisy: Tensor) -> Tensor:
+    """Device and dtype for times and places: bfloat16 would round timestep 999 to 1000."""
+    return noisy.new_empty((), dtype=torch.promote_types(noisy.dtype, torch.float32))
+
+
+@_in_own_precision
 def _flux(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions) -> Tensor:
     rows, channels, height, width = noisy.shape
     text = conditions["encoder_hidden_states"]
     guidance = None
     if _bare(model).config.guidance_embeds:
-        guidance = conditions.get("guidance", torch.full((rows,), FLUX_GUIDANCE)).to(noisy)
+        guidance = conditions.get("guidance", torch.full((rows,), FLUX_GUIDANCE)).to(_exact(noisy))
     answer = model(
         hidden_states=pack_patches(noisy),
         encoder_hidden_states=text,
         pooled_projections=conditions["pooled_projections"],
-        timestep=timesteps.to(noisy) / 1000,  # the model multiplies by 1000 itself
-        img_ids=patch_places(height // 2, width // 2).to(noisy),
-        txt_ids=torch.zeros(text.shape[1], 3).to(noisy),
+        timestep=timesteps.to(_exact(noisy)) / 1000,  # the model multiplies by 1000 itself
+        img_ids=patch_places(height // 2, width // 2).to(_exact(noisy)),
+        txt_ids=torch.zeros(text.shape[1], 3).to(_exact(noisy)),
         guidance=guidance,
         return_dict=False,
     )[0]

@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_immunize.diffusion.denoisers import Conditions, Denoiser
+from hf_immunize.diffusion.denoisers import Conditions, Denoiser, dtype_of_rows
 from hf_immunize.diffusion.noise import NoiseProcess
 from hf_immunize.errors import RecordError
 
@@ -64,17 +64,17 @@ def draw_latents(
     ``batch_size`` and DRAW_BATCH_SIZE rows are drawn at a time.
     """
     noise_NCHW = torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
-    was_training, place = model.training, next(model.parameters())
+    was_training, place, dtype = model.training, next(model.parameters()), dtype_of_rows(model)
     model.eval()
     drawn = []
     for part in torch.arange(len(noise_NCHW)).split(min(batch_size, DRAW_BATCH_SIZE)):
         sampler = sampler_of(scheduler)
         _set_steps(sampler, steps, *noise_NCHW.shape[-2:])
         told = {
-            name: value[part].to(place.device, place.dtype if value.is_floating_point() else None)
+            name: value[part].to(place.device, dtype if value.is_floating_point() else None)
             for name, value in conditions.items()
         }
-        sample = noise_NCHW[part].to(place.device, place.dtype) * getattr(sampler, "init_noise_sigma", 1.0)
+        sample = noise_NCHW[part].to(place.device, dtype) * getattr(sampler, "init_noise_sigma", 1.0)
         for timestep in sampler.timesteps:
             answer = denoiser.call(model, sample, timestep.to(place.device).expand(len(part)), told)
             sample = sampler.step(answer, timestep, sample).prev_sample

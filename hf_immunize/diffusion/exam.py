@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.diffusion.denoisers import Denoiser
+from hf_immunize.diffusion.denoisers import Denoiser, dtype_of_rows
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
 
@@ -64,7 +64,7 @@ class DenoisingExam:
     @torch.no_grad()
     def ask(self, denoiser: Denoiser, model: nn.Module) -> ExamResult:
         """Answers of a bare model, in evaluation mode; its mode is restored."""
-        was_training, device, dtype = model.training, next(model.parameters()).device, next(model.parameters()).dtype
+        was_training, device, dtype = model.training, next(model.parameters()).device, dtype_of_rows(model)
         model.eval()
         losses, energies = [], []
         count = len(self._dataset)

@@ -16,9 +16,14 @@ from hf_immunize.errors import ModelError
 from hf_immunize.models import refuse_folder, refuse_non_finite, variant_of
 
 
-def load_pipeline(folder: str | Path) -> Any:
+def load_pipeline(folder: str | Path, *, denoiser_dtype: torch.dtype = torch.float32) -> Any:
     """The pipeline of a folder, from safetensors only: denoiser and VAE in float32 whatever is stored, text encoders as
     they are stored, every weight finite.
+
+    Args:
+        folder: what ``save_pretrained`` wrote.
+        denoiser_dtype: bfloat16 for a denoiser that stays frozen beside LoRA factors; it is read in that precision,
+            without a copy in float32 in between.
 
     Raises:
         ModelError: what cannot be read, or not all of it; an adapter, a single file or pickles; NaN or infinity.
@@ -26,6 +31,8 @@ def load_pipeline(folder: str | Path) -> Any:
     refuse_folder(folder)
     try:
         encoders = _text_encoders(Path(folder))
+        if denoiser_dtype != torch.float32:
+            encoders["torch_dtype"] = {name: denoiser_dtype for name in _denoisers(Path(folder))}
         pipeline = DiffusionPipeline.from_pretrained(
             str(folder), use_safetensors=True, trust_remote_code=False, variant=_variant(Path(folder)), **encoders
         )
@@ -42,8 +49,9 @@ def load_pipeline(folder: str | Path) -> Any:
         raise ModelError(f"expected all weights of the pipeline in {folder}, got gaps in {hollow}: save it again.")
     for name, part in _networks(pipeline).items():
         refuse_non_finite(part, f"{name} of {folder}")
-    # An attacker's optimizer, a teacher and a guard all need the digits; diffusers may come to keep what is stored.
-    pipeline.register_modules(**{component_of(pipeline): _whole(getattr(pipeline, component_of(pipeline)))})
+    if denoiser_dtype == torch.float32:
+        # An attacker's optimizer, a teacher and a guard all need the digits; diffusers may come to keep what is stored.
+        pipeline.register_modules(**{component_of(pipeline): _whole(getattr(pipeline, component_of(pipeline)))})
     _keep_class_names(pipeline)
     return pipeline
 
@@ -51,6 +59,33 @@ def load_pipeline(folder: str | Path) -> Any:
 def _whole(denoiser: nn.Module) -> nn.Module:
     narrow = any(p.is_floating_point() and p.element_size() < 4 for p in denoiser.parameters())
     return denoiser.float() if narrow else denoiser
+
+
+def _denoisers(folder: Path) -> list[str]:
+    """Names of the parts of a pipeline's folder that are denoisers we know."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    known = {kind.__name__ for kind in DENOISERS}
+    return [name for name, entry in index.items() if isinstance(entry, list) and entry[-1] in known]
+
+
+def hollow_denoiser(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The denoiser of a pipeline's folder on the meta device, from its config alone: shapes without weights.
+
+    Raises:
+        ModelError: no denoiser that is in ``DENOISERS``.
+    """
+    refuse_folder(folder)
+    try:
+        (name,) = _denoisers(Path(folder))
+        config = json.loads((Path(folder) / name / "config.json").read_text(encoding="utf-8"))
+        kinds = {kind.__name__: kind for kind in DENOISERS}
+        with torch.device("meta"):
+            return kinds[config["_class_name"]].from_config(config).to(dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"expected a pipeline with one denoiser among {sorted(kind.__name__ for kind in DENOISERS)} in {folder}, "
+            f"got {type(error).__name__}: {error}: check the path."
+        ) from error
 
 
 def _variant(folder: Path) -> str | None:

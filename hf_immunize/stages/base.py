@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
+from hf_immunize.errors import ConfigError
 from hf_immunize.hub import local_folder
 from hf_immunize.models import refuse_folder
 from hf_immunize.options import option, required
@@ -20,6 +23,7 @@ class ImmunizeOptions:
 
     ONLY: ClassVar[dict[str, str]] = {
         "from_scratch": "classifier", "trust_remote_code": "classifier", "require": "classifier",
+        "base_precision": "pipeline",
     }  # fmt: skip
 
     base_path: str = required("Folder or Hub id of the trained classifier or pipeline to immunize (theta_0); with "
@@ -30,6 +34,18 @@ class ImmunizeOptions:
     trust_remote_code: bool = option(False, "Classifiers: run model code that comes with the model.")
     require: bool = option(False, "Classifiers: leave with an error unless the last line says IMMUNIZED; model and "
                            "record are written.")
+    base_precision: str = option("float32", "Pipelines: precision the denoiser's weights are held in: float32, or "
+                                 "bfloat16 where trainable_modules=lora leaves them as they are.")
+    dry_run: bool = option(False, "Say what the run would hold in memory, from the config alone, and leave.")
+
+    def __post_init__(self) -> None:
+        if self.base_precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"expected base_precision float32 or bfloat16, got {self.base_precision!r}.")
+
+    @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """``base_precision`` as torch calls it."""
+        return torch.bfloat16 if self.base_precision == "bfloat16" else torch.float32
 
 
 def fetch_base(options: ImmunizeOptions) -> tuple[Path, HubSource | None]:

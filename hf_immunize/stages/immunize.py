@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_immunize.records import begin_run, fingerprint_of
-from hf_immunize.stages.base import ImmunizeOptions, leave_finished
+from hf_immunize.stages.base import ImmunizeOptions, fetch_base, leave_finished
 from hf_immunize.stages.words import read_words, refuse_foreign
 from hf_immunize.tasks import Family, family_of
 from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
@@ -40,6 +40,16 @@ def defence_of(family: Family) -> type:
     return PipelineDefence
 
 
+def memory_of(family: Family, options: ImmunizeOptions, args: Any) -> str:
+    """What the run would hold in memory."""
+    from hf_immunize.stages.dry_run import classifier_memory, pipeline_memory
+
+    folder, _ = fetch_base(options)
+    if family.kind == "classifier":
+        return classifier_memory(folder, options, args)
+    return pipeline_memory(folder, options, args)
+
+
 def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
     """Train, guard, save model and record to ``args.output_dir``; return the trainer, None for a run that is finished.
 
@@ -54,6 +64,9 @@ def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
     """
     family = family_of(arguments)
     refuse_foreign(options, family)
+    if options.dry_run:
+        print(memory_of(family, options, args))
+        return None
     defence = defence_of(family)(arguments, options, args)
     task, folder = defence.task, Path(args.output_dir)
     seen = ((task.sides[0], "train"), (task.sides[0], "validation"), ("harmful", "defense"))

@@ -19,6 +19,7 @@ from hf_immunize.diffusion import (
     grid_png,
     load_pipeline,
 )
+from hf_immunize.errors import ConfigError
 from hf_immunize.records import ImmunizationRecord, ModelFingerprint, Provenance, atomic_write
 from hf_immunize.stages.base import ImmunizeOptions, fetch_base
 from hf_immunize.tasks import family_of
@@ -33,7 +34,12 @@ class PipelineDefence:
 
     def __init__(self, arguments: Any, options: ImmunizeOptions, args: DiffusionImmunizationConfig):
         folder, source = fetch_base(options)
-        self._pipeline, self._args = load_pipeline(folder), args
+        if not args.merge_lora:
+            raise ConfigError(
+                "expected merge_lora=true, got false: this stage publishes an ordinary pipeline. Use the trainer "
+                "itself and save_lora_adapter."
+            )
+        self._pipeline, self._args = load_pipeline(folder, denoiser_dtype=options.denoiser_dtype), args
         self.task = family_of(arguments).make(arguments, self._pipeline)
         self._model = getattr(self._pipeline, component_of(self._pipeline))
         self.base = self._fingerprint(folder, describe_source(options.base_path), source)

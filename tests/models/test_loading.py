@@ -147,6 +147,8 @@ def test_pipelines_come_in_float32_from_any_variant_and_never_with_nan(tmp_path)
     found = load_pipeline(folder).unet
     assert found.dtype == torch.float32
     assert all(torch.equal(value, halved[name].float()) for name, value in found.state_dict().items())
+    base = load_pipeline(folder, denoiser_dtype=torch.bfloat16).unet  # frozen beside LoRA factors
+    assert all(torch.equal(value, halved[name].bfloat16()) for name, value in base.state_dict().items())
     next(iter(halved.values())).view(-1)[0] = float("nan")
     save_file(halved, file)
     with pytest.raises(ModelError, match="expected finite weights in unet of .*, got NaN or infinity in 1 of"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -174,3 +175,57 @@ def test_patterns_are_names_ends_of_names_or_one_expression(make_vit):
     assert trainable_modules(model, r"vit\.layers\.[01]") == ["vit.layers.0", "vit.layers.1"]
     with pytest.raises(ModelError, match="expected a regular expression"):
         trainable_modules(model, "vit.layers.[")
+
+
+@pytest.fixture
+def another_precision():
+    """Accelerate keeps one precision per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def first_gradients(make_trainer, keep_gradients, model, cached, folder, **options):
+    seen = type(keep_gradients)()
+    trainer = make_trainer(
+        model=model, trainable_modules="last:1", cache_frozen_features=cached, feature_cache_dir=str(folder),
+        callbacks=[seen], max_steps=1, distillation=1.0, **options,
+    )
+    trainer.train()
+    return trainer, torch.cat([seen.steps[0][name].flatten() for name in sorted(seen.steps[0])])
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["no", "bf16"])
+def test_the_cache_holds_what_the_precision_in_its_key_says(
+    make_trainer, make_vit, make_pixels, keep_gradients, tmp_path, another_precision, half
+):
+    """Under bf16 two bytes a number, from a forward under autocast, handed out as the forward had them."""
+    model = make_vit(layers=3)
+    trainer, cached = first_gradients(make_trainer, keep_gradients, model, True, tmp_path / "c", bf16=half)
+    store = trainer.train_dataset.store
+    assert {column.dtype for column in store._columns} == {torch.bfloat16 if half else torch.float32}
+    assert {one.dtype for one in trainer.train_dataset[0]["boundary"]} == {torch.float32}  # ViT's residual stream
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        rows = trainer.frozen.boundary.rows(make_vit(layers=3).eval(), make_pixels(24).pixel_values)
+    assert torch.equal(torch.stack([store[row][0] for row in range(24)]), rows[0].to(store[0][0].dtype))
+    assert trainer.train_dataset.teacher[0][0].dtype == torch.float32
+    AcceleratorState._reset_state(reset_partial_state=True)
+    _, plain = first_gradients(make_trainer, keep_gradients, make_vit(layers=3), False, tmp_path / "c", bf16=half)
+    assert (cached - plain).norm() / plain.norm() < (2e-2 if half else 1e-5)
+
+
+def test_another_precision_is_another_cache(make_trainer, make_vit, tmp_path, another_precision):
+    for half, folders in ((False, 2), (True, 4), (True, 4)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        make_trainer(trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path), bf16=half)
+        assert len([path for path in tmp_path.iterdir() if path.is_dir() and path.name != "run"]) == folders
+
+
+def test_filling_the_cache_takes_no_more_rows_at_a_time_than_a_step_does(make_trainer, make_vit, tmp_path):
+    model, seen = make_vit(layers=3), []
+    model.vit.embeddings.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    trainer = make_trainer(
+        model=model, trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c"),
+        per_device_train_batch_size=3, per_device_harmful_batch_size=6,
+    )  # fmt: skip
+    assert seen and max(seen) <= 6 and trainer.args.per_device_eval_batch_size == 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +90,20 @@ def _add_factors(model: nn.Module, layers: Sequence[str], rank: int) -> None:
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with torch.random.fork_rng():
         inject_adapter_in_model(config, model, adapter_name=_NAME)
+    widen_factors(model)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.set_adapter(list(layer.lora_A))
     for parameter, asked in flags.items():  # PEFT changes flags, of shared weights too
         parameter.requires_grad_(asked)
+
+
+def widen_factors(model: nn.Module) -> None:
+    """Hold every LoRA factor in float32 or wider: PEFT makes them in the precision of the weights beside."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    for layer in layers:
+        for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+            if factor.weight.element_size() < 4:
+                factor.float()

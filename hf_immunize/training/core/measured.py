@@ -73,7 +73,7 @@ class _OfStack(Rows):
 class TermSettings:
     """The options a term may depend on (see ImmunizationConfig for their meaning)."""
 
-    horizons: tuple[float, ...] = (30.0, 1000.0)
+    horizons: tuple[float, ...] = (30.0, 300.0, 3000.0)
     memorization: float = 0.0
     group_rows: int = 32
     attacker_steps: int = 4

@@ -56,7 +56,7 @@ class ReferenceGradients:
         for place, gradient in enumerate(found[len(moved) :]):
             if gradient is not None:
                 held = self._sums[place]
-                self._sums[place] = gradient.detach() if held is None else held + gradient
+                self._sums[place] = gradient.detach() if held is None else held.add_(gradient)
         self._count += 1
 
     def _gradients(self, loss: Tensor, features: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -81,7 +81,8 @@ class ReferenceGradients:
         """The norm of the ranks' mean gradient at the trained weights."""
         # Of split weights: means over ranks already, of which each has a part.
         split = [gradient.to_local() for gradient in self._sums if isinstance(gradient, DTensor)]
-        found = [g.clone() for g in self._sums if g is not None and not isinstance(g, DTensor)]
+        found = [g for g in self._sums if g is not None and not isinstance(g, DTensor)]
+        found = [g.clone() for g in found] if world()[1] > 1 else found  # summed in place
         sum_over_ranks(found)
         squares = [torch.zeros((), dtype=torch.float64)]
         squares += [torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu() for gradient in found]

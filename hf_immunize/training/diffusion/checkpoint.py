@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
 from hf_immunize.training.core.changing import ChangingPart
-from hf_immunize.training.core.sharding import split_like, whole_on_cpu
+from hf_immunize.training.core.sharding import whole_on_cpu
+from hf_immunize.training.diffusion.optimizer_state import as_tree, flatten_state, of_tree, restore_state
 
 _MODEL, _OPTIMIZER, _MARK = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 
@@ -30,8 +32,20 @@ _WHAT_TO_DO = (
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, write: bool = True) -> None:
     """One safetensors file, atomically; every rank takes part, since tensors may be split over them."""
     found = whole_on_cpu(tensors, keep=write)
-    if write:
-        atomic_write(path, save(found))
+    if not write:
+        return
+    part = path.with_name(f".{path.name}.part")  # not by atomic_write: it would hold all bytes once more
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(found, part)
+        with part.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise RecordError(
+            f"expected to write {path}, got {error}: free disk space or choose a writable folder."
+        ) from error
 
 
 def unmark(folder: Path) -> None:
@@ -55,13 +69,12 @@ def save_loop(
     Every rank calls this; where not ``write``, a rank only takes part in putting tensors together.
     """
     write_tensors(folder / _MODEL, model.state_dict(), write=write)
-    moments = optimizer.state_dict()["state"]
-    write_tensors(
-        folder / _OPTIMIZER,
-        {f"{index}.{name}": torch.as_tensor(value) for index, kept in moments.items() for name, value in kept.items()},
-        write=write,
-    )
-    plain: dict[str, Any] = {"step": step, "log": log, "schedule": scheduler.state_dict(), "options": dict(options)}
+    moments, tree = flatten_state(optimizer)
+    schedule = as_tree(scheduler.state_dict(), "schedule", moments)
+    write_tensors(folder / _OPTIMIZER, moments, write=write)
+    plain: dict[str, Any] = {
+        "step": step, "log": log, "schedule": schedule, "options": dict(options), "optimizer": tree,
+    }
     if write:
         atomic_write(folder / _MARK, json.dumps(plain))
 
@@ -96,24 +109,12 @@ def load_loop(
     try:
         plain = json.loads((folder / _MARK).read_text(encoding="utf-8"))
         model.load_state_dict(load_file(folder / _MODEL), strict=True)
-        _load_moments(optimizer, load_file(folder / _OPTIMIZER), model.parameters)
-        scheduler.load_state_dict(plain["schedule"])
-        for group, rate in zip(optimizer.param_groups, plain["schedule"]["_last_lr"], strict=True):
-            group["lr"] = rate
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        kept = load_file(folder / _OPTIMIZER)
+        restore_state(optimizer, kept, plain["optimizer"])
+        scheduler.load_state_dict(of_tree(plain["schedule"], kept))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise RecordError(f"{_WHOLE} in {folder}, got {error}: {_WHAT_TO_DO}") from error
     return plain["step"], plain["log"]
-
-
-def _load_moments(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor]
-) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        whose = parameters[int(index)]
-        state.setdefault(int(index), {})[name] = split_like(value, whose) if value.shape == whose.shape else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def prune_checkpoints(folder: Path, keep: int, step: int) -> None:

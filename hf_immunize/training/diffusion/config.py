@@ -34,7 +34,7 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
             "layers that read the same tensor count once."
         },
     )
-    trainable_modules: str = field(  # type: ignore[assignment]
+    trainable_modules: str = field(
         default="all",
         metadata={
             "help": "Weights that are trained: 'all', 'attention' projections only, or 'lora' factors on these, which "
@@ -80,6 +80,13 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
             "concept, and no further."
         },
     )
+    merge_lora: bool = field(
+        default=True,
+        metadata={
+            "help": "trainable_modules=lora: merge the factors into the weights in the end. A base in bfloat16 rounds "
+            "small updates away, and how much is said; false leaves PEFT's layers in the model, for save_lora_adapter."
+        },
+    )
     lora_rank: int = field(default=8, metadata={"help": "trainable_modules=lora: rank of the defender's factors."})
     min_snr_gamma: float | None = field(
         default=None, metadata={"help": "Min-SNR weighting of the retain loss with this gamma (5 is usual)."}
@@ -90,15 +97,32 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
     max_steps: int = field(default=500, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Retain rows per device and micro-batch."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches per optimizer step."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (AdamW)."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    optim: str = field(
+        default="adamw_torch",
+        metadata={
+            "help": "The optimizer, by its name in TrainingArguments.optim: adamw_torch, adamw_torch_fused, adafactor, "
+            "sgd, adamw_bnb_8bit or paged_adamw_8bit (bitsandbytes), adamw_torch_8bit (torchao), …"
+        },
+    )
+    optim_args: str | None = field(
+        default=None, metadata={"help": "Arguments of the optimizer, as in TrainingArguments: 'momentum=0.9'."}
+    )
+    optim_target_modules: str | None = field(
+        default=None, metadata={"help": "GaLore and APOLLO: linear layers with low-rank moments, or 'all-linear'."}
+    )
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Name of a diffusers.optimization schedule."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 switches it off."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade time for activation memory."})
     mixed_precision: str = field(default="no", metadata={"help": "no or bf16."})
-    eval_batch_size: int = field(
-        default=256, metadata={"help": "Rows at a time when the guard evaluates and images are drawn."}
+    eval_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows at a time when the guard evaluates and images are drawn. Default: "
+            "per_device_train_batch_size, which fits where a step does."
+        },
     )
     eval_steps: int = field(default=50, metadata={"help": "Steps between evaluations of the guard."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between log entries."})
@@ -116,6 +140,8 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
     )
 
     def __post_init__(self) -> None:
+        if self.eval_batch_size is None:
+            self.eval_batch_size = self.per_device_train_batch_size
         rename_option(self, "trainable", "trainable_modules")
         if self.max_loss_factor is not None:
             if not 1 <= self.max_loss_factor < float("inf"):
@@ -166,6 +192,11 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
             raise ConfigError(
                 f"expected simulated_attack for attacker_second_order, got objective={self.objective!r}: an attacker "
                 "that goes on from step to step (imma) has no start to differentiate from."
+            )
+        if self.trainable_modules != "lora" and not self.merge_lora:
+            raise ConfigError(
+                f"expected trainable_modules=lora for merge_lora=false, got trainable_modules="
+                f"{self.trainable_modules!r}."
             )
         if self.trainable_modules == "lora" and self.lora_rank < 1:
             raise ConfigError(f"expected lora_rank of at least 1 for trainable_modules=lora, got {self.lora_rank}.")

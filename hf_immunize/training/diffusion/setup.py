@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 from torch import nn
 
-from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess, denoising_losses
+from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess, denoising_losses, dtype_of_rows
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.features import RowLayout
 from hf_immunize.models import refuse_non_finite
@@ -76,12 +77,7 @@ def check_data(
     evaluation: LatentDataset | None,
 ) -> None:
     """Raise DataError, ModelError or ConfigError for data or a model that this run cannot use."""
-    narrow = sorted({str(p.dtype) for p in model.parameters() if p.dtype not in (torch.float32, torch.float64)})
-    if narrow:
-        raise ModelError(
-            f"expected weights in float32, got {', '.join(narrow)}: most updates are smaller than their rounding. Load "
-            "the pipeline with torch_dtype=torch.float32 and set mixed_precision=bf16."
-        )
+    _refuse_narrow(denoiser, model, args)
     refuse_non_finite(model, "the model before immunization")
     if train is None or harmful is None:
         missing = "train_dataset" if train is None else "harmful_dataset"
@@ -110,6 +106,33 @@ def check_data(
         )
 
 
+def _refuse_narrow(denoiser: Denoiser, model: nn.Module, args: DiffusionImmunizationConfig) -> None:
+    """Raise ModelError for weights below float32 that defender or attacker trains, and for a frozen base below bf16."""
+    wide = (torch.float32, torch.float64)
+    every = dict(model.named_parameters())
+    trained = {"all": every, "lora": {}}.get(args.trainable_modules)
+    if trained is None:
+        ends = tuple(f"{name}." for name in attention_projections(denoiser, model))
+        trained = {name: parameter for name, parameter in every.items() if name.startswith(ends)}
+    if narrow := sorted({str(p.dtype) for p in trained.values() if p.dtype not in wide}):
+        raise ModelError(
+            f"expected weights in float32, got {', '.join(narrow)}: most updates are smaller than their rounding. Load "
+            "the pipeline with torch_dtype=torch.float32 and set mixed_precision=bf16, or train LoRA factors beside "
+            "them with trainable_modules=lora."
+        )
+    narrow = sorted({str(p.dtype) for p in every.values() if p.dtype not in wide})
+    if narrow and on_weights(named_terms(args)) and args.attacker_rank == 0:
+        raise ModelError(
+            f"expected weights in float32 for an attacker that trains all of them, got {', '.join(narrow)}: set "
+            "attacker_rank above 0, so that it trains LoRA factors, or load with torch_dtype=torch.float32."
+        )
+    if other := [name for name in narrow if name != str(torch.bfloat16)]:
+        raise ModelError(
+            f"expected frozen weights in float32 or bfloat16, got {', '.join(other)}: float16 overflows without a "
+            "gradient scaler, and what is quantized cannot take the update. Load with torch_dtype=torch.bfloat16."
+        )
+
+
 def choose_trainable(denoiser: Denoiser, model: nn.Module, trainable: str, rank: int = 8) -> None:
     """Leave gradients on for ``all`` weights, ``attention`` projections only, or ``lora`` factors put on them."""
     if trainable == "lora":
@@ -135,10 +158,10 @@ class Streams:
     ) -> Streams:
         """The streams of a run."""
         rank, size = world()
-        share = {"seed": args.seed, "rank": rank, "world_size": size}
+        share: dict[str, Any] = {"seed": args.seed, "rank": rank, "world_size": size}
         low, high = args.level_range
         rows = args.per_device_harmful_batch_size * size
-        concept = {"low": low, "high": high, **share}
+        concept: dict[str, Any] = {"low": low, "high": high, **share}
         return cls(
             NoisyStream(
                 train, process, args.per_device_train_batch_size * size, name="retain", logit_normal=args.logit_normal,
@@ -172,8 +195,7 @@ def build_step(
     check_numbers(args, terms)
     objective, layouts, at_work = None, {}, None
     if found := on_features(terms):
-        place = next(model.parameters())
-        sample = streams.harmful.batch(0, place.device, place.dtype)
+        sample = streams.harmful.batch(0, next(model.parameters()).device, dtype_of_rows(model))
         sites = choose_sites(denoiser, model, args.sites, sample)
         layouts = choose_layouts(denoiser, model, sites, args.site_layouts, sample)
         objective = GlobalObjective(
@@ -198,7 +220,8 @@ def attacked_rows(
 ) -> Callable[[int, int], NoisyBatch]:
     """Rows of each step of the attacker at each step of ours: K of its steps take K + 1 batches."""
     place, width = next(model.parameters()), 2 if args.attacker_goes_on else args.attacker_steps + 1
-    return lambda step, attack_step: stream.batch(step * width + attack_step, place.device, place.dtype)
+    dtype = dtype_of_rows(model)
+    return lambda step, attack_step: stream.batch(step * width + attack_step, place.device, dtype)
 
 
 def denoising_task(

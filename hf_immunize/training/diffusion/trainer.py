@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -16,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_immunize.data.fingerprint import digest_pixels
+from hf_immunize.data.fingerprint import digest_tensor
 from hf_immunize.diffusion import (
     DenoisingExam,
     LatentDataset,
     NoiseProcess,
     denoiser_of,
     denoising_losses,
+    dtype_of_rows,
     fits_memory,
     schedule_of,
 )
@@ -37,6 +37,7 @@ from hf_immunize.training.core.draws import same_draws
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.launching import sharding_plugin
+from hf_immunize.training.core.measured import Side
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import MicroBatch
 from hf_immunize.training.core.sharding import (
@@ -48,13 +49,15 @@ from hf_immunize.training.core.sharding import (
     whole,
     whole_copy,
 )
-from hf_immunize.training.core.state import CheckpointState
+from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.step import Measured
+from hf_immunize.training.core.teacher import Teacher
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
 from hf_immunize.training.diffusion.draws import share_draws, unshare_draws
-from hf_immunize.training.diffusion.factors import merge_factors
+from hf_immunize.training.diffusion.factors import NOTABLE, merge_factors, told_rounding
+from hf_immunize.training.diffusion.optimizers import optimizer_of, weights_to_judge
 from hf_immunize.training.diffusion.references import WrongTargetGradients
 from hf_immunize.training.diffusion.setup import (
     Streams,
@@ -113,6 +116,8 @@ class DiffusionImmunizationTrainer:
         with fits_memory("model, optimizer and the copies that the objective needs", _LARGER):
             self._build(model, train_dataset, harmful_dataset, eval_dataset)
         self.step = 0
+        self.merge_rounding = 0.0
+        """Share of the LoRA update that merging into narrower weights took."""
         self.log_history: list[dict[str, float]] = []
 
     def _build(
@@ -121,23 +126,28 @@ class DiffusionImmunizationTrainer:
     ) -> None:
         args = self.args
         plugin = sharding_plugin() if world()[1] > 1 else None
-        self.bare = model.to(self.accelerator.device)
+        self.bare: Any = model.to(self.accelerator.device)
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
         self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         choose_trainable(self.denoiser, model.train(), args.trainable_modules, args.lora_rank)
         if args.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            enable: Any = self.bare.enable_gradient_checkpointing
+            enable()
         share_draws(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.watch = Watch(named_terms(args))
         self.meter = Meter(self.watch)
         self.terms, self.layouts = build_step(args, self.denoiser, self.bare, self.streams, self.meter)
-        self.teacher = self._frozen_copy(plugin is not None) if args.distillation > 0 else None
+        self._teacher = None
+        if args.distillation > 0:
+            if plugin is not None:
+                self.bare.to("cpu")  # a device need not hold two whole models
+            self._teacher = Teacher(self.bare, self.accelerator.autocast, share=plugin is None)
         self.is_split = self._split(plugin)
         self.changing = ChangingPart(self.bare)
         self._make_guard(harmful_dataset, eval_dataset)
         self._make_optimizer()
-        parts = {"terms": self.terms, "meter": self.meter, "average": self.average}
+        parts: dict[str, Stateful | None] = {"terms": self.terms, "meter": self.meter, "average": self.average}
         self._state = CheckpointState(parts, self.guard, self.watch)
         if self.is_split:  # nothing to wrap: autocast, if that was asked for
             self.model = self.accelerator.prepare_model(self.bare, device_placement=False, evaluation_mode=True)
@@ -150,17 +160,14 @@ class DiffusionImmunizationTrainer:
         self.guard = UtilityGuard(allowed, GUARD_METRIC, self.args.max_strength_factor)
         self._guarded = GuardedRun(self.guard, self.watch, self.terms, self.changing, f"max_primary_drop={drop}")
         self.guard_record: UtilityGuardRecord | None = None
-        told = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
+        told: dict[str, Any] = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
         self._exam = DenoisingExam(self.process, evaluation, **told) if evaluation is not None else None
         self._concept_exam = DenoisingExam(self.process, harmful, **told)
 
-    def _frozen_copy(self, split: bool) -> nn.Module:
-        """The base as it answers now; weights that are not trained are held once, unless they are to be split."""
-        still = {id(parameter): parameter for parameter in self.bare.parameters() if not parameter.requires_grad}
-        if split:
-            self.bare.to("cpu")  # a device need not hold two whole models
-            still = {}
-        return copy.deepcopy(self.bare, still).requires_grad_(False).eval()
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The copy of θ₀ that is imitated; None without distillation."""
+        return None if self._teacher is None else self._teacher.model
 
     def _split(self, plugin: Any) -> bool:
         """Share weights out over ranks (FSDP2), if that was asked for."""
@@ -180,16 +187,16 @@ class DiffusionImmunizationTrainer:
 
     def _make_optimizer(self) -> None:
         args = self.args
-        self.optimizer = torch.optim.AdamW(
-            self.changing.parameters, lr=args.learning_rate, weight_decay=args.weight_decay
-        )
+        self.optimizer = optimizer_of(args, self.bare, self.changing.parameters, split=self.is_split)
         self.schedule = schedule_of(
             args.lr_scheduler_type, self.optimizer, warmup_steps=args.warmup_steps, steps=args.max_steps
         )
+        if hasattr(self.optimizer, "train"):  # schedule-free ones have two points, and train at one of them
+            self.optimizer.train()
         self.average = WeightAverage(self.bare, args.ema_decay) if args.ema_decay else None
 
     def _batch(self, stream: NoisyStream, micro: int) -> NoisyBatch:
-        return stream.batch(micro, self.accelerator.device, next(self.bare.parameters()).dtype)
+        return stream.batch(micro, self.accelerator.device, dtype_of_rows(self.bare))
 
     # ---- training -------------------------------------------------------------------------------------------------
 
@@ -288,7 +295,7 @@ class DiffusionImmunizationTrainer:
         """What the terms see, and the answer to the harmful rows."""
         harmful = self._batch(self.streams.harmful, micro)
         answer, theirs = self._forward(model, "harmful", micro, harmful)
-        labels = {"primary": retain.labels, "harmful": harmful.labels}
+        labels: dict[Side, Tensor] = {"primary": retain.labels, "harmful": harmful.labels}
         return Measured(MicroBatch({"primary": features, "harmful": theirs}, labels)), answer
 
     def _measured(self, micro: int) -> Measured:
@@ -304,10 +311,10 @@ class DiffusionImmunizationTrainer:
         return losses.mean()
 
     def _distill(self, answer: Tensor, batch: NoisyBatch) -> Tensor | float:
-        if self.teacher is None:
+        if self._teacher is None:
             return 0.0
-        with torch.no_grad(), self.accelerator.autocast():
-            wanted = self._answer(self.teacher, batch)
+        with self._teacher.answering() as model:
+            wanted = self._answer(model, batch)
         distance = denoising_losses(answer, wanted).mean()
         self.meter.add({"distillation": distance}, local=True)
         return self.args.distillation * distance
@@ -336,7 +343,7 @@ class DiffusionImmunizationTrainer:
 
     def _judged_weights(self) -> AbstractContextManager[None]:
         """Inside, the model has the weights that would be returned now: the moving average where there is one."""
-        return self.average.swapped(self.bare) if self.average is not None else nullcontext()
+        return self.average.swapped(self.bare) if self.average is not None else weights_to_judge(self.optimizer)
 
     def _points(self) -> float:
         assert self._exam is not None
@@ -378,15 +385,19 @@ class DiffusionImmunizationTrainer:
 
     def _finish(self) -> None:
         self._refuse_ruined()
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
         if self.average is not None:
             self.average.copy_to(self.bare)
         if self._guarded.on:
             self.guard_record = self._guarded.finish(self._points)
-        merged = self.args.trainable_modules == "lora"
+        merged = self.args.trainable_modules == "lora" and self.args.merge_lora
         if merged:
-            merge_factors(self.bare)
-        for name, parameter in settle(self.bare).named_parameters():
-            parameter.requires_grad_(self._asked[name])
+            self.merge_rounding = merge_factors(self.bare)
+            if self.merge_rounding > NOTABLE:
+                self.accelerator.print(told_rounding(self.merge_rounding, next(self.bare.parameters()).dtype))
+        for name, parameter in settle(self.bare).named_parameters():  # factors that were not merged stay as they are
+            parameter.requires_grad_(self._asked.get(name.replace(".base_layer.", "."), parameter.requires_grad))
         # Takes away Accelerate's casting forward: the model in memory answers as the one that is saved.
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         unshare_draws(self.bare)
@@ -414,7 +425,7 @@ class DiffusionImmunizationTrainer:
         """
         digest = hashlib.sha256()
         for name, value in sorted(self.bare.state_dict().items()):
-            digest.update(name.encode() + digest_pixels(whole(value.detach()).cpu().numpy()))
+            digest.update(name.encode() + digest_tensor(whole(value.detach())))
         told = {name: None if held is None else held.fingerprint(source="", role="").sha256
                 for name, held in self._rows.items()}
         options = scientific_options(self.args)

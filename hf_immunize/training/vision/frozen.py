@@ -23,8 +23,10 @@ from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.sharding import first_rank_where, is_sharded, whole
 from hf_immunize.training.vision.counting import digest_once
 
-_FORMAT = 2
+_FORMAT = 3
 """Part of every cache key; raised when what is stored changes its meaning."""
+_STORED = {"bf16": torch.bfloat16}
+"""How floating-point activations lie on disk by precision; as they were computed where it is not named."""
 
 
 def freeze_all_but(model: nn.Module, patterns: str) -> list[str]:
@@ -72,17 +74,30 @@ class FrozenPart:
 
 
 class BoundaryDataset(Dataset[dict[str, Any]]):
-    """Cached activations and labels in the place of images; ``teacher`` adds θ₀'s logits."""
+    """Cached activations and labels in the place of images.
 
-    def __init__(self, store: RowStore, labels: Sequence[int] | Tensor, teacher: RowStore | None = None):
-        self.store, self.teacher = store, teacher
+    Args:
+        store: activations, a column for each tensor that crosses the boundary.
+        labels: one per row.
+        teacher: θ₀'s logits.
+        dtypes: of the activations as they are handed out; as they lie on disk if not given.
+    """
+
+    def __init__(
+        self, store: RowStore, labels: Sequence[int] | Tensor, teacher: RowStore | None = None,
+        dtypes: Sequence[torch.dtype] | None = None,
+    ):  # fmt: skip
+        self.store, self.teacher, self._dtypes = store, teacher, dtypes
         self.labels = torch.as_tensor(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        found = {"boundary": self.store[row], "labels": self.labels[row]}
+        activations = self.store[row]
+        if self._dtypes is not None:
+            activations = tuple(one.to(dtype) for one, dtype in zip(activations, self._dtypes, strict=True))
+        found = {"boundary": activations, "labels": self.labels[row]}
         return found if self.teacher is None else found | {"teacher_logits": self.teacher[row][0]}
 
 
@@ -100,7 +115,21 @@ def collate_with_boundary(collate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FeatureCache:
-    """Boundary activations of whole datasets under one folder, keyed by weights, boundary, precision and pixels."""
+    """Boundary activations of whole datasets under one folder, keyed by weights, boundary, precision and pixels.
+
+    They are computed as training computes them, under ``autocast``, and stored in ``precision``: with bf16 every
+    floating-point activation takes two bytes on disk, and is handed out in the dtype that the forward had there. A
+    residual stream, which autocast keeps in float32, is rounded to 8 bits of mantissa by that: as much as every matrix
+    product after it rounds its inputs.
+
+    Args:
+        folder: where caches lie; None for ``default_folder()``.
+        model, boundary: the network and where its frozen part ends.
+        collate: makes batches of images.
+        precision: ``accelerator.mixed_precision``.
+        autocast: ``accelerator.autocast``.
+        batch_size: images at a time.
+    """
 
     def __init__(
         self,
@@ -116,7 +145,9 @@ class FeatureCache:
         self._model, self._boundary, self._collate = model, boundary, collate
         device = next(model.parameters()).device
         self._autocast, self._batch = autocast, batch_size or forward_rows(boundary.image, device)
-        digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision}".encode())
+        self._narrowed, self._dtypes = _STORED.get(precision), self._computed_dtypes(device)
+        kept = [str(self._narrow(torch.empty(0, dtype=dtype)).dtype) for dtype in self._dtypes]
+        digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision} {kept}".encode())
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         named = sorted(model.state_dict().items())
         # What is trained lies behind the boundary: one trunk's activations serve every head. Logits are the model's.
@@ -140,7 +171,17 @@ class FeatureCache:
         if teacher:
             folder = self._folder / f"{logits_key}-logits"
             logits = self._stored(folder, partial(self._logits, store, name), len(rows))
-        return BoundaryDataset(store, labels, logits)
+        return BoundaryDataset(store, labels, logits, self._dtypes)
+
+    def _computed_dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        """What the forward hands to the boundary, by one blank image."""
+        blank = torch.zeros(1, *self._boundary.image, device=device, dtype=next(self._model.parameters()).dtype)
+        return tuple(row.dtype for _ in self._evaluating((0,), "") for row in self._boundary.rows(self._model, blank))
+
+    def _narrow(self, activations: Tensor) -> Tensor:
+        """As they are stored; masks and indices stay what they are, and nothing is widened."""
+        wide = activations.is_floating_point() and self._narrowed is not None
+        return activations.to(self._narrowed) if wide and activations.element_size() > 2 else activations
 
     def _stored(self, folder: Path, batches: Callable[[], Iterator[tuple[Tensor, ...]]], rows: int) -> RowStore:
         """The store, written if it is not there; a model that is split over ranks answers to all of them at once."""
@@ -160,14 +201,16 @@ class FeatureCache:
         loader = DataLoader(rows, batch_size=self._batch, collate_fn=self._collate)
         device = next(self._model.parameters()).device
         for batch in self._evaluating(loader, f"frozen features of {name}"):
-            yield self._boundary.rows(self._model, batch["pixel_values"].to(device))
+            found = self._boundary.rows(self._model, batch["pixel_values"].to(device))
+            yield tuple(self._narrow(part) for part in found)
 
     def _logits(self, store: RowStore, name: str) -> Iterator[tuple[Tensor, ...]]:
         device = next(self._model.parameters()).device
         starts = range(0, len(store), self._batch)
         for start in self._evaluating(starts, f"logits of {name}"):
             rows = [store[row] for row in range(start, min(start + self._batch, len(store)))]
-            stacked = tuple(torch.stack(parts).to(device) for parts in zip(*rows, strict=True))
+            parts = (torch.stack(column) for column in zip(*rows, strict=True))
+            stacked = tuple(part.to(device, dtype) for part, dtype in zip(parts, self._dtypes, strict=True))
             with self._boundary.replay(self._model, stacked) as pixels:
                 yield (self._model(pixel_values=pixels).logits.float(),)
 
@@ -177,7 +220,7 @@ class FeatureCache:
         with lying_channels_last(self._model) as model:
             model.eval()
             try:
-                for part in tqdm(parts, desc=words, leave=False, disable=None):
+                for part in tqdm(parts, desc=words, leave=False, disable=None if words else True):
                     with torch.no_grad(), self._autocast():
                         yield part
             finally:

@@ -36,6 +36,7 @@ from hf_immunize.training.core.sharding import (
     split_state,
     whole_on_cpu,
 )
+from hf_immunize.training.core.teacher import Teacher
 from hf_immunize.training.vision.publishing import GatedTrainer
 
 _MOMENTS, _SCHEDULE = "optimizer.safetensors", "scheduler.json"
@@ -80,11 +81,13 @@ class ShardedTrainer(GatedTrainer):
                     shard(model, self._plugin, self.accelerator.device)
         self.is_distributed_loading_by_transformers = is_sharded(self.model)
 
-    def _frozen_copy(self) -> nn.Module:
-        """θ₀, split as the model is, or whole."""
+    def _frozen_copy(self) -> Teacher:
+        """θ₀, split as the model is or is going to be, or whole and with what is frozen held once."""
         model = self.accelerator.unwrap_model(self.model)
-        twin = empty_twin(model, lambda: _rebuilt(model)) if is_sharded(model) else copy.deepcopy(model)
-        return twin.requires_grad_(False).eval()
+        if is_sharded(model):
+            twin = lambda: empty_twin(model, lambda: _rebuilt(model))  # noqa: E731
+            return Teacher(model, self.accelerator.autocast, twin=twin)
+        return Teacher(model, self.accelerator.autocast, share=self._plugin is None)
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; the optimizer is to hold this rank's share of every weight.

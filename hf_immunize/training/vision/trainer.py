@@ -19,6 +19,7 @@ from hf_immunize.data import (
     NamedRows,
     NamedStream,
     collate_pixels,
+    forward_rows,
     has_transform,
     is_stream,
     named_workers,
@@ -169,7 +170,7 @@ class ImmunizationTrainer(StrictTrainer):
         self.loss_is_scaled_for_ga = False
         self._build_step(model)
         asked = args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features)
-        self.teacher = self._frozen_copy() if asked else None
+        self._teacher = self._frozen_copy() if asked else None
         self._share_out()
         self._build_guard(model)
         if args.cache_frozen_features:
@@ -211,6 +212,11 @@ class ImmunizationTrainer(StrictTrainer):
         )
         self.objective = self.step.objective
 
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The copy of θ₀ that is imitated; None without distillation, or where its logits are cached."""
+        return None if self._teacher is None else self._teacher.model
+
     def _share_out(self) -> None:
         """Split weights over ranks, if that was asked for."""
         self.split(self.teacher)
@@ -246,7 +252,7 @@ class ImmunizationTrainer(StrictTrainer):
             held_out=held is not None, collate=self._plain_collator, capture=self._capture_rows,
             sites=self.site_weights, head=self.site, terms=self.terms, settings=self.settings,
             on_weights=self.step.weight_terms.values if self.step.weight_terms else None,
-            workers=self.args.dataloader_num_workers,
+            workers=self.args.dataloader_num_workers, most_rows=self._largest_batch,
         )
 
     def _capture_rows(self, model: nn.Module, batch: dict[str, Any]) -> Captured:
@@ -271,7 +277,8 @@ class ImmunizationTrainer(StrictTrainer):
             self.frozen.boundary,
             WithoutTargets(collate_with_labels(collate_pixels, self.kind)),
             str(self.accelerator.mixed_precision),
-            self.compute_loss_context_manager,
+            self.accelerator.autocast,
+            min(forward_rows(self.frozen.boundary.image, self.args.device), self._largest_batch),
         )
         teacher = self.args.distillation > 0
         labels = check_primary_labels(model, self.train_dataset, self.kind)
@@ -282,6 +289,11 @@ class ImmunizationTrainer(StrictTrainer):
         self._cache = cache
         task = self.harmful_task
         self.harmful_task = task.replaced(cache.dataset(task.rows, task.every_label, task.name))
+
+    @property
+    def _largest_batch(self) -> int:
+        """Rows that go forward at once in training: as many fit where no graph is kept."""
+        return max(self.args.per_device_train_batch_size, self.args.per_device_harmful_batch_size)
 
     def _stream(self, name: str) -> HarmfulStream:
         args = self.args
@@ -418,17 +430,16 @@ class ImmunizationTrainer(StrictTrainer):
     def _distill(self, primary: dict[str, Any], outputs: Any, caught: Captured) -> Tensor | float:
         """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
         target, features = primary.get("teacher_logits"), None
-        if self.teacher is not None:
-            if not self.is_split:
-                self.teacher.to(next(self.model.parameters()).device)
-            head = {self.site: self.layouts[self.site]}
-            with torch.no_grad(), capture_inputs(self.teacher, head) as teacher:
-                with self.frozen.entered(self.teacher, primary) as plain:
-                    theirs = self.teacher(**{name: part for name, part in plain.items() if name != "labels"})
+        if self._teacher is not None:
+            head, device = {self.site: self.layouts[self.site]}, None if self.is_split else self.args.device
+            with self._teacher.answering(device) as model, capture_inputs(model, head) as teacher:
+                with self.frozen.entered(model, primary) as plain:
+                    theirs = model(**{name: part for name, part in plain.items() if name != "labels"})
             target, features = theirs.get("logits"), teacher[self.site]
         total: Tensor | float = 0.0
         if self.args.distillation:
             ours, temperature = outputs["logits"], self.temperature.value
+            assert target is not None and temperature is not None, "measured before the first step"
             distance = divergence(ours, target.to(ours.dtype), self.kind, temperature)
             self.meter.add({"distillation": distance}, local=True)
             total = total + self.args.distillation * distance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -412,3 +413,19 @@ def test_a_checkpoint_that_is_being_rewritten_is_no_checkpoint(make_trainer, tmp
     monkeypatch.undo()
     with pytest.raises(RecordError):
         make_trainer(**options).train(tmp_path / "run" / "checkpoint-1")
+
+
+def test_evaluation_takes_no_more_rows_at_a_time_than_a_step_does(make_trainer):
+    seen = []
+    trainer = make_trainer(evaluation=build_examples("unet", 20, seed=3), max_steps=1, per_device_train_batch_size=5)
+    call = trainer.denoiser.call
+
+    def counted(model, noisy, *rest):
+        seen.append(len(noisy))
+        return call(model, noisy, *rest)
+
+    trainer.denoiser = replace(trainer.denoiser, call=counted)
+    trainer._points()
+    assert seen and max(seen) == 5
+    assert DiffusionImmunizationConfig("out", per_device_train_batch_size=3).eval_batch_size == 3
+    assert DiffusionImmunizationConfig("out", eval_batch_size=7).eval_batch_size == 7
