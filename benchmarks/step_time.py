@@ -1,6 +1,7 @@
 """What immunizing costs beside plain training: ratios of steps that take turns in one process, and how they grow.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_time.py [--parts regularizer growth step memory cache] [--sizes 128 224]
+    OMP_NUM_THREADS=1 python benchmarks/step_time.py [--parts regularizer growth spectra wire step sites memory cache]
+        [--sizes 128 224] [--before CHECKOUT]
 
 Writes docs/results/vision/step_time.json after every part (parts that are not asked for keep what was there) and
 prints the tables of docs/training.md. Networks have random weights and see random images: costs, and nothing else.
@@ -42,6 +43,7 @@ from transformers.utils import logging
 
 from hf_immunize.data import PixelDataset
 from hf_immunize.records import atomic_write
+from hf_immunize.spectra import spectrum_record
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective, MicroBatch
@@ -50,7 +52,9 @@ from hf_immunize.training.core.terms import TermSettings
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "results" / "vision" / "step_time.json"
 ROWS, CLASSES = 32, 10
-PARTS = ("regularizer", "growth", "step", "memory", "cache")
+PARTS = ("regularizer", "growth", "spectra", "wire", "step", "sites", "memory", "cache")
+AT_SITES = ("condition_number", "closed_form_adversary")
+"""Objectives that are measured at what LoRA would train (``sites=lora``)."""
 
 
 def network(kind: str, size: int) -> nn.Module:
@@ -156,11 +160,11 @@ def alternate(first: Any, second: Any, repeats: int, warm: int = 1) -> dict[str,
     return found
 
 
-def step_part(options: argparse.Namespace, kind: str, size: int) -> dict[str, Any]:
+def step_part(options: argparse.Namespace, kind: str, size: int, **objective: Any) -> dict[str, Any]:
     """Our step over the stock step."""
     steps = options.repeats + 1
     return alternate(
-        lambda turns: ours(network(kind, size), size, steps, turns),
+        lambda turns: ours(network(kind, size), size, steps, turns, **objective),
         lambda turns: stock(network(kind, size), size, steps, turns),
         options.repeats,
     )
@@ -224,6 +228,45 @@ def growth_part(_: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def spectra_part(_: argparse.Namespace) -> dict[str, Any]:
+    """CPU seconds of a spectrum record of 8,000 rows of 512, and of the two decompositions of all rows it replaces."""
+    rows = torch.randn(8000, 512, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(len(rows)) % CLASSES
+    centred = rows.double() - rows.double().mean(dim=0)
+
+    def before() -> None:
+        for _ in ("spectrum", "steps"):
+            torch.linalg.svd(centred, full_matrices=False)
+
+    found = {}
+    for name, run in (
+        ("record", lambda: spectrum_record(rows, labels, site="head", task="harmful")), ("two SVDs of all rows", before)
+    ):
+        seconds = []
+        for _ in range(3):
+            start = time.process_time()
+            run()
+            seconds.append(time.process_time() - start)
+        found[name] = median(seconds)
+    return found
+
+
+def wire_part(options: argparse.Namespace) -> dict[str, Any]:
+    """Collectives, read-backs and CPU seconds of the objective at 280 sites on two processes; see wire.py."""
+
+    def run(package: Path) -> dict[str, Any]:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        script = str(Path(__file__).with_name("wire.py"))
+        surroundings = os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *words, script, *AT_SITES], capture_output=True, text=True, check=True, env=surroundings
+        )
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    found = {"now": run(Path(__file__).resolve().parents[1])}
+    return found | ({"before": run(options.before.resolve())} if options.before else {})
+
+
 def peak(kind: str, size: int, which: str) -> None:
     """Print the peak memory of a process that takes three steps, and what it held before them, in MiB."""
     make = {"ours": ours, "stock": stock}[which]
@@ -267,10 +310,24 @@ def keep(part: str, name: str | None, value: Any) -> None:
     atomic_write(OUT, json.dumps(found, indent=1) + "\n")
 
 
+def wire_table(found: dict[str, Any]) -> list[str]:
+    """Lines about 280 sites; with an older checkout's figures, both and their ratio."""
+    lines = ["", "| 280 sites, 2 processes | collectives | read-backs | CPU s |", "|---|---|---|---|"]
+    for name, now in found["now"].items():
+        before = found.get("before", {}).get(name)
+        cells = [f"{now['collectives']}", f"{now['read_backs']}", f"{now['seconds']:.2f}"]
+        if before:
+            old = [f"{before['collectives']}", f"{before['read_backs']}", f"{before['seconds']:.2f}"]
+            cells = [f"{a} → {b}" for a, b in zip(old, cells, strict=True)]
+            cells[-1] += f" (÷ {before['seconds'] / now['seconds']:.1f})"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def table(found: dict[str, Any]) -> str:
     """The Markdown tables of docs/training.md."""
     lines = ["| step | ours, s | stock, s | ratio (CPU) | ratio (wall) |", "|---|---|---|---|---|"]
-    for name, row in found.get("step", {}).items():
+    for name, row in (found.get("step", {}) | found.get("sites", {})).items():
         first, second = row["cpu"]["seconds"]
         ratios = f"{row['cpu']['ratio']:.3f} | {row['wall']['ratio']:.3f}"
         lines.append(f"| {name} | {first:.2f} | {second:.2f} | {ratios} |")
@@ -285,6 +342,11 @@ def table(found: dict[str, Any]) -> str:
     for name, row in found.get("cache", {}).items():
         first, second = row["cpu"]["seconds"]
         lines.append(f"| {name} | {first:.2f} | {second:.3f} | {row['cpu']['ratio']:.1f} |")
+    if "wire" in found:
+        lines += wire_table(found["wire"])
+    if "spectra" in found:
+        lines += ["", "| spectrum of 8,000 rows of 512 | CPU s |", "|---|---|"]
+        lines += [f"| {name} | {value:.2f} |" for name, value in found["spectra"].items()]
     lines += ["", "| objective, 32 + 32 rows of 768 | ms |", "|---|---|"]
     lines += [f"| {name} | {value:.1f} |" for name, value in found.get("regularizer", {}).items()]
     for name, axes in found.get("growth", {}).items():
@@ -304,6 +366,7 @@ def main() -> None:
     parser.add_argument("--cached", nargs="+", default=["vit_s"], help="networks of the part cache; vit_l takes long")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 224])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--before", type=Path, help="checkout of an older version, measured too by the part wire")
     parser.add_argument("--peak", nargs=3, metavar=("NETWORK", "SIZE", "WHICH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -314,11 +377,18 @@ def main() -> None:
         keep("regularizer", None, regularizer_part(options))
     if "growth" in options.parts:
         keep("growth", None, growth_part(options))
+    if "spectra" in options.parts:
+        keep("spectra", None, spectra_part(options))
+    if "wire" in options.parts:
+        keep("wire", None, wire_part(options))
     for size in options.sizes:
         for kind in options.networks:
             name = f"{kind}, {size} px"
             if "step" in options.parts:
                 keep("step", name, step_part(options, kind, size))
+            for objective in AT_SITES if "sites" in options.parts and kind.startswith("vit") else ():
+                at_sites = step_part(options, kind, size, objective=objective, sites="lora")
+                keep("sites", f"{name}, {objective} at sites=lora", at_sites)
             if "memory" in options.parts:
                 keep("memory", name, memory_part(kind, size))
         for kind in options.cached if "cache" in options.parts else ():

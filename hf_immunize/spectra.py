@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from tqdm.auto import tqdm
 
 from hf_immunize.data import PixelDataset, batches
-from hf_immunize.features import RowLayout, extract_features, lying_channels_last
-from hf_immunize.linalg import SpectrumStatus, second_moment_spectrum, spectral_steps
+from hf_immunize.features import RowLayout, feature_batches, lying_channels_last
+from hf_immunize.linalg import RowFactor, SpectrumStatus
 from hf_immunize.records import SpectrumRecord
 
 TOLERANCE = 0.2
@@ -18,11 +19,20 @@ TOLERANCE = 0.2
 
 
 def spectrum_record(features_ND: Tensor, labels_N: Tensor, *, site: str, task: str) -> SpectrumRecord:
-    """Centred, rank-aware spectrum (by SVD, float64) and spectral steps T_0.2 of one split's features."""
-    spectrum = second_moment_spectrum(features_ND, centered=True, method="svd", feature_dtype=features_ND.dtype)
+    """Centred, rank-aware spectrum (from a triangular factor, float64) and spectral steps T_0.2 of a split's features.
+
+    Rows may lie on any device; they are taken in by blocks.
+    """
+    factor = RowFactor()
+    factor.add(features_ND, one_hot(labels_N.long()))
+    return _record(factor, site, task, features_ND.dtype)
+
+
+def _record(factor: RowFactor, site: str, task: str, dtype: torch.dtype) -> SpectrumRecord:
+    spectrum = factor.spectrum()
     status = spectrum.status
     defined = status in (SpectrumStatus.OK, SpectrumStatus.RANK_DEFICIENT)
-    steps = spectral_steps(features_ND, one_hot(labels_N.long()), TOLERANCE) if defined else None
+    steps = factor.spectral_steps(TOLERANCE) if defined else None
     return SpectrumRecord(
         site=site,
         task=task,
@@ -31,7 +41,7 @@ def spectrum_record(features_ND: Tensor, labels_N: Tensor, *, site: str, task: s
         rank=int(spectrum.rank),
         status=status.value,
         centered=True,
-        feature_dtype=str(features_ND.dtype).removeprefix("torch."),
+        feature_dtype=str(dtype).removeprefix("torch."),
         condition_number=spectrum.condition_number if defined else None,
         effective_rank=float(spectrum.effective_rank) if defined else None,
         eigenvalues=spectrum.eigenvalues.tolist() if status is not SpectrumStatus.NOT_FINITE else [],
@@ -44,12 +54,16 @@ def model_spectra(
 ) -> list[SpectrumRecord]:
     """Spectra at one site of a model over whole splits, by task name (``primary``, ``harmful``).
 
-    How an input there becomes one row per image is found unless ``layout`` says it.
+    How an input there becomes one row per image is found unless ``layout`` says it. Rows are taken in batch by batch
+    on the model's device; never more of them are held than a block of the factor's.
     """
     records = []
     with lying_channels_last(model):
         for task, dataset in tasks.items():
             seen = tqdm(batches(dataset), desc=f"{task} features", unit="batch", leave=False, disable=None)
-            features = extract_features(model, seen, {site: layout})[site]
-            records.append(spectrum_record(features, dataset.labels, site=site, task=task))
+            targets, factor = one_hot(dataset.labels.long()), RowFactor()
+            for found in feature_batches(model, seen, {site: layout}):
+                rows = found[site]
+                factor.add(rows, targets[factor.rows : factor.rows + len(rows)])
+            records.append(_record(factor, site, task, rows.dtype))
     return records

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers.utils import logging
 
 from hf_immunize.data import (
@@ -28,13 +30,20 @@ from hf_immunize.data import (
     read_image,
     split_by_content,
 )
+from hf_immunize.data.caching import cache_folder, places
+from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.data.images import MODES
 from hf_immunize.data.levels import to_levels
+from hf_immunize.data.pixels import KEPT_BYTES
+from hf_immunize.data.row_store import RowStore
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.errors import DataError
+from hf_immunize.options import option, required
+from hf_immunize.records import DatasetFingerprint
 
 logger = logging.get_logger(__name__)
 
+_BLOCK = 1024
 _NPZ_KEYS = (("x_train", "y_train"), ("images", "labels"))
 
 
@@ -42,41 +51,26 @@ _NPZ_KEYS = (("x_train", "y_train"), ("images", "labels"))
 class ConceptArguments:
     """Which classes a model keeps, and which it shall not learn. The same values belong in every stage."""
 
-    dataset: str = field(
-        metadata={
-            "help": "Labelled images: an .npz file with x_train and y_train (or images and labels), or what "
-            "recipes/attack.py takes (Hub id, image folder, parquet file, builder:digits). Several, separated by "
-            "commas: labels go on from one to the next, so that class 0 of a second source of 10 classes is 10."
-        }
-    )
-    other_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Images of the same classes from another source, which one of the attackers trains on."},
-    )
-    retain_labels: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "Classes to keep, by name or id."})
-    harmful_labels: str = field(default="9", metadata={"help": "The concept it shall not learn."})
-    benign_labels: str = field(default="8", metadata={"help": "A concept it should learn as easily as the base."})
-    image_size: int = field(default=28, metadata={"help": "Height and width in pixels."})
-    channels: int = field(default=1, metadata={"help": "1 for grey images, 3 for colour."})
-    rows_per_class: int | None = field(
-        default=None, metadata={"help": "First rows of each class to use; all by default."}
-    )
-    image_column: str = field(
-        default="image",
-        metadata={"help": "Column of images. A dataset without one of this name is read by its only image column."},
-    )
-    label_column: str = field(
-        default="label",
-        metadata={"help": "Column of labels. A dataset without one of this name is read by its only one of classes."},
-    )
-    retain_splits: str = field(
-        default="train=0.8,validation=0.1,test=0.1", metadata={"help": "Content-hash splits of the retained classes."}
-    )
-    concept_splits: str = field(
-        default="defense=0.35,attack=0.35,validation=0.1,test=0.2",
-        metadata={"help": "Content-hash splits of a concept: defense is all that the immunizer may see."},
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the content-hash splits."})
+    dataset: str = required("Labelled images: an .npz file with x_train and y_train (or images and labels), or what a "
+                            "classifier's tasks take (Hub id, image folder, parquet file, builder:digits). Several, "
+                            "separated by commas: labels go on from one to the next, so that class 0 of a second "
+                            "source of 10 classes is 10.")
+    other_dataset: str | None = option(None, "Images of the same classes from another source, which one of the "
+                                       "attackers trains on.")
+    retain_labels: str = option("0,1,2,3,4,5,6,7", "Classes to keep, by name or id.")
+    harmful_labels: str = option("9", "The concept it shall not learn.")
+    benign_labels: str = option("8", "A concept it should learn as easily as the base.")
+    image_size: int = option(28, "Height and width in pixels.")
+    channels: int = option(1, "1 for grey images, 3 for colour.")
+    rows_per_class: int | None = option(None, "First rows of each class to use; all by default.")
+    image_column: str = option("image", "Column of images. A dataset without one of this name is read by its only "
+                               "image column.")
+    label_column: str = option("label", "Column of labels. A dataset without one of this name is read by its only one "
+                               "of classes.")
+    retain_splits: str = option("train=0.8,validation=0.1,test=0.1", "Content-hash splits of the retained classes.")
+    concept_splits: str = option("defense=0.35,attack=0.35,validation=0.1,test=0.2", "Content-hash splits of a "
+                                 "concept: defense is all that the immunizer may see.")
+    split_seed: int = option(0, "Seed of the content-hash splits.")
 
 
 class ArrayImages:
@@ -209,6 +203,7 @@ class ConceptTask:
     """The three groups of classes, split by content and turned into examples on demand."""
 
     def __init__(self, arguments: ConceptArguments):
+        self._arguments = arguments
         self.source = ",".join(map(describe_source, sources(arguments)))
         if arguments.rows_per_class is not None and arguments.rows_per_class < 1:
             raise DataError(f"expected rows_per_class of at least 1, got {arguments.rows_per_class}.")
@@ -243,15 +238,29 @@ class ConceptTask:
 
     def examples(self, side: str, split: str) -> LatentDataset:
         """Pixels in −1..1 with the class label as condition. Raises DataError for a split that is not there."""
-        if split not in self._splits[side]:
-            raise DataError(f"expected a split of {side} in {sorted(self._splits[side])}, got {split!r}.")
+        if split not in self._splits.get(side, {}):
+            raise DataError(f"expected a split of {side} in {sorted(self._splits.get(side, {}))}, got {split!r}.")
         return self._rows(self._splits[side][split], f"{side} {split}")
 
+    def fingerprint(self, side: str, split: str) -> DatasetFingerprint:
+        """Identity by content of the rows of one split."""
+        return self.examples(side, split).fingerprint(source=self.source, role=f"{side} {split}")
+
+    def described(self) -> dict[str, Any]:
+        """The arguments, each source by its own name."""
+        other = self._arguments.other_dataset
+        named = {"dataset": self.source, "other_dataset": other and ",".join(map(describe_source, other.split(",")))}
+        return asdict(self._arguments) | named
+
     def _rows(self, held: ArrayImages, name: str) -> LatentDataset:
-        pixels = torch.from_numpy(held.images.astype(np.float32)) / 127.5 - 1
-        pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         labels = torch.from_numpy(held.labels.astype(np.int64))
-        return LatentDataset(pixels, {"class_labels": labels}, labels, self.label_names, name)
+        if held.images.size * 4 <= KEPT_BYTES:
+            return LatentDataset(_scaled(held.images), {"class_labels": labels}, labels, self.label_names, name)
+        key = hashlib.sha256(digest_pixels(held.images) + digest_pixels(held.labels)).hexdigest()[:32]
+        parts = places(len(held), _BLOCK)
+        batches = ((_scaled(held.images[part.start : part.stop]), labels[part.start : part.stop]) for part in parts)
+        store = RowStore.open_or_write(cache_folder("pixels") / key, batches, len(held))
+        return LatentDataset.stored(store, ["class_labels"], labels, self.label_names, name)
 
     def attacker_knows(self, concept: str) -> dict[str, Any]:
         """What an attacker holds beside images of the concept, as DiffusionAttackContext takes it.
@@ -272,6 +281,12 @@ class ConceptTask:
             rows = _rows_of(self._other.labels, labels, None, f"{concept} (other_dataset)")
             known["other_images"] = self._rows(self._other.select(rows), f"other {concept}")
         return known
+
+
+def _scaled(images: np.ndarray) -> Tensor:
+    """Levels N×H×W or N×H×W×3 as N×C×H×W in −1..1."""
+    pixels = torch.from_numpy(images.astype(np.float32)) / 127.5 - 1
+    return pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2).contiguous()
 
 
 def _rows_of(labels: np.ndarray, wanted: Sequence[int], limit: int | None, side: str) -> np.ndarray:

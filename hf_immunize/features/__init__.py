@@ -3,7 +3,7 @@
 from hf_immunize.features.blocks import block_names, find_stages, find_trunk, names_after_trunk
 from hf_immunize.features.boundary import Boundary, find_boundary
 from hf_immunize.features.capture import Captured, capture_inputs
-from hf_immunize.features.extract import extract_features
+from hf_immunize.features.extract import extract_features, feature_batches
 from hf_immunize.features.finding import find_layouts, unmoved_inputs
 from hf_immunize.features.headed import BackboneForImageClassification, HeadedBackboneConfig, add_head
 from hf_immunize.features.heads import find_classifier
@@ -21,6 +21,7 @@ __all__ = [
     "block_names",
     "capture_inputs",
     "extract_features",
+    "feature_batches",
     "find_boundary",
     "find_classifier",
     "find_layouts",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_immunize.errors import ModelError
 from hf_immunize.features.template import Template, batch_tensors, fill, template_of
@@ -55,6 +56,8 @@ class Boundary:
         try:
             model(pixel_values=pixel_values)
         except _Reached:
+            if isinstance(model, FSDPModule):
+                model.reset_iter_state()  # its parts wait for the end of a forward that has none
             return tuple(kept)
         finally:
             handle.remove()

@@ -9,8 +9,8 @@ from hf_immunize.linalg.ridge import (
     ridge_r_squared,
     ridge_weights,
     spectral_adversary,
-    spectral_steps,
 )
+from hf_immunize.linalg.row_factor import RowFactor, spectral_steps
 from hf_immunize.linalg.spectrum import (
     Spectrum,
     SpectrumStatus,
@@ -23,6 +23,7 @@ from hf_immunize.linalg.spectrum import (
 
 __all__ = [
     "LinearMap",
+    "RowFactor",
     "Spectrum",
     "SpectrumStatus",
     "check_features",

@@ -164,42 +164,25 @@ def _ridge_answers(
     return found
 
 
-def spectral_steps(features_ND: Tensor, labels_NC: Tensor, tolerance: float) -> float:
-    """T_ε of docs/method.md, section 3: gradient-descent steps at rate 1/σ₁ until the probe's residual falls below ε.
-
-    Solves Σ_i (1 − σ_i/σ₁)^{2t} ‖u_iᵀY‖² = ε·‖Y‖² for t ≥ 0 on centred features and labels, with one
-    eigen-decomposition. Returns ``inf`` when the labels have more than ε of their norm outside the range of the
-    features (singular values below the features' own rounding noise do not count).
+def steps_to_residual(sigma_S: Tensor, energy_S: Tensor, kept_S: Tensor, tolerance: float) -> float:
+    """t ≥ 0 with Σ_i (1 − σ_i²/σ₁²)^{2t} e_i + (1 − Σ_i e_i) = ε over the singular values that count; ``inf`` for none.
 
     Args:
-        features_ND: N×D features.
-        labels_NC: N×C labels (one-hot or regression targets).
-        tolerance: ε, relative to the centred labels' squared norm, in (0, 1).
-
-    Raises:
-        SpectrumError: labels that are constant, or a tolerance outside (0, 1).
+        sigma_S: singular values of centred features, descending.
+        energy_S: share e_i of the centred labels' squared norm along each left singular vector.
+        kept_S: which singular values are above the noise.
+        tolerance: ε.
     """
-    check_features(features_ND)
-    if not 0 < tolerance < 1:
-        raise SpectrumError(f"expected a tolerance between 0 and 1, got {tolerance}.")
-    raw = to_double(features_ND.detach())
-    phi, labels = raw - raw.mean(dim=0), labels_NC.to(raw) - labels_NC.to(raw).mean(dim=0)
-    total = labels.square().sum()
-    if not total > 0:
-        raise SpectrumError("expected labels of at least two values, got constant labels: nothing is to be learned.")
-    left, sigma, _ = torch.linalg.svd(phi, full_matrices=False)
-    raw_norm = torch.linalg.vector_norm(raw)
-    floor = singular_value_floor(raw_norm, raw_norm, phi.shape[0], phi.shape[1], features_ND.dtype)
-    kept = sigma > floor
-    energy = (left.T @ labels).square().sum(dim=1) / total
-    unreachable = 1 - energy[kept].sum()
+    energy = energy_S[kept_S]
+    unreachable = 1 - energy.sum()
     if not unreachable < tolerance:
         return float("inf")
     # log1p keeps (1 - x)^(2t) exact for the tiny x of an ill-conditioned spectrum.
-    rate = torch.log1p(-(sigma[kept] / sigma[0]).square().clamp(max=1 - torch.finfo(raw.dtype).eps))
+    square = (sigma_S[kept_S] / sigma_S[0]).square().clamp(max=1 - torch.finfo(sigma_S.dtype).eps)
+    rate = torch.log1p(-square)
 
     def residual(steps: float) -> float:
-        return float((energy[kept] * torch.exp(2 * steps * rate)).sum() + unreachable)
+        return float((energy * torch.exp(2 * steps * rate)).sum() + unreachable)
 
     low, high = 0.0, 1.0
     while residual(high) > tolerance:

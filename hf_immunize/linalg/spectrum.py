@@ -61,8 +61,10 @@ class Spectrum:
     def unbind(self, dim: int = 0) -> list[Spectrum]:
         """Spectra of a stack's parts along ``dim``, which may not be the eigenvalues' own (counted from the left)."""
         several = (self.largest, self.smallest, self.frobenius_squared, self.rank, self.eigenvalues)
-        parts = zip(*(value.unbind(dim) for value in several), strict=True)
-        return [Spectrum(*part, self.rows, self.width) for part in parts]
+        return [
+            Spectrum(largest, smallest, frobenius, rank, eigenvalues, self.rows, self.width)
+            for largest, smallest, frobenius, rank, eigenvalues in zip(*(v.unbind(dim) for v in several), strict=True)
+        ]
 
     @property
     def log_condition(self) -> Tensor:
@@ -149,6 +151,12 @@ def singular_value_floor(sigma_max: Tensor, frobenius: Tensor, rows: int, width:
     return floor
 
 
+def moment_floor(values_S: Tensor, mean_squared: Tensor, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """``singular_value_floor`` from the descending eigenvalues of centred features' M and the mean's square norm."""
+    largest = (values_S[..., 0] + mean_squared).sqrt()
+    return singular_value_floor(largest, (values_S.sum(dim=-1) + mean_squared).sqrt(), rows, width, dtype)
+
+
 class _ExtremeEigenvalues(torch.autograd.Function):
     """λ₁, λ_k and ‖H‖_F² of H = ΦᵀΦ with closed-form gradients 2Φv₁v₁ᵀ, 2Φv_kv_kᵀ and 4ΦH.
 
@@ -173,8 +181,7 @@ class _ExtremeEigenvalues(torch.autograd.Function):
             values, vectors = torch.linalg.eigh(gram_SS)
             values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
         largest = values[..., 0]
-        frobenius = (values.sum(dim=-1) + mean_squared).sqrt()
-        floor = singular_value_floor((largest + mean_squared).sqrt(), frobenius, rows, width, dtype)
+        floor = moment_floor(values, mean_squared, rows, width, dtype)
         if not by_svd:
             # Squaring loses half the digits: eigenvalues below S·eps64·λ₁ are rounding of the Gram matrix itself.
             floor = torch.maximum(floor, (values.shape[-1] * torch.finfo(values.dtype).eps * largest).sqrt())

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_immunize.errors import ModelError
 
@@ -28,7 +29,11 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     for name, value in tensors:
         if value.is_meta or not (value.is_floating_point() or value.is_complex()):
             continue
-        if value.numel() and not bool(torch.isfinite(value.detach()).all()):
+        if not value.numel():
+            continue
+        finite = torch.isfinite(value.detach()).all()
+        # Of a tensor that is split over ranks each sees its own part; all of them have to give one answer.
+        if not bool(finite.full_tensor() if isinstance(finite, DTensor) else finite):
             found.append(name)
     return found
 

@@ -35,6 +35,15 @@ def test_each_claim_names_a_test_that_is_there(part):
             assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, test)
 
 
+@pytest.mark.parametrize("part", ["Harmful rows without classes", "Data larger than memory"])
+def test_each_test_that_is_named_with_its_folder_is_there(part):
+    named = re.findall(r"`(\w+/test_\w+\.py)::(test_\w+)`", PARTS[part])
+    assert len(named) >= 5
+    for file, test in named:
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        assert test in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, (file, test)
+
+
 def test_the_example_is_read_as_printed(tmp_path):
     (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
     (tmp_path / "task.yaml").write_text(block, encoding="utf-8")

@@ -12,12 +12,11 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from transformers.distributed import DistributedConfig
 
 from hf_immunize.errors import ConfigError
-from hf_immunize.features import linear_sites
 from hf_immunize.linalg import second_moment_spectrum
 from hf_immunize.regularizers import closed_form_adversary, ill_conditioned, simulated_attacker, well_conditioned
 from hf_immunize.training import ImmunizationConfig
 from hf_immunize.training.vision.forwards import Forwards
-from hf_immunize.training.vision.support import is_sharded, refuse_accelerator, refuse_model, refuse_sites
+from hf_immunize.training.vision.support import is_sharded, refuse_accelerator, refuse_model
 
 DOUBLE = torch.float64
 
@@ -198,7 +197,7 @@ def test_other_engines_of_accelerate_are_refused():
         return SimpleNamespace(state=SimpleNamespace(**state), distributed_type=kind)
 
     refuse_accelerator(accelerator())
-    with pytest.raises(ConfigError, match="DistributedConfig.*exact"):
+    with pytest.raises(ConfigError, match="first Accelerator under FSDP"):
         refuse_accelerator(accelerator("DistributedType.FSDP", fsdp_plugin=object()))
     with pytest.raises(ConfigError, match="got MEGATRON_LM"):
         refuse_accelerator(accelerator("DistributedType.MEGATRON_LM"))
@@ -227,40 +226,55 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
-def _asked(**options):
-    plain = {"cache_frozen_features": False, "precondition_gradients": None, "ema_decay": 0.0, "distillation": 0.0}
-    plain |= {"feature_distillation": 0.0, "max_primary_drop": None, "attacker_rank": 0}
-    return SimpleNamespace(**plain | options)
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"precondition_gradients": "fc2"}, "precondition_gradients.*sharded parameters.*use DDP"),
+        ({"objectives": ["imma"], "attacker_rank": 4}, "attacker_rank with imma.*sharded parameters"),
+        ({"objectives": ["simulated_attack"]}, "whole when it is passed for simulated_attack.*accelerate launch"),
+    ],
+)
+def test_sharded_models_are_refused_where_whole_weights_are_needed(one_process, make_vit, options, message):
+    model, plain = make_vit(), {"precondition_gradients": None, "attacker_rank": 0, "objectives": ["opt_kappa"]}
+    asked = SimpleNamespace(**plain | options)
+    refuse_model(asked, model)
+    fully_shard(model)
+    assert is_sharded(model)
+    refuse_model(SimpleNamespace(**plain), model)
+    with pytest.raises(ConfigError, match=message):
+        refuse_model(asked, model)
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options,message",
     [
-        {"cache_frozen_features": True}, {"precondition_gradients": "fc2"}, {"ema_decay": 0.9}, {"distillation": 1.0},
-        {"feature_distillation": 1.0}, {"max_primary_drop": 1.0}, {"attacker_rank": 4},
+        ({"FSDP_VERSION": "1"}, "fsdp_version 2, got 1.*Set fsdp_version: 2"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "without fsdp_cpu_ram_efficient_loading.*Set it to false"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "without fsdp_offload_params"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "without fsdp_activation_checkpointing.*gradient_checkpointing"),
+        ({"FSDP_IGNORED_MODULES": "vit.embeddings"}, "without fsdp_ignored_modules"),
     ],
-    ids=lambda options: next(iter(options)),
 )
-def test_sharded_models_are_refused_where_whole_weights_are_needed(one_process, make_vit, options):
-    model = make_vit()
-    refuse_model(_asked(**options), model)
-    fully_shard(model)
-    assert is_sharded(model)
-    refuse_model(_asked(), model)
-    with pytest.raises(ConfigError, match=f"{next(iter(options))[:12]}.*sharded parameters"):
-        refuse_model(_asked(**options), model)
+def test_ways_of_fsdp_that_are_not_exact_or_were_never_tried_are_refused(make_trainer, monkeypatch, options, message):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **options}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        make_trainer()
 
 
-def test_sites_inside_a_sharded_block_are_refused(one_process, make_vit):
-    model = make_vit()
-    inner = linear_sites(model, "lora", "classifier")
-    refuse_sites(model, inner)
-    for block in model.vit.layers:
-        fully_shard(block)
-    fully_shard(model)
-    refuse_sites(model, ["classifier"])
-    with pytest.raises(ConfigError, match=r"outside of the blocks that FSDP2 shards, got \['vit.layers.0"):
-        refuse_sites(model, ["classifier", *inner])
+def test_one_process_under_a_launcher_that_asks_for_fsdp_trains_whole_weights(make_trainer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert not trainer.is_split and not is_sharded(trainer.model)
+
+
+def test_the_fsdp_option_wants_several_processes_and_version_2(make_trainer):
+    with pytest.raises(ConfigError, match="several processes for fsdp, got one"):
+        make_trainer(fsdp=True)
+    with pytest.raises(ConfigError, match="fsdp_version 2, got 1"):
+        make_trainer(fsdp=True, fsdp_config={"version": 1})
 
 
 @pytest.mark.parametrize("options", [{"tp_size": 2}, {"fsdp_size": 2, "dp_replicate_size": 2}])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.training.core.draws import generator_of
+from hf_immunize.training.core.sharding import settle, whole
 
 _NAME = "attacker"
 
@@ -33,8 +34,8 @@ class Attacker:
 
     def __init__(self, model: nn.Module, layers: Sequence[str], rank: int):
         mine = dict(model.named_parameters())
-        shared = [parameter for parameter in mine.values() if rank and not parameter.requires_grad]
-        self.model = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+        self._shared = {name for name, parameter in mine.items() if rank and not parameter.requires_grad}
+        self.model = copy.deepcopy(model, {id(mine[name]): mine[name] for name in self._shared})
         self.model.train()
         if rank:
             _add_factors(self.model, layers, rank)
@@ -51,10 +52,10 @@ class Attacker:
 
     @torch.no_grad()
     def start(self, model: nn.Module) -> None:
-        """θ_0 = θ."""
-        for name, parameter in model.named_parameters():
-            if self.weights[name] is not parameter:
-                self.weights[name].copy_(parameter)
+        """θ_0 = θ; whole on every rank, also where the model's own weights are split."""
+        for name, parameter in settle(model).named_parameters():
+            if name not in self._shared:
+                self.weights[name].copy_(whole(parameter))
 
     @torch.no_grad()
     def draw_factors(self, *words: object) -> None:

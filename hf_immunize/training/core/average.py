@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from hf_immunize.training.core.sharding import settle, split_like
+
 
 class WeightAverage:
     """w̄ ← d·w̄ + (1 − d)·w after each optimizer step, with d = min(decay, (1 + n)/(10 + n)) at step n.
@@ -60,11 +62,11 @@ class WeightAverage:
         """Take back what ``state`` returned. Raises KeyError for other weights."""
         self._ema.optimization_step = int(state["count"])
         for name, value in self.mean.items():
-            value.copy_(state[f"mean.{name}"])
+            value.copy_(split_like(state[f"mean.{name}"], value))
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+    return ((name, value) for name, value in settle(model).named_parameters() if value.requires_grad)
 
 
 def _values(model: nn.Module) -> list[nn.Parameter]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from hf_immunize.training.core.sharding import settle, split_state
+
 
 class ChangingPart:
     """A model's state less the parameters that ask for no gradient; buffers belong to it.
@@ -15,7 +17,7 @@ class ChangingPart:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in settle(model).parameters() if parameter.requires_grad]
         self._still = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -23,7 +25,11 @@ class ChangingPart:
         return {name: value for name, value in self._model.state_dict().items() if name not in self._still}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Take back what ``state_dict`` returned. Raises RuntimeError for other names or shapes."""
-        if strict and (other := state_dict.keys() ^ self.state_dict().keys()):
+        """Take back what ``state_dict`` returned, also whole where weights are split.
+
+        Raises RuntimeError for other names or shapes.
+        """
+        now = self.state_dict()
+        if strict and (other := state_dict.keys() ^ now.keys()):
             raise RuntimeError(f"names on one side only: {sorted(other)[:5]}")
-        self._model.load_state_dict(state_dict, strict=False)
+        self._model.load_state_dict(split_state(state_dict, now), strict=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_immunize.training.core.exchange import RowExchange, world
 
 __all__ = [
-    "RowExchange", "average_over_ranks", "gather_rows", "mean_over_ranks", "sum_over_ranks", "world",
+    "RowExchange", "gather_rows", "average_over_ranks", "mean_over_ranks", "sum_over_ranks", "world",
 ]
 
 _BUCKET = 2**28
@@ -38,18 +38,18 @@ def sum_over_ranks(tensors: Iterable[Tensor]) -> None:
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
         dist.all_reduce(flat)
-        parts = flat.split([tensor.numel() for tensor in bucket])
+        parts = torch.split(flat, [tensor.numel() for tensor in bucket])
         with torch.no_grad():
             torch._foreach_copy_(bucket, [part.view_as(tensor) for part, tensor in zip(parts, bucket, strict=True)])
 
 
-def average_over_ranks(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over ranks, in place; calls and conditions as for ``sum_over_ranks``."""
+def average_over_ranks(gradients: Sequence[Tensor]) -> None:
+    """Replace each gradient by its mean over ranks, in place; calls and conditions as for ``sum_over_ranks``."""
     _, size = world()
-    if size > 1 and tensors:
-        sum_over_ranks(tensors)
+    if size > 1 and gradients:
+        sum_over_ranks(gradients)
         with torch.no_grad():
-            torch._foreach_div_(list(tensors), size)
+            torch._foreach_div_(list(gradients), size)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Rows:
         count = self.features.shape[-2]
         if size >= count:
             return [self.spectrum]
-        whole = self.features[..., : count - count % size, :].unflatten(-2, (count // size, size))
+        whole = torch.unflatten(self.features[..., : count - count % size, :], -2, (count // size, size))
         return second_moment_spectra(whole, feature_dtype=self.feature_dtype).unbind(whole.dim() - 3)
 
     @cached_property

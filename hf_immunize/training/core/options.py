@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,7 +151,7 @@ class ImmunizationOptions:
         assert self.horizons and self.objectives
 
 
-def refuse_below(options: Any, at_least: dict[str, float]) -> None:
+def refuse_below(options: Any, at_least: Mapping[str, float]) -> None:
     """Raise ConfigError for an option under its least value, or that is not a number."""
     for name, least in at_least.items():
         if not getattr(options, name) >= least:

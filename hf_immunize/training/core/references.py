@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured
-from hf_immunize.training.core.distributed import gather_rows, sum_over_ranks, world
+from hf_immunize.linalg import to_double
+from hf_immunize.training.core.distributed import sum_over_ranks, world
 
 
 class ReferenceGradients:
@@ -44,16 +46,30 @@ class ReferenceGradients:
                 moved.append(site)
             elif not self._optional:
                 raise unmoved(site)
-        asked = [*(caught.raw(site) for site in moved), *self._trained]
-        found = torch.autograd.grad(loss, asked, allow_unused=True)
+        found = self._gradients(loss, [caught.raw(site) for site in moved])
+        shifts = []
         for site, gradient in zip(moved, found, strict=False):
             whole = torch.zeros_like(caught.raw(site)) if gradient is None else gradient.detach()
-            self._squares[site].append(_global_norm(caught.shift(site, whole)).square())
+            shifts.append(caught.shift(site, whole))
+        for site, square in zip(moved, _global_squares(shifts), strict=True):
+            self._squares[site].append(square)
         for place, gradient in enumerate(found[len(moved) :]):
             if gradient is not None:
                 held = self._sums[place]
                 self._sums[place] = gradient.detach() if held is None else held + gradient
         self._count += 1
+
+    def _gradients(self, loss: Tensor, features: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """At the features and at the trained weights; at weights that are split, the mean over ranks."""
+        if not any(isinstance(weight, DTensor) for weight in self._trained):
+            return torch.autograd.grad(loss, [*features, *self._trained], allow_unused=True)
+        for value in features:
+            value.retain_grad()
+        loss.backward()  # FSDP2 brings gradients to its own parameters only then
+        at_weights = [weight.grad for weight in self._trained]
+        for weight in self._trained:
+            weight.grad = None
+        return [*(value.grad for value in features), *at_weights]
 
     def at_sites(self) -> dict[str, Tensor]:
         """The norm over the global batch at the features of each site; 0 where nothing pulls back."""
@@ -63,10 +79,16 @@ class ReferenceGradients:
 
     def at_weights(self) -> Tensor:
         """The norm of the ranks' mean gradient at the trained weights."""
-        found = [gradient.clone() for gradient in self._sums if gradient is not None]
+        # Of split weights: means over ranks already, of which each has a part.
+        split = [gradient.to_local() for gradient in self._sums if isinstance(gradient, DTensor)]
+        found = [g.clone() for g in self._sums if g is not None and not isinstance(g, DTensor)]
         sum_over_ranks(found)
         squares = [torch.zeros((), dtype=torch.float64)]
         squares += [torch.linalg.vector_norm(gradient, dtype=torch.float64).square().cpu() for gradient in found]
+        if split:
+            parts = torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64).square() for part in split])
+            sum_over_ranks([parts])
+            squares.append(parts.sum().cpu() * world()[1] ** 2)
         return torch.stack(squares).sum().sqrt() / (world()[1] * self._count)
 
 
@@ -78,8 +100,11 @@ def unmoved(site: str) -> ConfigError:
     )
 
 
-def _global_norm(gradient: Tensor) -> Tensor:
-    """Norm over the global batch of a gradient with one row per image."""
-    everywhere, _ = gather_rows(gradient)
+def _global_squares(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Square norms over the global batch of gradients with one row per image, by one sum over ranks."""
+    if not gradients:
+        return []
+    squares = torch.stack([torch.linalg.vector_norm(to_double(gradient)).square() for gradient in gradients])
+    sum_over_ranks([squares])
     # Each rank's loss is a mean over its own rows; the global mean divides by the number of ranks as well.
-    return torch.linalg.vector_norm(everywhere.double()) / world()[1]
+    return list(squares / world()[1] ** 2)

@@ -68,6 +68,10 @@ class SimulatedAttack:
         self._optimizer = optimizer if self._goes_on else None
         return value, self._attacker.by_name(total)
 
+    def to(self, device: torch.device) -> None:
+        """Move what the attacker holds."""
+        self._attacker.model.to(device)
+
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self._attacker.trained, lr=self._rate, weight_decay=0.0)
 

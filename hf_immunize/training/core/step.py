@@ -121,12 +121,17 @@ class Step:
     def _plans_of(self, measured: Sequence[Measured]) -> list[_Plan]:
         assert self.objective is not None
         gradients = self.objective.gradients([micro.batch for micro in measured], spectra=self._spectra)
-        inverses = {}
+        inverses: dict[str, Mapping[str, tuple[InverseMoment, float]]] = {}
         if self.preconditioner is not None:
             for side in SIDES:
                 layers = {name: [micro.inputs[side][name] for micro in measured] for name in self.preconditioner.layers}
                 inverses[side] = self.preconditioner.inverses(layers)
         return [_Plan(found, inverses) for found in gradients]
+
+    def to(self, device: torch.device) -> None:
+        """Move what simulated attackers hold: they copied the model before it was there."""
+        for objective in self.weight_terms.objectives.values() if self.weight_terms is not None else ():
+            objective.to(device)
 
     def add_weight_gradients(self, model: nn.Module, step: int) -> None:
         """Add the gradients of the terms on weights, once those of the whole step are complete on every rank."""

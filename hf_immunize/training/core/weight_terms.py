@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.training.core.balancing import TermWeights
+from hf_immunize.training.core.sharding import settle, split_like
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class WeightObjective(Protocol):
 
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The value, and its gradient by parameter name; equal on every rank."""
+
+    def to(self, device: torch.device) -> None:
+        """Move whatever it holds."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs."""
@@ -80,12 +84,12 @@ class WeightTerms:
         """Add λ·gradient to the gradients of ``model``; values and λ for the log."""
         told: dict[str, Tensor] = {}
         found = {name: objective.gradient(model, step) for name, objective in self.objectives.items()}
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in settle(model).named_parameters() if parameter.requires_grad}
         norms = {name: _norm(gradients[part] for part in trained) for name, (_, gradients) in found.items()}
         for name, weight in self.weights.of_norms(norms).items():
             value, gradients = found[name]
             for part, parameter in trained.items():
-                added = weight.to(parameter) * gradients[part]
+                added = split_like(weight.to(gradients[part]) * gradients[part], parameter)
                 parameter.grad = added if parameter.grad is None else parameter.grad + added
             told |= {name: value, f"lambda/{name}": weight}
         return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_immunize.errors import RecordError
 from hf_immunize.records import atomic_write
 from hf_immunize.training.core.changing import ChangingPart
+from hf_immunize.training.core.sharding import split_like, whole_on_cpu
 
 _MODEL, _OPTIMIZER, _MARK = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 
@@ -26,9 +27,11 @@ _WHAT_TO_DO = (
 )
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, atomically."""
-    atomic_write(path, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, write: bool = True) -> None:
+    """One safetensors file, atomically; every rank takes part, since tensors may be split over them."""
+    found = whole_on_cpu(tensors, keep=write)
+    if write:
+        atomic_write(path, save(found))
 
 
 def unmark(folder: Path) -> None:
@@ -44,16 +47,23 @@ def save_loop(
     scheduler: Any,
     log: list[dict[str, float]],
     options: Mapping[str, Any],
+    *,
+    write: bool = True,
 ) -> None:
-    """Write weights, optimizer and schedule; the mark, which holds ``options``, last."""
-    write_tensors(folder / _MODEL, model.state_dict())
+    """Write weights, optimizer and schedule; the mark, which holds ``options``, last.
+
+    Every rank calls this; where not ``write``, a rank only takes part in putting tensors together.
+    """
+    write_tensors(folder / _MODEL, model.state_dict(), write=write)
     moments = optimizer.state_dict()["state"]
     write_tensors(
         folder / _OPTIMIZER,
         {f"{index}.{name}": torch.as_tensor(value) for index, kept in moments.items() for name, value in kept.items()},
+        write=write,
     )
     plain: dict[str, Any] = {"step": step, "log": log, "schedule": scheduler.state_dict(), "options": dict(options)}
-    atomic_write(folder / _MARK, json.dumps(plain))
+    if write:
+        atomic_write(folder / _MARK, json.dumps(plain))
 
 
 def check_options(folder: Path, options: Mapping[str, Any]) -> None:
@@ -86,7 +96,7 @@ def load_loop(
     try:
         plain = json.loads((folder / _MARK).read_text(encoding="utf-8"))
         model.load_state_dict(load_file(folder / _MODEL), strict=True)
-        _load_moments(optimizer, load_file(folder / _OPTIMIZER))
+        _load_moments(optimizer, load_file(folder / _OPTIMIZER), model.parameters)
         scheduler.load_state_dict(plain["schedule"])
         for group, rate in zip(optimizer.param_groups, plain["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
@@ -95,11 +105,14 @@ def load_loop(
     return plain["step"], plain["log"]
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _load_moments(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor]
+) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        whose = parameters[int(index)]
+        state.setdefault(int(index), {})[name] = split_like(value, whose) if value.shape == whose.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

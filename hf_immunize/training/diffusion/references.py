@@ -11,6 +11,7 @@ from hf_immunize.diffusion import Denoiser, denoising_losses
 from hf_immunize.features import RowLayout, capture_inputs
 from hf_immunize.training.core.distributed import gather_rows
 from hf_immunize.training.core.references import ReferenceGradients
+from hf_immunize.training.core.sharding import settle
 from hf_immunize.training.diffusion.stream import NoisyBatch
 
 
@@ -22,7 +23,7 @@ class WrongTargetGradients:
 
     def __init__(self, denoiser: Denoiser, model: nn.Module, sites: Mapping[str, RowLayout]):
         self._denoiser, self._model, self._sites = denoiser, model, sites
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in settle(model).parameters() if parameter.requires_grad]
         # What reads text alone, before any trained weight, has no gradient: nothing pulls back there.
         self._found = ReferenceGradients(sites, trained, optional=True)
 

@@ -30,6 +30,7 @@ from hf_immunize.training.core.registry import (
     refuse_one_class,
     terms_of,
 )
+from hf_immunize.training.core.sharding import sharding_ourselves
 from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import TermSettings
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
@@ -51,12 +52,13 @@ def accelerator_of(args: DiffusionImmunizationConfig) -> Accelerator:
                 f"{args.report_to!r}: install its package, which is one of {sorted(LoggerType.list())}."
             )
     try:
-        return Accelerator(
-            mixed_precision=args.mixed_precision,
-            cpu=args.use_cpu,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=args.output_dir,
-        )
+        with sharding_ourselves():
+            return Accelerator(
+                mixed_precision=args.mixed_precision,
+                cpu=args.use_cpu,
+                log_with=None if args.report_to == "none" else args.report_to,
+                project_dir=args.output_dir,
+            )
     except ValueError as error:
         raise ConfigError(
             f"expected the precision and device of this process's first Accelerator, got "

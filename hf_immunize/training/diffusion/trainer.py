@@ -26,7 +26,7 @@ from hf_immunize.diffusion import (
     fits_memory,
     schedule_of,
 )
-from hf_immunize.errors import TrainingDivergedError
+from hf_immunize.errors import ConfigError, TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.models import DIVERGED, refuse_non_finite
 from hf_immunize.records import UtilityGuardRecord
@@ -38,6 +38,16 @@ from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import MicroBatch
+from hf_immunize.training.core.sharding import (
+    original_class,
+    reach,
+    reduced_later,
+    settle,
+    shard,
+    sharding_plugin,
+    whole,
+    whole_copy,
+)
 from hf_immunize.training.core.state import CheckpointState
 from hf_immunize.training.core.step import Measured
 from hf_immunize.training.core.watch import Watch
@@ -110,6 +120,7 @@ class DiffusionImmunizationTrainer:
         eval_dataset: LatentDataset | None,
     ) -> None:
         args = self.args
+        plugin = sharding_plugin() if world()[1] > 1 else None
         self.bare = model.to(self.accelerator.device)
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
         self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -117,17 +128,21 @@ class DiffusionImmunizationTrainer:
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         share_draws(self.bare)
-        self.changing = ChangingPart(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.watch = Watch(named_terms(args))
         self.meter = Meter(self.watch)
         self.terms, self.layouts = build_step(args, self.denoiser, self.bare, self.streams, self.meter)
+        self.teacher = self._frozen_copy(plugin is not None) if args.distillation > 0 else None
+        self.is_split = self._split(plugin)
+        self.changing = ChangingPart(self.bare)
         self._make_guard(harmful_dataset, eval_dataset)
-        self.teacher = self._frozen_copy() if args.distillation > 0 else None
         self._make_optimizer()
         parts = {"terms": self.terms, "meter": self.meter, "average": self.average}
         self._state = CheckpointState(parts, self.guard, self.watch)
-        self.model = self.accelerator.prepare(self.bare)
+        if self.is_split:  # nothing to wrap: autocast, if that was asked for
+            self.model = self.accelerator.prepare_model(self.bare, device_placement=False, evaluation_mode=True)
+        else:
+            self.model = self.accelerator.prepare(self.bare)
 
     def _make_guard(self, harmful: LatentDataset, evaluation: LatentDataset | None) -> None:
         drop = self.args.max_primary_drop
@@ -139,10 +154,29 @@ class DiffusionImmunizationTrainer:
         self._exam = DenoisingExam(self.process, evaluation, **told) if evaluation is not None else None
         self._concept_exam = DenoisingExam(self.process, harmful, **told)
 
-    def _frozen_copy(self) -> nn.Module:
-        """The base as it answers now; weights that are not trained are held once."""
+    def _frozen_copy(self, split: bool) -> nn.Module:
+        """The base as it answers now; weights that are not trained are held once, unless they are to be split."""
         still = {id(parameter): parameter for parameter in self.bare.parameters() if not parameter.requires_grad}
+        if split:
+            self.bare.to("cpu")  # a device need not hold two whole models
+            still = {}
         return copy.deepcopy(self.bare, still).requires_grad_(False).eval()
+
+    def _split(self, plugin: Any) -> bool:
+        """Share weights out over ranks (FSDP2), if that was asked for."""
+        if plugin is None:
+            return False
+        if self._validate is not None and self.args.validation_steps:
+            raise ConfigError(
+                "expected no validate under FSDP2, got one: it is called on one process, and a model that is split "
+                "answers to all of them at once. Set validation_steps=0 and draw after training, from whole_model(), "
+                "or use DDP."
+            )
+        for model in (self.teacher, self.bare):
+            if model is not None:
+                shard(model, plugin, self.accelerator.device)
+        self.terms.to(self.accelerator.device)
+        return True
 
     def _make_optimizer(self) -> None:
         args = self.args
@@ -190,7 +224,7 @@ class DiffusionImmunizationTrainer:
         if self._before_update is not None:
             self._before_update(self)
         if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.bare.parameters(), self.args.max_grad_norm)
+            self.accelerator.clip_grad_norm_(self.changing.parameters, self.args.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
@@ -207,11 +241,14 @@ class DiffusionImmunizationTrainer:
             runs = [partial(self._measured, micro) for micro in micros]
             self.terms.begin(runs, spectra=(self.step + 1) % self.args.logging_steps == 0)
         for micro in micros:
-            with nullcontext() if micro == micros[-1] else self.accelerator.no_sync(self.model):
+            with nullcontext() if micro == micros[-1] else self._no_sync():
                 self.accelerator.backward(self._micro_loss(micro))
         with self.accelerator.autocast():
             self.terms.add_weight_gradients(self.bare, self.step)
         self.meter.end_step()
+
+    def _no_sync(self) -> Any:
+        return reduced_later(self.bare) if self.is_split else self.accelerator.no_sync(self.model)
 
     def _micro_loss(self, micro: int) -> Tensor:
         """Retain loss and distillation of one micro-batch, plus a zero whose gradient is the feature terms'."""
@@ -223,7 +260,9 @@ class DiffusionImmunizationTrainer:
         if self.terms.objective is None:
             return total
         # DDP averages over ranks; the terms are one number of the whole global batch.
-        return total + self.terms.injected(self._with_harmful(self.model, micro, retain, features), world()[1])
+        measured, theirs = self._with_harmful(self.model, micro, retain, features)
+        total = total + self.terms.injected(measured, world()[1])
+        return total + reach([theirs]) if self.is_split else total
 
     @property
     def _accumulation(self) -> int:
@@ -245,17 +284,18 @@ class DiffusionImmunizationTrainer:
 
     def _with_harmful(
         self, model: nn.Module, micro: int, retain: NoisyBatch, features: dict[str, Tensor]
-    ) -> Measured:
+    ) -> tuple[Measured, Tensor]:
+        """What the terms see, and the answer to the harmful rows."""
         harmful = self._batch(self.streams.harmful, micro)
-        _, theirs = self._forward(model, "harmful", micro, harmful)
+        answer, theirs = self._forward(model, "harmful", micro, harmful)
         labels = {"primary": retain.labels, "harmful": harmful.labels}
-        return Measured(MicroBatch({"primary": features, "harmful": theirs}, labels))
+        return Measured(MicroBatch({"primary": features, "harmful": theirs}, labels)), answer
 
     def _measured(self, micro: int) -> Measured:
         """The forwards of one micro-batch, for their features alone."""
         retain = self._batch(self.streams.retain, micro)
         _, features = self._forward(self.bare, "retain", micro, retain)
-        return self._with_harmful(self.bare, micro, retain, features)
+        return self._with_harmful(self.bare, micro, retain, features)[0]
 
     def _retain_loss(self, answer: Tensor, batch: NoisyBatch) -> Tensor:
         losses = denoising_losses(answer, batch.target)
@@ -345,7 +385,7 @@ class DiffusionImmunizationTrainer:
         merged = self.args.trainable_modules == "lora"
         if merged:
             merge_factors(self.bare)
-        for name, parameter in self.bare.named_parameters():
+        for name, parameter in settle(self.bare).named_parameters():
             parameter.requires_grad_(self._asked[name])
         # Takes away Accelerate's casting forward: the model in memory answers as the one that is saved.
         self.bare = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
@@ -354,27 +394,45 @@ class DiffusionImmunizationTrainer:
         if self.guard_record is not None and merged:  # merging rounds
             self.guard_record = self.guard.record(self._points())
 
+    def whole_model(self) -> nn.Module | None:
+        """The model as it is now, with whole weights: to save it, or to draw with it.
+
+        Under FSDP2 a copy on the CPU of the first process and None elsewhere, else the model itself. Every process
+        calls this.
+        """
+        if not self.is_split:
+            return self.bare
+        kind = original_class(self.bare)
+        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))  # type: ignore[attr-defined]
+
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def _identify(self) -> dict[str, Any]:
-        """What a checkpoint may be continued with: options, model as it was given, rows, number of processes."""
+        """What a checkpoint may be continued with: options, model as it was given, rows.
+
+        Batch sizes are those of all processes together: another number of them may share the same batch.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.bare.state_dict().items()):
-            digest.update(name.encode() + digest_pixels(value.detach().cpu().numpy()))
+            digest.update(name.encode() + digest_pixels(whole(value.detach()).cpu().numpy()))
         told = {name: None if held is None else held.fingerprint(source="", role="").sha256
                 for name, held in self._rows.items()}
-        return {**scientific_options(self.args), "model": digest.hexdigest(), **told, "processes": world()[1]}
+        options = scientific_options(self.args)
+        for name in ("per_device_train_batch_size", "per_device_harmful_batch_size"):
+            options[name.replace("per_device", "global")] = options.pop(name) * world()[1]
+        return {**options, "model": digest.hexdigest(), **told}
 
     def _save(self) -> None:
         self._refuse_ruined()
-        if self.accelerator.is_main_process:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.step}"
+        folder, first = Path(self.args.output_dir) / f"checkpoint-{self.step}", self.accelerator.is_main_process
+        if first:
             unmark(folder)
-            self._state.save(folder)
-            save_loop(
-                folder, self.step, self.changing, self.optimizer, self.schedule, self.log_history,
-                options=self._identity,
-            )
+        self._state.save(folder, write=first)
+        save_loop(
+            folder, self.step, self.changing, self.optimizer, self.schedule, self.log_history, self._identity,
+            write=first,
+        )
+        if first:
             prune_checkpoints(Path(self.args.output_dir), self.args.save_total_limit, self.step)
         self.accelerator.wait_for_everyone()
 

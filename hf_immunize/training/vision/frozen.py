@@ -6,10 +6,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -17,6 +19,8 @@ from tqdm.auto import tqdm
 from hf_immunize.data import RowStore, forward_rows
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.features import Boundary, find_boundary, lying_channels_last, trainable_modules
+from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.sharding import first_rank_where, is_sharded, whole
 from hf_immunize.training.vision.counting import digest_once
 
 _FORMAT = 2
@@ -67,7 +71,7 @@ class FrozenPart:
             yield {"pixel_values": pixels, **rest}
 
 
-class BoundaryDataset(Dataset):
+class BoundaryDataset(Dataset[dict[str, Any]]):
     """Cached activations and labels in the place of images; ``teacher`` adds θ₀'s logits."""
 
     def __init__(self, store: RowStore, labels: Sequence[int] | Tensor, teacher: RowStore | None = None):
@@ -114,10 +118,10 @@ class FeatureCache:
         self._autocast, self._batch = autocast, batch_size or forward_rows(boundary.image, device)
         digest = hashlib.sha256(f"{_FORMAT} {boundary.name} {tuple(boundary.image)} {precision}".encode())
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        whole = sorted(model.state_dict().items())
+        named = sorted(model.state_dict().items())
         # What is trained lies behind the boundary: one trunk's activations serve every head. Logits are the model's.
-        self._key = _digested(digest, [pair for pair in whole if pair[0] not in trained])
-        self._logits_key = _digested(digest, [pair for pair in whole if pair[0] in trained])
+        self._key = _digested(digest, [pair for pair in named if pair[0] not in trained])
+        self._logits_key = _digested(digest, [pair for pair in named if pair[0] in trained])
 
     def dataset(
         self, rows: Any, labels: Sequence[int] | Tensor, name: str, *, teacher: bool = False
@@ -131,11 +135,26 @@ class FeatureCache:
         check_repeatable(rows, name)
         content = digest_once(rows, name)
         key, logits_key = (_short(f"{part} {content}") for part in (self._key, self._logits_key))
-        store = RowStore.open_or_write(self._folder / key, self._activations(rows, name), len(rows))
+        store = self._stored(self._folder / key, partial(self._activations, rows, name), len(rows))
         logits = None
         if teacher:
-            logits = RowStore.open_or_write(self._folder / f"{logits_key}-logits", self._logits(store, name), len(rows))
+            folder = self._folder / f"{logits_key}-logits"
+            logits = self._stored(folder, partial(self._logits, store, name), len(rows))
         return BoundaryDataset(store, labels, logits)
+
+    def _stored(self, folder: Path, batches: Callable[[], Iterator[tuple[Tensor, ...]]], rows: int) -> RowStore:
+        """The store, written if it is not there; a model that is split over ranks answers to all of them at once."""
+        if not is_sharded(self._model):
+            return RowStore.open_or_write(folder, batches(), rows)
+        # On machines without a common disk one after the other writes.
+        while (writer := first_rank_where(RowStore.open(folder) is None)) is not None:
+            left = batches()
+            if world()[0] == writer:
+                RowStore.open_or_write(folder, left, rows)
+            for _ in left:  # the writer has none, unless another run has just written the same
+                pass
+            dist.barrier()
+        return RowStore.open_or_write(folder, iter(()), rows)
 
     def _activations(self, rows: Any, name: str) -> Iterator[tuple[Tensor, ...]]:
         loader = DataLoader(rows, batch_size=self._batch, collate_fn=self._collate)
@@ -169,7 +188,7 @@ def _digested(digest: Any, named: Sequence[tuple[str, Tensor]]) -> str:
     """The digest after these tensors, which it has taken in."""
     for name, value in named:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(whole(value.detach()).cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return str(digest.hexdigest())
 
 

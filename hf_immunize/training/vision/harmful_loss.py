@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hf_immunize.linalg import spectral_adversary, to_double
 from hf_immunize.regularizers import alternate_within_classes
-from hf_immunize.training.core.distributed import gather_rows, world
+from hf_immunize.training.core.distributed import RowExchange, world
 
 
 def refitted_head_loss(features_ND: Tensor, labels_N: Tensor, horizon: float, classes: int) -> Tensor:
@@ -29,8 +29,7 @@ def refitted_head_loss(features_ND: Tensor, labels_N: Tensor, horizon: float, cl
     Raises:
         SpectrumError: fewer than two classes with two rows each.
     """
-    everyone, mine = gather_rows(features_ND)
-    labels = gather_rows(labels_N.to(features_ND.device))[0] if world()[1] > 1 else labels_N
+    (everyone, mine), (labels, _) = RowExchange()([features_ND, labels_N])
     leaf = to_double(everyone.detach()).requires_grad_()
     with torch.enable_grad():
         halves = [half.to(leaf.device) for half in alternate_within_classes(labels)]

@@ -91,7 +91,8 @@ class OutcomeMeter:
         task = self.task
         collate = WithLabels(self._collate, task.key, task.kind)
         # A generator of its own: looking must not change what is drawn in training.
-        options = {"batch_size": _BATCH, "collate_fn": collate, "generator": torch.Generator().manual_seed(0)}
+        draws = torch.Generator().manual_seed(0)
+        options: dict[str, Any] = {"batch_size": _BATCH, "collate_fn": collate, "generator": draws}
         if task.is_stream:
             yield from DataLoader(NamedStream(task.rows, task.name, check=task.check_row, limit=_MOST_ROWS), **options)
             return

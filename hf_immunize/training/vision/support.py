@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.training.core.sharding import is_sharded, sharding_plugin
 
 logger = logging.get_logger(__name__)
 
@@ -56,8 +57,7 @@ def refuse_unsupported(args: Any) -> None:
             "expected auto_find_batch_size off: the rows of a step decide what its spectrum says, and a step that ran "
             "out of memory has already left rows in the feature bank. Set per_device_train_batch_size."
         )
-    if args.fsdp:
-        _refuse_accelerate_fsdp("the fsdp option")
+    sharding_plugin(args.fsdp_plugin_args)
     _refuse_precision(args)
     _refuse_with_checkpointing(args)
     if args.attacker_rank and ("imma" in args.objectives or "simulated_attack" not in args.objectives):
@@ -134,19 +134,14 @@ def _refuse_reentrant(where: str) -> None:
     )
 
 
-def _refuse_accelerate_fsdp(where: str) -> None:
-    raise ConfigError(
-        f"expected no FSDP from accelerate, got it from {where}: it wraps the model after features, boundary and θ₀ "
-        "were read from it. Shard when loading: from_pretrained(..., distributed_config=DistributedConfig("
-        "fsdp_size=N)) is FSDP2, and exact."
-    )
-
-
 def refuse_accelerator(accelerator: Any) -> None:
     """Raise ConfigError for what ``accelerate launch`` adds that no option shows: FSDP, compilation, other engines."""
     state = accelerator.state
     if getattr(state, "fsdp_plugin", None) is not None:
-        _refuse_accelerate_fsdp(_LAUNCHER)
+        raise ConfigError(
+            "expected the trainer to create the first Accelerator under FSDP, got one from before: it would shard a "
+            "second time. Create your own after the trainer, or use PartialState."
+        )
     if str(getattr(getattr(state, "dynamo_plugin", None), "backend", "NO")).rpartition(".")[2] != "NO":
         raise ConfigError(
             f"expected no dynamo backend from {_LAUNCHER}, got {state.dynamo_plugin.backend}: features are read by "
@@ -160,13 +155,6 @@ def refuse_accelerator(accelerator: Any) -> None:
         )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are split over ranks (FSDP2, tensor parallelism)."""
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 def refuse_model(args: Any, model: nn.Module) -> None:
     """Raise ConfigError for a model that was compiled, checkpointed or split in a way its features do not survive."""
     for module in model.modules():
@@ -178,7 +166,9 @@ def refuse_model(args: Any, model: nn.Module) -> None:
         if getattr(module, "gradient_checkpointing", False):
             _refuse_checkpointed(args, module)
     _refuse_split(model)
-    _refuse_sharded(args, model)
+    if is_sharded(model):
+        refuse_sharded(args)
+        refuse_copies(args)
 
 
 def _refuse_checkpointed(args: Any, module: nn.Module) -> None:
@@ -210,39 +200,25 @@ def _refuse_split(model: nn.Module) -> None:
         )
 
 
-def _refuse_sharded(args: Any, model: nn.Module) -> None:
-    """Options that read or write whole parameters of a model that is split over ranks."""
+def refuse_sharded(args: Any) -> None:
+    """Raise ConfigError for options that read or write whole parameters, where these are split over ranks."""
     needs_whole = {
-        "cache_frozen_features": args.cache_frozen_features,
         "precondition_gradients": args.precondition_gradients is not None,
-        "ema_decay": args.ema_decay > 0,
-        "distillation": args.distillation > 0,
-        "feature_distillation": args.feature_distillation > 0,
-        "max_primary_drop": args.max_primary_drop is not None,
-        "attacker_rank": args.attacker_rank > 0,
+        "attacker_rank with imma": args.attacker_rank > 0 and "imma" in args.objectives,
     }
-    asked = [name for name, on in needs_whole.items() if on]
-    if asked and is_sharded(model):
+    if asked := [name for name, on in needs_whole.items() if on]:
         raise ConfigError(
             f"expected a model that is whole on every rank for {asked}, got sharded parameters (FSDP2): turn these "
             "options off, or use DDP."
         )
 
 
-def refuse_sites(model: nn.Module, sites: Iterable[str]) -> None:
-    """Raise ConfigError for sites inside a block that FSDP2 shards by itself.
-
-    FSDP2 gathers a block's weights for backward when a gradient reaches the block's *output*. A term's gradient enters
-    at the site, and nothing of the harmful forward comes in from behind it.
-    """
-    from torch.distributed.fsdp import FSDPModule
-
-    blocks = [name for name, module in model.named_modules() if name and isinstance(module, FSDPModule)]
-    inside = [site for site in sites if any(f"{site}.".startswith(f"{block}.") for block in blocks)]
-    if inside:
+def refuse_copies(args: Any) -> None:
+    """Raise ConfigError for an attacker that trains a copy, of a model that was split before it could be copied."""
+    if "simulated_attack" in args.objectives:
         raise ConfigError(
-            f"expected sites outside of the blocks that FSDP2 shards, got {inside}: their weights are not gathered for "
-            "a gradient that starts inside. Use the default site 'head', or DDP."
+            "expected a model that is whole when it is passed for simulated_attack, got sharded parameters: let "
+            "accelerate launch shard it (fsdp_version: 2), or use DDP."
         )
 
 
