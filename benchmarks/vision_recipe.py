@@ -4,9 +4,9 @@
     python benchmarks/vision_recipe.py --recipe recipes/mobilenetv2-tiny-imagenet-stanford-cars \
         --model_name_or_path <folder> --processor_name_or_path <folder>
 
-Starts recipes/pretrain.py, immunize.py and attack.py with the recipe's YAML files, as its README does, once per head and
-seed, and trains by no other code: heads differ in how pretrain.py trains them. A stage that is done is kept, so that
-the command can be interrupted and given again. Attackers choose on their validation images and are judged on test
+Starts recipes/pretrain.py, immunize.py and attack.py with the recipe's YAML files, as its README does, once per head
+and seed, and trains by no other code: heads differ in how pretrain.py trains them. A stage that is done is kept, so
+that the command can be interrupted and given again. Attackers choose on their validation images and are judged on test
 images; primary accuracy is that of the primary test images. Prints the table and writes
 docs/results/vision/<backbone>.json.
 """
