@@ -12,7 +12,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from hf_immunize.training.core.sharding import sharding_plugin
+from hf_immunize.training.core.launching import sharding_plugin
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"
 MEANT = {

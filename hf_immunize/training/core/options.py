@@ -63,10 +63,10 @@ class ImmunizationOptions:
         },
     )
     horizon: str = field(
-        default="100",
+        default="30,1000",
         metadata={
             "help": "closed_form_adversary: steps t of the simulated gradient-descent probe (ridge penalty sigma_1/t). "
-            "Choose it so that the held-out R2 starts above 0. Several, joined with commas, are averaged."
+            "Choose it so that the held-out R2 starts above 0. Several, joined with commas, are averaged: a hasty attacker's probe and a patient one's."
         },
     )
     harmful_group_rows: int = field(

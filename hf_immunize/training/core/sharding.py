@@ -8,7 +8,6 @@ element by element (averages, copies, optimizer state) is one too, and ``acceler
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -32,9 +31,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_immunize.errors import ConfigError
 from hf_immunize.training.core.distributed import world
 
-_ASKED = "ACCELERATE_USE_FSDP"
-"""What ``accelerate launch`` sets for a configuration with FSDP."""
-
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are split over ranks (FSDP2, tensor parallelism)."""
@@ -57,54 +53,6 @@ def settle(model: nn.Module) -> nn.Module:
 def original_class(model: nn.Module) -> type[Any]:
     """The class of a model before FSDP2 put its own in front."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-
-
-# ---- what was asked for -------------------------------------------------------------------------------------------
-
-
-def asked_of_launcher() -> bool:
-    """Whether ``accelerate launch`` was told to use FSDP."""
-    return os.environ.get(_ASKED, "false").lower() in ("1", "true", "yes", "y", "on", "t")
-
-
-def sharding_plugin(options: Mapping[str, Any] | None = None) -> FullyShardedDataParallelPlugin | None:
-    """How to shard, from ``options`` (TrainingArguments' fsdp) or else from the launcher; None where nobody asked.
-
-    Raises:
-        ConfigError: FSDP1, or an option of FSDP2 that cannot be kept or was never tried, with what to use instead.
-    """
-    if options is None and not asked_of_launcher():
-        return None
-    version = int((options or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
-    if version != 2:
-        raise ConfigError(
-            f"expected fsdp_version 2, got {version}: FSDP1 flattens weights, and features, averages and checkpoints "
-            "need them by name. Set fsdp_version: 2 in accelerate's configuration."
-        )
-    plugin = FullyShardedDataParallelPlugin(**(options or {}))
-    refused = {
-        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "other ranks would read features of an "
-                                           "empty model before it is sharded. Set it to false"),
-        "fsdp_offload_params": (type(plugin.cpu_offload).__name__ != "OffloadPolicy", "never tried. Set it to false"),
-        "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "it renames the modules. Use the trainer's "
-                                          "own: activation_checkpointing, or gradient_checkpointing for diffusion"),
-        "fsdp_ignored_modules": (plugin.ignored_modules, "ranks would drift apart there. Leave it out"),
-    }  # fmt: skip
-    for name, (on, why) in refused.items():
-        if on:
-            raise ConfigError(f"expected FSDP2 without {name}, got it on: {why}.")
-    return plugin
-
-
-@contextmanager
-def sharding_ourselves() -> Iterator[None]:
-    """Inside, accelerate does not see that FSDP was asked for: its own would wrap the model a second time."""
-    kept = os.environ.pop(_ASKED, None)
-    try:
-        yield
-    finally:
-        if kept is not None:
-            os.environ[_ASKED] = kept
 
 
 def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device) -> bool:

@@ -36,6 +36,7 @@ from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.draws import same_draws
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
+from hf_immunize.training.core.launching import sharding_plugin
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import MicroBatch
 from hf_immunize.training.core.sharding import (
@@ -44,7 +45,6 @@ from hf_immunize.training.core.sharding import (
     reduced_later,
     settle,
     shard,
-    sharding_plugin,
     whole,
     whole_copy,
 )
@@ -403,7 +403,7 @@ class DiffusionImmunizationTrainer:
         if not self.is_split:
             return self.bare
         kind = original_class(self.bare)
-        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))  # type: ignore[attr-defined]
+        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

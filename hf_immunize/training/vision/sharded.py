@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.records import atomic_write
 from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.launching import sharding_ourselves, sharding_plugin
 from hf_immunize.training.core.sharding import (
     empty_twin,
     is_sharded,
@@ -32,8 +33,6 @@ from hf_immunize.training.core.sharding import (
     reduced_later,
     settle,
     shard,
-    sharding_ourselves,
-    sharding_plugin,
     split_state,
     whole_on_cpu,
 )
