@@ -20,7 +20,14 @@ import time
 import torch
 from torch import nn
 
-from hf_immunize.attacks._probes import ProbeData, adam, gradient_descent, initial_weights, momentum, train_probes
+from hf_immunize.attacks.vision._probes import (
+    ProbeData,
+    adam,
+    gradient_descent,
+    initial_weights,
+    momentum,
+    train_probes,
+)
 
 RATES = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 RULES = {

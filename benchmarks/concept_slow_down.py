@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_immunize.attacks.diffusion import DIFFUSION_TRAINABILITY
 from hf_immunize.certification.cells import build_cell, own_threshold
-from hf_immunize.certification.protocol import DIFFUSION_RULE
+from hf_immunize.exam import DIFFUSION_RULE
 from hf_immunize.records import AttackTrace, Certificate, Interval
 
 

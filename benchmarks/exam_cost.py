@@ -19,8 +19,8 @@ import time
 import torch
 
 from hf_immunize.attacks import ATTACKS, count_runs, evaluation_steps, load_classifier, parse_settings, plan_runs
-from hf_immunize.attacks._finetune import FinetuneConfig
-from hf_immunize.attacks._probes import ProbeData, adam, gradient_descent, initial_weights, train_probes
+from hf_immunize.attacks.vision._finetune import FinetuneConfig
+from hf_immunize.attacks.vision._probes import ProbeData, adam, gradient_descent, initial_weights, train_probes
 from hf_immunize.certification import find_protocol
 from hf_immunize.data import forward_rows
 from hf_immunize.features import find_classifier, prefer_channels_last

@@ -4,9 +4,9 @@
     python benchmarks/vision_recipe.py --recipe recipes/mobilenetv2-tiny-imagenet-stanford-cars \
         --model_name_or_path <folder> --processor_name_or_path <folder>
 
-Calls recipes/pretrain.py, immunize.py and attack.py with the recipe's YAML files, as its README does, once per head and
-seed, and trains by no other code: heads differ in how pretrain.py trains them. A stage that is done is kept, so that
-the command can be interrupted and given again. Attackers choose on their validation images and are judged on test
+Starts recipes/pretrain.py, immunize.py and attack.py with the recipe's YAML files, as its README does, once per head
+and seed, and trains by no other code: heads differ in how pretrain.py trains them. A stage that is done is kept, so
+that the command can be interrupted and given again. Attackers choose on their validation images and are judged on test
 images; primary accuracy is that of the primary test images. Prints the table and writes
 docs/results/vision/<backbone>.json.
 """
@@ -14,8 +14,8 @@ docs/results/vision/<backbone>.json.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,14 +27,13 @@ import yaml
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from hf_immunize.data import PixelDataset, Task, TaskArguments, collate_pixels, for_model
+from hf_immunize.data import Task, TaskArguments, collate_pixels, for_model
 from hf_immunize.metrics import best_trial, chosen_evaluation
 from hf_immunize.models import load_classifier, load_processor
 from hf_immunize.records import AttackTrace, ImmunizationRecord, Provenance, atomic_write
 from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
 HEADS = {
     "recipe": (),
     "decayed": ("--learning_rate", "3e-4", "--weight_decay", "1"),
@@ -46,34 +45,8 @@ OTHER = {"harmful_labels": ",".join(map(str, range(60, 80))), "harmful_splits": 
 PROBES = {"linear_probe_gd": "GD", "standardized_probe_adam": "Adam", "ridge_probe": "ridge"}
 
 
-_TASKS: dict[tuple[str, str], Task] = {}
-
-
-class KeptTask(Task):
-    """A Task whose preprocessed splits stay in memory: stages of one process read each image once."""
-
-    def __init__(self, arguments: TaskArguments, side: str):
-        super().__init__(arguments, side)
-        self._kept: dict[str, PixelDataset] = {}
-
-    def pixels(self, role: str, processor: Any) -> PixelDataset:
-        """As in Task."""
-        key = f"{role} {processor.to_json_string()}"
-        if key not in self._kept:
-            self._kept[key] = super().pixels(role, processor)
-        return self._kept[key]
-
-    @classmethod
-    def once(cls, arguments: TaskArguments, side: str) -> Task:
-        """The task of these options, made at the first call."""
-        key = (json.dumps(arguments.described(), sort_keys=True), side)
-        if key not in _TASKS:
-            _TASKS[key] = cls(arguments, side)
-        return _TASKS[key]
-
-
 class Stages:
-    """The recipe's stages, called as their command lines would be, on the data and the weights that were named."""
+    """The recipe's stages in processes of their own, on the data and the weights that were named."""
 
     def __init__(self, given: argparse.Namespace):
         self.recipe, self.output = Path(given.recipe), Path(given.output) / Path(given.recipe).name
@@ -83,17 +56,17 @@ class Stages:
         self.model = [word for name in names if getattr(given, name) for word in (f"--{name}", getattr(given, name))]
 
     def run(self, script: str, config: str, *words: str) -> None:
-        """One stage, its main() under its own command line; only how images are kept differs."""
-        stage = importlib.import_module(script)
-        stage.Task = KeptTask.once
-        line = ["--config", str(self.recipe / "task.yaml"), "--config", str(self.recipe / config)]
-        line += [word for name, value in self.data.items() for word in (f"--{name}", value)]
-        before, sys.argv = sys.argv, [f"{script}.py", *line, *words]
-        print(*sys.argv, flush=True)
-        try:
-            stage.main()
-        finally:
-            sys.argv = before
+        """One stage; its output goes to a log, whose end is shown where it fails."""
+        command = [sys.executable, str(ROOT / "recipes" / f"{script}.py")]
+        command += ["--config", str(self.recipe / "task.yaml"), "--config", str(self.recipe / config)]
+        command += [word for name, value in self.data.items() for word in (f"--{name}", value)]
+        self.output.mkdir(parents=True, exist_ok=True)
+        log = self.output / "stages.log"
+        with open(log, "a", encoding="utf-8") as stream:
+            print(*command, *words, file=stream, flush=True)
+            done = subprocess.run([*command, *words], stdout=stream, stderr=subprocess.STDOUT)
+        if done.returncode:
+            sys.exit(f"{script} failed, the end of {log}:\n" + "\n".join(log.read_text("utf-8").splitlines()[-15:]))
 
     def base(self, head: str) -> Path:
         """θ₀ with this head, attacked."""
@@ -125,7 +98,7 @@ class Stages:
         if not kept.exists():
             model = load_classifier(folder)
             options = yaml.safe_load((self.recipe / "task.yaml").read_text(encoding="utf-8")) | self.data
-            test = KeptTask.once(TaskArguments(**options), "primary").pixels("test", load_processor(folder))
+            test = Task(TaskArguments(**options), "primary").pixels("test", load_processor(folder))
             rows = for_model(test, model.config.id2label)
             trained = yaml.safe_load((self.recipe / f"{self.objective}.yaml").read_text(encoding="utf-8"))
             freeze_all_but(model, trained["trainable_modules"])

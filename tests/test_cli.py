@@ -1,12 +1,14 @@
 """The command line on local folders, in process; publishing in a process of its own against the loopback Hub."""
 
 import datetime
+import io
 import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "hub")]
@@ -16,6 +18,7 @@ from published import EXPIRES, TOKEN, certified, failing, write_release  # noqa:
 from zygote import Zygote  # noqa: E402
 
 from hf_immunize.cli import app  # noqa: E402
+from hf_immunize.commands.app import STAGES  # noqa: E402
 from hf_immunize.records import Certificate  # noqa: E402
 
 COMMANDS = ("publish", "verify", "card", "show", "report", "diff", "keygen")
@@ -39,6 +42,24 @@ def test_every_command_has_examples_in_its_help(command):
 
 def test_the_commands_are_the_documented_ones():
     assert set(COMMANDS) == {command.callback.__name__ for command in app.registered_commands}
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_every_stage_is_a_verb_that_explains_its_options(verb):
+    shown = run("--help").output
+    assert f"\n  {verb} " in shown
+    done = run(verb, "--help")
+    options = {"recipes": "--copy", "linear": "--data_dir", "cards": "--license", "pretrain": "--trainable_modules",
+               "immunize": "--objective", "attack": "--tuning_seeds", "certify": "--recheck"}
+    assert done.exit_code == 0 and options[verb] in done.output and f"usage: hf-immunize {verb}" in done.output
+
+
+def test_a_stage_without_what_it_needs_leaves_as_a_usage_error():
+    for verb in ("attack", "certify", "immunize"):
+        done = run(verb)
+        assert done.exit_code == 2 and "--primary_dataset" in done.output + done.stderr
+    done = run("attack", "--family", "poems")
+    assert done.exit_code == 1 and "got 'poems'" in done.stderr
 
 
 def test_verify_exit_codes(tmp_path):
@@ -118,11 +139,30 @@ def test_show_prints_names_as_they_are(tmp_path):
     assert "\x1b[31m" not in output and "[link=https://evil.example]" in output.replace("\n", "")
 
 
+def test_the_verdicts_of_a_report_are_inert_too(tmp_path):
+    from hf_immunize.hub.tables import verdicts_table
+
+    certificate = Certificate.read(certified(tmp_path) / "certificate.json")
+    subject = certificate.subject.model_copy(update={"name": "[red]x[/]\x1b[31m"})
+    named = certificate.model_copy(update={"subject": subject})
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(verdicts_table([named, certificate]))
+    shown = console.export_text()
+    assert "[red]x[/]" in shown and "\x1b" not in shown and shown.count("RESISTS") >= 4
+
+
 def test_report(tmp_path):
     folder = certified(tmp_path)
     done = run("report", folder, "--base", tmp_path / "base", "-o", tmp_path / "page.html")
     assert done.exit_code == 0 and "<html" in (tmp_path / "page.html").read_text()
     assert run("report", folder, "--base", folder).exit_code == 1
+    (tmp_path / "report.yaml").write_text(f"model_paths: [{folder}]\nbase_path: {tmp_path / 'base'}\n")
+    again = run("report", "--config", tmp_path / "report.yaml", "--output", tmp_path / "again.html")
+    assert again.exit_code == 0 and (tmp_path / "again.html").read_text() == (tmp_path / "page.html").read_text()
+    assert "RESISTS" in again.output
+    both = run("report", "--model_paths", folder, failing(tmp_path / "other"), "--output", tmp_path / "both.html")
+    assert both.exit_code == 0 and "FAILS" in both.output and "RESISTS" in both.output
+    assert run("report").exit_code == 2
 
 
 def test_diff(tmp_path):

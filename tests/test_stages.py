@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 from vision_builders import ARCHITECTURES, build_classifier
 
-from hf_immunize.attacks._blocks import block_sites, last_blocks
+from hf_immunize.attacks.vision._blocks import block_sites, last_blocks
 from hf_immunize.errors import ModelError
 from hf_immunize.features import find_stages, find_trunk, trainable_modules
 

@@ -1,81 +1,18 @@
-"""Adversaries: one file each, one plain table. None of them knows how a model was defended."""
+"""Adversaries: one file each, one plain table for each kind of model. None of them knows how a model was defended."""
 
-from dataclasses import replace
+import sys
 
-from hf_immunize.attacks import (
-    augmented_finetune,
-    batchnorm_probe,
-    distil_fresh,
-    dora,
-    earlier_layer_probe,
-    few_shot_finetune,
-    fold_linear_map,
-    full_finetune,
-    ia3,
-    lbfgs_probe,
-    linear_probe_adam,
-    linear_probe_gd,
-    linear_probe_momentum,
-    loha,
-    lokr,
-    lora,
-    mixed_finetune,
-    muon_finetune,
-    noisy_finetune,
-    oft,
-    partial_finetune,
-    reset_last_blocks,
-    ridge_head_finetune,
-    ridge_probe,
-    standardized_probe_adam,
-    subtract_difference,
-    vera,
-    whitened_probe_gd,
-)
-from hf_immunize.attacks.context import AttackContext, Role, describe_model
-from hf_immunize.attacks.plan import parse_settings, plan_runs, plan_trials
-from hf_immunize.attacks.shape import Attack, Result, Run, evaluation_steps
-from hf_immunize.attacks.suite import SuiteSummary, count_runs, run_suite
+from hf_immunize.attacks.core.plan import parse_settings, plan_runs, plan_trials
+from hf_immunize.attacks.core.shape import Attack, Result, Role, Run, evaluation_steps
+from hf_immunize.attacks.core.suite import SuiteSummary, count_runs, run_suite
+from hf_immunize.attacks.vision import ATTACKS, TRAINABILITY, AttackContext, describe_model
 from hf_immunize.models import load_classifier, load_processor
 
-ATTACKS: dict[str, Attack] = {
-    "linear_probe_gd": linear_probe_gd.ATTACK,
-    "linear_probe_momentum": linear_probe_momentum.ATTACK,
-    "linear_probe_adam": linear_probe_adam.ATTACK,
-    "standardized_probe_adam": standardized_probe_adam.ATTACK,
-    "whitened_probe_gd": whitened_probe_gd.ATTACK,
-    "lbfgs_probe": lbfgs_probe.ATTACK,
-    "ridge_probe": ridge_probe.ATTACK,
-    "earlier_layer_probe": earlier_layer_probe.ATTACK,
-    "batchnorm_probe": batchnorm_probe.ATTACK,
-    "lora": lora.ATTACK,
-    "dora": dora.ATTACK,
-    "loha": loha.ATTACK,
-    "lokr": lokr.ATTACK,
-    "oft": oft.ATTACK,
-    "ia3": ia3.ATTACK,
-    "vera": vera.ATTACK,
-    "partial_finetune": partial_finetune.ATTACK,
-    "full_finetune": full_finetune.ATTACK,
-    "ridge_head_finetune": ridge_head_finetune.ATTACK,
-    "muon_finetune": muon_finetune.ATTACK,
-    "reset_last_blocks": reset_last_blocks.ATTACK,
-    "fold_linear_map": fold_linear_map.ATTACK,
-    "subtract_difference": subtract_difference.ATTACK,
-    "distil_fresh": distil_fresh.ATTACK,
-    "few_shot_finetune": few_shot_finetune.ATTACK,
-    "five_shot_finetune": few_shot_finetune.FIVE,
-    "one_shot_finetune": few_shot_finetune.ONE,
-    "mixed_finetune": mixed_finetune.ATTACK,
-    "augmented_finetune": augmented_finetune.ATTACK,
-    "noisy_finetune": noisy_finetune.ATTACK,
-}
-
-TRAINABILITY: dict[str, Attack] = {
-    f"benign_{name}": replace(ATTACKS[key], family="benign trainability", needs=())
-    for name, key in (("probe", "linear_probe_adam"), ("lora", "lora"), ("full_finetune", "full_finetune"))
-}
-"""No attacks: how a benign third task would be learned, which immunization must not hinder."""
+# Before attacks were sorted into folders their modules lay here; code that imports them from here still can.
+for _path, _module in list(sys.modules.items()):
+    _folder, _, _name = _path.removeprefix(f"{__name__}.").partition(".")
+    if _folder in ("core", "vision") and _path.startswith(__name__) and _name:
+        setattr(sys.modules[__name__], _name, sys.modules.setdefault(f"{__name__}.{_name}", _module))
 
 __all__ = [
     "ATTACKS",

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hf_immunize.attacks import Attack
-from hf_immunize.attacks.finalists import finalists
+from hf_immunize.attacks.core.finalists import finalists
 from hf_immunize.certification.measures import area, best_of_trials, within, worst_seed
-from hf_immunize.certification.protocol import Rule
 from hf_immunize.certification.verdict import judge_solve, judge_steps
 from hf_immunize.errors import IncompleteExamError
+from hf_immunize.exam import Rule
 from hf_immunize.metrics import (
     StepsToThreshold,
     best_trial,
@@ -40,7 +40,7 @@ def reference_threshold(control: Sequence[AttackTrace], rule: Rule) -> float:
     if trial is None:
         raise IncompleteExamError(
             f"expected traces of {rule.reference_attack} on the base, which set the threshold, got none: run "
-            f"recipes/attack.py --role control --attacks {rule.reference_attack} on the base, or pass --threshold."
+            f"hf-immunize attack --role control --attacks {rule.reference_attack} on the base, or pass --threshold."
         )
     reached = [chosen_evaluation(run) for run in runs_of_trial(runs, trial).values()]
     level = sum(point.test for point in reached if point is not None) / len(reached)
@@ -230,8 +230,8 @@ def check_same_exam(name: str, subject: Sequence[AttackTrace], other: Sequence[A
         if runs:
             raise IncompleteExamError(
                 f"expected the same runs of {name} on subject and {role}, got {len(runs)} missing on the {side}, first "
-                f"{runs[0][0]} with seed {runs[0][1]}: run recipes/attack.py again with the same options; it makes "
-                "only what is missing."
+                f"{runs[0][0]} with seed {runs[0][1]}: run recipes/attack.py again (hf-immunize attack) with the same "
+                "options; it makes only what is missing."
             )
     whole = {seed for found in (mine, theirs) for _, seed in found}
     for side, found in (("subject", mine), (role, theirs)):
@@ -246,7 +246,7 @@ def check_same_exam(name: str, subject: Sequence[AttackTrace], other: Sequence[A
             if here != there:
                 raise IncompleteExamError(
                     f"expected {name} {key[0]} with seed {key[1]} to be the same exam on subject and {role}, got "
-                    f"another {what}: run recipes/attack.py --overwrite on the {role} with the subject's options."
+                    f"another {what}: run hf-immunize attack --overwrite on the {role} with the subject's options."
                 )
 
 
@@ -265,12 +265,12 @@ def _check_seeds(name: str, side: str, runs: set[tuple[str, int]], whole: set[in
         if seeds != whole and seeds != tuning:
             raise IncompleteExamError(
                 f"expected every seed in every trial of {name}, got {trial} without seeds {sorted(whole - seeds)} on "
-                f"the {side}: run recipes/attack.py again with the same options."
+                f"the {side}: run hf-immunize attack again with the same options."
             )
     if complete == 0:
         raise IncompleteExamError(
             f"expected a trial of {name} with all of the seeds {sorted(whole)} on the {side}, got none: run "
-            "recipes/attack.py again with the same options."
+            "hf-immunize attack again with the same options."
         )
 
 
@@ -283,6 +283,6 @@ def _check_finalists(
     if complete != due:
         raise IncompleteExamError(
             f"expected {name} on the {side} with all of the seeds {sorted(whole)} in the trials that did best on "
-            f"{sorted(tuning)}, {sorted(due)}, got {sorted(complete)}: run recipes/attack.py again with the same "
+            f"{sorted(tuning)}, {sorted(due)}, got {sorted(complete)}: run hf-immunize attack again with the same "
             "options."
         )

@@ -8,11 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from hf_immunize.attacks import ATTACKS, TRAINABILITY, describe_model
-from hf_immunize.certification.checklist import lines_not_run
 from hf_immunize.certification.judgement import Sides, check_base, judge_traces
-from hf_immunize.certification.protocol import Protocol
 from hf_immunize.certification.utility import measure_utility
 from hf_immunize.data import PixelDataset
+from hf_immunize.exam import Protocol, lines_not_run
 from hf_immunize.features import find_classifier
 from hf_immunize.metrics import immunization_ratio
 from hf_immunize.models import load_classifier

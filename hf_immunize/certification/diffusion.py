@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, METRIC, DiffusionAttackContext
-from hf_immunize.certification.checklist import diffusion_lines_not_run
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings, keep_pictures
 from hf_immunize.certification.generation import measure_similarity, real_images
 from hf_immunize.certification.judgement import Judgement, Sides, check_base, judge_traces
-from hf_immunize.certification.protocol import Protocol, Rule
 from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.certification.similarity import ImageFeatures, Similarity
 from hf_immunize.diffusion import (
@@ -28,6 +26,7 @@ from hf_immunize.diffusion import (
     fits_memory,
 )
 from hf_immunize.errors import ConfigError, ModelError, RecordError
+from hf_immunize.exam import Protocol, Rule, diffusion_lines_not_run
 from hf_immunize.metrics import mean_interval
 from hf_immunize.records import AttackTrace, Certificate, DatasetFingerprint, Provenance, SimilarityGap, Utility
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_immunize.attacks.suite import picture_name
+from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.certification.generation import measure_frechet
 from hf_immunize.certification.judgement import Sides
 from hf_immunize.certification.similarity import ImageFeatures

@@ -65,7 +65,7 @@ def control_traces(
         found[role] = traces
     if not found["control"]:
         raise IncompleteExamError(
-            f"expected attack traces of the base in {base_folder}/traces/control, got none: run recipes/attack.py "
+            f"expected attack traces of the base in {base_folder}/traces/control, got none: run hf-immunize attack "
             f"--model_path {base_folder} --role control with the options of the subject's attacks."
         )
     return found

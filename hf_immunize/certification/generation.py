@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_immunize.attacks.suite import picture_name
+from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.certification.similarity import ImageFeatures, Similarity
 from hf_immunize.diffusion import LatentDataset, drawing_steps, split_grid
 from hf_immunize.errors import RecordError

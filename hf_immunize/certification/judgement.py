@@ -12,10 +12,10 @@ from typing import Any
 from hf_immunize.attacks import Attack
 from hf_immunize.certification.cells import Traces, build_cell, own_threshold, reference_threshold
 from hf_immunize.certification.evidence import control_traces, read_traces, trace_hashes
-from hf_immunize.certification.protocol import Protocol
 from hf_immunize.certification.trainability import measure_trainability
 from hf_immunize.certification.verdict import family_verdicts, overall_verdict, statement
 from hf_immunize.errors import IncompleteExamError, ModelError, RecordError
+from hf_immunize.exam import Protocol
 from hf_immunize.records import (
     AttackTrace,
     Cell,
@@ -164,5 +164,5 @@ def _check_base_held(traces: Traces, table: Mapping[str, Attack]) -> None:
     if len(set().union(*held.values())) > 1:
         raise IncompleteExamError(
             "expected attackers of subject and control to hold the same base, got different ones: run "
-            "recipes/attack.py with the same --base_path on both."
+            "hf-immunize attack with the same --base_path on both."
         )

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_immunize.attacks import ATTACKS, Attack, Run
-from hf_immunize.attacks.suite import trace_of
+from hf_immunize.attacks.core.suite import trace_of
 from hf_immunize.certification.cells import build_cell
-from hf_immunize.certification.protocol import Rule
 from hf_immunize.errors import RecordError
+from hf_immunize.exam import Rule
 from hf_immunize.records import AttackTrace, Cell, Certificate, Interval, sha256_file
 
 

@@ -9,14 +9,13 @@ from typing import Any
 import yaml
 
 from hf_immunize.attacks import AttackContext
-from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS, PROTOCOLS, Rule
 from hf_immunize.certification.recheck import Recheck, recheck
-from hf_immunize.data import Task, TaskArguments
+from hf_immunize.data import TaskArguments
 from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Rule
 from hf_immunize.models import load_processor
 from hf_immunize.records import Certificate
-
-_SPLITS = ("attack", "validation", "test")
+from hf_immunize.tasks import ClassesTask, attacker_fingerprints, attacker_holds
 
 
 def find_rule(certificate: Certificate) -> Rule | None:
@@ -26,7 +25,7 @@ def find_rule(certificate: Certificate) -> Rule | None:
 
 
 def read_task(path: str | Path) -> TaskArguments:
-    """The tasks of an exam from the YAML file that its recipes were given. Raises ConfigError."""
+    """The tasks of an exam from the YAML file that its stages were given. Raises ConfigError."""
     known = {field.name: field for field in dataclasses.fields(TaskArguments)}
     try:
         loaded: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -63,18 +62,19 @@ def sit_again(
     rule = find_rule(certificate)
     if rule is None:
         raise RecordError("expected a rule of this release, got another: recheck with the release that wrote it.")
-    harmful, processor = Task(task, "harmful"), load_processor(folder)
-    splits = {role: harmful.pixels(role, processor) for role in _SPLITS}
-    data = tuple(harmful.fingerprint(split, role) for role, split in splits.items())
-    if [part.sha256 for part in data] != [part.sha256 for part in certificate.harmful_data]:
+    exam = ClassesTask(task, load_processor(folder))
+    if [part.sha256 for part in attacker_fingerprints(exam, "harmful")] != [
+        part.sha256 for part in certificate.harmful_data
+    ]:
         raise RecordError(
             "expected the harmful rows that the certificate names, got others: give the task file of the exam "
             "(dataset, labels, splits, split_seed)."
         )
-    benign = None if task.benign_dataset is None else Task(task, "benign").pixels("attack", processor)
-    held = {"base": Path(base), "benign": benign}  # what attacks of the exam may have needed, if any did
-    contexts = {
-        role: AttackContext(folder=Path(path), role=role, data=data, device=device, **held, **splits)
-        for role, path in (("subject", folder), ("control", base))
-    }
-    return recheck(folder, contexts, cells, seed, rule)
+    return recheck(folder, exam_contexts(exam, folder, base, device=device), cells, seed, rule)
+
+
+def exam_contexts(task: ClassesTask, folder: str | Path, base: str | Path, **told: Any) -> dict[str, AttackContext]:
+    """Model and base as their attackers meet them, with the base and benign rows that attacks may have needed."""
+    held = {**attacker_holds(task, "harmful"), "base": Path(base), **told}
+    sides = (("subject", folder), ("control", base))
+    return {role: AttackContext(folder=Path(path), role=role, **held) for role, path in sides}

@@ -12,7 +12,7 @@ from typing import Literal
 
 from hf_immunize.attacks import TRAINABILITY
 from hf_immunize.certification.cells import check_same_exam, score_before
-from hf_immunize.certification.protocol import BENIGN_DIFFUSION, Rule
+from hf_immunize.exam import BENIGN_DIFFUSION, Rule
 from hf_immunize.metrics import (
     best_trial,
     chosen_evaluation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from hf_immunize.certification.protocol import Rule
+from hf_immunize.exam import Rule
 from hf_immunize.metrics import wilson_interval
 from hf_immunize.records import Cell, FamilyVerdict, Interval, Side, Trainability, Utility, VerdictName
 

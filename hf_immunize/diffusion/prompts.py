@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from hf_immunize.diffusion.encoding import check_pipeline, encode, encode_prompt
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.diffusion.photos import Photos, has_images, read_captions, read_photos
 from hf_immunize.errors import DataError
+from hf_immunize.options import option, required
+from hf_immunize.records import DatasetFingerprint
 
 SIDES = ("retain", "harmful", "benign")
 
@@ -25,36 +27,23 @@ class PromptArguments:
     a caption in place of the prompt. Sub-folders of a folder are concepts of their own.
     """
 
-    retain_images: str = field(metadata={"help": "Folder of images the model draws and must keep."})
-    harmful_images: str = field(metadata={"help": "Folder of images of the concept it shall not learn."})
-    retain_prompt: str = field(metadata={"help": "Prompt of the retained images (DiT: name or number of the class)."})
-    harmful_prompt: str = field(metadata={"help": "Prompt of the concept, e.g. 'a photo of sks person'."})
-    benign_images: str | None = field(
-        default=None, metadata={"help": "Folder of images of a concept it should learn as easily as the base."}
-    )
-    benign_prompt: str | None = field(default=None, metadata={"help": "Prompt of the benign concept."})
-    other_images: str | None = field(
-        default=None,
-        metadata={"help": "Folder of other photos of the harmful concept, which one of the attackers trains on."},
-    )
-    other_prompt: str | None = field(
-        default=None, metadata={"help": "Another description of the concept, e.g. 'a portrait of sks'."}
-    )
-    placeholder_prompt: str | None = field(
-        default=None, metadata={"help": "A prompt with a token that means nothing, e.g. 'a photo of ohwx'."}
-    )
-    generic_prompt: str | None = field(
-        default=None, metadata={"help": "A prompt that says no more than what kind of thing it is, e.g. 'a photo'."}
-    )
-    resolution: int = field(default=512, metadata={"help": "Side of the images in pixels, a multiple of 16."})
-    retain_splits: str = field(
-        default="train=0.8,validation=0.1,test=0.1", metadata={"help": "Splits of the retained images by content."}
-    )
-    concept_splits: str = field(
-        default="defense=0.35,attack=0.35,validation=0.1,test=0.2",
-        metadata={"help": "Splits of a concept by content: defense is all that the immunizer may see."},
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the splits."})
+    retain_images: str = required("Folder of images the model draws and must keep.")
+    harmful_images: str = required("Folder of images of the concept it shall not learn.")
+    retain_prompt: str = required("Prompt of the retained images (DiT: name or number of the class).")
+    harmful_prompt: str = required("Prompt of the concept, e.g. 'a photo of sks person'.")
+    benign_images: str | None = option(None, "Folder of images of a concept it should learn as easily as the base.")
+    benign_prompt: str | None = option(None, "Prompt of the benign concept.")
+    other_images: str | None = option(None, "Folder of other photos of the harmful concept, which one of the attackers "
+                                      "trains on.")
+    other_prompt: str | None = option(None, "Another description of the concept, e.g. 'a portrait of sks'.")
+    placeholder_prompt: str | None = option(None, "A prompt with a token that means nothing, e.g. 'a photo of ohwx'.")
+    generic_prompt: str | None = option(None, "A prompt that says no more than what kind of thing it is, e.g. 'a "
+                                        "photo'.")
+    resolution: int = option(512, "Side of the images in pixels, a multiple of 16.")
+    retain_splits: str = option("train=0.8,validation=0.1,test=0.1", "Splits of the retained images by content.")
+    concept_splits: str = option("defense=0.35,attack=0.35,validation=0.1,test=0.2", "Splits of a concept by content: "
+                                 "defense is all that the immunizer may see.")
+    split_seed: int = option(0, "Seed of the splits.")
 
 
 class PromptTask:
@@ -97,6 +86,10 @@ class PromptTask:
         if split not in rows:
             raise DataError(f"expected a split of {side} in {sorted(rows)}, got {split!r}.")
         return self._encoded(side, split)
+
+    def fingerprint(self, side: str, split: str) -> DatasetFingerprint:
+        """Identity by content of the rows of one split."""
+        return self.examples(side, split).fingerprint(source=self.source, role=f"{side} {split}")
 
     def attacker_knows(self, concept: str) -> dict[str, Any]:
         """What an attacker holds beside images of the concept, as DiffusionAttackContext takes it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from hf_immunize.data.pixels import KEPT_BYTES
 from hf_immunize.data.row_store import RowStore
 from hf_immunize.diffusion.examples import LatentDataset
 from hf_immunize.errors import DataError
+from hf_immunize.options import option, required
+from hf_immunize.records import DatasetFingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -49,41 +51,26 @@ _NPZ_KEYS = (("x_train", "y_train"), ("images", "labels"))
 class ConceptArguments:
     """Which classes a model keeps, and which it shall not learn. The same values belong in every stage."""
 
-    dataset: str = field(
-        metadata={
-            "help": "Labelled images: an .npz file with x_train and y_train (or images and labels), or what "
-            "recipes/attack.py takes (Hub id, image folder, parquet file, builder:digits). Several, separated by "
-            "commas: labels go on from one to the next, so that class 0 of a second source of 10 classes is 10."
-        }
-    )
-    other_dataset: str | None = field(
-        default=None,
-        metadata={"help": "Images of the same classes from another source, which one of the attackers trains on."},
-    )
-    retain_labels: str = field(default="0,1,2,3,4,5,6,7", metadata={"help": "Classes to keep, by name or id."})
-    harmful_labels: str = field(default="9", metadata={"help": "The concept it shall not learn."})
-    benign_labels: str = field(default="8", metadata={"help": "A concept it should learn as easily as the base."})
-    image_size: int = field(default=28, metadata={"help": "Height and width in pixels."})
-    channels: int = field(default=1, metadata={"help": "1 for grey images, 3 for colour."})
-    rows_per_class: int | None = field(
-        default=None, metadata={"help": "First rows of each class to use; all by default."}
-    )
-    image_column: str = field(
-        default="image",
-        metadata={"help": "Column of images. A dataset without one of this name is read by its only image column."},
-    )
-    label_column: str = field(
-        default="label",
-        metadata={"help": "Column of labels. A dataset without one of this name is read by its only one of classes."},
-    )
-    retain_splits: str = field(
-        default="train=0.8,validation=0.1,test=0.1", metadata={"help": "Content-hash splits of the retained classes."}
-    )
-    concept_splits: str = field(
-        default="defense=0.35,attack=0.35,validation=0.1,test=0.2",
-        metadata={"help": "Content-hash splits of a concept: defense is all that the immunizer may see."},
-    )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the content-hash splits."})
+    dataset: str = required("Labelled images: an .npz file with x_train and y_train (or images and labels), or what a "
+                            "classifier's tasks take (Hub id, image folder, parquet file, builder:digits). Several, "
+                            "separated by commas: labels go on from one to the next, so that class 0 of a second "
+                            "source of 10 classes is 10.")
+    other_dataset: str | None = option(None, "Images of the same classes from another source, which one of the "
+                                       "attackers trains on.")
+    retain_labels: str = option("0,1,2,3,4,5,6,7", "Classes to keep, by name or id.")
+    harmful_labels: str = option("9", "The concept it shall not learn.")
+    benign_labels: str = option("8", "A concept it should learn as easily as the base.")
+    image_size: int = option(28, "Height and width in pixels.")
+    channels: int = option(1, "1 for grey images, 3 for colour.")
+    rows_per_class: int | None = option(None, "First rows of each class to use; all by default.")
+    image_column: str = option("image", "Column of images. A dataset without one of this name is read by its only "
+                               "image column.")
+    label_column: str = option("label", "Column of labels. A dataset without one of this name is read by its only one "
+                               "of classes.")
+    retain_splits: str = option("train=0.8,validation=0.1,test=0.1", "Content-hash splits of the retained classes.")
+    concept_splits: str = option("defense=0.35,attack=0.35,validation=0.1,test=0.2", "Content-hash splits of a "
+                                 "concept: defense is all that the immunizer may see.")
+    split_seed: int = option(0, "Seed of the content-hash splits.")
 
 
 class ArrayImages:
@@ -216,6 +203,7 @@ class ConceptTask:
     """The three groups of classes, split by content and turned into examples on demand."""
 
     def __init__(self, arguments: ConceptArguments):
+        self._arguments = arguments
         self.source = ",".join(map(describe_source, sources(arguments)))
         if arguments.rows_per_class is not None and arguments.rows_per_class < 1:
             raise DataError(f"expected rows_per_class of at least 1, got {arguments.rows_per_class}.")
@@ -250,9 +238,19 @@ class ConceptTask:
 
     def examples(self, side: str, split: str) -> LatentDataset:
         """Pixels in −1..1 with the class label as condition. Raises DataError for a split that is not there."""
-        if split not in self._splits[side]:
-            raise DataError(f"expected a split of {side} in {sorted(self._splits[side])}, got {split!r}.")
+        if split not in self._splits.get(side, {}):
+            raise DataError(f"expected a split of {side} in {sorted(self._splits.get(side, {}))}, got {split!r}.")
         return self._rows(self._splits[side][split], f"{side} {split}")
+
+    def fingerprint(self, side: str, split: str) -> DatasetFingerprint:
+        """Identity by content of the rows of one split."""
+        return self.examples(side, split).fingerprint(source=self.source, role=f"{side} {split}")
+
+    def described(self) -> dict[str, Any]:
+        """The arguments, each source by its own name."""
+        other = self._arguments.other_dataset
+        named = {"dataset": self.source, "other_dataset": other and ",".join(map(describe_source, other.split(",")))}
+        return asdict(self._arguments) | named
 
     def _rows(self, held: ArrayImages, name: str) -> LatentDataset:
         labels = torch.from_numpy(held.labels.astype(np.int64))

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.exam import find_protocol
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.names import CERTIFICATE
 from hf_immunize.hub.untrusted import unique_keys
@@ -150,8 +151,6 @@ def judge(policy: Policy, certificate: Certificate, signed: bool, findings: Find
 
 def _absent(exam: str, certificate: Certificate) -> list[str]:
     """Attacks of a preset that the certificate holds no result of. Raises ConfigError for an unknown preset."""
-    from hf_immunize.certification import find_protocol  # loads torch, which nothing else here needs
-
     run = {cell.attack for cell in certificate.cells if cell.verdict not in ("NOT RUN", "NOT APPLICABLE")}
     return [attack for attack in find_protocol(exam).attacks if attack not in run]
 

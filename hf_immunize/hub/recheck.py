@@ -45,8 +45,8 @@ def repeat_attacks(
         return found
     if library_of(certificate, {path.name for path in folder.iterdir()}).name != "transformers":
         raise ModelError(
-            "expected an image classifier to attack again, got an adapter or a pipeline: use its recipe "
-            "(recipes/certify_diffusion.py --recheck for pipelines)."
+            "expected an image classifier to attack again, got an adapter or a pipeline: recheck a pipeline "
+            "with hf-immunize certify --recheck."
         )
     root = Path(base)
     if not root.is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -41,6 +41,32 @@ def certificate_table(certificate: Certificate) -> RenderableType:
         f"Not run: {'; '.join(certificate.not_run) or 'the certificate names nothing'}.",
     ]
     return Group(table, *map(_plain, lines))
+
+
+def verdicts_table(certificates: Sequence[Certificate]) -> RenderableType:
+    """Attacks by models: each verdict with its slow-down, or with the accuracy lost. Every text is inert."""
+    table = Table(title="Verdicts (slow-down against the base, or accuracy)", show_lines=True)
+    for name in ("attack", *(certificate.subject.name for certificate in certificates)):
+        table.add_column(_plain(name))
+    columns = [{cell.attack: cell for cell in certificate.cells} for certificate in certificates]
+    for attack in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(_plain(attack), *(_verdict(column.get(attack)) for column in columns))
+    drops = [f"{c.utility.base:.2f} → {c.utility.immunized:.2f} %" for c in certificates]
+    table.add_row(_plain(f"primary {certificates[0].utility.metric}"), *drops)
+    if any(certificate.spectra for certificate in certificates):
+        table.add_row("RIR (explains only)", *(text.number(c.immunization_ratio) for c in certificates))
+    table.add_row("overall", *(Text(c.overall, style=_COLOURS.get(c.overall, "dim")) for c in certificates))
+    return table
+
+
+def _verdict(cell: Cell | None) -> Text:
+    """A cell in a few words; nothing for an attack that is not in a model's exam."""
+    if cell is None:
+        return Text(text.NONE)
+    drop = cell.accuracy_drop.estimate
+    lost = text.NONE if drop is None else f"accuracy {-drop:+.2f}"
+    detail = text.slow_down(cell.slow_down) if cell.unit == "step" else lost
+    return Text.assemble((cell.verdict, _COLOURS.get(cell.verdict, "dim")), " ", detail)
 
 
 def findings_table(found: Verification) -> RenderableType:

@@ -53,7 +53,7 @@ class RowFactor:
         columns = 1 + self._width + targets.shape[1]
         # Four times as many rows as columns: what is in R already is then a fifth of the work.
         block = max(columns, min(4 * columns, _BLOCK // columns))
-        for features, labels in zip(features_ND.detach().split(block), targets.split(block), strict=True):
+        for features, labels in zip(torch.split(features_ND.detach(), block), torch.split(targets, block), strict=True):
             rows = to_double(features)
             self._waiting.append(torch.cat([rows.new_ones(len(rows), 1), rows, labels.to(rows)], dim=1))
             if sum(map(len, self._waiting)) >= block:

@@ -61,8 +61,10 @@ class Spectrum:
     def unbind(self, dim: int = 0) -> list[Spectrum]:
         """Spectra of a stack's parts along ``dim``, which may not be the eigenvalues' own (counted from the left)."""
         several = (self.largest, self.smallest, self.frobenius_squared, self.rank, self.eigenvalues)
-        parts = zip(*(value.unbind(dim) for value in several), strict=True)
-        return [Spectrum(*part, self.rows, self.width) for part in parts]
+        return [
+            Spectrum(largest, smallest, frobenius, rank, eigenvalues, self.rows, self.width)
+            for largest, smallest, frobenius, rank, eigenvalues in zip(*(v.unbind(dim) for v in several), strict=True)
+        ]
 
     @property
     def log_condition(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +53,41 @@ def load_classifier(
         missing = sorted(told["missing_keys"])
         raise ModelError(
             f"expected all weights of {type(model).__name__} in {source}, got none for {missing[:5]}: transformers "
-            "would draw them at random. A backbone without a head gets one from recipes/pretrain.py or "
+            "would draw them at random. A backbone without a head gets one from hf-immunize pretrain or "
             "hf_immunize.features.add_head."
         )
     refuse_non_finite(model, str(source), remedy="restore the weights, or train the model again.")
     return model
 
 
-def random_classifier(source: str | Path, seed: int) -> nn.Module:
-    """The architecture of ``source`` with random float32 weights drawn from ``seed``: where training from scratch
-    starts."""
-    config = AutoConfig.from_pretrained(str(source), trust_remote_code=False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return AutoModelForImageClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
+def random_classifier(
+    source: str | Path, seed: int | None, trust_remote_code: bool = False, **changes: Any
+) -> nn.Module:
+    """The architecture of ``source`` with random float32 weights: where training from scratch starts.
+
+    Args:
+        seed: what the weights are drawn from; None goes on from torch's own generator.
+        changes: entries of the config to replace.
+
+    Raises:
+        ModelError: no config of an image classifier.
+    """
+    trusted = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(str(source), **changes, **trusted)
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return AutoModelForImageClassification.from_config(config, dtype=torch.float32, **trusted)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"expected the config of an image classifier in {source}, got {error}: check the path."
+        ) from error
+
+
+def label_maps(names: Sequence[str]) -> dict[str, dict]:
+    """The two entries of a config that name a head's outputs."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
 
 
 def load_processor(

@@ -67,5 +67,7 @@ class ImmunizationRecord(Record):
     outcome: OutcomeRecord | None = None
     """Null where it could not be measured, and in records of older releases."""
     steps: int
+    saved_step: int | None = None
+    """The step whose weights were saved; null in records of older releases."""
     seconds: float
     provenance: Provenance

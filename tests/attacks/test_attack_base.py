@@ -10,16 +10,16 @@ from torch import nn
 
 from hf_immunize.attacks import ATTACKS, AttackContext, Run, load_classifier, run_suite
 from hf_immunize.attacks import _finetune as engine
-from hf_immunize.attacks._rows import augment, collator, training_rows
-from hf_immunize.attacks.augmented_finetune import AugmentedFinetune
-from hf_immunize.attacks.distil_fresh import DistilFresh, distil
-from hf_immunize.attacks.distil_fresh import _prepare as prepare_student
-from hf_immunize.attacks.fold_linear_map import FoldLinearMap, fold
-from hf_immunize.attacks.full_finetune import FullFinetune
-from hf_immunize.attacks.mixed_finetune import MixedFinetune
-from hf_immunize.attacks.mixed_finetune import _prepare as prepare_mixed
-from hf_immunize.attacks.subtract_difference import SubtractDifference
-from hf_immunize.attacks.subtract_difference import _prepare as prepare_difference
+from hf_immunize.attacks.vision._rows import augment, collator, training_rows
+from hf_immunize.attacks.vision.augmented_finetune import AugmentedFinetune
+from hf_immunize.attacks.vision.distil_fresh import DistilFresh, distil
+from hf_immunize.attacks.vision.distil_fresh import _prepare as prepare_student
+from hf_immunize.attacks.vision.fold_linear_map import FoldLinearMap, fold
+from hf_immunize.attacks.vision.full_finetune import FullFinetune
+from hf_immunize.attacks.vision.mixed_finetune import MixedFinetune
+from hf_immunize.attacks.vision.mixed_finetune import _prepare as prepare_mixed
+from hf_immunize.attacks.vision.subtract_difference import SubtractDifference
+from hf_immunize.attacks.vision.subtract_difference import _prepare as prepare_difference
 from hf_immunize.errors import RunMismatchError
 from hf_immunize.records import AttackTrace
 
@@ -203,7 +203,7 @@ def test_augmented_batches_are_the_seeds_and_new_every_time(make_context):
 
 
 def test_costs_are_counted(make_context):
-    from hf_immunize.attacks._cost import forward_flops, probe_flops, ridge_flops, trained_samples
+    from hf_immunize.attacks.vision._cost import forward_flops, probe_flops, ridge_flops, trained_samples
 
     class Toy(nn.Module):
         def __init__(self):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_immunize.attacks import AttackContext, load_classifier, load_processor
-from hf_immunize.attacks.context import describe_model
+from hf_immunize.attacks.vision.context import describe_model
 from hf_immunize.errors import ConfigError, DataError, ModelError
 
 

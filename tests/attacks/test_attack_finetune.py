@@ -9,9 +9,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_immunize.attacks import ATTACKS, Run
 from hf_immunize.attacks import _finetune as engine
-from hf_immunize.attacks._peft import adapt, target_modules
-from hf_immunize.attacks.full_finetune import FullFinetune
-from hf_immunize.attacks.lora import Lora, make_config
+from hf_immunize.attacks.vision._peft import adapt, target_modules
+from hf_immunize.attacks.vision.full_finetune import FullFinetune
+from hf_immunize.attacks.vision.lora import Lora, make_config
 from hf_immunize.data import PixelDataset
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from hf_immunize.attacks import ATTACKS, parse_settings, plan_runs
-from hf_immunize.attacks.plan import describe_attacks
+from hf_immunize.attacks.core.plan import describe_attacks
 from hf_immunize.errors import ConfigError
 
 

@@ -10,18 +10,18 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_immunize.attacks import ATTACKS, Run, plan_runs
 from hf_immunize.attacks import _finetune as engine
-from hf_immunize.attacks._blocks import block_sites, find_trunk, last_blocks
-from hf_immunize.attacks._rows import training_rows as rows_of
-from hf_immunize.attacks.batchnorm_probe import BatchNormProbe, reestimate
-from hf_immunize.attacks.earlier_layer_probe import EarlierLayerProbe
-from hf_immunize.attacks.few_shot_finetune import FewShotFinetune
-from hf_immunize.attacks.linear_probe_momentum import LinearProbeMomentum
-from hf_immunize.attacks.lora import Lora
-from hf_immunize.attacks.noisy_finetune import NoisyFinetune
-from hf_immunize.attacks.partial_finetune import PartialFinetune
-from hf_immunize.attacks.partial_finetune import _prepare as prepare_partial
-from hf_immunize.attacks.reset_last_blocks import ResetLastBlocks
-from hf_immunize.attacks.reset_last_blocks import _prepare as prepare_reset
+from hf_immunize.attacks.vision._blocks import block_sites, find_trunk, last_blocks
+from hf_immunize.attacks.vision._rows import training_rows as rows_of
+from hf_immunize.attacks.vision.batchnorm_probe import BatchNormProbe, reestimate
+from hf_immunize.attacks.vision.earlier_layer_probe import EarlierLayerProbe
+from hf_immunize.attacks.vision.few_shot_finetune import FewShotFinetune
+from hf_immunize.attacks.vision.linear_probe_momentum import LinearProbeMomentum
+from hf_immunize.attacks.vision.lora import Lora
+from hf_immunize.attacks.vision.noisy_finetune import NoisyFinetune
+from hf_immunize.attacks.vision.partial_finetune import PartialFinetune
+from hf_immunize.attacks.vision.partial_finetune import _prepare as prepare_partial
+from hf_immunize.attacks.vision.reset_last_blocks import ResetLastBlocks
+from hf_immunize.attacks.vision.reset_last_blocks import _prepare as prepare_reset
 from hf_immunize.errors import ConfigError, ModelError
 
 ADAPTERS = ["lora", "dora", "loha", "lokr", "oft", "ia3", "vera"]
@@ -47,7 +47,7 @@ def test_momentum_equals_torch(make_context):
 def test_lbfgs_finds_the_minimum_that_scikit_learn_finds(make_context):
     from sklearn.linear_model import LogisticRegression
 
-    from hf_immunize.attacks.lbfgs_probe import LbfgsProbe
+    from hf_immunize.attacks.vision.lbfgs_probe import LbfgsProbe
     from hf_immunize.linalg.whitening import fit_feature_map
 
     context = make_context()
@@ -112,7 +112,7 @@ def test_the_trunk_is_found_and_its_outputs_are_sites(make_vit, resnet_context):
 
 
 def test_earlier_layers_are_the_outputs_of_the_blocks(make_context):
-    from hf_immunize.attacks.ridge_probe import RidgeProbe
+    from hf_immunize.attacks.vision.ridge_probe import RidgeProbe
 
     context = make_context()
     model = context.model(0).eval()
@@ -130,7 +130,7 @@ def test_earlier_layers_are_the_outputs_of_the_blocks(make_context):
 
 
 def test_a_model_without_blocks_has_no_earlier_layers(make_context, monkeypatch):
-    import hf_immunize.attacks.earlier_layer_probe as probe
+    import hf_immunize.attacks.vision.earlier_layer_probe as probe
 
     def nothing(model, head):
         raise ModelError("expected a list of blocks")
@@ -238,8 +238,8 @@ def test_every_attack_of_the_table_runs_on_a_tiny_model(make_context):
 
 
 def test_the_ridge_head_is_the_ridge_probe_on_raw_features(make_context):
-    from hf_immunize.attacks.ridge_head_finetune import RidgeHeadFinetune, ridge_head
-    from hf_immunize.attacks.ridge_probe import RidgeProbe
+    from hf_immunize.attacks.vision.ridge_head_finetune import RidgeHeadFinetune, ridge_head
+    from hf_immunize.attacks.vision.ridge_probe import RidgeProbe
 
     context = make_context()
     weight, bias = ridge_head(context, 2, 1e-3)

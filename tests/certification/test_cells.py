@@ -3,9 +3,8 @@ from trace_builders import data, side_of, trace
 
 from hf_immunize.attacks import ATTACKS
 from hf_immunize.certification.cells import build_cell, reference_threshold
-from hf_immunize.certification.checklist import lines_not_run
-from hf_immunize.certification.protocol import Rule
 from hf_immunize.errors import IncompleteExamError
+from hf_immunize.exam import Rule, lines_not_run
 
 RULE = Rule()
 

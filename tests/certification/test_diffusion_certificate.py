@@ -11,8 +11,8 @@ import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
 
 from hf_immunize.attacks import run_suite
+from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, DiffusionAttackContext
-from hf_immunize.attacks.suite import picture_name
 from hf_immunize.certification import Protocol, find_rule
 from hf_immunize.certification.cells import reference_threshold, score_before
 from hf_immunize.certification.diffusion import (
@@ -22,9 +22,9 @@ from hf_immunize.certification.diffusion import (
     recheck_pipeline,
 )
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings
-from hf_immunize.certification.protocol import DIFFUSION_RULE
 from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images
 from hf_immunize.errors import ConfigError, IncompleteExamError, ModelError, RecordError
+from hf_immunize.exam import DIFFUSION_RULE
 from hf_immunize.hub import render_card, write_card
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import scan

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from trace_builders import trace
 
-from hf_immunize.attacks.suite import picture_name
+from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.certification.drawings import recognised
 from hf_immunize.certification.generation import (
     measure_frechet,

@@ -12,7 +12,7 @@ from trace_builders import GRID, reaching, side_of, trace
 from hf_immunize.attacks import ATTACKS
 from hf_immunize.certification.cells import build_cell, own_threshold
 from hf_immunize.certification.measures import area, best_of_trials, within, worst_seed
-from hf_immunize.certification.protocol import Rule
+from hf_immunize.exam import Rule
 from hf_immunize.metrics import StepsToThreshold, steps_to_threshold
 
 RULE = Rule()

@@ -12,10 +12,10 @@ from trace_builders import side_of
 
 from hf_immunize.attacks import TRAINABILITY, AttackContext, load_classifier, run_suite
 from hf_immunize.certification import build_certificate, measure_trainability
-from hf_immunize.certification.protocol import PROTOCOLS, Rule
 from hf_immunize.certification.trainability import judge_drop
 from hf_immunize.data import fingerprint
 from hf_immunize.errors import IncompleteExamError, RecordError
+from hf_immunize.exam import PROTOCOLS, Rule
 from hf_immunize.metrics import mean_interval
 from hf_immunize.records import Interval
 

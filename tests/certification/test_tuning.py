@@ -4,10 +4,10 @@ import pytest
 from trace_builders import side_of, trace
 
 from hf_immunize.attacks import ATTACKS, AttackContext, count_runs, plan_runs, plan_trials, run_suite
-from hf_immunize.attacks.finalists import finalists
+from hf_immunize.attacks.core.finalists import finalists
 from hf_immunize.certification.cells import build_cell
-from hf_immunize.certification.protocol import PROTOCOLS, Rule
 from hf_immunize.errors import ConfigError, IncompleteExamError
+from hf_immunize.exam import PROTOCOLS, Rule
 from hf_immunize.records import AttackTrace
 
 TUNED = {"config": {"learning_rate": 0.1, "tuning_seeds": [0]}}
@@ -134,7 +134,7 @@ def test_a_suite_compares_on_some_seeds_and_runs_the_best_on_the_others(sit, tmp
 
 def test_a_suite_runs_every_finalist_on_the_other_seeds(sit, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "hf_immunize.attacks.suite.finalists", lambda traces: tuple(sorted({run.trial for run in traces})[:2])
+        "hf_immunize.attacks.core.suite.finalists", lambda traces: tuple(sorted({run.trial for run in traces})[:2])
     )
     assert sit("subject", "two").made == 6 + 3 + 2 * 2
     seeds = {}

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trace_builders import side_of
 
-from hf_immunize.certification.protocol import PROTOCOLS, Rule, find_protocol
 from hf_immunize.certification.verdict import (
     judge_solve,
     judge_steps,
@@ -18,6 +17,7 @@ from hf_immunize.certification.verdict import (
     utility_verdict,
 )
 from hf_immunize.errors import ConfigError
+from hf_immunize.exam import PROTOCOLS, Rule, find_protocol
 from hf_immunize.metrics import slow_down, steps_to_threshold, summarise_side
 from hf_immunize.records import Cell, Interval, Side, Utility
 

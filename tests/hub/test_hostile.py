@@ -244,7 +244,7 @@ def test_a_policy_for_a_whole_preset(tmp_path):
     policy = Policy(exam="quick")
     assert "not run: linear_probe_gd" in message(verify_folder(folder, policy=policy), "policy")
     cells = Certificate.read(folder / "certificate.json").cells
-    from hf_immunize.certification import PROTOCOLS
+    from hf_immunize.exam import PROTOCOLS
 
     sat = [cells[0].model_copy(update={"attack": attack}) for attack in PROTOCOLS["quick"].attacks]
     certificate = Certificate.read(folder / "certificate.json")

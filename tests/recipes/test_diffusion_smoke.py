@@ -39,7 +39,7 @@ def test_every_option_of_the_preset_is_one_its_recipe_knows(preset):
     """Without running a stage: option files are parsed by the very dataclasses of their recipes."""
     from hf_immunize.attacks import parse_settings
     from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
-    from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
+    from hf_immunize.exam import DIFFUSION_PROTOCOLS
     from hf_immunize.training.diffusion import DiffusionImmunizationConfig
 
     folder = ROOT / "recipes" / "mnist-diffusion" / preset
@@ -98,8 +98,8 @@ def test_immunizing_stages_ask_for_settings_that_hold_together(name, monkeypatch
 def test_what_the_quick_exam_leaves_out_is_in_the_standard_one():
     from hf_immunize.attacks import parse_settings
     from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS
-    from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
     from hf_immunize.diffusion.tasks import ConceptArguments
+    from hf_immunize.exam import DIFFUSION_PROTOCOLS
 
     folder = ROOT / "recipes" / "mnist-diffusion"
     told = {name: yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 from denoiser_builders import build_denoiser
 
 from hf_immunize.errors import ModelError
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from hf_immunize.stages.base import ImmunizeOptions
+from hf_immunize.stages.dry_run import classifier_memory, pipeline_memory
 
 
 def table(text: str) -> dict[str, list[float]]:
@@ -24,18 +21,17 @@ def test_a_denoisers_run_is_told_from_its_config(tmp_path):
 
     from hf_immunize.training.diffusion import DiffusionImmunizationConfig
 
-    recipe = runpy.run_path(str(RECIPES / "immunize_diffusion.py"), run_name="recipe")
     DDPMPipeline(build_denoiser("unet"), DDPMScheduler()).save_pretrained(tmp_path / "base")
     for file in (tmp_path / "base").rglob("*.safetensors"):
         file.unlink()
-    base = recipe["BaseArguments"](str(tmp_path / "base"), dry_run=True)
+    base = ImmunizeOptions(str(tmp_path / "base"), dry_run=True)
     args = DiffusionImmunizationConfig(str(tmp_path / "out"), use_cpu=True, objective="ill_only",
                                        per_device_train_batch_size=2000)
-    found = table(recipe["dry_run"](str(tmp_path / "base"), base, args))
+    found = table(pipeline_memory(tmp_path / "base", base, args))
     assert set(found) == {"1 device", "8, DDP", "2, FSDP2", "8, FSDP2"} and not (tmp_path / "out").exists()
     assert all(row[-2] > 0.1 for row in found.values())  # activations of 2000 rows
     with pytest.raises(ModelError, match="a pipeline with one denoiser"):
-        recipe["dry_run"](str(tmp_path), base, args)
+        pipeline_memory(tmp_path, base, args)
 
 
 def test_a_classifiers_run_is_told_from_its_config(tmp_path, make_vit):
@@ -43,12 +39,11 @@ def test_a_classifiers_run_is_told_from_its_config(tmp_path, make_vit):
 
     from hf_immunize.training import ImmunizationConfig
 
-    recipe = runpy.run_path(str(RECIPES / "immunize.py"), run_name="recipe")
     make_vit().save_pretrained(tmp_path / "base")
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").unlink()
     args = ImmunizationConfig(str(tmp_path / "out"), use_cpu=True, report_to="none", per_device_train_batch_size=5000)
-    base = recipe["BaseArguments"](str(tmp_path / "base"), dry_run=True)
-    found = table(recipe["dry_run"](base, ["a", "b", "c"], args))
+    base = ImmunizeOptions(str(tmp_path / "base"), dry_run=True)
+    found = table(classifier_memory(tmp_path / "base", base, args))
     assert len(found) == 4 and all(row[-2] > 0.01 for row in found.values())
     assert torch.get_default_device().type == "cpu"

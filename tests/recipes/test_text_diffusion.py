@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from hf_immunize.attacks import parse_settings
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
-from hf_immunize.certification.checklist import _DIFFUSION_MISSING, _NEVER
-from hf_immunize.certification.protocol import DIFFUSION_PROTOCOLS
 from hf_immunize.cli import app
 from hf_immunize.diffusion import differences, load_pipeline
 from hf_immunize.diffusion.encoding import encode_pixels, encode_prompt
 from hf_immunize.diffusion.photos import read_captions
 from hf_immunize.diffusion.prompts import PromptArguments, PromptTask
 from hf_immunize.errors import DataError, ModelError
+from hf_immunize.exam import DIFFUSION_PROTOCOLS
+from hf_immunize.exam.checklist import _DIFFUSION_MISSING, _NEVER
 from hf_immunize.records import AttackTrace, Certificate, ImmunizationRecord
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +143,12 @@ def test_saved_denoisers_are_whole(folders, way):
         for kind in ("one", way)
     )
     assert one.keys() == two.keys() and distance(two, one, "", "") <= 1e-8
+
+
+def test_the_table_of_cells_names_these_tests():
+    page = (HERE.parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    named = {
+        f"{start}{way}" for start, ways in re.findall(r"`((?:vision|diffusion)-[^`]+-)` ([a-z0-9, ]+)", page)
+        for way in ways.strip().split(", ")
+    }  # fmt: skip
+    assert named == {"-".join(cell) for cell in EACH}

@@ -12,7 +12,7 @@ from torch.nn import functional
 from vision_builders import ARCHITECTURES, build_classifier, image_size
 
 from hf_immunize.attacks import AttackContext
-from hf_immunize.attacks._blocks import block_sites
+from hf_immunize.attacks.vision._blocks import block_sites
 from hf_immunize.data import StepBatchSampler, fingerprint
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.features import capture_inputs

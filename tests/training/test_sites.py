@@ -8,7 +8,7 @@ from test_gradients import relative_error
 from torch.nn import functional
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_immunize.attacks._peft import target_modules
+from hf_immunize.attacks.vision._peft import target_modules
 from hf_immunize.data import StepBatchSampler
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.features import capture_inputs, linear_sites

@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from hf_immunize.attacks.core.shape import Attack, Result, Run
 from hf_immunize.attacks.diffusion import data_shifts, dreambooth, full_finetune, lora, textual_inversion
 from hf_immunize.attacks.diffusion.context import METRIC, DiffusionAttackContext
-from hf_immunize.attacks.shape import Attack, Result, Run
 from hf_immunize.diffusion import fits_memory
 
 _SMALLER = "lower the attack's batch_size or eval_batch_size, or take another device"

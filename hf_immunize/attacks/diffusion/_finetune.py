@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from hf_immunize.attacks.core.shape import Result, Run, evaluation_steps, setting
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
-from hf_immunize.attacks.shape import Result, Run, evaluation_steps
 from hf_immunize.diffusion import LatentDataset, denoising_losses, drawing_steps, grid_png, schedule_of
 from hf_immunize.errors import ConfigError
 from hf_immunize.records import Evaluation
@@ -30,21 +30,15 @@ _LEAST = (
 class DiffusionFinetune:
     """What every attack that trains a denoiser is told."""
 
-    learning_rate: float = field(
-        default=1e-4,
-        metadata={
-            "help": "Peak learning rate of AdamW.",
-            "sweep": (1e-5, 1e-4, 1e-3, 1e-2),
-            "search": (1e-5, 1e-4, 1e-3, 1e-2),
-        },
-    )
-    steps: int = field(default=200, metadata={"help": "Budget in optimizer steps."})
-    batch_size: int = field(default=16, metadata={"help": "Images per step."})
-    scheduler: str = field(default="constant", metadata={"help": "Name of a diffusers.optimization schedule."})
-    warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
-    weight_decay: float = field(default=1e-2, metadata={"help": "Decoupled weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 switches it off."})
-    min_snr_gamma: float | None = field(default=None, metadata={"help": "Min-SNR weighting with this gamma."})
+    learning_rate: float = setting(1e-4, "Peak learning rate of AdamW.",
+                                   sweep=(1e-5, 1e-4, 1e-3, 1e-2), search=(1e-5, 1e-4, 1e-3, 1e-2))
+    steps: int = setting(200, "Budget in optimizer steps.")
+    batch_size: int = setting(16, "Images per step.")
+    scheduler: str = setting("constant", "Name of a diffusers.optimization schedule.")
+    warmup_steps: int = setting(0, "Steps of linear warm-up.")
+    weight_decay: float = setting(1e-2, "Decoupled weight decay.")
+    max_grad_norm: float = setting(1.0, "Gradient clipping; 0 switches it off.")
+    min_snr_gamma: float | None = setting(None, "Min-SNR weighting with this gamma.")
 
     def __post_init__(self) -> None:
         for name, least, strictly in _LEAST:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.attacks.context import Role
+from hf_immunize.attacks.core.shape import Role
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion import (
     EVAL_BATCH_SIZE,

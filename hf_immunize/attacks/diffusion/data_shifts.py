@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_immunize.attacks.core.shape import Attack, Result, Run, lacking, not_applicable, setting
 from hf_immunize.attacks.diffusion._finetune import run_finetunes
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.attacks.diffusion.lora import DiffusionLora, adapted
-from hf_immunize.attacks.shape import Attack, Result, Run, lacking, not_applicable
 from hf_immunize.diffusion import LatentDataset
 
 _NO_PIXELS = "the attacker of this exam holds latents of the concept's images alone (context.pixels)"
@@ -26,8 +26,8 @@ _NO_PIXELS = "the attacker of this exam holds latents of the concept's images al
 class PerturbedImages(DiffusionLora):
     """LoRA on perturbed images of the concept; judged on clean ones."""
 
-    noise: float = field(default=0.1, metadata={"help": "Standard deviation of the noise, images being in -1..1."})
-    shift: float = field(default=0.07, metadata={"help": "Largest shift of an image, as a share of its side."})
+    noise: float = setting(0.1, "Standard deviation of the noise, images being in -1..1.")
+    shift: float = setting(0.07, "Largest shift of an image, as a share of its side.")
 
 
 def perturbed(images: Tensor, noise: float, shift: int, seed: int) -> Tensor:

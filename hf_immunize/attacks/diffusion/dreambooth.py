@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
+from hf_immunize.attacks.core.shape import Attack, Result, Run, lacking, not_applicable, setting
 from hf_immunize.attacks.diffusion._finetune import DiffusionFinetune, finetune
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.attacks.diffusion.full_finetune import unfrozen
-from hf_immunize.attacks.shape import Attack, Result, Run, lacking, not_applicable
 from hf_immunize.diffusion import LatentDataset, draw_latents
 
 
@@ -18,20 +18,18 @@ from hf_immunize.diffusion import LatentDataset, draw_latents
 class DreamBooth(DiffusionFinetune):
     """AdamW on all weights of the denoiser, with few images of the concept."""
 
-    learning_rate: float = field(
-        default=1e-4,
-        metadata={"help": "Peak learning rate of AdamW.", "sweep": (5e-6, 1e-4, 1e-3), "search": (5e-6, 1e-4, 1e-3)},
-    )
-    batch_size: int = field(default=4, metadata={"help": "Images per step."})
-    images: int = field(default=5, metadata={"help": "Images of the concept the attacker has."})
+    learning_rate: float = setting(1e-4, "Peak learning rate of AdamW.",
+                                   sweep=(5e-6, 1e-4, 1e-3), search=(5e-6, 1e-4, 1e-3))
+    batch_size: int = setting(4, "Images per step.")
+    images: int = setting(5, "Images of the concept the attacker has.")
 
 
 @dataclass(frozen=True)
 class DreamBoothPrior(DreamBooth):
     """DreamBooth that also fits images of retained concepts which the attacked model drew before the attack."""
 
-    prior_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on drawn images."})
-    prior_images: int = field(default=16, metadata={"help": "Images the attacked model draws of retained concepts."})
+    prior_weight: float = setting(1.0, "Weight of the loss on drawn images.")
+    prior_images: int = setting(16, "Images the attacked model draws of retained concepts.")
 
 
 def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:

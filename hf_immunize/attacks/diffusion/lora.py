@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from hf_immunize.attacks.core.shape import Attack, Run, setting
 from hf_immunize.attacks.diffusion._finetune import DiffusionFinetune, run_finetunes
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
-from hf_immunize.attacks.shape import Attack, Result, Run
 
 
 @dataclass(frozen=True)
 class DiffusionLora(DiffusionFinetune):
     """AdamW on low-rank updates of the attention projections."""
 
-    rank: int = field(default=8, metadata={"help": "Rank of each update."})
-    alpha: int = field(default=8, metadata={"help": "Updates are scaled by alpha/rank."})
-
-
-def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
-    """One loop per run."""
-    yield from run_finetunes(context, runs, adapted)
+    rank: int = setting(8, "Rank of each update.")
+    alpha: int = setting(8, "Updates are scaled by alpha/rank.")
 
 
 def adapted(context: DiffusionAttackContext, planned: Run) -> nn.Module:
@@ -41,4 +36,4 @@ def adapted(context: DiffusionAttackContext, planned: Run) -> nn.Module:
         return inject_adapter_in_model(config, model)
 
 
-ATTACK = Attack(config=DiffusionLora, run=run, family="LoRA", own_threshold=True)
+ATTACK = Attack(config=DiffusionLora, run=partial(run_finetunes, prepare=adapted), family="LoRA", own_threshold=True)

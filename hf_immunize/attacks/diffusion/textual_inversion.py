@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
+from hf_immunize.attacks.core.shape import Attack, Result, Run, not_applicable, setting
 from hf_immunize.attacks.diffusion._finetune import DiffusionFinetune, run_finetunes
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
-from hf_immunize.attacks.shape import Attack, Result, Run, not_applicable
 
 _NO_NAME = "nothing names the concept by a learnable embedding: no text encoder and no class embedding"
 _TEMPLATE, _STAND_IN = "a photo of", "x"
@@ -29,11 +29,9 @@ _PROMPT = f"{_TEMPLATE} {_STAND_IN}"
 class TextualInversion(DiffusionFinetune):
     """AdamW on the embeddings of one name."""
 
-    learning_rate: float = field(
-        default=5e-3,
-        metadata={"help": "Peak learning rate of AdamW.", "sweep": (5e-4, 5e-3, 5e-2), "search": (5e-4, 5e-3, 5e-2)},
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay."})
+    learning_rate: float = setting(5e-3, "Peak learning rate of AdamW.",
+                                   sweep=(5e-4, 5e-3, 5e-2), search=(5e-4, 5e-3, 5e-2))
+    weight_decay: float = setting(0.0, "Decoupled weight decay.")
 
 
 class _LearnedRow(nn.Module):

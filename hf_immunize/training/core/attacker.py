@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,8 @@ def widen_factors(model: nn.Module) -> None:
     """Hold every LoRA factor in float32 or wider: PEFT makes them in the precision of the weights beside."""
     from peft.tuners.lora import LoraLayer
 
-    for layer in [part for part in model.modules() if isinstance(part, LoraLayer)]:
+    layers: list[Any] = [part for part in model.modules() if isinstance(part, LoraLayer)]
+    for layer in layers:
         for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
             if factor.weight.element_size() < 4:
                 factor.float()

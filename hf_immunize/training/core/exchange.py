@@ -131,7 +131,10 @@ def _unpack(
                 parts.append(part.view(tensor.dtype).view(rows[owner], *tensor.shape[1:]))
             key = rows, tensor.device
             if key not in orders:
-                orders[key] = tuple(value.to(tensor.device, non_blocking=True) for value in _turns(rows, rank))
+                order, mine = _turns(rows, rank)
+                orders[key] = (
+                    order.to(tensor.device, non_blocking=True), mine.to(tensor.device, non_blocking=True)
+                )
             order, mine = orders[key]
             found[place] = torch.cat(parts).to(tensor.device).index_select(0, order), mine
     return found  # type: ignore[return-value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -103,7 +103,7 @@ class UtilityGuard:
             history=[{key: value for key, value in row.items() if _finite(value)} for row in self.history],
         )
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values a resumed run needs."""
         plain = {
             "base": self.base,
@@ -113,7 +113,7 @@ class UtilityGuard:
         }
         return dict(self.best or {}), plain
 
-    def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, object]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Take back what ``state`` returned."""
         self.base, self.best_step = plain["base"], plain["best_step"]
         progress = plain["best_progress"]

@@ -43,7 +43,7 @@ class Rows:
         count = self.features.shape[-2]
         if size >= count:
             return [self.spectrum]
-        whole = self.features[..., : count - count % size, :].unflatten(-2, (count // size, size))
+        whole = torch.unflatten(self.features[..., : count - count % size, :], -2, (count // size, size))
         return second_moment_spectra(whole, feature_dtype=self.feature_dtype).unbind(whole.dim() - 3)
 
     @cached_property
@@ -73,7 +73,7 @@ class _OfStack(Rows):
 class TermSettings:
     """The options a term may depend on (see ImmunizationConfig for their meaning)."""
 
-    horizons: tuple[float, ...] = (100.0,)
+    horizons: tuple[float, ...] = (30.0, 300.0, 3000.0)
     memorization: float = 0.0
     group_rows: int = 32
     attacker_steps: int = 4
@@ -95,6 +95,8 @@ class Term:
     under bf16 autocast."""
     tells_classes_apart: bool = False
     """Whether it is a classifier's score: with one class there is nothing to measure."""
+    stops_closed_form: bool = False
+    """Whether it is against a probe in closed form, so that such a probe can say whether it worked."""
     stacked: bool = False
     """Whether ``measure`` takes a stack of several sites' features (S×N×D, see Rows) and returns S values, each of its
     own site alone. Saves time; a term that does not is measured site by site."""

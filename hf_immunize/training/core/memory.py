@@ -157,7 +157,8 @@ def memory_of(model: nn.Module, activations: int, options: Options, compute: tor
     changed, share = bytes_of(mine), 1 / options.devices if options.sharded else 1.0
     gathered, gradients = 0.0, float(changed)
     if options.sharded and options.devices > 1:
-        unit = max(sum(p.numel() for p in block.parameters()) for block in [*units(model), _Rest(model)])
+        blocks: list[Any] = [*units(model), _Rest(model)]
+        unit = max(sum(p.numel() for p in block.parameters()) for block in blocks)
         gathered = 2 * unit * compute.itemsize
         gradients = changed * share + (unit * compute.itemsize if mine else 0)
     elif options.devices > 1:

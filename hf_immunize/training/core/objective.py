@@ -138,7 +138,7 @@ class GlobalObjective:
 
     def state(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, as tensors."""
-        kept = {}
+        kept: dict[str, Tensor] = {}
         for site, weights in self.weights.items():
             kept |= {f"weights|{site}|{name}": value for name, value in weights.state().items()}
             for term, memory in self.memory[site].items():

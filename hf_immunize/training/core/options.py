@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,7 @@ class ImmunizationOptions:
         },
     )
     horizon: str = field(
-        default="100",
+        default="30,300,3000",
         metadata={
             "help": "closed_form_adversary: steps t of the simulated gradient-descent probe (ridge penalty sigma_1/t). "
             "Choose it so that the held-out R2 starts above 0. Several, joined with commas, are averaged."
@@ -150,7 +151,7 @@ class ImmunizationOptions:
         assert self.horizons and self.objectives
 
 
-def refuse_below(options: Any, at_least: dict[str, float]) -> None:
+def refuse_below(options: Any, at_least: Mapping[str, float]) -> None:
     """Raise ConfigError for an option under its least value, or that is not a number."""
     for name, least in at_least.items():
         if not getattr(options, name) >= least:

@@ -8,10 +8,9 @@ element by element (averages, copies, optimizer state) is one too, and ``acceler
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,9 +31,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_immunize.errors import ConfigError
 from hf_immunize.training.core.distributed import world
 
-_ASKED = "ACCELERATE_USE_FSDP"
-"""What ``accelerate launch`` sets for a configuration with FSDP."""
-
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are split over ranks (FSDP2, tensor parallelism)."""
@@ -54,57 +50,9 @@ def settle(model: nn.Module) -> nn.Module:
     return model
 
 
-def original_class(model: nn.Module) -> type[nn.Module]:
+def original_class(model: nn.Module) -> type[Any]:
     """The class of a model before FSDP2 put its own in front."""
     return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-
-
-# ---- what was asked for -------------------------------------------------------------------------------------------
-
-
-def asked_of_launcher() -> bool:
-    """Whether ``accelerate launch`` was told to use FSDP."""
-    return os.environ.get(_ASKED, "false").lower() in ("1", "true", "yes", "y", "on", "t")
-
-
-def sharding_plugin(options: Mapping[str, Any] | None = None) -> FullyShardedDataParallelPlugin | None:
-    """How to shard, from ``options`` (TrainingArguments' fsdp) or else from the launcher; None where nobody asked.
-
-    Raises:
-        ConfigError: FSDP1, or an option of FSDP2 that cannot be kept or was never tried, with what to use instead.
-    """
-    if options is None and not asked_of_launcher():
-        return None
-    version = int((options or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
-    if version != 2:
-        raise ConfigError(
-            f"expected fsdp_version 2, got {version}: FSDP1 flattens weights, and features, averages and checkpoints "
-            "need them by name. Set fsdp_version: 2 in accelerate's configuration."
-        )
-    plugin = FullyShardedDataParallelPlugin(**(options or {}))
-    refused = {
-        "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "other ranks would read features of an "
-                                           "empty model before it is sharded. Set it to false"),
-        "fsdp_offload_params": (type(plugin.cpu_offload).__name__ != "OffloadPolicy", "never tried. Set it to false"),
-        "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "it renames the modules. Use the trainer's "
-                                          "own: activation_checkpointing, or gradient_checkpointing for diffusion"),
-        "fsdp_ignored_modules": (plugin.ignored_modules, "ranks would drift apart there. Leave it out"),
-    }  # fmt: skip
-    for name, (on, why) in refused.items():
-        if on:
-            raise ConfigError(f"expected FSDP2 without {name}, got it on: {why}.")
-    return plugin
-
-
-@contextmanager
-def sharding_ourselves() -> Iterator[None]:
-    """Inside, accelerate does not see that FSDP was asked for: its own would wrap the model a second time."""
-    kept = os.environ.pop(_ASKED, None)
-    try:
-        yield
-    finally:
-        if kept is not None:
-            os.environ[_ASKED] = kept
 
 
 def shard(model: nn.Module, plugin: FullyShardedDataParallelPlugin, device: torch.device) -> bool:
@@ -224,7 +172,7 @@ def reach(outputs: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def reduced_later(model: nn.Module) -> Iterator[None]:
+def reduced_later(model: Any) -> Iterator[None]:
     """Inside, backward adds up whole gradients and leaves their reduction to a later one: ``no_sync`` of FSDP2."""
     model.set_requires_gradient_sync(False)
     try:
@@ -271,7 +219,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     """The optimizer's state by parameter name on the first rank, whole; elsewhere nothing. Every rank takes part."""
     settle(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})
+    whole: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer, options=options)}
+    state = whole.get("state", {})
     return {f"{name}:{key}": torch.as_tensor(value) for name, held in state.items() for key, value in held.items()}
 
 
@@ -285,7 +234,8 @@ def load_optimizer_tensors(
     """
     settle(model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    now = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=False))
+    mine = StateDictOptions(full_state_dict=False)
+    now: dict[str, Any] = {**get_optimizer_state_dict(model, optimizer, options=mine)}
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, part = key.rpartition(":")
@@ -293,4 +243,4 @@ def load_optimizer_tensors(
     for name in now["state"]:
         if name not in state:
             raise KeyError(name)
-    set_optimizer_state_dict(model, optimizer, {**now, "state": state}, options=options)
+    set_optimizer_state_dict(model, optimizer, cast(Any, {**now, "state": state}), options=options)

@@ -42,7 +42,8 @@ class SimulatedAttack:
     def __init__(
         self, task: AttackedTask, *, steps: int, learning_rate: float, rank: int, goes_on: bool = False
     ):
-        self._goes_on, self._optimizer = goes_on, None
+        self._goes_on = goes_on
+        self._optimizer: torch.optim.Optimizer | None = None
         self.ceiling = float("inf")
         """c, set once the base's own loss is known."""
         self._task, self._steps, self._rate = task, steps, learning_rate
@@ -61,7 +62,7 @@ class SimulatedAttack:
                 value = value + torch.relu(self.ceiling - loss) / self._steps
                 if float(loss) < self.ceiling:
                     for parameter in weights:
-                        total[parameter] -= parameter.grad / self._steps
+                        total[parameter] -= gradient_of(parameter) / self._steps
             if attack_step < self._steps:
                 optimizer.step()
         self._attacker.clear()
@@ -115,10 +116,16 @@ class SimulatedAttack:
         for parameter in self._attacker.asked:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        average_over_ranks([parameter.grad for parameter in self._attacker.asked])
+        average_over_ranks([gradient_of(parameter) for parameter in self._attacker.asked])
         return mean_over_ranks(loss)
 
     def _loss(self, step: int, attack_step: int) -> Tensor:
         """Mean harmful loss over this rank's rows; the same draws whenever it is asked."""
         torch.clear_autocast_cache()  # it holds casts of the weights as they were before the attacker's step
         return self._task.loss(self._attacker.model, step, attack_step)
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    """What backward left there."""
+    assert parameter.grad is not None, "set by backward, or to zeros"
+    return parameter.grad

@@ -40,6 +40,8 @@ class CheckpointState:
     def __init__(self, parts: Mapping[str, Stateful | None], guard: UtilityGuard, watch: Watch):
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._guard, self._watch = guard, watch
+        self.identity: Mapping[str, str] = {}
+        """Digests of what the run started from, by name; another run's checkpoint is refused."""
 
     def save(self, folder: Path, *, write: bool = True) -> None:
         """Write both files into a checkpoint folder, with whole tensors where they are split over ranks.
@@ -51,9 +53,10 @@ class CheckpointState:
         for part, stateful in self._parts.items():
             tensors |= {f"{part}.{name}": value for name, value in stateful.state().items()}
         found, watched = whole_on_cpu(tensors, keep=write), self._watch.state()
+        told = {"guard": plain, "watch": watched, "identity": dict(self.identity)}
         if write:
             atomic_write(folder / TENSORS, save(found))
-            atomic_write(folder / PLAIN, json.dumps({"guard": plain, "watch": watched}))
+            atomic_write(folder / PLAIN, json.dumps(told))
 
     def load(self, folder: Path) -> None:
         """Restore every part, the guard and the watch.
@@ -71,6 +74,7 @@ class CheckpointState:
                 f"expected {TENSORS} and {PLAIN} in {folder}, got {error}: resume from a checkpoint that "
                 "ImmunizationTrainer wrote completely."
             ) from error
+        self._refuse_another(plain.get("identity", {}), folder)
         for part, stateful in self._parts.items():
             try:
                 stateful.load_state(_under(tensors, part))
@@ -81,6 +85,14 @@ class CheckpointState:
                 ) from error
         self._guard.load_state(_under(tensors, "guard"), guarded)
         self._watch.load_state(watched)
+
+    def _refuse_another(self, written: Mapping[str, str], folder: Path) -> None:
+        other = sorted(name for name in written.keys() & self.identity.keys() if written[name] != self.identity[name])
+        if other:
+            raise RecordError(
+                f"expected the {' and '.join(other)} that {folder} was written with, got other content: resume with "
+                "the model from before immunization and the rows of that run, or train into another output_dir."
+            )
 
 
 def _under(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ class Step:
     def _plans_of(self, measured: Sequence[Measured]) -> list[_Plan]:
         assert self.objective is not None
         gradients = self.objective.gradients([micro.batch for micro in measured], spectra=self._spectra)
-        inverses = {}
+        inverses: dict[str, Mapping[str, tuple[InverseMoment, float]]] = {}
         if self.preconditioner is not None:
             for side in SIDES:
                 layers = {name: [micro.inputs[side][name] for micro in measured] for name in self.preconditioner.layers}

@@ -83,5 +83,5 @@ LOG_KAPPA_P = _stacked(
     "primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum), full_precision=True
 )
 GROUP_KAPPA = _stacked("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
-ADVERSARY = _stacked("harmful_adversary_r2", "harmful", _adversary, tells_classes_apart=True)
+ADVERSARY = _stacked("harmful_adversary_r2", "harmful", _adversary, tells_classes_apart=True, stops_closed_form=True)
 IMMA = _stacked("harmful_attacker_gain", "harmful", _imma, tells_classes_apart=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import TrainingDivergedError
-from hf_immunize.training.core.terms import Term
+from hf_immunize.training.core.registry import AnyTerm
 
 _LONGEST = 50
 """Steps that may pass before values on an accelerator are read."""
@@ -24,7 +24,7 @@ class Watch:
         terms: whose means since the last evaluation are the progress.
     """
 
-    def __init__(self, terms: Iterable[Term]):
+    def __init__(self, terms: Iterable[AnyTerm]):
         self._terms = {term.name: term for term in terms}
         self._waiting: list[tuple[int, tuple[str, ...], Tensor]] = []
         self._sums: dict[str, float] = {}

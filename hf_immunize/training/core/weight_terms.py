@@ -60,6 +60,7 @@ class WeightTerm:
     side: str = "harmful"
     full_precision: bool = False
     tells_classes_apart: bool = False
+    stops_closed_form: bool = False
 
     def progress(self, value: float) -> float:
         """A number that falls as the term is minimised."""

@@ -34,7 +34,7 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
             "layers that read the same tensor count once."
         },
     )
-    trainable_modules: str = field(  # type: ignore[assignment]
+    trainable_modules: str = field(
         default="all",
         metadata={
             "help": "Weights that are trained: 'all', 'attention' projections only, or 'lora' factors on these, which "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -39,6 +41,7 @@ def merge_factors(model: nn.Module) -> float:
         factors. An update smaller than half of the distance between two bfloat16 numbers, |w|/256, is lost whole.
     """
     lost = moved = torch.zeros((), dtype=torch.float64)
+    update: Any
     for name, layer in _layers(model):
         weight = layer.get_base_layer().weight
         update = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
@@ -63,7 +66,7 @@ def told_rounding(share: float, dtype: torch.dtype) -> str:
     )
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [(name, part) for name, part in model.named_modules() if isinstance(part, LoraLayer)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def as_tree(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         RecordError: something that is neither tensor nor plain value.
     """
     if isinstance(value, Tensor) and type(value).__module__.startswith(_PACKAGES):
-        names, context = value.__tensor_flatten__()
+        names, context = cast(Any, value).__tensor_flatten__()
         parts = {name: as_tree(getattr(value, name), f"{place}.{name}", tensors) for name in names}
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         return {"made": kind, "parts": parts, "context": as_tree(context, place, tensors)}
@@ -36,8 +36,8 @@ def as_tree(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {"dict": [[name, as_tree(one, f"{place}.{name}", tensors)] for name, one in value.items()]}
     if isinstance(value, list | tuple):
-        parts = [as_tree(one, f"{place}.{at}", tensors) for at, one in enumerate(value)]
-        return {"list" if isinstance(value, list) else "tuple": parts}
+        each = [as_tree(one, f"{place}.{at}", tensors) for at, one in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": each}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     raise RecordError(

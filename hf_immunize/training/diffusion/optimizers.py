@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ def optimizer_of(
     if args.optim.endswith("_layerwise"):
         _refuse_own_steps(args)
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(_as_transformers_wants(args), model)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(_as_transformers_wants(args), cast(Any, model))
         groups: Any = options.pop("params", [{"params": list(parameters), "weight_decay": args.weight_decay}])
         if "model" in options or not _is_class(kind):
             _refuse_own_steps(args)

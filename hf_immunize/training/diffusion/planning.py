@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
 
 from hf_immunize.diffusion import denoiser_of, dtype_of_rows
 from hf_immunize.training.core.memory import Activations, Memory, Options, fake, memory_of, watch_forward
@@ -18,7 +18,7 @@ _TOKENS = {"FluxTransformer2DModel": 512, "SD3Transformer2DModel": 333, "PixArtT
 
 
 def plan_memory(
-    model: nn.Module, args: DiffusionImmunizationConfig, *, latents: tuple[int, int, int] | None = None,
+    model: Any, args: DiffusionImmunizationConfig, *, latents: tuple[int, int, int] | None = None,
     devices: int = 1, sharded: bool = False,
 ) -> Memory:
     """Bytes on one device and its host for immunizing ``model`` with ``args``.
@@ -46,7 +46,7 @@ def plan_memory(
 
 
 def activations_of(
-    model: nn.Module, rows: int, latents: tuple[int, int, int] | None = None, autocast: torch.dtype | None = None
+    model: Any, rows: int, latents: tuple[int, int, int] | None = None, autocast: torch.dtype | None = None
 ) -> Activations:
     """What one forward of ``rows`` rows keeps for backward; ``model`` on the meta device becomes fake tensors."""
     denoiser = denoiser_of(model)
@@ -61,7 +61,7 @@ def activations_of(
         return watch_forward(model, lambda: denoiser.call(model, noisy, steps, conditions), autocast)
 
 
-def latent_shape(model: nn.Module) -> tuple[int, int, int]:
+def latent_shape(model: Any) -> tuple[int, int, int]:
     """C, H, W that the config of a denoiser names; Flux, which names none, at 1024 pixels."""
     config = model.config
     if type(model).__name__ == "FluxTransformer2DModel":
@@ -71,7 +71,7 @@ def latent_shape(model: nn.Module) -> tuple[int, int, int]:
     return config.in_channels, height, width
 
 
-def condition_shapes(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
+def condition_shapes(model: Any) -> Mapping[str, tuple[int, ...]]:
     """Shapes of one row of every condition that the denoiser needs."""
     config, tokens = model.config, _TOKENS.get(type(model).__name__, 77)
     width = getattr(config, "joint_attention_dim", None) or getattr(config, "caption_channels", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from hf_immunize.training.core.attack_terms import IMMA_TERM, SIMULATED_TERM, bu
 from hf_immunize.training.core.balancing import check_numbers, numbers_of
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.draws import same_draws
+from hf_immunize.training.core.launching import refuse_deepspeed_of, sharding_ourselves
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
 from hf_immunize.training.core.registry import (
@@ -30,7 +32,6 @@ from hf_immunize.training.core.registry import (
     refuse_one_class,
     terms_of,
 )
-from hf_immunize.training.core.sharding import sharding_ourselves
 from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import TermSettings
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
@@ -43,6 +44,7 @@ from hf_immunize.training.diffusion.unrolled import UnrolledAttack
 
 def accelerator_of(args: DiffusionImmunizationConfig) -> Accelerator:
     """The accelerator that ``args`` ask for. Raises ConfigError for a tracker or a precision that cannot be had."""
+    refuse_deepspeed_of()
     if args.report_to != "none":
         installed = [str(getattr(kind, "value", kind)) for kind in get_available_trackers()]
         registered = set(LOGGER_TYPE_TO_CLASS) - set(LoggerType.list())
@@ -156,10 +158,10 @@ class Streams:
     ) -> Streams:
         """The streams of a run."""
         rank, size = world()
-        share = {"seed": args.seed, "rank": rank, "world_size": size}
+        share: dict[str, Any] = {"seed": args.seed, "rank": rank, "world_size": size}
         low, high = args.level_range
         rows = args.per_device_harmful_batch_size * size
-        concept = {"low": low, "high": high, **share}
+        concept: dict[str, Any] = {"low": low, "high": high, **share}
         return cls(
             NoisyStream(
                 train, process, args.per_device_train_batch_size * size, name="retain", logit_normal=args.logit_normal,

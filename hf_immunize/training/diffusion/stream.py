@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class NoisyStream:
         self._dataset, self._process, self._rows = dataset, process, rows
         self._key = (seed, name)
         self._rank, self._world = rank, world_size
-        self._levels = {"low": low, "high": high, "logit_normal": logit_normal}
+        self._levels: dict[str, Any] = {"low": low, "high": high, "logit_normal": logit_normal}
 
     def rows_of(self, step: int) -> Tensor:
         """Row indices of the whole batch of one step, over all ranks."""

@@ -36,6 +36,8 @@ from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.draws import same_draws
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
+from hf_immunize.training.core.launching import sharding_plugin
+from hf_immunize.training.core.measured import Side
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import MicroBatch
 from hf_immunize.training.core.sharding import (
@@ -44,11 +46,10 @@ from hf_immunize.training.core.sharding import (
     reduced_later,
     settle,
     shard,
-    sharding_plugin,
     whole,
     whole_copy,
 )
-from hf_immunize.training.core.state import CheckpointState
+from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.step import Measured
 from hf_immunize.training.core.teacher import Teacher
 from hf_immunize.training.core.watch import Watch
@@ -125,12 +126,13 @@ class DiffusionImmunizationTrainer:
     ) -> None:
         args = self.args
         plugin = sharding_plugin() if world()[1] > 1 else None
-        self.bare = model.to(self.accelerator.device)
+        self.bare: Any = model.to(self.accelerator.device)
         check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
         self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         choose_trainable(self.denoiser, model.train(), args.trainable_modules, args.lora_rank)
         if args.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            enable: Any = self.bare.enable_gradient_checkpointing
+            enable()
         share_draws(self.bare)
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.watch = Watch(named_terms(args))
@@ -145,7 +147,7 @@ class DiffusionImmunizationTrainer:
         self.changing = ChangingPart(self.bare)
         self._make_guard(harmful_dataset, eval_dataset)
         self._make_optimizer()
-        parts = {"terms": self.terms, "meter": self.meter, "average": self.average}
+        parts: dict[str, Stateful | None] = {"terms": self.terms, "meter": self.meter, "average": self.average}
         self._state = CheckpointState(parts, self.guard, self.watch)
         if self.is_split:  # nothing to wrap: autocast, if that was asked for
             self.model = self.accelerator.prepare_model(self.bare, device_placement=False, evaluation_mode=True)
@@ -158,7 +160,7 @@ class DiffusionImmunizationTrainer:
         self.guard = UtilityGuard(allowed, GUARD_METRIC, self.args.max_strength_factor)
         self._guarded = GuardedRun(self.guard, self.watch, self.terms, self.changing, f"max_primary_drop={drop}")
         self.guard_record: UtilityGuardRecord | None = None
-        told = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
+        told: dict[str, Any] = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
         self._exam = DenoisingExam(self.process, evaluation, **told) if evaluation is not None else None
         self._concept_exam = DenoisingExam(self.process, harmful, **told)
 
@@ -293,7 +295,7 @@ class DiffusionImmunizationTrainer:
         """What the terms see, and the answer to the harmful rows."""
         harmful = self._batch(self.streams.harmful, micro)
         answer, theirs = self._forward(model, "harmful", micro, harmful)
-        labels = {"primary": retain.labels, "harmful": harmful.labels}
+        labels: dict[Side, Tensor] = {"primary": retain.labels, "harmful": harmful.labels}
         return Measured(MicroBatch({"primary": features, "harmful": theirs}, labels)), answer
 
     def _measured(self, micro: int) -> Measured:
@@ -412,7 +414,7 @@ class DiffusionImmunizationTrainer:
         if not self.is_split:
             return self.bare
         kind = original_class(self.bare)
-        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))  # type: ignore[attr-defined]
+        return whole_copy(self.bare, lambda: kind.from_config(self.bare.config))
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 

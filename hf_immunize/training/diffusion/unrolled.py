@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_immunize.errors import ModelError
 from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
-from hf_immunize.training.core.simulated import SimulatedAttack
+from hf_immunize.training.core.simulated import SimulatedAttack, gradient_of
 
 
 class UnrolledAttack(SimulatedAttack):
@@ -52,10 +52,10 @@ class UnrolledAttack(SimulatedAttack):
             loss = self._backward(step, self._steps)
             value = self._harm(loss)
             everything, trained = self._attacker.asked, self._attacker.trained
-            adjoint = {p: p.grad * self._slope(loss) for p in everything}
+            adjoint = {p: gradient_of(p) * self._slope(loss) for p in everything}
             self._attacker.clear()
             for attack_step in reversed(range(self._steps)):
-                torch._foreach_copy_(trained, path.pop())
+                torch._foreach_copy_([*trained], path.pop())
                 loss, gradient, pulled = self._pull_back(step, attack_step, adjoint)
                 for parameter in everything:
                     adjoint[parameter] -= pulled[parameter]
@@ -78,7 +78,7 @@ class UnrolledAttack(SimulatedAttack):
             path.append([parameter.clone() for parameter in self._attacker.trained])
             self._backward(step, attack_step)
             for parameter in self._attacker.trained:
-                parameter -= update(parameter.grad, self._rate)
+                parameter.sub_(update(gradient_of(parameter), self._rate))
         return path
 
     def _pull_back(
@@ -95,7 +95,7 @@ class UnrolledAttack(SimulatedAttack):
             gradient = dict(zip(everything, mean, strict=True))
             told = dict(zip(everything, graphs, strict=True))
             directions = {p: update_vjp(gradient[p], adjoint[p], self._rate) for p in self._attacker.trained}
-            product = sum((told[p] * direction).sum() for p, direction in directions.items())
+            product = torch.stack([(told[p] * direction).sum() for p, direction in directions.items()]).sum()
             pulled = list(torch.autograd.grad(product, everything, materialize_grads=True))
         average_over_ranks(pulled)
         return mean_over_ranks(loss), gradient, dict(zip(everything, pulled, strict=True))

@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_immunize.errors import TrainingDivergedError
+from hf_immunize.errors import RecordError, TrainingDivergedError
 from hf_immunize.models import DIVERGED, refuse_non_finite
+from hf_immunize.records import atomic_write
+from hf_immunize.training.core.changing import ChangingPart
 from hf_immunize.training.core.state import CheckpointState
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.sharded import ShardedTrainer, load_whole
+
+CHANGED = "changed.safetensors"
+"""In a checkpoint of a model that is frozen in part: the weights that are not."""
 
 
 class StrictTrainer(ShardedTrainer):
@@ -23,6 +30,7 @@ class StrictTrainer(ShardedTrainer):
 
     watch: Watch
     checkpoint_state: CheckpointState
+    _in_checkpoint = False
 
     @property
     def bare(self) -> Any:
@@ -36,18 +44,42 @@ class StrictTrainer(ShardedTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         self._refuse_ruined()
-        super()._save(output_dir, state_dict)
+        folder = Path(str(output_dir or self.args.output_dir))
+        if self._in_checkpoint and self._part_is_enough():
+            self._save_changed(folder)
+        else:
+            super()._save(output_dir, state_dict)
         # A pickle has no place in a folder that is meant to be published; immunization.json holds the options.
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _part_is_enough(self) -> bool:
+        """Whether most of the model is frozen, and is there again when a run resumes, since θ₀ is passed in again."""
+        frozen = any(not parameter.requires_grad for parameter in self.bare.parameters())
+        return frozen and not self.is_split and isinstance(self.bare, PreTrainedModel)
+
+    def _save_changed(self, folder: Path) -> None:
+        """What training changes, and nothing else: not a model that can be loaded, but what is missing to θ₀."""
+        changed = ChangingPart(self.bare).state_dict()
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in changed.items()}
+        atomic_write(folder / CHANGED, save(tensors))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Our state goes first: the Trainer's own state file is its last, and marks a complete checkpoint.
         self._refuse_ruined()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         self.checkpoint_state.save(folder, write=self.args.should_save)
-        super()._save_checkpoint(model, trial)
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not list(Path(checkpoint).glob("optimizer*")):
+            raise RecordError(
+                f"expected an optimizer's state in {checkpoint}, got none: a checkpoint of save_only_model cannot be "
+                "resumed exactly. Train again, or take its weights as a new start."
+            )
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.checkpoint_state.load(Path(checkpoint))
@@ -67,7 +99,19 @@ class StrictTrainer(ShardedTrainer):
         The stock Trainer loads with strict=False, and leaves tensors that were saved under older names as they are.
         """
         bare = self.accelerator.unwrap_model(model if model is not None else self.model)
+        if (Path(folder) / CHANGED).is_file():
+            self._load_changed(Path(folder) / CHANGED, bare)
+            return True
         if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or hasattr(bare, "peft_config"):
             return False
         load_whole(folder, bare)
         return True
+
+    def _load_changed(self, file: Path, bare: nn.Module) -> None:
+        try:
+            ChangingPart(bare).load_state_dict(load_file(file), strict=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise RecordError(
+                f"expected the weights that this run trains in {file}, got {error}: resume with the trainable_modules "
+                "the checkpoint was written with."
+            ) from error

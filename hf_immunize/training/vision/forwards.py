@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.features import Captured, RowLayout, capture_inputs
+from hf_immunize.training.core.measured import Side
 from hf_immunize.training.core.objective import SIDES, MicroBatch
 from hf_immunize.training.core.step import Measured
 from hf_immunize.training.vision.config import ImmunizationConfig
@@ -90,8 +91,8 @@ class Forwards:
         features = {side: {site: caught[side][site] for site in self.sites} for side in SIDES}
         harmful = torch.tensor(inputs["harmful"]["classes"])
         nothing = harmful.new_zeros(next((len(rows) for rows in features["primary"].values()), 0))
-        labels = {"primary": inputs.get("labels", nothing), "harmful": harmful}
-        raw = {side: {name: caught[side].raw(name) for name in self.layers} for side in SIDES}
+        labels: dict[Side, Tensor] = {"primary": inputs.get("labels", nothing), "harmful": harmful}
+        raw = {str(side): {name: caught[side].raw(name) for name in self.layers} for side in SIDES}
         return Measured(MicroBatch(features, labels), raw)
 
     def ahead(self, bare: nn.Module, inputs: Mapping[str, Any], step: int, place: int) -> Measured:

@@ -73,7 +73,7 @@ class FrozenPart:
             yield {"pixel_values": pixels, **rest}
 
 
-class BoundaryDataset(Dataset):
+class BoundaryDataset(Dataset[dict[str, Any]]):
     """Cached activations and labels in the place of images.
 
     Args:

@@ -52,7 +52,7 @@ class HarmfulStream:
         self._rows, self._classes = rows_per_device * world_size, classes_per_batch
         self._seed, self._rank, self._world = seed, rank, world_size
         self._sampler: StepSampler | None = None
-        self._loader: DataLoader | None = None
+        self._loader: DataLoader[Any] | None = None
         self._iterator: Iterator[Any] | None = None
         self._next = -1
         if classes_per_batch is not None and (task.is_stream or task.kind != "classes"):
@@ -74,7 +74,7 @@ class HarmfulStream:
         labels = self._task.labels
         place = {"seed": self._seed, "rank": self._rank, "world_size": self._world}
         if self._task.kind == "classes" and len(labels.unique()) > 1:
-            self._sampler = StepBatchSampler(labels, self._rows, classes_per_batch=self._classes, **place)
+            self._sampler = StepBatchSampler(labels.tolist(), self._rows, classes_per_batch=self._classes, **place)
         else:
             self._sampler = RowBatchSampler(len(labels), self._rows, **place)
         if self._task.kind != "classes" and not isinstance(self._collate, WithoutTargets):

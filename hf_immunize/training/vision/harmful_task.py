@@ -174,7 +174,7 @@ class HarmfulTask:
         Of a stream, where a class is none of those it names.
         """
         if self.is_stream and self.kind == "classes":
-            label = whole_number(as_mapping(row, number, name)[self.key], number, name)
+            label = whole_number(as_mapping(row, number, name)[str(self.key)], number, name)
             if label < 0 or (self.names is not None and label >= len(self.names)):
                 raise DataError(f"expected labels of the classes of {name}, got {label} in row {number}: fix it.")
         if not self.made or self.targets is None or self.key is None:

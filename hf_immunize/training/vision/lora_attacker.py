@@ -33,7 +33,7 @@ class LoraAttacker:
         generator = torch.Generator().manual_seed(seed)
         self.factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name in linear_sites(model, "lora", head):
-            weight = model.get_submodule(name).weight
+            weight = model.get_parameter(f"{name}.weight")
             width = weight.shape[1]
             down = (2 * torch.rand(rank, width, generator=generator, dtype=torch.float64) - 1) / width**0.5
             up = torch.zeros(weight.shape[0], rank)

@@ -19,6 +19,7 @@ from hf_immunize.records import OutcomeRecord
 from hf_immunize.regularizers import alternate_within_classes
 from hf_immunize.training.core.registry import AnyTerm, on_features
 from hf_immunize.training.core.terms import Rows, TermSettings
+from hf_immunize.training.core.weight_terms import WeightTerm
 from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
 
 _HORIZONS = tuple(10.0**power for power in range(9))
@@ -26,6 +27,11 @@ _MOST_ROWS = 2048
 _BATCH = 32
 _LOST = 0.5
 """Share of the probe's gain over chance that has to be gone."""
+
+
+_NOTICED = 0.05
+_CONDITIONED = "Conditioning slows attackers that follow the raw gradient, no others."
+_SIMULATED = "It holds up the attacker that was simulated; a probe in closed form is another one."
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ class OutcomeMeter:
         task = self.task
         collate = WithLabels(self._collate, task.key, task.kind)
         # A generator of its own: looking must not change what is drawn in training.
-        options = {"batch_size": self._most, "collate_fn": collate, "generator": torch.Generator().manual_seed(0)}
+        draws = torch.Generator().manual_seed(0)
+        options: dict[str, Any] = {"batch_size": self._most, "collate_fn": collate, "generator": draws}
         if task.is_stream:
             yield from DataLoader(NamedStream(task.rows, task.name, check=task.check_row, limit=_MOST_ROWS), **options)
             return
@@ -205,11 +212,11 @@ def judge(
 ) -> tuple[bool, str]:
     """Whether the objective reached what it is for, and that in one line.
 
-    An objective that tells harmful classes apart is to take the probe at least half of its gain over chance. One that
-    conditions features is to lower its terms; it does not stop a probe in closed form, and the line says so.
+    An objective against probes in closed form is to take the probe at least half of its gain over chance. One that
+    conditions features, or simulates an attacker, is to lower its terms; the line says whom that does not stop.
     """
-    lower = sum(t.progress(after.terms[t.name]) for t in terms) < sum(t.progress(before.terms[t.name]) for t in terms)
-    telling = any(term.tells_classes_apart for term in terms)
+    lower = sum(_gained(term, before.terms[term.name], after.terms[term.name]) for term in terms) > 0
+    telling = any(term.stops_closed_form for term in terms)
     immunized = lower and (_lost(before.probe, after.probe, chance) >= _LOST if telling else True)
     names = ", ".join(f"{term.name} {before.terms[term.name]:.3g} -> {after.terms[term.name]:.3g}" for term in terms)
     told = (
@@ -218,7 +225,16 @@ def judge(
     )
     if not immunized:
         return False, f"{told}. Train longer (max_steps), raise strength or max_primary_drop, or train more layers."
-    return True, told + ("." if telling else ". Conditioning slows attackers that follow the raw gradient, no others.")
+    if telling:
+        return True, f"{told}."
+    simulated = any(isinstance(term, WeightTerm) or term.tells_classes_apart for term in terms)
+    return True, f"{told}. {_SIMULATED if simulated else _CONDITIONED}"
+
+
+def _gained(term: AnyTerm, before: float, after: float) -> float:
+    """How far a term has fallen beyond a twentieth of what it was, which is as much as a run that did nothing shows."""
+    least = _NOTICED if getattr(term, "logarithmic", False) else _NOTICED * abs(before)
+    return term.progress(before) - term.progress(after) - least
 
 
 def _lost(before: float | None, after: float | None, chance: float | None) -> float:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,7 +19,6 @@ from hf_immunize.data import (
     label_key,
     labels_of,
     read_labels,
-    refuse_other_labels,
     whole_number,
 )
 from hf_immunize.errors import DataError
@@ -132,7 +130,7 @@ class RowCheck:
 def wrong_labels(labels: Tensor, kind: str, classes: int) -> Tensor:
     """Labels that are all wrong: the next class, every bit flipped, or another row's target."""
     if kind == SINGLE:
-        return (labels + 1) % classes
+        return labels.roll(1, dims=-1) if labels.is_floating_point() else (labels + 1) % classes  # mixed ones are soft
     return 1 - labels if kind == MULTI else labels.roll(1, dims=0)
 
 
@@ -151,86 +149,3 @@ def divergence(outputs: Tensor, target: Tensor, kind: str, temperature: float = 
     return functional.kl_div(
         outputs.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"
     )
-
-
-def _predicted(prediction: Any) -> np.ndarray:
-    found = prediction.predictions
-    return found[0] if isinstance(found, tuple) else found
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """The share of rows whose largest logit is the label (0..1)."""
-    return {"accuracy": float(np.mean(np.argmax(_predicted(prediction), axis=-1) == prediction.label_ids))}
-
-
-def bit_accuracy(prediction: Any) -> dict[str, float]:
-    """The share of bits whose logit has the right sign (0..1)."""
-    return {"accuracy": float(np.mean((_predicted(prediction) > 0) == (prediction.label_ids > 0.5)))}
-
-
-def r2(prediction: Any) -> dict[str, float]:
-    """1 − squared residual over the targets' squared deviation from their mean."""
-    targets = np.asarray(prediction.label_ids, dtype=np.float64)
-    outputs = np.asarray(_predicted(prediction), dtype=np.float64).reshape(targets.shape)
-    return {"r2": float(1 - np.square(outputs - targets).sum() / np.square(targets - targets.mean(axis=0)).sum())}
-
-
-class BaseLabels:
-    """A ``compute_metrics`` that also remembers, while it is ``open``, what the model before immunization predicted.
-
-    Args:
-        metrics: what is computed of each prediction.
-    """
-
-    def __init__(self, metrics: Callable[..., dict[str, float]]):
-        self._metrics, self.open = metrics, False
-        self._seen: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def __call__(self, prediction: Any, **options: Any) -> dict[str, float]:
-        """The metrics of one prediction, as ``Trainer`` asks for them."""
-        if self.open:
-            logits, labels = (np.asarray(part) for part in (_predicted(prediction), prediction.label_ids))
-            self._seen.append((np.argmax(logits, axis=-1), labels))
-        return self._metrics(prediction, **options)
-
-    def refuse_other_order(self, names: Sequence[str], where: str) -> None:
-        """Raise DataError where the predictions are right under another order of the labels."""
-        self.open, seen, self._seen = False, self._seen, []
-        if seen:
-            predicted, labels = (torch.as_tensor(np.concatenate(part)) for part in zip(*seen, strict=True))
-            refuse_other_labels(predicted, labels, names, where)
-
-
-METRICS: dict[str, Callable[[Any], dict[str, float]] | None] = {
-    SINGLE: accuracy,
-    MULTI: bit_accuracy,
-    REGRESSION: r2,
-    UNLABELLED: None,
-}
-
-
-_NUMBERS = (Tensor, np.ndarray, np.generic, int, float, list)
-"""What a forward may take; an image that a transform left in its rows, or a file's name, it does not."""
-
-
-def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[..., Any]:
-    """``collate`` for a primary task whose labels are vectors or real numbers, or are not there."""
-    if kind == SINGLE:
-        return collate
-
-    def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        key = "label" if "label" in rows[0] else "labels"
-        images = collate([{"pixel_values": row["pixel_values"], "labels": 0} for row in rows])
-        rest = {
-            name: torch.stack([torch.as_tensor(row[name]) for row in rows])
-            for name, value in rows[0].items()
-            if name not in ("pixel_values", key) and isinstance(value, _NUMBERS)
-        }
-        found = {"pixel_values": images["pixel_values"], **rest}
-        if key not in rows[0]:
-            return found
-        labels = torch.stack([torch.as_tensor(row[key]) for row in rows])
-        # The harmful stream shares this collator, and its labels are classes.
-        return found | {"labels": labels if labels.dtype == torch.long and labels.dim() == 1 else labels.float()}
-
-    return collated

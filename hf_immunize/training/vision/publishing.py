@@ -17,7 +17,7 @@ class GatedTrainer(Trainer):
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Nothing to do before there is something to publish: the gate creates the repository."""
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]
         self,
         commit_message: str | None = None,
         blocking: bool = True,
@@ -32,7 +32,7 @@ class GatedTrainer(Trainer):
         """
         from hf_immunize.hub import publish
 
-        folder = Path(self.args.output_dir)
+        folder = Path(str(self.args.output_dir))
         settings = {"private": self.args.hub_private_repo, **options}
         return publish(
             folder,

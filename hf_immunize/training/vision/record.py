@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from hf_immunize.errors import RecordError
 from hf_immunize.features import capture_inputs, lying_channels_last
 from hf_immunize.records import DatasetFingerprint, ImmunizationRecord, ModelFingerprint, Provenance, SpectrumRecord
 from hf_immunize.spectra import model_spectra, spectrum_record
+from hf_immunize.training.core.sharding import original_class
 from hf_immunize.training.vision.checkpoints import scientific_options
 from hf_immunize.training.vision.frozen import BoundaryDataset
 from hf_immunize.training.vision.trainer import ImmunizationTrainer
@@ -58,13 +60,15 @@ def immunization_record(
     base: ModelFingerprint,
     data: list[DatasetFingerprint],
     fingerprint: str,
-    base_spectra: list[SpectrumRecord],
+    spectra: dict[str, list[SpectrumRecord]],
     seconds: float,
 ) -> ImmunizationRecord:
-    """Describe the run whose weights were saved in ``folder``."""
+    """Describe the run whose weights were saved in ``folder``; ``spectra`` are those of base and immunized model."""
+    if trainer.guard_record is None:
+        raise RecordError("expected a finished run with an eval_dataset, got none: the record says what utility cost.")
     model = trainer.accelerator.unwrap_model(trainer.model)
     saved = ModelFingerprint.of_folder(
-        folder, name=Path(folder).name, architecture=type(model).__name__, parameters=model.num_parameters()
+        folder, name=Path(folder).name, architecture=original_class(model).__name__, parameters=model.num_parameters()
     )
     args = trainer.args
     return ImmunizationRecord(
@@ -74,10 +78,11 @@ def immunization_record(
         fingerprint=fingerprint,
         seeds={"seed": args.seed, "data_seed": args.data_seed if args.data_seed is not None else args.seed},
         data=data,
-        spectra={"base": base_spectra, "immunized": training_spectra(trainer)},
+        spectra=spectra,
         guard=trainer.guard_record,
         outcome=trainer.outcome,
         steps=trainer.state.global_step,
+        saved_step=trainer.saved_step,
         seconds=seconds,
         provenance=Provenance.here(str(args.device)),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.records import atomic_write
 from hf_immunize.training.core.distributed import world
+from hf_immunize.training.core.launching import sharding_ourselves, sharding_plugin
 from hf_immunize.training.core.sharding import (
     empty_twin,
     is_sharded,
@@ -32,8 +33,6 @@ from hf_immunize.training.core.sharding import (
     reduced_later,
     settle,
     shard,
-    sharding_ourselves,
-    sharding_plugin,
     split_state,
     whole_on_cpu,
 )
@@ -46,6 +45,9 @@ _MOMENTS, _SCHEDULE = "optimizer.safetensors", "scheduler.json"
 class ShardedTrainer(GatedTrainer):
     """A ``Trainer`` whose model may be split over ranks."""
 
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
     _plugin: FullyShardedDataParallelPlugin | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -98,7 +100,7 @@ class ShardedTrainer(GatedTrainer):
         bare.__dict__.pop("_is_accelerate_prepared", None)
         return super()._prepare_for_training(*args, **kwargs)
 
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+    def _defer_fsdp_gradient_reduction(self) -> Any:
         return reduced_later(self.model)
 
     # ---- files ----------------------------------------------------------------------------------------------------
@@ -144,7 +146,7 @@ class ShardedTrainer(GatedTrainer):
 def load_whole(folder: str, bare: PreTrainedModel) -> None:
     """The weights in a folder, every one of them, into a model that may be split."""
     kind, config = original_class(bare), _unsplit(bare.config)
-    loaded = kind.from_pretrained(folder, config=config, dtype=bare.dtype, use_safetensors=True)  # type: ignore[attr-defined]
+    loaded = kind.from_pretrained(folder, config=config, dtype=bare.dtype, use_safetensors=True)
     bare.load_state_dict(split_state(loaded.state_dict(), bare.state_dict()), strict=True)
 
 
@@ -185,7 +187,7 @@ def _unsplit(config: Any) -> Any:
 @contextmanager
 def _told_nothing(model: nn.Module) -> Iterator[None]:
     """Inside, a model's configuration does not ask for sharding, so that it saves the state it is given."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     kept: Mapping[str, Any] = getattr(config, "__dict__", {})
     asked = kept.get("distributed_config")
     if asked is not None:

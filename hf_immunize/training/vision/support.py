@@ -5,7 +5,6 @@ What is left is exact: tests/training/test_devices.py and test_distributed.py co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.core.sharding import is_sharded, sharding_plugin
+from hf_immunize.training.core.launching import refuse_deepspeed_of, sharding_plugin
+from hf_immunize.training.core.sharding import is_sharded
 
 logger = logging.get_logger(__name__)
 
@@ -25,13 +25,7 @@ def refuse_deepspeed(args: Any) -> None:
 
     Called before TrainingArguments look for the package, so that the reason does not depend on its being installed.
     """
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes", "y", "on", "t")
-    if args.deepspeed is not None or launched:
-        where = "in the options" if args.deepspeed is not None else f"from {_LAUNCHER}"
-        raise ConfigError(
-            f"expected no DeepSpeed, got it {where}: its engine runs backward on its own and has not been shown to "
-            "give the gradient of the global batch. Use DDP or FSDP2."
-        )
+    refuse_deepspeed_of("in the options" if args.deepspeed is not None else None)
 
 
 def use_one_device(args: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,22 +28,24 @@ from hf_immunize.data import (
 from hf_immunize.errors import ConfigError
 from hf_immunize.features import Captured, capture_inputs
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
-from hf_immunize.records import OutcomeRecord
+from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
 from hf_immunize.training.core.average import WeightAverage
 from hf_immunize.training.core.changing import ChangingPart
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
+from hf_immunize.training.core.objective import GlobalObjective
 from hf_immunize.training.core.preconditioning import Preconditioner
-from hf_immunize.training.core.references import ReferenceGradients
 from hf_immunize.training.core.registry import terms_of
-from hf_immunize.training.core.sharding import reach, settle
-from hf_immunize.training.core.state import CheckpointState
+from hf_immunize.training.core.sharding import reach
+from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.watch import Watch
+from hf_immunize.training.vision.before import measure_references, measure_temperature
 from hf_immunize.training.vision.callbacks import Averaging, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer
 from hf_immunize.training.vision.checks import check_data, check_unlabelled, head_of, matched, refuse_streams
+from hf_immunize.training.vision.collators import UnmixedCollator, collate_with_labels
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly, feature_distance
 from hf_immunize.training.vision.forwards import Forwards
@@ -56,32 +58,27 @@ from hf_immunize.training.vision.frozen import (
 )
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
+from hf_immunize.training.vision.identity import digest_model, digest_some
 from hf_immunize.training.vision.loading import LoaderOptions
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
+from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
 from hf_immunize.training.vision.primary import (
-    METRICS,
     REGRESSION,
     SINGLE,
     UNLABELLED,
-    BaseLabels,
     RowCheck,
-    accuracy,
     check_primary_labels,
-    collate_with_labels,
     divergence,
-    wrong_labels,
 )
 from hf_immunize.training.vision.rows_of_step import rows_of_step
 from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
 from hf_immunize.training.vision.sharded import resumable
 from hf_immunize.training.vision.sites import choose_layouts, choose_sites
+from hf_immunize.training.vision.stock_options import check_stock_options
 from hf_immunize.training.vision.support import refuse_accelerator, refuse_model, refuse_sharded, refuse_terms
 
 logger = logging.get_logger(__name__)
-
-_REFERENCE_STEPS = 8
-"""Steps whose wrong-label gradients G is the mean of."""
 
 
 class ImmunizationTrainer(StrictTrainer):
@@ -115,6 +112,10 @@ class ImmunizationTrainer(StrictTrainer):
         ModelError: no linear head found, a head of another number of classes, or patterns that fit no module.
     """
 
+    args: ImmunizationConfig
+    guard_record: UtilityGuardRecord | None
+    objective: GlobalObjective | None
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module,
@@ -147,16 +148,19 @@ class ImmunizationTrainer(StrictTrainer):
         if harmful_eval_dataset is not None:
             held = HarmfulTask(harmful_eval_dataset, "harmful_eval_dataset", terms)
         self._look_at(model, args, first)
-        self._base_labels = BaseLabels(compute_metrics or accuracy) if self.kind == SINGLE else None
-        plain = data_collator or collate_with_labels(collate_pixels, self.kind)
+        metrics = compute_metrics or metrics_of(self.kind)
+        self._base_labels = BaseLabels(metrics) if metrics is not None and self.kind == SINGLE else None
+        check_stock_options(args, self.kind, metrics)
+        ours = collate_with_labels(collate_pixels, self.kind)
+        self._plain_collator = collate_with_boundary(UnmixedCollator(data_collator, ours) if data_collator else ours)
         with resumable(args, model):
             super().__init__(
                 model=model,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                data_collator=collate_with_boundary(plain),
-                compute_metrics=self._base_labels or compute_metrics or METRICS[self.kind],
+                data_collator=collate_with_boundary(data_collator or ours),
+                compute_metrics=self._base_labels or metrics,
                 **kwargs,
             )
         refuse_accelerator(self.accelerator)
@@ -232,7 +236,7 @@ class ImmunizationTrainer(StrictTrainer):
         self.guard_record = None
         self.outcome: OutcomeRecord | None = None
         """Whether it worked; set when training ends."""
-        parts = {"step": self.step, "average": self.average, "attacker": self.attacker}
+        parts: dict[str, Stateful | None] = {"step": self.step, "average": self.average, "attacker": self.attacker}
         parts |= {"temperature": self.temperature} if args.distillation else {}
         self.checkpoint_state = CheckpointState(parts, self.guard, self.watch)
         self.add_callback(Watching(self.watch, self.meter))
@@ -245,7 +249,7 @@ class ImmunizationTrainer(StrictTrainer):
             held = held.replaced(self._cache.dataset(held.rows, held.every_label, held.name))
         return OutcomeMeter(
             held or self.harmful_task,
-            held_out=held is not None, collate=self.data_collator, capture=self._capture_rows,
+            held_out=held is not None, collate=self._plain_collator, capture=self._capture_rows,
             sites=self.site_weights, head=self.site, terms=self.terms, settings=self.settings,
             on_weights=self.step.weight_terms.values if self.step.weight_terms else None,
             workers=self.args.dataloader_num_workers, most_rows=self._largest_batch,
@@ -296,7 +300,7 @@ class ImmunizationTrainer(StrictTrainer):
         seed = args.data_seed if args.data_seed is not None else args.seed
         return HarmfulStream(
             self.harmful_task,
-            self.data_collator,
+            self._plain_collator,
             rows_per_device=args.per_device_harmful_batch_size,
             classes_per_batch=args.harmful_classes_per_batch,
             seed=seed if name == "harmful" else seed + 1_000_003,
@@ -323,7 +327,12 @@ class ImmunizationTrainer(StrictTrainer):
             rows: Any = NamedStream(dataset, name, repeat=training, check=check)
         else:
             rows = NamedRows(dataset, name, check)
-        loader = super()._get_dataloader(rows, description, *args, **kwargs)
+        kept = self.data_collator
+        self.data_collator = kept if training else self._plain_collator  # a mixed image has no right answer
+        try:
+            loader = super()._get_dataloader(rows, description, *args, **kwargs)
+        finally:
+            self.data_collator = kept
         if self.args.dataloader_num_workers:
             getattr(loader, "base_dataloader", loader).timeout = self.args.dataloader_timeout
         return loader
@@ -339,11 +348,15 @@ class ImmunizationTrainer(StrictTrainer):
         with named_workers("eval_dataset", self.args.dataloader_timeout):
             return super().evaluation_loop(*args, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
         self._count_rows()
         with named_workers("train_dataset", self.args.dataloader_timeout):
             self._outcome_meter.start(self.bare)  # the model is θ₀ until a checkpoint is loaded
+            if resume_from_checkpoint or self.args.save_strategy != "no":
+                self.checkpoint_state.identity = self._identity()
             if not resume_from_checkpoint:
                 if self.eval_dataset is not None and self.kind != UNLABELLED:
                     self.guard.base = self._measure_base()
@@ -355,7 +368,7 @@ class ImmunizationTrainer(StrictTrainer):
         self._finish()
         return output
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         done = self.state.global_step
@@ -426,6 +439,7 @@ class ImmunizationTrainer(StrictTrainer):
         total: Tensor | float = 0.0
         if self.args.distillation:
             ours, temperature = outputs["logits"], self.temperature.value
+            assert target is not None and temperature is not None, "measured before the first step"
             distance = divergence(ours, target.to(ours.dtype), self.kind, temperature)
             self.meter.add({"distillation": distance}, local=True)
             total = total + self.args.distillation * distance
@@ -436,6 +450,11 @@ class ImmunizationTrainer(StrictTrainer):
         return total
 
     # ---- measuring before, between and after ----------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, str]:
+        """What a run that goes on from a checkpoint has to have in common with the one that wrote it."""
+        rows = {"train_dataset": self.primary_dataset, "harmful_dataset": self.harmful_dataset}
+        return {"model": digest_model(self.bare)} | {name: digest_some(held) for name, held in rows.items()}
 
     def _count_rows(self) -> None:
         """Read what no column tells: the labels of harmful rows, once."""
@@ -457,46 +476,19 @@ class ImmunizationTrainer(StrictTrainer):
         self._base_labels.refuse_other_order(output_names(self.bare.config.id2label), "eval_dataset")
         return points
 
-    @torch.no_grad()
-    def _measure_temperature(self) -> None:
-        """The temperature of distillation, from θ₀'s outputs on a choice of rows that no rank or batch decides."""
-        bare, outputs, labels = self.bare.eval(), [], []
-        rows = evenly(self._readable(self.train_dataset, "Temperature"), ROWS)
-        for batch in DataLoader(rows, 32, collate_fn=self.data_collator, generator=torch.Generator()):
-            batch = self._prepare_inputs(batch)
-            with self.compute_loss_context_manager():
-                outputs.append(self.forwards.features(bare, bare, batch)["logits"].double().cpu())
-            labels.append(batch["labels"].cpu())
-        self.temperature.measure(torch.cat(outputs), torch.cat(labels), self.kind)
-
     def _measure_references(self) -> None:
-        """G wherever a balance needs it and has none yet: the primary loss's pull with every label wrong.
+        """G wherever a balance needs it and has none yet."""
+        batches = (self._prepare_inputs(batch) for batch in self._primary_batches())
+        measure_references(self.step, self.forwards, self.bare, batches, self.compute_loss_func)
 
-        A task without labels cannot be wrong; there the gradient of its loss as it is has to do.
-        """
-        waiting = {site: weights for site, weights in self.step.weights.items() if weights.needs_reference}
-        if not waiting:
-            return
-        cut, steps = self.args.gradient_accumulation_steps, []
-        trained = [part for part in settle(self.bare).parameters() if part.requires_grad and "" in waiting]
-        self.bare.eval()
-        for place, inputs in enumerate(self.get_train_dataloader()):
-            if place == _REFERENCE_STEPS * cut:
-                break
-            if place % cut == 0:
-                steps.append(ReferenceGradients([site for site in waiting if site], trained))
-            steps[-1].add(*self._wrong_loss(self._prepare_inputs(inputs), [site for site in waiting if site]))
-        for site, weights in waiting.items():
-            found = [step.at_sites()[site] if site else step.at_weights() for step in steps]
-            weights.reference = torch.stack(found).mean()
+    def _primary_batches(self) -> Any:
+        yield from self.get_train_dataloader()
 
-    def _wrong_loss(self, inputs: dict[str, Any], sites: Sequence[str]) -> tuple[Tensor, Captured]:
-        if self.kind != UNLABELLED:
-            inputs = {**inputs, "labels": wrong_labels(inputs["labels"], self.kind, self.bare.config.num_labels)}
-        with capture_inputs(self.bare, self.forwards.laid_out(sites)) as caught:
-            with self.forwards.entered(self.bare, inputs) as plain:
-                with torch.enable_grad(), self.compute_loss_context_manager():
-                    return self.bare(**plain).loss, caught
+    def _measure_temperature(self) -> None:
+        rows = evenly(self._readable(self.train_dataset, "Temperature"), ROWS)
+        loader = DataLoader(rows, 32, collate_fn=self._plain_collator, generator=torch.Generator())
+        batches = (self._prepare_inputs(batch) for batch in loader)
+        measure_temperature(self.temperature, self.forwards, self.bare, batches)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of what was measured since the last log. A log only tells: see ``Watch`` for what decides.
@@ -525,6 +517,14 @@ class ImmunizationTrainer(StrictTrainer):
     def _checked(self, metrics: dict[str, float]) -> dict[str, float]:
         return self.guarded.check(self.state.global_step, self._points(metrics), self.state.max_steps)
 
+    @property
+    def saved_step(self) -> int:
+        """The step whose weights the model has when training has ended."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        if best is not None:
+            return best
+        return self.state.global_step if self.guard_record is None else self.guard_record.returned_step
+
     def _finish(self) -> None:
         """Give the model the weights that are returned, and say whether they are what was asked for."""
         self._refuse_ruined()
@@ -536,6 +536,7 @@ class ImmunizationTrainer(StrictTrainer):
             self.guard_record = self.guarded.finish(
                 lambda: self._points(self.evaluate(metric_key_prefix="final"), "final")
             )
+            self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})
         self.outcome = self._outcome_meter.record(self.bare)
         if self.outcome is not None:
             self.log(logged(self.outcome))

@@ -13,6 +13,7 @@ from pipeline_builders import KINDS, build_text_pipeline
 from test_diffusion_attacks import Pieces, make_context, only
 
 from hf_immunize.attacks import Run
+from hf_immunize.attacks.core.suite import trace_of
 from hf_immunize.attacks.diffusion import (
     DIFFUSION_ATTACKS,
     DiffusionAttackContext,
@@ -22,7 +23,6 @@ from hf_immunize.attacks.diffusion import (
 )
 from hf_immunize.attacks.diffusion import context as context_module
 from hf_immunize.attacks.diffusion._finetune import finetune
-from hf_immunize.attacks.suite import trace_of
 from hf_immunize.diffusion import LatentDataset
 from hf_immunize.diffusion.encoding import encode, encode_pixels, encode_prompt
 from hf_immunize.errors import ConfigError, DataError, DeviceMemoryError

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_immunize.attacks import Run
+from hf_immunize.attacks.core.shape import Result
+from hf_immunize.attacks.core.suite import trace_of
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DiffusionAttackContext
-from hf_immunize.attacks.shape import Result
-from hf_immunize.attacks.suite import trace_of
 from hf_immunize.certification.cells import check_same_exam
 from hf_immunize.diffusion import differences, load_pipeline
 from hf_immunize.diffusion.encoding import encode, encode_prompt

@@ -269,6 +269,12 @@ def test_what_cannot_be_is_refused_before_training(make_trainer, options, error,
         make_trainer(**options)
 
 
+def test_deepspeed_from_the_launcher_is_refused(make_trainer, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="no DeepSpeed, got it from accelerate's launcher.*Use DDP or FSDP2"):
+        make_trainer()
+
+
 def test_divergence_and_lack_of_memory_are_errors_that_name_the_knobs(make_trainer):
     with pytest.raises(TrainingDivergedError, match="lower the learning rate"):
         make_trainer(learning_rate=1e30, max_steps=6, max_grad_norm=0.0).train()

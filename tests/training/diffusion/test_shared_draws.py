@@ -11,6 +11,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_immunize.training.core.draws import same_draws
 from hf_immunize.training.diffusion import draws
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def answers(module, rows, ranks, monkeypatch):
     found = torch.empty(len(rows), *module(rows[:1]).shape[1:])
     for rank in range(ranks):
         monkeypatch.setattr(draws, "world", lambda rank=rank: (rank, ranks))
-        with draws.same_draws(CPU, "seed", 3):
+        with same_draws(CPU, "seed", 3):
             found[rank::ranks] = module(rows[rank::ranks])
     return found
 

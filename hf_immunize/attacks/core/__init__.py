@@ -1,0 +1,1 @@
+"""What all attacks share: their shape, how runs are planned and queued, which trials go on."""

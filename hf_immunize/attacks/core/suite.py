@@ -1,0 +1,202 @@
+"""Run attacks and keep one trace file per run; a run that is already on disk is not made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_immunize.attacks.core.finalists import finalists
+from hf_immunize.attacks.core.plan import find_attack, is_searchable, plan_runs
+from hf_immunize.attacks.core.shape import Attack, Context, Result, Run
+from hf_immunize.errors import RunMismatchError
+from hf_immunize.records import AttackTrace, Provenance, atomic_write
+
+_NOT_RUN = Result([], 1, 0.0, "diverged", "not run")
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteSummary:
+    """How many runs were made now, how many were there already, and how many of all diverged."""
+
+    made: int
+    kept: int
+    diverged: int
+
+
+def run_suite(
+    context: Context,
+    table: Mapping[str, Attack],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    folder: str | Path,
+    settings: Mapping[str, Mapping[str, Sequence[Any]]] | None = None,
+    *,
+    trials: int | None = None,
+    tuning_seeds: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[AttackTrace, bool], None] | None = None,
+) -> SuiteSummary:
+    """Run every (attack, trial, seed) that has no valid trace yet and write its trace to ``folder/traces/<role>/``.
+
+    Args:
+        trials: as in ``plan_trials``.
+        tuning_seeds: compare the trials of attacks that have a ``search`` on this many of the seeds, and run only the
+            ``finalists`` (one or two) on the others. None: every trial on every seed.
+        progress: called once per run with its trace and whether it was made now.
+
+    Raises:
+        RunMismatchError: a trace file of the same name tells of other weights, data or settings, and ``overwrite`` is
+            off. Nothing is run in that case.
+        RecordError: a trace file that cannot be read, and ``overwrite`` is off.
+    """
+    sitting = _Sitting(context, table, Path(folder) / "traces" / context.role, overwrite, progress)
+    first: dict[str, list[Run]] = {}
+    staged = []
+    for name in names:
+        attack = find_attack(name, table)
+        runs = plan_runs(attack, seeds, (settings or {}).get(name), trials)
+        if is_staged(attack, runs, seeds, tuning_seeds):
+            staged.append(name)
+            tuning = tuple(seeds[:tuning_seeds])
+            runs = [dataclasses.replace(run, tuning=tuning) for run in runs if run.seed in tuning]
+        first[name] = runs
+    sitting.sit(first)
+    second = {}
+    for name in staged:
+        chosen = finalists([trace for trace in sitting.all if trace.attack == name])
+        configs, tuning = {run.trial: run.config for run in first[name]}, first[name][0].tuning
+        second[name] = [
+            Run(configs[trial], trial, seed, tuning) for trial in chosen for seed in seeds if seed not in tuning
+        ]
+    sitting.sit(second)
+    diverged = sum(trace.outcome == "diverged" for trace in sitting.all)
+    return SuiteSummary(sitting.made, len(sitting.all) - sitting.made, diverged)
+
+
+def is_staged(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning_seeds: int | None) -> bool:
+    """Whether an attack's trials are compared on some of the seeds only."""
+    return (
+        tuning_seeds is not None
+        and is_searchable(attack)
+        and 0 < tuning_seeds < len(seeds)
+        and len({run.trial for run in runs}) > 1
+    )
+
+
+def count_runs(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning_seeds: int | None) -> int:
+    """How many of the planned runs a suite makes at least: a second finalist adds to them."""
+    if not is_staged(attack, runs, seeds, tuning_seeds) or tuning_seeds is None:
+        return len(runs)
+    return len({run.trial for run in runs}) * tuning_seeds + len(seeds) - tuning_seeds
+
+
+@dataclasses.dataclass
+class _Sitting:
+    """Makes runs whose trace is missing and keeps the others."""
+
+    context: Context
+    table: Mapping[str, Attack]
+    target: Path
+    overwrite: bool
+    progress: Callable[[AttackTrace, bool], None] | None
+    all: list[AttackTrace] = dataclasses.field(default_factory=list)
+    made: int = 0
+
+    def sit(self, planned: Mapping[str, Sequence[Run]]) -> None:
+        """Check every trace on disk first, then run what is missing and write each trace as soon as it is there."""
+        provenance = Provenance.here(self.context.device)
+        missing: dict[str, list[Run]] = {}
+        kept = []
+        for name, runs in planned.items():
+            for run in runs:
+                # What a run would write, with an empty result: everything that must agree with a file already there.
+                blank = trace_of(self.context, name, self.table[name], run, _NOT_RUN, provenance)
+                path = self.target / blank.file_name
+                if path.exists() and not self.overwrite:
+                    kept.append(_check_same(AttackTrace.read(path), blank, path))
+                else:
+                    missing.setdefault(name, []).append(run)
+        for trace in kept:
+            self._note(trace, False)
+        for name, runs in missing.items():
+            company = planned[name] if self.table[name].batched else runs
+            for run, result in self.table[name].run(self.context, company):
+                if run not in runs:
+                    continue
+                trace = trace_of(self.context, name, self.table[name], run, result, provenance)
+                if result.picture is not None:  # first, since the trace is what says that the run is whole
+                    atomic_write(self.target.parents[1] / picture_name(trace), result.picture)
+                trace.write(self.target / trace.file_name)
+                self._note(trace, True)
+
+    def _note(self, trace: AttackTrace, made: bool) -> None:
+        self.all.append(trace)
+        self.made += made
+        if self.progress:
+            self.progress(trace, made)
+
+
+def picture_name(trace: AttackTrace) -> str:
+    """Where the picture of a run lies, relative to the model's folder."""
+    return f"samples/{trace.role}/{trace.file_name.removesuffix('.json')}.png"
+
+
+def trace_of(
+    context: Context, name: str, attack: Attack, run: Run, result: Result, provenance: Provenance
+) -> AttackTrace:
+    """The record of one run."""
+    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
+    return AttackTrace(
+        attack=name,
+        family=attack.family,
+        trial=run.trial,
+        config=dataclasses.asdict(run.config)
+        | context.described
+        | holdings(context, attack)
+        | ({"tuning_seeds": list(run.tuning)} if run.tuning else {}),
+        seed=run.seed,
+        role=context.role,
+        model=context.fingerprint,
+        data=list(context.data),
+        unit=attack.unit,
+        budget=result.budget,
+        curve=list(result.curve),
+        outcome=result.outcome,
+        note=result.note,
+        seconds=round(result.seconds, 4),
+        samples=result.samples,
+        flops=result.flops,
+        provenance=provenance.model_copy(update={"created": now}),
+    )
+
+
+def holdings(context: Context, attack: Attack) -> dict[str, str | None]:
+    """Digests of what the attacker needs beside model and harmful data, so that both sides are given the same."""
+    return {need: context.holding(need) for need in attack.needs}
+
+
+def _check_same(found: AttackTrace, wanted: AttackTrace, path: Path) -> AttackTrace:
+    """The trace on disk, when it tells of the same run on the same weights and rows."""
+    for what in ("attack", "trial", "seed", "role", "config", "model", "data"):
+        here, there = _identity(found, what), _identity(wanted, what)
+        if here != there:
+            raise RunMismatchError(
+                f"expected the run on disk to be this one, got another {what} in {path}: {_short(here)} on disk, "
+                f"{_short(there)} asked for. Pass --overwrite to replace it, or choose another output folder."
+            )
+    return found
+
+
+def _identity(trace: AttackTrace, what: str) -> Any:
+    """What makes two runs the same: content, not the names of folders and sources."""
+    if what == "model":
+        return trace.model.model_dump(exclude={"name", "revision"})
+    return [split.sha256 for split in trace.data] if what == "data" else getattr(trace, what)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 300 else text[:300] + "…"

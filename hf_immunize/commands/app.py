@@ -1,0 +1,100 @@
+"""The ``hf-immunize`` command: its group, its exit codes, and how it prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand, TyperGroup
+
+from hf_immunize.errors import HubError, ImmunizeError, PolicyUnmetError, PublishRefusedError, VerificationError
+
+UNSOUND, UNMET, NO_HUB = 3, 4, 5
+CODES = "Exit codes: 0 done, 1 error, 2 usage, 3 files that are not what the certificate says, 4 policy, 5 the Hub."
+
+STAGES = {
+    "pretrain": "Train the base, or its head: classifiers, and small class-conditional denoisers.",
+    "immunize": "Immunize a classifier or a diffusion pipeline against a harmful task.",
+    "attack": "Attack a model as a stranger would, and keep one trace per run.",
+    "certify": "Judge an attacked model against its attacked base.",
+    "cards": "Render the cards of finished runs, without weights and traces.",
+    "linear": "Immunize linear models, from one YAML.",
+    "recipes": "List the preset option files of this package, or copy them.",
+}
+"""Verbs that are modules of ``hf_immunize.stages``, imported when they are called: help must not wait for torch."""
+
+
+class Stage(TyperCommand):
+    """A verb whose words, ``--help`` among them, are read by its stage."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Leave every word to the stage."""
+        ctx.args = list(args)
+        return ctx.args
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the stage; a number that it returns is an exit code."""
+        code = import_module(f"hf_immunize.stages.{self.name}").main(ctx.args, prog=f"hf-immunize {self.name}")
+        if code:
+            raise typer.Exit(code)
+
+
+class _Quiet(TyperGroup):
+    """Errors as one message on stderr; tracebacks only with --debug."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        stages = {name: Stage(name, help=told) for name, told in STAGES.items()}
+        self.commands = stages | dict(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except ImmunizeError as error:
+            if ctx.params.get("debug"):
+                raise
+            errors().print(f"{type(error).__name__}: {error}", style="red")
+            raise typer.Exit(_code_of(error)) from None
+        except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+            if ctx.params.get("debug"):
+                raise
+            errors().print(f"Unexpected {type(error).__name__}: {error}. --debug shows where.", style="red")
+            raise typer.Exit(1) from None
+
+
+def _code_of(error: ImmunizeError) -> int:
+    if isinstance(error, HubError):
+        return NO_HUB
+    if isinstance(error, PolicyUnmetError):
+        return UNMET
+    return UNSOUND if isinstance(error, VerificationError | PublishRefusedError) else 1
+
+
+app = typer.Typer(
+    cls=_Quiet, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help=f"Immunize models, attack and certify them; publish, verify and read what came of it.\n\n{CODES}",
+)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    pass
+
+
+def say(what: Any) -> None:
+    """Print data as JSON, a table as a table, and text as it is."""
+    if isinstance(what, dict | list):
+        sys.stdout.write(json.dumps(what, indent=1, ensure_ascii=False) + "\n")
+    else:
+        Console(soft_wrap=isinstance(what, str)).print(what, markup=False, highlight=False)
+
+
+def errors() -> Console:
+    """Where errors and hints go."""
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)

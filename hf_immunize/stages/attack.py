@@ -1,0 +1,198 @@
+"""Attack one model with the harmful task, as a stranger would, and leave one trace file per run.
+
+The model is a classifier or a diffusion pipeline, as the task says: classes, concepts, or folders with prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_immunize.attacks import (
+    ATTACKS,
+    TRAINABILITY,
+    Attack,
+    AttackContext,
+    SuiteSummary,
+    count_runs,
+    parse_settings,
+    plan_runs,
+    run_suite,
+)
+from hf_immunize.attacks.core.plan import describe_attacks, find_attack
+from hf_immunize.errors import ConfigError
+from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
+from hf_immunize.hub import local_folder, working_folder
+from hf_immunize.options import option, required
+from hf_immunize.stages.start import DEVICE_HELP, hush, start
+from hf_immunize.stages.words import choose_family, read_words, refuse_foreign
+from hf_immunize.tasks import ExamTask, Family, attacker_holds, family_of
+
+
+@dataclass
+class AttackOptions:
+    """Which model is attacked, by whom, and how often."""
+
+    ONLY: ClassVar[dict[str, str]] = {
+        "base_path": "classifier", "feature_module": "classifier", "exam_levels": "pipeline",
+        "eval_batch_size": "pipeline", "pictures": "pipeline",
+    }  # fmt: skip
+
+    model_path: str = required("Folder (save_pretrained) or Hub id of the model to attack.")
+    revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
+    role: str = option("subject", "subject: the model under test. control: its un-immunized base. scratch: random "
+                       "weights with the architecture of model_path.")
+    protocol: str | None = option(None, f"Preset of attacks, sweeps and seeds: {', '.join(PROTOCOLS)}; for pipelines "
+                                  f"{', '.join(DIFFUSION_PROTOCOLS)}. The first by default.")
+    attacks: list[str] | None = option(None, "Attacks to run, all of the protocol by default. --describe lists them.")
+    seeds: list[int] | None = option(None, "Seeds of the attacker's rows, initialisation and data order.")
+    settings: list[str] | None = option(None, "Replace an attack's hyperparameters: attack.field=value[,value...]; "
+                                        "several values are a sweep, e.g. lora.learning_rate=1e-3,1e-2 lora.rank=4. "
+                                        "--describe lists all fields and their values.")
+    trials: int | None = option(None, "Random search instead of the grid: this many trials of every attack that trains "
+                                "the network, the same for every model; 0 = the grid. The protocol's by default.")
+    tuning_seeds: int | None = option(None, "Compare such trials on this many seeds and run the best (fastest, "
+                                      "furthest) on the others; 0 = every trial on every seed. The protocol's by "
+                                      "default.")
+    task: str = option("harmful", "harmful: attack. benign: learn the benign task, which a good immunization does not "
+                       "hinder.", "--concept")
+    base_path: str | None = option(None, "Classifiers: folder of the base, where the attackers of this exam hold it "
+                                   "too (it is public): attacks that compare with it then run. Give it for every role "
+                                   "or for none.")
+    attack_fraction: float = option(0.8, "Share of each class of the attack split that one seed trains on.")
+    feature_module: str | None = option(None, "Classifiers: head whose input is probed; found automatically by "
+                                        "default.")
+    exam_levels: int = option(8, "Pipelines: noise levels that every held-out image is judged at; the same for every "
+                              "model.")
+    eval_batch_size: int = option(256, "Pipelines: rows at a time in the exam and when images are drawn.")
+    pictures: int = option(8, "Pipelines: images of the concept that an attacked model draws; 0 for none.")
+    output_path: str | None = option(None, "Where traces/<role>/ and samples/<role>/ are written; model_path by "
+                                     "default. A model from the Hub is copied there, by default to "
+                                     "runs/<owner>--<name>, so that weights and traces are found together.")
+    device: str = option("auto", DEVICE_HELP)
+    overwrite: bool = option(False, "Make runs again whose trace tells of another run.")
+    describe: bool = option(False, "List every attack with its fields and values, and stop.")
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """What ``run_suite`` is asked for."""
+
+    table: Mapping[str, Attack]
+    names: list[str]
+    seeds: list[int]
+    settings: Mapping[str, Mapping[str, Sequence[Any]]]
+    trials: int | None
+    tuning: int | None
+
+    @classmethod
+    def of(cls, options: AttackOptions, family: Family) -> AttackPlan:
+        """The protocol with everything that the options replace. Raises ConfigError for what it does not know."""
+        presets = PROTOCOLS if family.kind == "classifier" else DIFFUSION_PROTOCOLS
+        protocol = find_protocol(options.protocol or next(iter(presets)), presets)
+        if options.task not in ("harmful", "benign"):
+            raise ConfigError(f"expected task harmful or benign, got {options.task!r}.")
+        benign = options.task == "benign"
+        table = tables(family)[benign]
+        said = protocol.benign_settings() if benign else protocol.settings
+        return cls(
+            table,
+            options.attacks or list(protocol.trainability if benign else protocol.attacks),
+            options.seeds or list(protocol.seeds),
+            parse_settings([*said, *(options.settings or [])], table),
+            (protocol.trials if options.trials is None else options.trials) or None,
+            (protocol.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds) or None,
+        )
+
+    def count(self) -> int:
+        """Runs that are made at least. Raises ConfigError for an attack that is not in the table."""
+        planned = 0
+        for name in self.names:
+            attack = find_attack(name, self.table)
+            runs = plan_runs(attack, self.seeds, self.settings.get(name), self.trials)
+            planned += count_runs(attack, runs, self.seeds, self.tuning)
+        return planned
+
+
+def tables(family: Family) -> tuple[Mapping[str, Attack], Mapping[str, Attack]]:
+    """Attacks on a family's models, and the ways of learning a benign task."""
+    if family.kind == "classifier":
+        return ATTACKS, TRAINABILITY
+    from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
+
+    return DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
+
+
+def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
+    """Run what is planned and has no trace yet, and say what was done.
+
+    Args:
+        arguments: the task: TaskArguments, ConceptArguments or PromptArguments.
+
+    Raises:
+        ConfigError: options that contradict each other, or more than one process.
+        RunMismatchError: traces of another run, without ``overwrite``.
+    """
+    family = family_of(arguments)
+    refuse_foreign(options, family)
+    hush()
+    _, device = start(options.device, "runs are independent, so launch with --num_processes 1 and attack several "
+                                      "models side by side instead")  # fmt: skip
+    torch.set_float32_matmul_precision("highest")
+    plan = AttackPlan.of(options, family)
+    planned = plan.count()
+    into = options.output_path or working_folder(options.model_path)
+    folder, _ = local_folder(options.model_path, revision=options.revision, into=into)
+    context = make_context(family.open(arguments, folder), family, options, folder, device)
+    output = Path(options.output_path or folder)
+    with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=None) as bar:
+        summary = run_suite(
+            context, plan.table, plan.names, plan.seeds, output, plan.settings, trials=plan.trials,
+            tuning_seeds=plan.tuning, overwrite=options.overwrite, progress=_telling(bar),
+        )  # fmt: skip
+    print(
+        f"{output / 'traces' / options.role}: {summary.made} runs made, {summary.kept} kept from before, "
+        f"{summary.diverged} diverged (failed tries of the attacker)."
+    )
+    return summary
+
+
+def _telling(bar: Any) -> Callable[[Any, bool], None]:
+    """Moves the bar on by a run."""
+
+    def progress(trace: Any, made: bool) -> None:
+        bar.set_postfix_str(trace.attack if made else "on disk", refresh=False)
+        bar.total = max(bar.total, bar.n + 1)  # a second finalist was not planned
+        bar.update()
+
+    return progress
+
+
+def make_context(task: ExamTask, family: Family, options: AttackOptions, folder: Path, device: str) -> Any:
+    """The attacked model and everything that its attacker holds."""
+    held = attacker_holds(task, options.task)
+    common = {"folder": folder, "role": options.role, "device": device, "attack_fraction": options.attack_fraction}
+    if family.kind == "classifier":
+        base = None if options.base_path is None else Path(options.base_path)
+        return AttackContext(**common, **held, feature_module=options.feature_module, base=base)
+    from hf_immunize.attacks.diffusion import DiffusionAttackContext
+
+    return DiffusionAttackContext(
+        **common, **held, exam_levels=options.exam_levels, eval_batch_size=options.eval_batch_size,
+        pictures=options.pictures,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None, family: str | None = None, prog: str | None = None) -> None:
+    """The stage on words of a command line."""
+    found, words = choose_family(argv, family)
+    if "--describe" in words:
+        attacks, learning = tables(found)
+        print(describe_attacks({**attacks, **learning}))
+        return
+    attack_model(*read_words(lambda _: (AttackOptions,), argv, __doc__, family, prog))

@@ -1,0 +1,64 @@
+"""Image classification as a task of an exam: primary, harmful and benign classes, as pixels for one processor."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from hf_immunize.data import PixelDataset, Task, TaskArguments, describe_source, warn_of_copies
+from hf_immunize.errors import DataError
+from hf_immunize.records import DatasetFingerprint
+
+
+class ClassesTask:
+    """The sides of TaskArguments, each loaded when it is first asked for.
+
+    Args:
+        arguments: sources, classes and splits.
+        processor: the image processor of the model that sees the pixels.
+    """
+
+    def __init__(self, arguments: TaskArguments, processor: Any):
+        self._arguments, self._processor = arguments, processor
+        self.source = describe_source(arguments.primary_dataset)
+        self._loaded: dict[str, Task] = {}
+        self.examples = cache(self._examples)
+        self.fingerprint = cache(self._fingerprint)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """``primary``, ``harmful``, and ``benign`` where there is a benign dataset."""
+        return ("primary", "harmful", *(() if self._arguments.benign_dataset is None else ("benign",)))
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes that the model keeps."""
+        return self.side("primary").label_names
+
+    def side(self, name: str) -> Task:
+        """One side as ``hf_immunize.data`` loads it. Raises DataError for one that has no dataset."""
+        if name not in ("primary", "harmful", "benign"):
+            raise DataError(f"expected a side in {self.sides}, got {name!r}.")
+        if name not in self._loaded:
+            self._loaded[name] = Task(self._arguments, name)
+        return self._loaded[name]
+
+    def _examples(self, side: str, split: str) -> PixelDataset:
+        return self.side(side).pixels(split, self._processor)
+
+    def _fingerprint(self, side: str, split: str) -> DatasetFingerprint:
+        return self.side(side).fingerprint(self.examples(side, split), split)
+
+    def attacker_knows(self, side: str) -> dict[str, Any]:
+        """Benign rows, where there are any, to mix with harmful ones."""
+        mixed = side == "harmful" and "benign" in self.sides
+        return {"benign": self.examples("benign", "attack") if mixed else None}
+
+    def described(self) -> dict[str, Any]:
+        """The arguments that decide the rows, each source by its own name."""
+        named = {f"{side}_dataset": describe_source(getattr(self._arguments, f"{side}_dataset")) for side in self.sides}
+        return self._arguments.described() | named
+
+    def warn_of_copies(self, *sides: str) -> None:
+        """Tell which splits of these sides share images, where defender and judge have to be apart."""
+        warn_of_copies(*map(self.side, sides))

@@ -1,0 +1,72 @@
+"""How rows become a batch: of a primary task of any kind, and of harmful rows under a collator for primary ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_immunize.training.vision.primary import SINGLE
+
+logger = logging.get_logger(__name__)
+
+_NUMBERS = (Tensor, np.ndarray, np.generic, int, float, list)
+"""What a forward may take; an image that a transform left in its rows, or a file's name, it does not."""
+
+
+def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """``collate`` for a primary task whose labels are vectors or real numbers, or are not there."""
+    if kind == SINGLE:
+        return collate
+
+    def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        key = "label" if "label" in rows[0] else "labels"
+        images = collate([{"pixel_values": row["pixel_values"], "labels": 0} for row in rows])
+        rest = {
+            name: torch.stack([torch.as_tensor(row[name]) for row in rows])
+            for name, value in rows[0].items()
+            if name not in ("pixel_values", key) and isinstance(value, _NUMBERS)
+        }
+        found = {"pixel_values": images["pixel_values"], **rest}
+        if key not in rows[0]:
+            return found
+        labels = torch.stack([torch.as_tensor(row[key]) for row in rows])
+        # Harmful rows share this collator, and their labels are classes.
+        return found | {"labels": labels if labels.dtype == torch.long and labels.dim() == 1 else labels.float()}
+
+    return collated
+
+
+class UnmixedCollator:
+    """A user's own collator for harmful rows and evaluations, as long as it leaves labels alone.
+
+    One that mixes images and labels (MixUp, CutMix) is for primary rows in training: terms and metrics compare classes,
+    and a mixed row has none. Other rows are then stacked as they are, which is said once.
+    """
+
+    def __init__(self, given: Callable[..., Any], plain: Callable[..., Any]):
+        self._given, self._plain, self._mixes = given, plain, False
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One batch."""
+        if not self._mixes:
+            batch: dict[str, Any] = self._given(rows)
+            if "labels" not in batch or _same_labels(batch["labels"], rows):
+                return batch
+            self._mixes = True
+            logger.warning(
+                "The data_collator changes labels, as MixUp does: harmful rows and evaluations do without it. "
+                "Put what they need (resizing, normalization) into the datasets."
+            )
+        stacked: dict[str, Any] = self._plain(rows)
+        return stacked
+
+
+def _same_labels(labels: Any, rows: Sequence[dict[str, Any]]) -> bool:
+    told = torch.as_tensor(labels)
+    own = [torch.as_tensor(row["labels" if "labels" in row else "label"]) for row in rows]
+    return told.dtype == torch.long and len(told) == len(own) and torch.equal(told.cpu(), torch.stack(own).long())
