@@ -140,7 +140,10 @@ def _tiny(kind: str) -> Any:
 
 
 def predict(kind: str, name: str) -> dict[str, float]:
-    """Device and host, both of which are this process's memory on a CPU; without what the host holds for moments."""
+    """In a step, and when an evaluation's weights are taken: device and host are both this process's memory on a CPU.
+
+    A denoiser's gradients are still there while it is evaluated; transformers' Trainer has dropped a classifier's.
+    """
     import torch
 
     from hf_immunize.training.diffusion.planning import plan_memory as plan_denoiser
@@ -150,7 +153,8 @@ def predict(kind: str, name: str) -> dict[str, float]:
     with torch.device("meta"):
         model = _network(kind)
     found = plan_classifier(model, args, (3, 64, 64)) if kind == "classifier" else plan_denoiser(model, args)
-    return {"peak": found.peak, "host": found.host, "activations": found.activations}
+    kept = 0.0 if kind == "classifier" else found.gradients
+    return {"step": found.peak + found.host, "evaluation": found.resident + kept + found.host + found.host_momentary}
 
 
 def main() -> None:
@@ -163,7 +167,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one)))
         return
-    heads = ["", "parameters, M", "measured, bytes a parameter", "model of memory", "measured / model"]
+    heads = ["bytes a parameter", "parameters, M", "measured peak", "model: in a step", "at an evaluation", "ratio"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     surroundings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # freed memory goes back to the system
     for kind in options.kinds:
@@ -172,11 +176,10 @@ def main() -> None:
             done = subprocess.run(words, capture_output=True, text=True, check=True, env=surroundings)
             found = json.loads(done.stdout.splitlines()[-1])
             told = predict(kind, name)
-            count, whole = found["parameters"], told["peak"] + told["host"]
-            print(
-                f"| {kind}: {name} | {count / 1e6:.0f} | {found['measured'] / count:.2f} | {whole / count:.2f} | "
-                f"{found['measured'] / whole:.2f} |", flush=True,
-            )  # fmt: skip
+            count, whole = found["parameters"], max(told.values())
+            cells = [found["measured"] / count, told["step"] / count, told["evaluation"] / count]
+            numbers = " | ".join(f"{cell:.2f}" for cell in [*cells, found["measured"] / whole])
+            print(f"| {kind}: {name} | {count / 1e6:.0f} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":
