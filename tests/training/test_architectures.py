@@ -80,8 +80,8 @@ def test_the_gradient_is_the_formulas_and_what_is_saved_reloads_and_can_be_attac
     primary, harmful = (make_pixels(12, seed=seed, size=SIZE, dtype=torch.float64) for seed in (0, 1))
     trainer = make_trainer(
         model=tiny_classifier(name).double(), primary=primary, harmful=harmful, callbacks=[keep_gradients],
-        objective=objective, memorization=0.5, weight="1", strength=1.0, max_steps=2, per_device_train_batch_size=12,
-        max_grad_norm=0.0,
+        objective=objective, horizon="100", memorization=0.5, weight="1", strength=1.0, max_steps=2,
+        per_device_train_batch_size=12, max_grad_norm=0.0,
     )  # fmt: skip
     trainer.train()
     rows = StepBatchSampler(harmful.labels.tolist(), 12, seed=7).global_batch(0)

@@ -59,6 +59,7 @@ def test_the_gradient_of_one_step_is_that_of_one_large_batch(
         harmful=harmful,
         callbacks=[keep_gradients],
         objective=objective,
+        horizon="100",
         weight="1",
         strength=1.0,
         gradient_accumulation_steps=accumulation,

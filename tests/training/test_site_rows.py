@@ -63,7 +63,8 @@ def test_the_gradient_is_that_of_one_row_per_image(make_trainer, make_pixels, ke
     accumulation = options.get("gradient_accumulation_steps", 1)
     make_trainer(
         model=model, primary=primary, harmful=harmful, callbacks=[keep_gradients], objective="closed_form_adversary",
-        memorization=1.0, weight="1", strength=1.0, sites="lora" if trained is None else sites[0], max_steps=1,
+        horizon="100", memorization=1.0, weight="1", strength=1.0, max_steps=1,
+        sites="lora" if trained is None else sites[0],
         per_device_train_batch_size=24 // accumulation, max_grad_norm=0.0, data_seed=5, trainable_modules=trained,
         **options,
     ).train()  # fmt: skip

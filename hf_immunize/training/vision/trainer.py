@@ -19,14 +19,13 @@ from hf_immunize.data import (
     NamedRows,
     NamedStream,
     collate_pixels,
-    forward_rows,
     has_transform,
     is_stream,
     named_workers,
     output_names,
 )
 from hf_immunize.errors import ConfigError
-from hf_immunize.features import Captured, capture_inputs
+from hf_immunize.features import Captured
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
 from hf_immunize.training.core.average import WeightAverage
@@ -42,23 +41,24 @@ from hf_immunize.training.core.sharding import reach
 from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.before import measure_references, measure_temperature
+from hf_immunize.training.vision.caching import cache_of
 from hf_immunize.training.vision.callbacks import Averaging, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer
 from hf_immunize.training.vision.checks import check_data, check_unlabelled, head_of, matched, refuse_streams
 from hf_immunize.training.vision.collators import UnmixedCollator, collate_with_labels
 from hf_immunize.training.vision.config import ImmunizationConfig
-from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly, feature_distance
+from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly
 from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.frozen import (
-    BoundaryDataset,
     FeatureCache,
     FrozenPart,
     collate_with_boundary,
     freeze_all_but,
 )
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
-from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
+from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.identity import digest_model, digest_some
+from hf_immunize.training.vision.keeping import Keeping
 from hf_immunize.training.vision.loading import LoaderOptions
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
@@ -69,7 +69,6 @@ from hf_immunize.training.vision.primary import (
     UNLABELLED,
     RowCheck,
     check_primary_labels,
-    divergence,
 )
 from hf_immunize.training.vision.rows_of_step import rows_of_step
 from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
@@ -173,6 +172,7 @@ class ImmunizationTrainer(StrictTrainer):
         self._teacher = self._frozen_copy() if asked else None
         self._share_out()
         self._build_guard(model)
+        self._keeping = Keeping(self.forwards, self.temperature, self._teacher, self.meter)
         if args.cache_frozen_features:
             self._use_cache(model, data_collator)
         self.trained_on = {"primary": self.train_dataset, "harmful": self.harmful_task.rows}
@@ -230,8 +230,8 @@ class ImmunizationTrainer(StrictTrainer):
         metric = "r2" if self.kind == REGRESSION and args.guard_metric == "accuracy" else args.guard_metric
         self.average = WeightAverage(model, args.ema_decay) if args.ema_decay else None
         self.guard = UtilityGuard(args.max_primary_drop, metric, args.max_strength_factor)
-        told = f"max_primary_drop={args.max_primary_drop}"
-        self.guarded = GuardedRun(self.guard, self.watch, self.step, ChangingPart(model), told)
+        changing, told = ChangingPart(model), f"max_primary_drop={args.max_primary_drop}"
+        self.guarded = GuardedRun(self.guard, self.watch, self.step, changing, told)
         self.temperature = Temperature()
         self.guard_record = None
         self.outcome: OutcomeRecord | None = None
@@ -260,34 +260,15 @@ class ImmunizationTrainer(StrictTrainer):
 
     def _use_cache(self, model: nn.Module, collator: Any) -> None:
         """Put cached activations in the place of all images."""
-        if collator is not None:
-            raise ConfigError(
-                "expected no data_collator of your own with cache_frozen_features, got one: it would be run once and "
-                "for all. Preprocess in the dataset, or turn the cache off."
-            )
-        if self.frozen.boundary is None:
-            raise ConfigError(
-                "expected a frozen part that can be skipped for cache_frozen_features, got none: name what is trained "
-                "with trainable_modules (e.g. 'last:1'), or turn the cache off."
-            )
+        cache = cache_of(self.forwards, model, self.accelerator, collator, self._largest_batch)
         self.args.remove_unused_columns = False  # the collator would drop activations: no forward has such an argument
-        cache = FeatureCache(
-            self.args.feature_cache_dir,
-            model,
-            self.frozen.boundary,
-            WithoutTargets(collate_with_labels(collate_pixels, self.kind)),
-            str(self.accelerator.mixed_precision),
-            self.accelerator.autocast,
-            min(forward_rows(self.frozen.boundary.image, self.args.device), self._largest_batch),
-        )
-        teacher = self.args.distillation > 0
         labels = check_primary_labels(model, self.train_dataset, self.kind)
+        teacher = self.args.distillation > 0
         self.train_dataset = cache.dataset(self.train_dataset, labels, "train_dataset", teacher=teacher)
         if self.eval_dataset is not None:
             labels = check_primary_labels(model, self.eval_dataset, self.kind)
             self.eval_dataset = cache.dataset(self.eval_dataset, labels, "eval_dataset")
-        self._cache = cache
-        task = self.harmful_task
+        self._cache, task = cache, self.harmful_task
         self.harmful_task = task.replaced(cache.dataset(task.rows, task.every_label, task.name))
 
     @property
@@ -418,7 +399,8 @@ class ImmunizationTrainer(StrictTrainer):
                 with self.forwards.side(bare, "harmful") as caught["harmful"]:
                     answered = self.forwards.features(model, bare, inputs["harmful"], attacked=True)
         self.meter.add({"primary_loss": loss}, local=True)
-        total = self.args.primary_loss_weight * loss + self._distill(primary, outputs, caught["primary"])
+        at = None if self.is_split else self.args.device
+        total = self.args.primary_loss_weight * loss + self._keeping.loss(primary, outputs, caught["primary"], at)
         if self.objective is not None:
             # The Trainer divides by the number of micro-batches, and DDP by that of ranks.
             scale = world()[1] * self.current_gradient_accumulation_steps
@@ -426,28 +408,6 @@ class ImmunizationTrainer(StrictTrainer):
             if self.is_split:
                 total = total + reach([value for value in answered.values() if torch.is_tensor(value)])
         return (total, outputs) if return_outputs else total
-
-    def _distill(self, primary: dict[str, Any], outputs: Any, caught: Captured) -> Tensor | float:
-        """What keeps the model near θ₀ on primary rows: divergence of its outputs and distance of its features."""
-        target, features = primary.get("teacher_logits"), None
-        if self._teacher is not None:
-            head, device = {self.site: self.layouts[self.site]}, None if self.is_split else self.args.device
-            with self._teacher.answering(device) as model, capture_inputs(model, head) as teacher:
-                with self.frozen.entered(model, primary) as plain:
-                    theirs = model(**{name: part for name, part in plain.items() if name != "labels"})
-            target, features = theirs.get("logits"), teacher[self.site]
-        total: Tensor | float = 0.0
-        if self.args.distillation:
-            ours, temperature = outputs["logits"], self.temperature.value
-            assert target is not None and temperature is not None, "measured before the first step"
-            distance = divergence(ours, target.to(ours.dtype), self.kind, temperature)
-            self.meter.add({"distillation": distance}, local=True)
-            total = total + self.args.distillation * distance
-        if features is not None and self.args.feature_distillation:
-            distance = feature_distance(caught[self.site], features)
-            self.meter.add({"feature_distillation": distance}, local=True)
-            total = total + self.args.feature_distillation * distance
-        return total
 
     # ---- measuring before, between and after ----------------------------------------------------------------------
 
@@ -478,17 +438,13 @@ class ImmunizationTrainer(StrictTrainer):
 
     def _measure_references(self) -> None:
         """G wherever a balance needs it and has none yet."""
-        batches = (self._prepare_inputs(batch) for batch in self._primary_batches())
+        batches = map(self._prepare_inputs, self.get_train_dataloader())
         measure_references(self.step, self.forwards, self.bare, batches, self.compute_loss_func)
-
-    def _primary_batches(self) -> Any:
-        yield from self.get_train_dataloader()
 
     def _measure_temperature(self) -> None:
         rows = evenly(self._readable(self.train_dataset, "Temperature"), ROWS)
         loader = DataLoader(rows, 32, collate_fn=self._plain_collator, generator=torch.Generator())
-        batches = (self._prepare_inputs(batch) for batch in loader)
-        measure_temperature(self.temperature, self.forwards, self.bare, batches)
+        measure_temperature(self.temperature, self.forwards, self.bare, map(self._prepare_inputs, loader))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of what was measured since the last log. A log only tells: see ``Watch`` for what decides.
@@ -541,6 +497,3 @@ class ImmunizationTrainer(StrictTrainer):
         if self.outcome is not None:
             self.log(logged(self.outcome))
             logger.warning(self.outcome.told)
-
-
-__all__ = ["BoundaryDataset", "ImmunizationTrainer"]
