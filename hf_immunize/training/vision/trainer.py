@@ -63,13 +63,7 @@ from hf_immunize.training.vision.loading import LoaderOptions
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
-from hf_immunize.training.vision.primary import (
-    REGRESSION,
-    SINGLE,
-    UNLABELLED,
-    RowCheck,
-    check_primary_labels,
-)
+from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck, check_primary_labels
 from hf_immunize.training.vision.rows_of_step import rows_of_step
 from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
 from hf_immunize.training.vision.sharded import resumable
@@ -127,26 +121,14 @@ class ImmunizationTrainer(StrictTrainer):
         harmful_eval_dataset: Any = None,
         **kwargs: Any,
     ):
-        refuse_model(args, model)
-        refuse_non_finite(model, "the model before immunization")
         if args.max_primary_drop is not None and eval_dataset is None:
             raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out primary rows.")
-        if args.trainable_modules is not None:
-            freeze_all_but(model, args.trainable_modules)
-        refuse_below_float32(model, "the model")
-        self.site = head_of(model, args)
         train_dataset, eval_dataset = matched(model, train_dataset), matched(model, eval_dataset)
-        refuse_streams(args, {"train_dataset": train_dataset, "harmful_dataset": harmful_dataset})
-        terms = terms_of(args.objective)
-        self.kind, first, self.harmful_task = check_data(model, train_dataset, harmful_dataset, eval_dataset, terms)
-        if self.kind == UNLABELLED:
-            check_unlabelled(model, args, first, self.site)
+        self._check(model, args, train_dataset, harmful_dataset, eval_dataset)
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset = harmful_eval_dataset
-        held = None
-        if harmful_eval_dataset is not None:
-            held = HarmfulTask(harmful_eval_dataset, "harmful_eval_dataset", terms)
-        self._look_at(model, args, first)
+        rows = harmful_eval_dataset
+        held = None if rows is None else HarmfulTask(rows, "harmful_eval_dataset", self.terms)
         metrics = compute_metrics or metrics_of(self.kind)
         self._base_labels = BaseLabels(metrics) if metrics is not None and self.kind == SINGLE else None
         check_stock_options(args, self.kind, metrics)
@@ -162,6 +144,25 @@ class ImmunizationTrainer(StrictTrainer):
                 compute_metrics=self._base_labels or metrics,
                 **kwargs,
             )
+        self._build(model, data_collator, held)
+
+    def _check(self, model: nn.Module, args: ImmunizationConfig, primary: Any, harmful: Any, evaluation: Any) -> None:
+        """Refuse what cannot be trained, and find head, sites and tasks."""
+        refuse_model(args, model)
+        refuse_non_finite(model, "the model before immunization")
+        if args.trainable_modules is not None:
+            freeze_all_but(model, args.trainable_modules)
+        refuse_below_float32(model, "the model")
+        self.site, self.terms = head_of(model, args), terms_of(args.objective)
+        refuse_streams(args, {"train_dataset": primary, "harmful_dataset": harmful})
+        self.kind, first, self.harmful_task = check_data(model, primary, harmful, evaluation, self.terms)
+        if self.kind == UNLABELLED:
+            check_unlabelled(model, args, first, self.site)
+        self._look_at(model, args, first)
+
+    def _build(self, model: nn.Module, collator: Any, held: HarmfulTask | None) -> None:
+        """What Trainer's own constructor has to have run for: devices, precision, callbacks."""
+        args = self.args
         refuse_accelerator(self.accelerator)
         # The loss is a per-batch mean; without both lines the stock Trainer multiplies it by world x accumulation
         # for models that accept loss kwargs.
@@ -174,7 +175,7 @@ class ImmunizationTrainer(StrictTrainer):
         self._build_guard(model)
         self._keeping = Keeping(self.forwards, self.temperature, self._teacher, self.meter)
         if args.cache_frozen_features:
-            self._use_cache(model, data_collator)
+            self._use_cache(model, collator)
         self.trained_on = {"primary": self.train_dataset, "harmful": self.harmful_task.rows}
         self._streams = {name: self._stream(name) for name in ("harmful", "attack")}
         self._outcome_meter = self._make_outcome(held)
@@ -182,7 +183,6 @@ class ImmunizationTrainer(StrictTrainer):
     def _look_at(self, model: nn.Module, args: ImmunizationConfig, row: Mapping[str, Any]) -> None:
         """Sites with their weights, how an input there or at the head becomes one row per image, the frozen part."""
         sample = torch.as_tensor(row["pixel_values"])
-        self.terms = terms_of(args.objective)
         refuse_terms(args, self.terms)
         self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
         self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
