@@ -49,8 +49,8 @@ def run(make_trainer, make_pixels, keeper, model, primary, **options):
     harmful = make_pixels(12, seed=1, size=SIZE, dtype=torch.float64)
     settings = {"memorization": 0.5, "weight": "1", "strength": 1.0, "max_grad_norm": 0.0} | options
     trainer = make_trainer(
-        model=model, primary=primary, harmful=harmful, callbacks=[keeper], objective=OBJECTIVE, max_steps=2,
-        per_device_train_batch_size=12, **settings,
+        model=model, primary=primary, harmful=harmful, callbacks=[keeper], objective=OBJECTIVE, horizon="100",
+        max_steps=2, per_device_train_batch_size=12, **settings,
     )  # fmt: skip
     trainer.train()
     return trainer, harmful.subset(StepBatchSampler(harmful.labels.tolist(), 12, seed=7).global_batch(0))
