@@ -54,22 +54,6 @@ class GlobalObjective:
         """Names of the layers whose inputs are measured."""
         return list(self.weights)
 
-    @property
-    def strength(self) -> float:
-        """The strength in force, after the guard's factor."""
-        first = next(iter(self.weights.values()))
-        return first.strength * first.factor
-
-    @property
-    def factor(self) -> float:
-        """What the utility guard multiplies the strength with, at every site."""
-        return next(iter(self.weights.values())).factor
-
-    @factor.setter
-    def factor(self, value: float) -> None:
-        for weights in self.weights.values():
-            weights.factor = value
-
     def gradients(self, batches: Sequence[MicroBatch], *, spectra: bool) -> list[SiteGradients]:
         """λ-weighted gradients at this rank's features, per micro-batch; ``spectra`` puts spectra in the log too.
 

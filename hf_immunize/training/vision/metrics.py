@@ -86,11 +86,6 @@ class BaseLabels:
         self._by_batch = "compute_result" in inspect.signature(metrics).parameters
         self._seen: list[tuple[np.ndarray, np.ndarray]] = []
 
-    @property
-    def takes_batches(self) -> bool:
-        """Whether the metric can be computed batch by batch."""
-        return self._by_batch
-
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         """The metrics of one prediction, or of one more batch, as ``Trainer`` asks for them."""
         if self.open:
