@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -62,24 +61,18 @@ def test_without_a_process_group_gathering_changes_nothing():
     assert float(mean_over_ranks(torch.tensor(3.0))) == 3.0
 
 
-def _uneven(rank: int, port: int, queue) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo")
+def _uneven(rank: int, meeting: str, queue) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     rows = torch.tensor([[10.0 * rank + i] for i in range(3 - rank)])
     gathered, mine = gather_rows(rows)
     queue.put((rank, gathered.flatten().tolist(), mine.tolist()))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_with_different_numbers_of_rows_interleave_in_order():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_ranks_with_different_numbers_of_rows_interleave_in_order(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    workers = [context.Process(target=_uneven, args=(rank, port, queue)) for rank in range(2)]
+    workers = [context.Process(target=_uneven, args=(rank, str(tmp_path / "meeting"), queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
     found = dict((rank, (rows, mine)) for rank, rows, mine in (queue.get(timeout=120) for _ in workers))
