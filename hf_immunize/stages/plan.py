@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_immunize.errors import ImmunizeError
+from hf_immunize.options import make_options
 from hf_immunize.stages.checks.findings import Finding
 from hf_immunize.stages.checks.options import check_options, refuse_bad_options
 from hf_immunize.stages.workflow.run_file import RunFile
@@ -34,12 +36,13 @@ def plan_run(path: str | Path) -> list[Finding]:
     run = RunFile.read(path)
     stages = make_stages(run)
     parsed, found = check_options(run, stages)
-    tasks = {stages[name].verb: held[0] for name, held in parsed.items()}
-    task = tasks.get("immunize") or tasks.get("attack")
-    if task is not None:
+    try:
         family = find_family(run.task)
-        checks = _check_classes if family.kind == "classifier" else _check_pipeline
-        found += checks(run, stages, parsed, task)
+        (task,) = make_options((family.arguments(),), run.task, f"section task of {run.path}")
+    except ImmunizeError as error:
+        return [*found, Finding("task", "fails", str(error))]
+    checks = _check_classes if family.kind == "classifier" else _check_pipeline
+    found += checks(run, stages, parsed, task)
     return [*found, *_state(run, stages)]
 
 

@@ -56,11 +56,12 @@ def check_options(run: RunFile, stages: Mapping[str, Stage]) -> tuple[Parsed, li
         where = f"section {stage.kind}{f'.{stage.name}' if stage.kind == 'immunize' else ''} of {run.path}"
         try:
             family = find_family(stage.options)
-            parsed[stage.name] = held = make_options(kinds_of(stage, family), stage.options, where)
+            held = make_options(kinds_of(stage, family), stage.options, where)
             if stage.verb in ("immunize", "attack", "certify"):
                 refuse_foreign(held[1], family)
             if stage.verb == "attack":
                 AttackPlan.of(held[1], family).count()
+            parsed[stage.name] = held
         except ImmunizeError as error:
             found.append(Finding(f"options of {stage.name}", "fails", _located(str(error), where)))
         except (ValueError, TypeError, ImportError) as error:  # what transformers' own options refuse
