@@ -117,7 +117,7 @@ def _task(draft: Draft, task: dict[str, Any], sides: dict[str, Side]) -> None:
 
 def _base(draft: Draft, source: str, seen: Seen, primary: Side, revision: str | None) -> None:
     """A trained model as it is, or a head trained on it first."""
-    unknown = _unknown_outputs(seen, primary)
+    unknown = unknown_outputs(seen, primary)
     if unknown is None:
         draft.section_value("base", source, "The trained model, with an output for each class of the primary data.")
         if revision:
@@ -132,16 +132,11 @@ def _base(draft: Draft, source: str, seen: Seen, primary: Side, revision: str | 
                  f"you mean, name the classes as it does and write 'base: {source}' in place of this section."]
         draft.checks += 1
     draft.section("pretrain", *about)
-    draft.option("model_name_or_path", source)
-    draft.option("trainable_modules", seen.head, "the head alone")
-    draft.option("cache_frozen_features", True, "the frozen part runs once per image")
-    draft.option("max_steps", 300)
-    draft.option("per_device_train_batch_size", 64)
-    draft.option("learning_rate", 3e-3)
-    draft.option("save_total_limit", 1)
+    for name, (value, about) in head_options(source, seen).items():
+        draft.option(name, value, about)
 
 
-def _unknown_outputs(seen: Seen, primary: Side) -> str | None:
+def unknown_outputs(seen: Seen, primary: Side) -> str | None:
     """Why the model's own head does not do, None where it does; empty text where there is none."""
     if seen.own_labels is None:
         return ""
@@ -154,39 +149,55 @@ def _unknown_outputs(seen: Seen, primary: Side) -> str | None:
 
 
 def _immunize(draft: Draft, seen: Seen, harmful: Side) -> None:
-    """The options of the closed-form adversary: those of the recipes, by the size of the model."""
-    defence = len(harmful.chosen) * harmful.fractions["defense"]
-    rows = max(2 * len(harmful.names), min(_MOST_ROWS, int(defence)))
+    """The options of the closed-form adversary, each with what it means."""
     draft.section("immunize", "One entry for each immunized model; add others, e.g. with objective: condition_number.")
     draft.section("closed_form_adversary", indent=1)
-    options: list[tuple[str, Any, str]] = [
-        ("objective", "closed_form_adversary", "what the README's table of objectives says"),
-        ("max_primary_drop", 1.0, "points of primary accuracy that may be lost"),
-    ]
-    if seen.parameters <= _SMALL:
-        options += [
-            ("horizon", "100", "steps of the attacker's probe that is simulated"),
-            ("strength", 0.1, "where the guard starts; it follows max_primary_drop"),
-            ("distillation", 3, "how hard the answers on primary images are held"),
-            ("max_steps", 400, ""), ("learning_rate", 3e-4, ""), ("per_device_train_batch_size", 64, ""),
-        ]  # fmt: skip
-    else:
-        options += [
-            ("horizon", "30,300", "steps of the attacker's probe that is simulated: a hasty and a patient one"),
-            ("memorization", 0.5, "weight of what the probe knows by heart"),
-            ("weight", "1", ""), ("strength", 2, "where the guard starts; it follows max_primary_drop"),
-            ("primary_loss_weight", 0, "the base is imitated, its labels are not fitted again"),
-            ("distillation", 10, ""), ("feature_distillation", 6, ""),
-            ("trainable_modules", "last:1", "the last stage and what follows; attackers may probe before it"),
-            ("cache_frozen_features", True, "the frozen part runs once per image"),
-            ("max_steps", 240, "more where the last line of the stage says NOT IMMUNIZED"), ("learning_rate", 5e-4, ""),
-            ("lr_scheduler_type", "cosine", ""), ("warmup_steps", 20, ""), ("max_grad_norm", 5, ""),
-            ("per_device_train_batch_size", 64, ""),
-        ]  # fmt: skip
-    options += [("per_device_harmful_batch_size", rows, "two rows of every class at least"), ("logging_steps", 50, ""),
-                ("save_steps", 200, ""), ("save_total_limit", 1, "")]
-    for name, value, about in options:
+    for name, (value, about) in immunizing_options(seen, harmful).items():
         draft.option(name, value, about, indent=2)
+
+
+def immunizing_options(seen: Seen, harmful: Side) -> dict[str, tuple[Any, str]]:
+    """Value and meaning of the options to immunize with: those of the recipes, by the size of the model."""
+    defence = len(harmful.chosen) * harmful.fractions["defense"]
+    rows = max(2 * len(harmful.names), min(_MOST_ROWS, int(defence)))
+    options: dict[str, tuple[Any, str]] = {
+        "objective": ("closed_form_adversary", "others: hf-immunize immunize --help"),
+        "max_primary_drop": (1.0, "points of primary accuracy that may be lost"),
+    }
+    if seen.parameters <= _SMALL:
+        options |= {
+            "horizon": ("100", "steps of the attacker's probe that is simulated"),
+            "strength": (0.1, "where the guard starts; it follows max_primary_drop"),
+            "distillation": (3.0, "how hard the answers on primary images are held"),
+            "max_steps": (400, ""), "learning_rate": (3e-4, ""),
+        }  # fmt: skip
+    else:
+        options |= {
+            "horizon": ("30,300", "steps of the attacker's probe that is simulated: a hasty and a patient one"),
+            "memorization": (0.5, "weight of what the probe knows by heart"), "weight": ("1", ""),
+            "strength": (2.0, "where the guard starts; it follows max_primary_drop"),
+            "primary_loss_weight": (0.0, "the base is imitated, its labels are not fitted again"),
+            "distillation": (10.0, ""), "feature_distillation": (6.0, ""),
+            "trainable_modules": ("last:1", "the last stage and what follows; attackers may probe before it"),
+            "cache_frozen_features": (True, "the frozen part runs once per image"),
+            "max_steps": (240, "more where the last line of the stage says NOT IMMUNIZED"),
+            "learning_rate": (5e-4, ""), "lr_scheduler_type": ("cosine", ""), "warmup_steps": (20, ""),
+            "max_grad_norm": (5.0, ""),
+        }  # fmt: skip
+    return options | {
+        "per_device_train_batch_size": (64, ""),
+        "per_device_harmful_batch_size": (rows, "two rows of every class at least"),
+        "logging_steps": (50, ""), "save_steps": (200, ""), "save_total_limit": (1, ""),
+    }  # fmt: skip
+
+
+def head_options(source: str, seen: Seen) -> dict[str, tuple[Any, str]]:
+    """Value and meaning of the options to train a head with, where a model has none for the primary classes."""
+    return {
+        "model_name_or_path": (source, ""), "trainable_modules": (seen.head, "the head alone"),
+        "cache_frozen_features": (True, "the frozen part runs once per image"), "max_steps": (300, ""),
+        "per_device_train_batch_size": (64, ""), "learning_rate": (3e-3, ""), "save_total_limit": (1, ""),
+    }  # fmt: skip
 
 
 def _exam(draft: Draft, protocol: str, benign: bool) -> None:

@@ -127,17 +127,22 @@ def _concepts(draft: Draft, task: dict[str, Any], size: int, channels: int) -> N
 def _immunize(draft: Draft, prompts: bool) -> None:
     draft.section("immunize", "One entry for each immunized pipeline.")
     draft.section("simulated_attack", indent=1)
-    options: list[tuple[str, Any, str]] = [
-        ("objective", "simulated_attack", "an attacker of a few steps, simulated in every step"),
-        ("strength", 0.3 if prompts else 1.0, "where the guard starts; it follows max_primary_drop"),
-        ("attacker_steps", 4, ""), ("attacker_learning_rate", 1e-4 if prompts else 1e-3, ""),
-        ("max_primary_drop", 5.0 if prompts else 10.0, "percent by which the loss on kept images may rise"),
-        ("max_steps", 500 if prompts else 300, ""),
-        ("per_device_train_batch_size", 2 if prompts else 32, ""),
-        ("per_device_harmful_batch_size", 2 if prompts else 16, ""),
-        ("learning_rate", 1e-5 if prompts else 1e-3, ""), ("eval_steps", 50 if prompts else 25, ""),
-    ]  # fmt: skip
-    if prompts:
-        options += [("gradient_accumulation_steps", 4, ""), ("gradient_checkpointing", True, "less memory, more time")]
-    for name, value, about in options:
+    for name, (value, about) in immunizing_options(prompts).items():
         draft.option(name, value, about, indent=2)
+
+
+def immunizing_options(prompts: bool) -> dict[str, tuple[Any, str]]:
+    """Value and meaning of the options to immunize with, for large pipelines with prompts and small ones without."""
+    options: dict[str, tuple[Any, str]] = {
+        "objective": ("simulated_attack", "an attacker of a few steps, simulated in every step"),
+        "strength": (0.3 if prompts else 1.0, "where the guard starts; it follows max_primary_drop"),
+        "attacker_steps": (4, ""), "attacker_learning_rate": (1e-4 if prompts else 1e-3, ""),
+        "max_primary_drop": (5.0 if prompts else 10.0, "percent by which the loss on kept images may rise"),
+        "max_steps": (500 if prompts else 300, ""),
+        "per_device_train_batch_size": (2 if prompts else 32, ""),
+        "per_device_harmful_batch_size": (2 if prompts else 16, ""),
+        "learning_rate": (1e-5 if prompts else 1e-3, ""), "eval_steps": (50 if prompts else 25, ""),
+    }  # fmt: skip
+    if prompts:
+        options |= {"gradient_accumulation_steps": (4, ""), "gradient_checkpointing": (True, "less memory, more time")}
+    return options
