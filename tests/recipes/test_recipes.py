@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,52 +10,35 @@ from pathlib import Path
 import launching
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.records import ImmunizationRecord
+from hf_immunize.stages.checks.options import refuse_bad_options
+from hf_immunize.stages.workflow.run_file import RunFile
+from hf_immunize.stages.workflow.stages import make_stages
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
-PIPELINES = sorted(RECIPES.rglob("pipeline.yaml"))
+RUNS = sorted(path for path in RECIPES.rglob("*.yaml") if "\nimmunize:" in path.read_text(encoding="utf-8"))
 SCRIPTS = sorted(path for path in RECIPES.glob("*.py"))
 
 
 def test_the_folder_has_not_moved():
-    assert len(PIPELINES) >= 2 and len(SCRIPTS) >= 6
+    assert len(RUNS) >= 9 and len(SCRIPTS) >= 6
 
 
-@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.parent.name)
-def test_stages_name_existing_recipes_configs_and_earlier_stages(path):
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert (ROOT / loaded["hardware"]).is_file()
-    seen = set()
-    for name, stage in loaded["stages"].items():
-        assert (ROOT / stage["run"]).is_file()
-        assert set(stage.get("needs", [])) <= seen
-        seen.add(name)
-        for word in shlex.split(stage["options"]):
-            if word.startswith("recipes/"):
-                assert (ROOT / word).exists(), word
-
-
-def test_a_pipeline_that_needs_an_unknown_stage_stops(tmp_path):
-    (tmp_path / "p.yaml").write_text("runs: r\nhardware: h\nstages:\n  a:\n    run: x\n    needs: [b]\n")
-    words = [sys.executable, str(RECIPES / "pipeline.py"), str(tmp_path / "p.yaml")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode != 0 and "to need earlier stages, got ['b']" in done.stderr
-
-
-def test_a_failing_stage_shows_the_end_of_its_log(tmp_path):
-    (tmp_path / "bad.py").write_text("raise SystemExit('this is why')\n")
-    hardware = RECIPES / "accelerate" / "cpu.yaml"
-    (tmp_path / "p.yaml").write_text(
-        f"runs: {tmp_path / 'runs'}\nhardware: {hardware}\nstages:\n  bad:\n    run: {tmp_path / 'bad.py'}\n"
-    )
-    words = [sys.executable, str(RECIPES / "pipeline.py"), str(tmp_path / "p.yaml")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode != 0 and "bad failed" in done.stderr and "this is why" in done.stderr
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.relative_to(RECIPES).as_posix())
+def test_every_run_file_names_existing_files_and_options_that_its_stages_know(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = RunFile.read(path)
+    stages = make_stages(run)
+    refuse_bad_options(run, stages)
+    assert run.hardware is None or (ROOT / run.hardware).is_file()
+    for stage in stages.values():
+        for value in stage.options.values():
+            if isinstance(value, str) and value.startswith("recipes/"):
+                assert (ROOT / value).exists(), value
 
 
 @pytest.mark.parametrize("name", ["pretrain.py", "immunize.py"])
