@@ -29,6 +29,7 @@ from hf_immunize.attacks.vision import (
 )
 from hf_immunize.attacks.vision.adapters import ADAPTERS
 from hf_immunize.attacks.vision.context import AttackContext, describe_model
+from hf_immunize.attacks.vision.finetunes import FINETUNES
 
 ATTACKS: dict[str, Attack] = {
     "linear_probe_gd": linear_probe_gd.ATTACK,
@@ -56,6 +57,7 @@ ATTACKS: dict[str, Attack] = {
     "mixed_finetune": mixed_finetune.ATTACK,
     "augmented_finetune": augmented_finetune.ATTACK,
     "noisy_finetune": noisy_finetune.ATTACK,
+    **FINETUNES,
 }
 
 TRAINABILITY: dict[str, Attack] = {

@@ -27,12 +27,17 @@ class RidgeHeadFinetune(FinetuneConfig):
 
 def _prepare(context: AttackContext, planned: Run) -> nn.Module:
     model = unfrozen(context, planned)
+    set_ridge_head(context, model, planned)
+    return model
+
+
+def set_ridge_head(context: AttackContext, model: nn.Module, planned: Run) -> None:
+    """Write the ridge probe of the run's own rows into the model's new head."""
     head = model.get_submodule(context.head)
     weight, bias = ridge_head(context, planned.seed, planned.config.penalty)
     with torch.no_grad():
         head.weight.copy_(planned.config.temperature * weight.T)
         head.bias.copy_(planned.config.temperature * bias)
-    return model
 
 
 def ridge_head(context: AttackContext, seed: int, penalty: float) -> tuple[Tensor, Tensor]:
