@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from hf_immunize.attacks.core.shape import Result, Run, evaluation_steps, setting
 from hf_immunize.attacks.vision._cost import BACKWARD, forward_flops, trained_samples
-from hf_immunize.attacks.vision._optimizers import OPTIMIZERS, MuonAdamW, sgd_momentum
+from hf_immunize.attacks.vision._optimizers import OPTIMIZERS
 from hf_immunize.attacks.vision._rows import collator, training_rows
 from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.data import forward_rows

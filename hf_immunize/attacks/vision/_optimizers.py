@@ -103,8 +103,8 @@ def lamb(model: nn.Module, config: Any) -> torch.optim.Optimizer:
 def adafactor_relative(model: nn.Module, config: Any) -> torch.optim.Optimizer:
     """Adafactor (Shazeer & Stern 2018) with steps in units of each tensor's root mean square."""
     return Adafactor(
-        _trained(model), lr=config.learning_rate, eps=(1e-30, _LEAST), scale_parameter=True, relative_step=False, warmup_init=False,
-        weight_decay=config.weight_decay,
+        _trained(model), lr=config.learning_rate, eps=(1e-30, _LEAST), weight_decay=config.weight_decay,
+        scale_parameter=True, relative_step=False, warmup_init=False,
     )
 
 

@@ -1,9 +1,9 @@
 """What of a network takes part in changes of scale: found by following the scales through its exported graph.
 
-``torch.export`` gives the operations of one forward with the parameters by name. Every activation is followed as a tensor
-of variables of its own shape (``links``): views and transpositions move them like the numbers themselves, linear layers
-and norms end them and begin new ones, and every operation that is not known here holds them at 1. So a change of scale
-that is not certain to keep the function is never found.
+``torch.export`` gives the operations of one forward with the parameters by name. Every activation is followed as a
+tensor of variables of its own shape (``links``): views and transpositions move them like the numbers themselves, linear
+layers and norms end them and begin new ones, and every operation that is not known here holds them at 1. So a change of
+scale that is not certain to keep the function is never found.
 """
 
 from __future__ import annotations
@@ -460,11 +460,12 @@ def _averaged(at: _Follower, value: Tensor) -> Tensor:
 
 
 _MOVES = (
-    "view", "reshape", "flatten", "transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as", "select", "slice",
-    "cat", "stack", "split", "split_with_sizes", "chunk", "unbind", "roll", "repeat", "index", "unflatten", "getitem",
+    "view", "reshape", "flatten", "transpose", "permute", "unsqueeze", "squeeze", "expand", "expand_as", "select",
+    "slice", "cat", "stack", "split", "split_with_sizes", "chunk", "unbind", "roll", "repeat", "index",
+    "unflatten", "getitem",
     "reshape_as", "t", "flip", "tile", "view_as", "embedding",
 )
-_SAME = ("contiguous", "clone", "alias", "dropout", "to", "_to_copy", "detach", "feature_dropout", "lift_fresh", "type_as")
+_SAME = ("contiguous", "clone", "alias", "dropout", "to", "_to_copy", "detach", "lift_fresh", "type_as")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_MOVES, _move),
     **dict.fromkeys(_SAME, _same),

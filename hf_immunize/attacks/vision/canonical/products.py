@@ -1,10 +1,10 @@
 """Pairs of weights of which only the product matters: queries with keys, values with what reads them.
 
-Between a head's queries and keys any invertible matrix can be slipped in with its inverse, and so between its values and
-the output projection: the function does not change, but the factors can be made as badly conditioned as one likes. The
-normal form takes the singular value decomposition of the product and gives each factor the square root of its singular
-values. Of a linear layer that only the (new) head reads nothing but the row space matters: its singular values become 1,
-and the old head takes them.
+Between a head's queries and keys any invertible matrix can be slipped in with its inverse, and so between its values
+and the output projection: the function does not change, but the factors can be made as badly conditioned as one likes.
+The normal form takes the singular value decomposition of the product and gives each factor the square root of its
+singular values. Of a linear layer that only the (new) head reads nothing but the row space matters: its singular values
+become 1, and the old head takes them.
 """
 
 from __future__ import annotations
@@ -92,13 +92,10 @@ def _pair(
 def balance_pair(pair: Pair, named: Mapping[str, Tensor]) -> None:
     """Replace both factors by those of the normal form, in place and in float64."""
     left = _with_bias(pair.first, pair.rows, named)
-    right = _with_bias(pair.second, pair.others, named) if pair.transposed else named[pair.second.weight][:, pair.others]
-    if not pair.transposed and right.dim() > 2:
-        return
-    # scores: left columns × right rows; values: (second's columns) × (first's rows)
-    one, other = (left.T, right.T) if pair.transposed else (right, left.T)
-    if one is None or other is None:
-        return
+    if pair.transposed:  # scores: columns of both meet
+        one, other = left.T, _with_bias(pair.second, pair.others, named).T
+    else:
+        one, other = named[pair.second.weight][:, pair.others], left.T
     one, other = balanced(one, other)
     if pair.transposed:
         _write(pair.first, pair.rows, one.T, named)

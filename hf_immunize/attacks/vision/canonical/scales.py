@@ -9,7 +9,7 @@ Of all weights with the same function that differ in scales, the normal form is 
   (Stock et al. 2019, equi-normalization).
 
 None of these depends on the scales that the weights came with. Running statistics and epsilons move along, so that the
-function is the same in evaluation and in training mode.
+function is the same in evaluation mode; in training mode too but for batch norms whose variance is not large beside ε.
 """
 
 from __future__ import annotations
