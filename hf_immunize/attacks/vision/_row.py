@@ -18,11 +18,6 @@ Prepare = Callable[[AttackContext, Run], nn.Module | str]
 """Makes the model that is trained; words say why the attack does not apply."""
 
 
-def unfrozen(context: AttackContext, planned: Run) -> nn.Module:
-    """The attacked model with a new head and every weight trained."""
-    return context.model_with_new_head(planned.seed).requires_grad_(True)
-
-
 def low_rates(default: float = 1e-3) -> Any:
     """Learning rates for attacks on all weights; those of ``FinetuneConfig`` go one decade higher."""
     return setting(default, "Peak learning rate.", sweep=(1e-5, 1e-4, 1e-3, 1e-2))
@@ -32,7 +27,7 @@ def row(
     told: str,
     covers: str,
     *,
-    prepare: Prepare = unfrozen,
+    prepare: Prepare,
     family: str = "full fine-tuning",
     needs: tuple[str, ...] = (),
     spent: Callable[[Any], int] | None = None,
@@ -44,6 +39,7 @@ def row(
     """The attack of one row.
 
     Args:
+        prepare: what makes the model that is trained.
         told: what ``--describe`` prints of it.
         covers: which defence it undoes, for the table in docs/attacks.md.
         spent: steps of a config's budget that ``prepare`` takes.

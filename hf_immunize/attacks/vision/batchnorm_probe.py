@@ -54,4 +54,7 @@ def reestimate(model: nn.Module, context: AttackContext, seed: int) -> nn.Module
     return model.eval()
 
 
-ATTACK = Attack(config=BatchNormProbe, run=run, family="structural", unit="solve")
+ATTACK = Attack(
+    config=BatchNormProbe, run=run, family="structural", unit="solve",
+    covers="batch statistics of other images",
+)

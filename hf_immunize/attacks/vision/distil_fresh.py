@@ -79,4 +79,5 @@ def _stack(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 ATTACK = Attack(
     config=DistilFresh, run=partial(run_finetunes, prepare=_prepare, spent=_distilling), family="structural",
+    covers="whatever sits in the weights and not in the outputs",
 )

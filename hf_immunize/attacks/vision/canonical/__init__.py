@@ -1,8 +1,8 @@
 """A network's normal form: the same function, with scales and factors that nobody chose.
 
 What makes a network hard to train can lie in nothing but its coordinates: gains of 2^24 that the next layer divides
-away, convolutions multiplied by 1000 before a batch norm, queries stretched and keys shrunk. ``canonicalise`` undoes all
-changes of coordinates of these kinds at once, without the base and without data.
+away, convolutions multiplied by 1000 before a batch norm, queries stretched and keys shrunk. ``canonicalise`` undoes
+all changes of coordinates of these kinds at once, without the base and without data.
 """
 
 from __future__ import annotations
