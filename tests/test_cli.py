@@ -65,13 +65,15 @@ def test_a_stage_without_what_it_needs_leaves_as_a_usage_error():
 def test_verify_exit_codes(tmp_path):
     folder = write_release(certified(tmp_path), tmp_path / "published")
     good = run("verify", folder)
-    assert good.exit_code == 0 and "VERIFIED: the files are what the certificate says. It says: RESISTS" in good.output
+    first, *rest = good.output.splitlines()
+    assert good.exit_code == 0 and "VERIFIED" not in good.output
+    assert first == "Self-reported. Intact: the files are what the certificate says. It says: RESISTS."
     (tmp_path / "strict.yaml").write_text("families: {LoRA: RESISTS}")
     unmet = run("verify", folder, "--policy", tmp_path / "strict.yaml")
     assert unmet.exit_code == 4 and "which was not examined" in " ".join(unmet.output.split())
     (folder / "model.safetensors").write_bytes(b"changed")
     bad = run("verify", folder)
-    assert bad.exit_code == 3 and "model.safetensors" in bad.output and "NOT VERIFIED" in bad.output
+    assert bad.exit_code == 3 and "model.safetensors" in bad.output and bad.output.startswith("UNSOUND: ")
     assert run("verify").exit_code == 2
     assert run("verify", "nonsense").exit_code == 1
 

@@ -31,6 +31,9 @@ def verify(
     trusted_key: Annotated[
         str | None, typer.Option(help="Publisher's public key, hexadecimal or a file; its signature is required.")
     ] = None,
+    checker_key: Annotated[
+        list[str] | None, typer.Option(help="Public key of somebody whose signed rechecks you believe; may be repeated.")
+    ] = None,
     rejudge: Annotated[bool, typer.Option("--rejudge", help="Also recompute every verdict from the traces.")] = False,
     recheck: Annotated[
         int, typer.Option(help="Attack again: this many random cells, whose results are compared with the stored "
@@ -48,7 +51,7 @@ def verify(
 
     wanted = None if policy is None else Policy.read(policy)
     folder, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key,
-                                 rejudge=rejudge)
+                                 checker_keys=checker_key or (), rejudge=rejudge)
     if recheck:
         if base is None or task is None:
             raise ConfigError("expected --base and --task with --recheck, got one or none: a certificate names its "

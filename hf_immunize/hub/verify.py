@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from hf_immunize.errors import RecordError
+from hf_immunize.hub.applicability import inapplicable_attacks
 from hf_immunize.hub.card_check import check_card, examined_on
 from hf_immunize.hub.demands import code_in, elsewhere_in, is_configuration
 from hf_immunize.hub.findings import Finding, Findings, Verification
 from hf_immunize.hub.inventory import Inventory, find_pickles, scan
+from hf_immunize.hub.levels import Trust
 from hf_immunize.hub.names import CERTIFICATE, SEAL, SIGNATURE, is_harmless, kind_of, problem_with
-from hf_immunize.hub.policy import Policy, judge
+from hf_immunize.hub.policy import Circumstances, Policy, judge
 from hf_immunize.hub.rejudge import check_verdicts
 from hf_immunize.hub.seal import read_seal, write_seal
 from hf_immunize.hub.signature import SignatureRecord, is_valid, trusted
+from hf_immunize.hub.trust import judge_trust
 from hf_immunize.hub.untrusted import AnyRecord, parse_record
 from hf_immunize.hub.weights import check_weights
 from hf_immunize.records import AttackTrace, Certificate
@@ -31,6 +34,7 @@ def verify_folder(
     *,
     policy: Policy | None = None,
     trusted_key: str | Path | None = None,
+    checker_keys: Collection[str | Path] = (),
     today: datetime.date | None = None,
     rejudge: bool = False,
 ) -> Verification:
@@ -40,6 +44,7 @@ def verify_folder(
         folder: a local folder, or a snapshot in the Hub client's cache.
         policy: what the certificate has to say; without one, only that the files are what it says.
         trusted_key: public key (hexadecimal, or a file) whose signature is required.
+        checker_keys: public keys of those whose signed rechecks count.
         today: the date that expiry is judged by; the current one (UTC) by default.
         rejudge: also recompute every verdict from the traces. Needs torch, which nothing else here does.
 
@@ -50,7 +55,10 @@ def verify_folder(
     key = None if trusted_key is None else trusted(trusted_key)
     findings = Findings()
     inventory = scan(folder, findings)
-    return examine(inventory, findings, policy=policy, key=key, today=today, rejudge=rejudge, published=True)
+    return examine(
+        inventory, findings, policy=policy, key=key, checkers={trusted(item) for item in checker_keys}, today=today,
+        rejudge=rejudge, published=True,
+    )
 
 
 def examine(
@@ -59,6 +67,7 @@ def examine(
     *,
     policy: Policy | None = None,
     key: str | None = None,
+    checkers: Collection[str] = (),
     today: datetime.date | None = None,
     rejudge: bool = False,
     published: bool,
@@ -67,7 +76,7 @@ def examine(
     find_pickles(inventory, findings)
     sealed = _check_seal(inventory, findings) if published else {}
     certificate = _read(Certificate, CERTIFICATE, inventory, findings, "certificate")
-    signed_by = None
+    signed_by, trust = None, Trust()
     if certificate is not None:
         if published:
             _check_age(certificate, sealed, inventory, findings)
@@ -76,14 +85,18 @@ def examine(
         _check_loading(certificate, inventory, findings)
         _check_expiry(certificate, today or datetime.datetime.now(datetime.UTC).date(), findings)
         signed_by = _check_signature(key, sealed if published else None, inventory, findings)
+        trust = judge_trust(signed_by, key, checkers, inventory, findings)
         if published:
             check_card(certificate, inventory, findings)
         if rejudge and not any(item.level == "fail" for item in findings.found):
             check_verdicts(certificate, inventory, findings)
         if policy is not None:
-            judge(policy, certificate, signed_by is not None, findings)
+            around = Circumstances(signed_by is not None, trust, inapplicable_attacks(inventory))
+            judge(policy, certificate, around, findings)
+    if any(item.level == "fail" for item in findings.found):
+        trust = Trust()  # nobody speaks for files that are not what the certificate says
     name = inventory.root.resolve().name
-    return Verification(name, tuple(findings.found), certificate, dict(inventory.digests), signed_by)
+    return Verification(name, tuple(findings.found), certificate, dict(inventory.digests), signed_by, trust)
 
 
 def _read(
@@ -114,7 +127,7 @@ def _check_seal(inventory: Inventory, findings: Findings) -> dict[str, str]:
             findings.fail("seal", name, f"changed since it was published: SHA-256 {inventory.digest(name)} instead of "
                           f"{digest}. Download it again.")
     for name in inventory.files:
-        if name not in sealed and not is_harmless(name):
+        if name not in sealed and not is_harmless(name) and kind_of(name) != "recheck":
             findings.fail("seal-extra", name, "it was not part of what was published and may change what is loaded: "
                           "delete it.")
     return sealed

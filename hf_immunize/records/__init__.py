@@ -16,6 +16,7 @@ from hf_immunize.records.files import atomic_write, loading_files, sha256_file, 
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
+from hf_immunize.records.recheck import RecheckRecord, RepeatedRun, SignedRecheck
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
 from hf_immunize.records.spectrum import SpectrumRecord
 from hf_immunize.records.trace import AttackTrace, Evaluation
@@ -40,9 +41,12 @@ __all__ = [
     "ModelFingerprint",
     "Part",
     "Provenance",
+    "RecheckRecord",
     "Record",
+    "RepeatedRun",
     "RunRecord",
     "Side",
+    "SignedRecheck",
     "SimilarityGap",
     "SpectrumRecord",
     "Trainability",

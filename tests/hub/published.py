@@ -17,6 +17,10 @@ EXPIRES = (TODAY + datetime.timedelta(days=100)).isoformat()
 RESISTING = tuple(attack for attack in build.ATTACKS if attack.verdict == "RESISTS")
 
 
+SMALL_EXAM = {"exam": None, "min_seeds": 1, "trainable": False}
+"""What a policy does not ask of the synthetic exam of these tests: three seeds of two invented attacks."""
+
+
 def provenance(created: str = CREATED):
     return build.PROVENANCE.model_copy(update={"created": f"{created}T00:00:00+00:00"})
 
@@ -51,8 +55,10 @@ def client(hub, token: str = TOKEN) -> HfApi:
 
 def write_release(folder: Path, target: Path, **options) -> Path:
     """What a download of the published folder would hold, without a network."""
+    from hf_immunize.hub.policy import Policy
     from hf_immunize.hub.release import prepare
 
+    options.setdefault("policy", Policy(**SMALL_EXAM))
     release = prepare(folder, repo_id="me/model", **options)
     contents = dict(release.small) | {name: path.read_bytes() for name, path in release.weights.items()}
     for name, data in contents.items():
@@ -85,4 +91,6 @@ def publish_in_child(folder: str, url: str) -> None:
     from hf_immunize.hub import publish
 
     constants.HF_HUB_DISABLE_XET = True
-    publish(folder, "me/model", api=HfApi(endpoint=url, token=TOKEN))
+    from hf_immunize.hub.policy import Policy
+
+    publish(folder, "me/model", policy=Policy(**SMALL_EXAM), api=HfApi(endpoint=url, token=TOKEN))
