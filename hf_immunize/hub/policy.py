@@ -27,6 +27,7 @@ NOTHING = "NOTHING TO PROTECT"
 NEEDS_BASE = ("fold_linear_map", "subtract_difference")
 """Attacks whose attacker compares the model with its base."""
 EVERY = "*"
+START = "start_from"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Policy:
 
     @classmethod
     def read(cls, path: str | Path) -> Policy:
-        """A ready policy by its name, or one from a YAML file whose keys are the fields; the others as in ``release``.
+        """A ready policy by its name, or one from a YAML file whose keys are the fields (see ``parse``).
 
         Raises:
             ConfigError: not readable, not a mapping, or with unknown keys or values.
@@ -96,12 +97,16 @@ class Policy:
 
     @classmethod
     def parse(cls, loaded: Any) -> Policy:
-        """A policy from plain data, every key and type checked. Raises ConfigError."""
-        known = {item.name for item in dataclasses.fields(cls)}
+        """A policy from plain data, every key and type checked; what is left out is as in the policy that ``start_from``
+        names, ``release`` by default. Raises ConfigError."""
+        known = {START, *(item.name for item in dataclasses.fields(cls))}
         if not isinstance(loaded, dict) or not set(loaded) <= known:
             got = sorted(map(str, set(loaded) - known)) if isinstance(loaded, dict) else type(loaded).__name__
             raise ConfigError(f"expected a policy with keys out of {', '.join(sorted(known))}, got {got}.")
         values = dict(loaded)
+        start = values.pop(START, "release")
+        if start not in POLICIES:
+            raise ConfigError(f"expected {START} out of {', '.join(POLICIES)}, got {start!r}.")
         if isinstance(values.get("issued_after"), datetime.date):
             values["issued_after"] = values["issued_after"].isoformat()
         for name, (fits, what) in _KINDS.items():
@@ -111,7 +116,7 @@ class Policy:
                 del values[name]
         if "undecided" in values:
             values["undecided"] = tuple(values["undecided"])
-        return cls(**values)
+        return dataclasses.replace(POLICIES[start], **values)
 
 
 def _is_names(value: Any) -> bool:

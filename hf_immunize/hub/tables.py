@@ -70,17 +70,17 @@ def _verdict(cell: Cell | None) -> Text:
 
 
 def findings_table(found: Verification) -> RenderableType:
-    """One line with who says so and the outcome, then every finding with its file, failures first."""
+    """Every finding with its file, failures first."""
     table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
     order = ("fail", "policy", "note")
     for finding in sorted(found.findings, key=lambda finding: order.index(finding.level)):
         mark, style = _MARKS[finding.level]
         table.add_row(Text(mark, style=style), _plain(finding.file), _plain(finding.message))
-    return Group(_outcome(found), *([table] if found.findings else []))
+    return table
 
 
-def _outcome(found: Verification) -> Text:
-    """Hashes that fit make files intact, not true: who says so comes first."""
+def outcome(found: Verification) -> Text:
+    """Who says so and what came of it, in one line. Hashes that fit make files intact, not true."""
     told = str(found.trust)
     who = told[:1].upper() + told[1:]
     said = "" if found.certificate is None else f" It says: {found.certificate.overall}."
