@@ -85,8 +85,8 @@ def show(
     if found.certificate is not None:
         say(found.certificate.model_dump(mode="json") if as_json else certificate_table(found.certificate))
     if not as_json or not found.sound:
-        shown = errors() if as_json else Console(soft_wrap=True)
-        shown.print(outcome(found))
+        shown = errors() if as_json else Console()
+        shown.print(outcome(found), soft_wrap=True)
         shown.print(findings_table(found))
     if not found.sound:
         raise typer.Exit(UNSOUND)

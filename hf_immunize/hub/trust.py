@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from hf_immunize.errors import RecordError
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import Inventory
 from hf_immunize.hub.levels import Trust
-from hf_immunize.hub.names import CERTIFICATE, SIGNATURE, kind_of
-from hf_immunize.hub.signature import SignatureRecord, is_valid, signed_text
+from hf_immunize.hub.names import CERTIFICATE, RECHECKS, SIGNATURE, kind_of
+from hf_immunize.hub.signature import SignatureRecord, is_valid, sign_text, signed_text
 from hf_immunize.hub.untrusted import parse_record
 from hf_immunize.records import Certificate, RecheckRecord, SignedRecheck
 
@@ -65,6 +66,18 @@ def read_recheck(data: bytes) -> tuple[str, RecheckRecord]:
     if not signed_text(signed.public_key, signed.signature, signed.record.encode()):
         raise RecordError("expected a recheck signed by the key it names, got another signature: delete the file.")
     return signed.public_key, parse_record(RecheckRecord, signed.record.encode())
+
+
+def sign_recheck(record: RecheckRecord, key_file: str | Path) -> tuple[str, bytes]:
+    """Name and content of the file that holds a recheck, signed: to be published beside the certificate.
+
+    Raises:
+        ConfigError: as ``signature.sign``.
+    """
+    text = record.dumps()
+    public_key, signature = sign_text(text.encode(), key_file)
+    signed = SignedRecheck(algorithm="ed25519", public_key=public_key, signature=signature, record=text)
+    return f"{RECHECKS}/{public_key[:16]}-{record.drawn_with}.json", signed.dumps().encode()
 
 
 def judge_trust(
