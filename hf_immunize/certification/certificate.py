@@ -9,7 +9,8 @@ from torch import nn
 
 from hf_immunize.attacks import ATTACKS, TRAINABILITY, describe_model
 from hf_immunize.certification.judgement import Sides, check_base, judge_traces
-from hf_immunize.certification.utility import measure_utility
+from hf_immunize.certification.primary_rows import judge_utility, keep_rows
+from hf_immunize.certification.utility import utility_rows
 from hf_immunize.data import PixelDataset
 from hf_immunize.exam import Protocol, lines_not_run
 from hf_immunize.features import find_classifier
@@ -60,13 +61,16 @@ def build_certificate(
     judged = judge_traces(
         sides, ATTACKS, TRAINABILITY, protocol, harmful=data.harmful, benign=data.benign, threshold=threshold
     )
-    utility = measure_utility(base.to(device), immunized.to(device), data.primary_test, rule.level)
+    answers = utility_rows(
+        base.to(device), immunized.to(device), data.primary_test, data.primary[0].sha256, sides.subject, sides.control
+    )
+    fields = judged.fields(sides, protocol, judge_utility(answers, rule.level), threshold)
     spectra = {
         name: _spectra(model, data, feature_module) for name, model in (("base", base), ("immunized", immunized))
     }
     ratio, parts = immunization_ratio(spectra["base"], spectra["immunized"])
     return Certificate(
-        **judged.fields(sides, protocol, utility, threshold),
+        **fields, utility_rows=keep_rows(folder, [answers]),
         primary_data=list(data.primary), harmful_data=list(data.harmful), benign_data=list(data.benign),
         spectra=spectra, immunization_ratio=ratio, immunization_ratio_parts=parts,
         not_run=lines_not_run(judged.traces, protocol.attacks), provenance=Provenance.here(device),

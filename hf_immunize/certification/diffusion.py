@@ -13,6 +13,7 @@ from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABIL
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings, keep_pictures
 from hf_immunize.certification.generation import measure_similarity, real_images
 from hf_immunize.certification.judgement import Judgement, Sides, check_base, judge_traces
+from hf_immunize.certification.primary_rows import judge_utility, keep_rows
 from hf_immunize.certification.recheck import Recheck, recheck
 from hf_immunize.certification.similarity import ImageFeatures, Similarity
 from hf_immunize.diffusion import (
@@ -27,8 +28,7 @@ from hf_immunize.diffusion import (
 )
 from hf_immunize.errors import ConfigError, ModelError, RecordError
 from hf_immunize.exam import Protocol, Rule, diffusion_lines_not_run
-from hf_immunize.metrics import mean_interval
-from hf_immunize.records import AttackTrace, Certificate, DatasetFingerprint, Provenance, SimilarityGap, Utility
+from hf_immunize.records import AttackTrace, Certificate, DatasetFingerprint, Losses, Provenance, SimilarityGap, Utility, UtilityRows
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,19 @@ def build_diffusion_certificate(
     )
     _check_score(judged.traces)
     level = protocol.rule.level
-    measured = [denoising_utility(base, subject, exam.retain_test, level)]
+    measured = [denoising_rows(base, subject, exam.retain_test)]
     drawn = RetainedDrawings.of(base, subject, exam.retain_test, exam.judged_images)
     if exam.judge is not None:
-        measured.insert(0, drawn.recognised_by(exam.judge, level, exam.judge_names))
+        measured.insert(0, drawn.recognised_by(exam.judge, exam.judge_names))
+    bound = {"data": exam.retain[0].sha256, "subject": sides.subject.weights, "control": sides.control.weights}
+    measured = [rows.model_copy(update=bound) for rows in measured]
+    utility = [judge_utility(rows, level) for rows in measured]
+    fields = judged.fields(sides, protocol, utility[0], threshold)
     pictures = keep_pictures(
         sides, {"control": base, "subject": subject}, exam.retain_test, exam.harmful_test, judged.traces
     )
     return Certificate(
-        **judged.fields(sides, protocol, measured[0], threshold), further_utility=measured[1:],
+        **fields, further_utility=utility[1:], utility_rows=keep_rows(folder, measured),
         primary_data=list(exam.retain), harmful_data=list(exam.harmful), benign_data=list(exam.benign),
         spectra={}, immunization_ratio=None, immunization_ratio_parts={}, harmful_metric=SCORE,
         samples=pictures,
@@ -126,22 +130,27 @@ def _check_score(traces: Sequence[AttackTrace]) -> None:
             )
 
 
-def denoising_utility(base: Drawer, subject: Drawer, retain: LatentDataset, level: float = 0.95) -> Utility:
-    """R² on the same held-out retained rows, noise and levels, in percent; t interval of the drop over paired rows.
+def denoising_rows(base: Drawer, subject: Drawer, retain: LatentDataset) -> UtilityRows:
+    """Losses of both models on the same held-out retained rows, noise and levels, beside the energy of each target.
 
-    The drop of a row is (its loss on the subject − its loss on the base) / mean energy, so that its mean is the
-    difference of both R².
+    Raises:
+        ModelError: answers that are not finite.
     """
     exam = DenoisingExam(NoiseProcess.from_scheduler(base.pipeline.scheduler), retain, batch_size=base.batch_size)
     before, after = (exam.ask(denoiser_of(side.model), side.model) for side in (base, subject))
     for name, answers in (("base", before), ("subject", after)):
         if not bool(torch.isfinite(answers.losses_N).all()):
             raise ModelError(f"expected finite answers of the {name}, got NaN or infinity: its weights are broken.")
-    drops = 100 * (after.losses_N - before.losses_N).double() / before.energies_N.double().mean()
-    return Utility(
-        metric=SCORE, base=100 * before.explained, immunized=100 * after.explained,
-        drop=mean_interval(drops.tolist(), level), rows=len(retain),
+    energy, early, late = (values_N.double().tolist() for values_N in (
+        before.energies_N, before.losses_N, after.losses_N))
+    return UtilityRows(
+        metric=SCORE, data="", subject={}, control={}, losses=Losses(energy=energy, base=early, immunized=late)
     )
+
+
+def denoising_utility(base: Drawer, subject: Drawer, retain: LatentDataset, level: float = 0.95) -> Utility:
+    """R² on the same held-out retained rows, noise and levels, in percent (see ``judge_utility``)."""
+    return judge_utility(denoising_rows(base, subject, retain), level)
 
 
 def _similarities(

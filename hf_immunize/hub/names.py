@@ -19,6 +19,8 @@ SEAL = "SHA256SUMS"
 CARD = "README.md"
 REPORT = "report.html"
 IMMUNIZATION = "immunization.json"
+UTILITY_FOLDER = "utility"
+"""Folder of the answers that the utility is computed from."""
 RECHECKS = "rechecks"
 """Folder of signed records of those who ran certified attacks again; they may come after the seal."""
 RECORDS = (CERTIFICATE, SIGNATURE, SEAL, IMMUNIZATION)
@@ -81,7 +83,7 @@ def kind_of(name: str) -> Kind:
     suffix, last = path.suffix.lower(), path.name
     if name in RECORDS:
         return "record"
-    if path.parts[0] == "traces" and suffix == ".json":
+    if path.parts[0] in ("traces", UTILITY_FOLDER) and suffix == ".json":
         return "trace"
     if path.parts[0] == RECHECKS and suffix == ".json":
         return "recheck"

@@ -164,7 +164,7 @@ def _choose(everything: Inventory) -> Inventory:
         certificate = Certificate.read(everything.files[CERTIFICATE])
     except RecordError:  # told as a finding by the examination
         return everything.only([CERTIFICATE])
-    listed = {*certificate.subject.weights, *certificate.traces, *certificate.files}
+    listed = {*certificate.subject.weights, *certificate.traces, *certificate.utility_rows, *certificate.files}
 
     def goes(name: str) -> bool:
         kind = kind_of(name)

@@ -22,7 +22,7 @@ from hf_immunize.hub.signature import SignatureRecord, is_valid, trusted
 from hf_immunize.hub.trust import judge_trust
 from hf_immunize.hub.untrusted import AnyRecord, parse_record
 from hf_immunize.hub.weights import check_weights
-from hf_immunize.records import AttackTrace, Certificate
+from hf_immunize.records import AttackTrace, Certificate, UtilityRows
 
 __all__ = ["Finding", "Verification", "examine", "verify_folder"]
 
@@ -152,19 +152,21 @@ def _check_age(certificate: Certificate, sealed: Mapping[str, str], inventory: I
 
 def _check_traces(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
     """Every certified trace is there, unchanged, valid, and about these weights or their base."""
-    for name, digest in certificate.traces.items():
+    evidence = {name: (digest, _check_trace) for name, digest in certificate.traces.items()}
+    evidence |= {name: (digest, _check_rows) for name, digest in certificate.utility_rows.items()}
+    for name, (digest, check) in evidence.items():
         problem = problem_with(name)
         if problem is not None or kind_of(name) != "trace":
             findings.fail("path", CERTIFICATE, f"it names a trace that may not be read: {name!r} "
-                          f"({problem or 'not below traces/'}). Do not use this certificate.")
+                          f"({problem or 'not below traces/ or utility/'}). Do not use this certificate.")
         elif name not in inventory:
             findings.fail("trace-missing", name, "expected this certified attack trace, got no such file: restore it.")
         elif inventory.digest(name) != digest:
             findings.fail("trace", name, f"not the trace that was certified: SHA-256 {inventory.digest(name)} instead "
                           f"of {digest}. Restore it.")
         else:
-            _check_trace(name, certificate, inventory, findings)
-    extra = [name for name in inventory.files if kind_of(name) == "trace" and name not in certificate.traces]
+            check(name, certificate, inventory, findings)
+    extra = [name for name in inventory.files if kind_of(name) == "trace" and name not in evidence]
     if extra:
         findings.note("trace-extra", extra[0], f"{len(extra)} trace file(s) that the certificate does not cover.")
     if not certificate.traces and any(cell.subject is not None for cell in certificate.cells):
@@ -182,6 +184,20 @@ def _check_trace(name: str, certificate: Certificate, inventory: Inventory, find
     if trace.attack not in {entry.attack for entry in (*certificate.cells, *certificate.trainability)}:
         findings.fail("trace-omitted", name, f"the certificate leaves out the attack {trace.attack!r} that this trace "
                       "is of: no attack that was run may be omitted.")
+
+
+def _check_rows(name: str, certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
+    """Rows behind the utility: of these weights, of this data, of a measure that the certificate tells."""
+    rows = _read(UtilityRows, name, inventory, findings, "utility")
+    if rows is None:
+        return
+    if (rows.subject, rows.control) != (certificate.subject.weights, certificate.control.weights):
+        findings.fail("utility", name, "answers of other weights than the certificate's: its utility cannot rest on "
+                      "them.")
+    if rows.data not in {part.sha256 for part in certificate.primary_data}:
+        findings.fail("utility", name, "answers on other rows than the primary data that the certificate names.")
+    if rows.metric not in {item.metric for item in (certificate.utility, *certificate.further_utility)}:
+        findings.fail("utility", name, f"the certificate leaves out {rows.metric!r}, which these answers are of.")
 
 
 def _check_loading(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:

@@ -20,11 +20,13 @@ from hf_immunize.records.recheck import RecheckRecord, RepeatedRun, SignedRechec
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
 from hf_immunize.records.spectrum import SpectrumRecord
 from hf_immunize.records.trace import AttackTrace, Evaluation
+from hf_immunize.records.utility import Answers, Losses, UtilityRows
 
 __all__ = [
     "HUB_SOURCE",
     "RUN_FILE",
     "SCHEMA_VERSION",
+    "Answers",
     "AtBudget",
     "AtThreshold",
     "AttackTrace",
@@ -38,6 +40,7 @@ __all__ = [
     "ImmunizationRecord",
     "OutcomeRecord",
     "Interval",
+    "Losses",
     "ModelFingerprint",
     "Part",
     "Provenance",
@@ -52,6 +55,7 @@ __all__ = [
     "Trainability",
     "Utility",
     "UtilityGuardRecord",
+    "UtilityRows",
     "VerdictName",
     "atomic_write",
     "begin_run",
