@@ -114,8 +114,7 @@ def _refutations(
             continue
         if record.certificate_sha256 != digest or record.holds:
             continue
-        bad = [run.attack for run in record.runs if not run.agrees] or record.changed
-        told = f"{key} ran certified attacks again, and {', '.join(sorted(set(bad)))} did not come out as certified."
+        told = f"{key} ran certified attacks again, and {', '.join(record.refuted)} did not come out as certified."
         if key in checkers or key == signed_by:
             findings.fail("recheck", name, f"{told} Do not rely on this certificate.")
         else:

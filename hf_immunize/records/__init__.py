@@ -16,7 +16,7 @@ from hf_immunize.records.files import atomic_write, loading_files, sha256_file, 
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
-from hf_immunize.records.recheck import RecheckRecord, RepeatedRun, SignedRecheck
+from hf_immunize.records.recheck import RecheckRecord, RepeatedTrial, SignedRecheck
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
 from hf_immunize.records.spectrum import SpectrumRecord
 from hf_immunize.records.trace import AttackTrace, Evaluation
@@ -46,7 +46,7 @@ __all__ = [
     "Provenance",
     "RecheckRecord",
     "Record",
-    "RepeatedRun",
+    "RepeatedTrial",
     "RunRecord",
     "Side",
     "SignedRecheck",

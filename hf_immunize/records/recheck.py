@@ -1,8 +1,6 @@
-"""What somebody saw who ran a few certified attack runs again, and their signature under it."""
+"""What somebody saw who made a few certified attacks again, and their signature under it."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 from pydantic import Field
 
@@ -10,50 +8,56 @@ from hf_immunize.records.base import Part, Record
 from hf_immunize.records.provenance import Provenance
 
 
-class RepeatedRun(Part):
-    """One certified run, made again from the certificate's own settings."""
+class RepeatedTrial(Part):
+    """One certified trial of an attack on one side, made again with each of its seeds from its own settings."""
 
-    trace: str
-    """The certified trace, by its path relative to the certificate."""
+    role: str
     attack: str
-    role: Literal["subject", "control", "scratch"]
+    trial: str
+    seeds: list[int]
+    evaluations: int
+    """Evaluations that were compared, of all seeds."""
     distance: float | None
-    """Largest difference of the test score at any evaluation; null where the two cannot be laid on each other."""
-    bound: float
-    """The difference that is still no disagreement, at the evaluation where it was exceeded most or reached nearest."""
+    """Largest difference of the test score at any evaluation; null where the curves cannot be laid on each other."""
+    bound: float | None
+    """The difference that is still no disagreement there, from how far new runs with other seeds lie apart."""
     agrees: bool
     told: str
     """The comparison in words."""
 
 
 class RecheckRecord(Record):
-    """A draw of certified runs that were made again, and whether each came out as the certificate says."""
+    """A draw of certified trials that were made again, and whether each came out as the certificate says."""
 
     certificate_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Digest of the ``certificate.json`` that was checked."""
     drawn_with: int
-    """The checker's seed: with the certificate it gives the drawn runs."""
+    """The checker's seed: with the certificate it gives the drawn trials."""
     drawn_from: int
-    """Certified runs that could have been drawn."""
+    """Certified trials that could have been drawn."""
     cells: int
     """Attacks of the certificate, whatever their verdict."""
-    runs: list[RepeatedRun]
+    trials: list[RepeatedTrial]
     verdicts: dict[str, str]
     """What is said of each drawn attack when the new runs take the place of the certified ones."""
-    changed: list[str]
-    """Drawn attacks whose verdict another one took the place of, although every run agreed or not."""
+    overturned: list[str]
+    """Attacks whose certified RESISTS becomes FAILS by that, or the other way round."""
     provenance: Provenance
 
     @property
     def holds(self) -> bool:
-        """Whether every run came out as certified, and every verdict with them."""
-        return all(run.agrees for run in self.runs) and not self.changed
+        """Whether every trial came out as certified, and no verdict was overturned."""
+        return all(item.agrees for item in self.trials) and not self.overturned
+
+    @property
+    def refuted(self) -> list[str]:
+        """Attacks with a trial that did not agree, or whose verdict was overturned."""
+        return sorted({item.attack for item in self.trials if not item.agrees} | set(self.overturned))
 
     @property
     def repeated(self) -> list[str]:
-        """Attacks with at least one drawn run, each of which agreed."""
-        bad = {run.attack for run in self.runs if not run.agrees} | set(self.changed)
-        return sorted({run.attack for run in self.runs} - bad)
+        """Attacks with at least one drawn trial, each of which agreed."""
+        return sorted({item.attack for item in self.trials} - set(self.refuted))
 
 
 class SignedRecheck(Record):

@@ -15,7 +15,7 @@ from hf_immunize.hub import verify_folder
 from hf_immunize.hub.levels import Trust
 from hf_immunize.hub.signature import default_key_file, make_key
 from hf_immunize.hub.trust import sign_recheck
-from hf_immunize.records import Certificate, RecheckRecord, RepeatedRun, sha256_file
+from hf_immunize.records import Certificate, RecheckRecord, RepeatedTrial, sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def rechecked(folder, key, *, agrees=True, attack="adam_probe", certificate=None
     """A recheck of one run, signed, put beside the certificate after it was sealed."""
     record = RecheckRecord(
         certificate_sha256=certificate or sha256_file(folder / "certificate.json"), drawn_with=7, drawn_from=12, cells=2,
-        runs=[RepeatedRun(trace="traces/subject/x.json", attack=attack, role="subject", distance=0.1, bound=0.2,
-                          agrees=agrees, told="synthetic")],
-        verdicts={attack: "RESISTS"}, changed=[], provenance=build.PROVENANCE,
+        trials=[RepeatedTrial(attack=attack, role="subject", trial="rate=1", seeds=[0], evaluations=9, distance=0.1,
+                              bound=0.2, agrees=agrees, told="synthetic")],
+        verdicts={attack: "RESISTS"}, overturned=[], provenance=build.PROVENANCE,
     )
     name, data = sign_recheck(record, key)
     (folder / name).parent.mkdir(exist_ok=True)
