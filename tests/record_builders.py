@@ -22,6 +22,8 @@ from hf_immunize.records import (
     ImmunizationRecord,
     Interval,
     ModelFingerprint,
+    Plan,
+    PlannedAttack,
     Provenance,
     Side,
     SpectrumRecord,
@@ -161,7 +163,8 @@ def trace(attack: Attack, role: str, seed: int, trial: str, model: ModelFingerpr
         curve.append(Evaluation(step=step, validation=value, test=value))
     return AttackTrace(
         attack=attack.name, family=attack.family, trial=trial, config={"batch_size": 32}, seed=seed, role=role,
-        model=model, data=[dataset("harmful/train", "scikit-learn digits", ("five",))], unit=attack.unit,
+        model=model, unit=attack.unit,
+        data=[dataset(f"harmful/{split}", "scikit-learn digits", ("five",)) for split in ("train", "test")],
         budget=attack.budget, curve=curve, outcome="diverged" if diverges else "completed",
         note="loss is not finite" if diverges else None, seconds=0.1, provenance=PROVENANCE,
     )
@@ -314,3 +317,13 @@ def certificate(
         provenance=PROVENANCE, expires="2026-07-02",
     )
     return Certificate(**(fields | exam.extra))
+
+
+def plan_of(attacks: Sequence[Attack], methods: Sequence[str] = (), threshold: float | None = THRESHOLD) -> Plan:
+    """The plan of a synthetic exam, its threshold given by hand."""
+    return Plan(
+        protocol="quick", planned=[attack.name for attack in attacks], seeds=[0, 1, 2], settings=[],
+        threshold=threshold,
+        attacks=[PlannedAttack(attack=one.name, family=one.family, unit=one.unit) for one in attacks],
+        methods=[PlannedAttack(attack=name, family="benign trainability", unit="step") for name in methods],
+    )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 from hf_immunize.errors import ImmunizeError
@@ -12,65 +10,52 @@ from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import Inventory
 from hf_immunize.hub.names import CERTIFICATE
 from hf_immunize.hub.untrusted import parse_record
-from hf_immunize.records import AttackTrace, Cell, Certificate
+from hf_immunize.records import AttackTrace, Certificate
 
 
 def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
-    """Recompute every cell, the families and the overall verdict from traces that were found unchanged."""
-    from hf_immunize.certification import family_verdicts, find_rule, overall_verdict
+    """Judge traces that were found unchanged by the certificate's plan and rule, and compare every field."""
+    from hf_immunize.certification import Evidence, find_rule, judge_traces
 
     rule = find_rule(certificate)
-    if rule is None:
+    if rule is None or certificate.plan is None:
         findings.note("rejudge", CERTIFICATE, "its rule is not one of this release: its verdicts were not recomputed.")
         return
-    traces = [parse_record(AttackTrace, inventory.read(name)) for name in certificate.traces if name in inventory]
-    cells = []
-    for cell in certificate.cells:
-        try:
-            again = _judge(cell, traces, certificate, rule)
-        except (ImmunizeError, ValueError, ArithmeticError, LookupError) as error:
-            findings.fail("rejudge", CERTIFICATE, f"the cell of {cell.attack!r} does not follow from traces: {error}")
-            return
-        if differing := sorted(_differences(cell.model_dump(), again.model_dump())):
-            findings.fail("rejudge", CERTIFICATE, f"the cell of {cell.attack!r} is not what its traces give: "
-                          f"{', '.join(differing)} (verdict written {cell.verdict}, judged {again.verdict}).")
-        cells.append(again)
-    if [item.model_dump() for item in family_verdicts(cells)] != [item.model_dump() for item in certificate.families]:
-        findings.fail("rejudge", CERTIFICATE, "its verdicts by family are not those of its cells.")
-    _check_trainability(certificate, traces, rule, findings)
-    overall = overall_verdict(cells, certificate.utility, rule, certificate.trainability)
-    if overall != certificate.overall:
-        findings.fail("rejudge", CERTIFICATE, f"its overall verdict is written {certificate.overall}, judged {overall}")
-
-
-def _check_trainability(
-    certificate: Certificate, traces: Sequence[AttackTrace], rule: Any, findings: Findings
-) -> None:
-    """Recompute what the benign runs say."""
-    from hf_immunize.certification.trainability import benign_methods, measure_trainability
-
-    benign = {role: [trace for trace in traces if trace.role == role and trace.attack in benign_methods(rule)]
-              for role in ("subject", "control")}
+    traces: dict[str, list[AttackTrace]] = {}
+    for name in certificate.traces:
+        if name in inventory:
+            trace = parse_record(AttackTrace, inventory.read(name))
+            traces.setdefault(name.split("/")[1], []).append(trace)
     try:
-        again = [item.model_dump() for item in measure_trainability(benign, rule)]
+        again = judge_traces(traces, certificate.plan, rule, Evidence.of_certificate(certificate))
     except (ImmunizeError, ValueError, ArithmeticError, LookupError) as error:
-        findings.fail("rejudge", CERTIFICATE, f"its benign trainability does not follow from traces: {error}")
+        findings.fail("rejudge", CERTIFICATE, f"its verdicts do not follow from its traces: {error}")
         return
-    if _differences(again, [item.model_dump() for item in certificate.trainability]):
-        findings.fail("rejudge", CERTIFICATE, "its benign trainability is not what its traces give.")
+    _compare(certificate, again, findings)
 
 
-def _judge(cell: Cell, traces: Sequence[AttackTrace], certificate: Certificate, rule: Any) -> Cell:
-    """The cell as its traces give it."""
-    from hf_immunize.certification.cells import build_cell
-
-    sides: dict[str, list[AttackTrace]] = {"subject": [], "control": [], "scratch": []}
-    for trace in traces:
-        if trace.attack == cell.attack:
-            sides[trace.role].append(trace)
-    about: Any = SimpleNamespace(family=cell.family, unit=cell.unit)
-    rows = certificate.harmful_data[-1].rows
-    return build_cell(cell.attack, about, sides, cell.threshold, rows, rule)
+def _compare(certificate: Certificate, again: Certificate, findings: Findings) -> None:
+    """One finding for every cell and every other field that is not what its traces give."""
+    judged = {cell.attack: cell for cell in again.cells}
+    for cell in certificate.cells:
+        mine = judged.pop(cell.attack, None)
+        if mine is None:
+            findings.fail("rejudge", CERTIFICATE, f"the cell of {cell.attack!r} is not one that its plan has.")
+        elif differing := sorted(_differences(cell.model_dump(), mine.model_dump())):
+            findings.fail("rejudge", CERTIFICATE, f"the cell of {cell.attack!r} is not what its traces give: "
+                          f"{', '.join(differing)} (verdict written {cell.verdict}, judged {mine.verdict}).")
+    for name in judged:
+        findings.fail("rejudge", CERTIFICATE, f"the cell of {name!r} is missing.")
+    written, found = (item.model_dump(exclude={"cells"}) for item in (certificate, again))
+    for name, told in (("families", "its verdicts by family are not those of its cells."),
+                       ("trainability", "its benign trainability is not what its traces give.")):
+        if _differences(written.pop(name), found.pop(name), name):
+            findings.fail("rejudge", CERTIFICATE, told)
+    if written.pop("overall") != found.pop("overall"):
+        findings.fail("rejudge", CERTIFICATE, f"its overall verdict is written {certificate.overall}, judged "
+                      f"{again.overall}")
+    for name in sorted(_differences(written, found)):
+        findings.fail("rejudge", CERTIFICATE, f"its field {name!r} is not what traces, plan and rule give.")
 
 
 def _differences(mine: Any, theirs: Any, where: str = "") -> set[str]:

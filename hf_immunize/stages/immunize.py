@@ -15,6 +15,7 @@ from hf_immunize.records import begin_run, fingerprint_of
 from hf_immunize.stages.base import ImmunizeOptions, fetch_base, leave_finished
 from hf_immunize.stages.words import read_words, refuse_foreign
 from hf_immunize.tasks import Family, family_of
+from hf_immunize.training.core.launching import leave_processes
 from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 
@@ -98,3 +99,4 @@ def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
 def main(argv: Sequence[str] | None = None, family: str | None = None, prog: str | None = None) -> None:
     """The stage on words of a command line."""
     immunize_model(*read_words(lambda found: (ImmunizeOptions, config_of(found)), argv, __doc__, family, prog))
+    leave_processes()

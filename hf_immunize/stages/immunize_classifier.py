@@ -74,7 +74,6 @@ class ClassifierDefence:
         if self._options.require and (trainer.outcome is None or not trainer.outcome.immunized):
             told = trainer.outcome.told if trainer.outcome else "harmful rows do not allow a probe"
             raise NotImmunizedError(f"expected an immunized model, as asked for by require, got {told}")
-        trainer.accelerator.end_training()  # a rank that leaves while gloo's threads still run may be aborted
 
 
 def _refuse_base_options(args: ImmunizationConfig) -> None:

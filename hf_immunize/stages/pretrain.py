@@ -8,6 +8,7 @@ from typing import Any
 from hf_immunize.errors import ConfigError
 from hf_immunize.stages.words import read_words
 from hf_immunize.tasks import Family, family_of
+from hf_immunize.training.core.launching import leave_processes
 
 _NO_PROMPTS = (
     "expected a task of classes or concepts to pretrain on, got one of prompts: a pipeline that reads prompts is "
@@ -57,3 +58,4 @@ def pretrain_model(arguments: Any, *options: Any) -> None:
 def main(argv: Sequence[str] | None = None, family: str | None = None, prog: str | None = None) -> None:
     """The stage on words of a command line."""
     pretrain_model(*read_words(options_of, argv, __doc__, family, prog))
+    leave_processes()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 import yaml
@@ -144,14 +145,9 @@ def test_two_cpu_processes_run_through_accelerate_launch(tmp_path):
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom accelerate import PartialState\nstate = PartialState(cpu=True)\n"
         "Path(sys.argv[1], f'rank{state.process_index}').write_text(str(state.num_processes))\n"
-        "state.wait_for_everyone()\nstate.destroy_process_group()\n"
+        "from launching import leave\nleave()\n"
     )
-    words = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-        str(RECIPES / "accelerate" / "cpu-2.yaml"), "--main_process_port", "0", str(script), str(tmp_path),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
+    launching.run_script(script, str(tmp_path), config="cpu-2")
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 
 

@@ -4,6 +4,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from launching import leave
 from safetensors.torch import save_file
 
 from hf_immunize.training.core.distributed import RowExchange, average_over_ranks, gather_rows, sum_over_ranks
@@ -70,5 +71,4 @@ told["calls.meter"] = torch.tensor(taken())
 means = meter.drain()
 found["meter"] = torch.tensor([means[name] for name in ("loss", "distance")])
 save_file({**found, **told}, f"{sys.argv[1]}.{rank}")
-dist.barrier()
-dist.destroy_process_group()
+leave()

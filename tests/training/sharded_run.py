@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from launching import leave
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.distributed import DistributedConfig
@@ -124,6 +125,4 @@ assert size == processes
 if rank == 0:
     save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{processes}.safetensors")
     (folder / f"{processes}.json").write_text(json.dumps(told))
-if size > 1:  # a rank that leaves while gloo's threads still run may be aborted
-    barrier()
-    torch.distributed.destroy_process_group()
+leave()

@@ -4,6 +4,7 @@ import sys
 import tempfile
 
 import torch
+from launching import leave
 from safetensors.torch import save_file
 from torch.utils.data import Dataset, IterableDataset
 from transformers import ViTConfig, ViTForImageClassification
@@ -62,5 +63,4 @@ counted.read -= 60
 save_file({"labels": labels, "read": torch.tensor(counted.read)}, f"{output}-counted-{args.process_index}")
 if args.process_index == 0:
     save_file({name: value.clone() for name, value in model.state_dict().items()}, output)
-trainer.accelerator.wait_for_everyone()
-trainer.accelerator.end_training()
+leave()

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run_script
 from safetensors.torch import load_file
 
 from hf_immunize.training.core.distributed import gather_rows, mean_over_ranks, world
 
 CASES = 44
-SCRIPT = str(Path(__file__).parent / "global_step.py")
+SCRIPT = Path(__file__).parent / "global_step.py"
 
 
 def run(output: Path, processes: int) -> dict[str, torch.Tensor]:
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    words = [*launch, SCRIPT, str(output), str(processes)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, str(output), str(processes), processes=processes)
     return load_file(output)
 
 
@@ -69,24 +61,18 @@ def test_without_a_process_group_gathering_changes_nothing():
     assert float(mean_over_ranks(torch.tensor(3.0))) == 3.0
 
 
-def _uneven(rank: int, port: int, queue) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo")
+def _uneven(rank: int, meeting: str, queue) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     rows = torch.tensor([[10.0 * rank + i] for i in range(3 - rank)])
     gathered, mine = gather_rows(rows)
     queue.put((rank, gathered.flatten().tolist(), mine.tolist()))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_with_different_numbers_of_rows_interleave_in_order():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def test_ranks_with_different_numbers_of_rows_interleave_in_order(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    workers = [context.Process(target=_uneven, args=(rank, port, queue)) for rank in range(2)]
+    workers = [context.Process(target=_uneven, args=(rank, str(tmp_path / "meeting"), queue)) for rank in range(2)]
     for worker in workers:
         worker.start()
     found = dict((rank, (rows, mine)) for rank, rows, mine in (queue.get(timeout=120) for _ in workers))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run_script
 from safetensors.torch import load_file
 
-SCRIPT = str(Path(__file__).parent / "exchange_run.py")
+SCRIPT = Path(__file__).parent / "exchange_run.py"
 
 
 RANKS = 3
@@ -21,12 +19,7 @@ RANKS = 3
 def ranks(tmp_path_factory):
     """What each rank found."""
     output = tmp_path_factory.mktemp("exchange") / "found"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, SCRIPT, str(output)], capture_output=True, text=True, env=environment, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, str(output), processes=RANKS)
     return [load_file(f"{output}.{rank}") for rank in range(RANKS)]
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import run_script
 from safetensors.torch import load_file
 from transformers import ViTForImageClassification
 
 HERE = Path(__file__).parent
-CONFIG = HERE.parents[1] / "recipes" / "accelerate" / "cpu-2-fsdp.yaml"
 CELLS = {
     "vision": ("plain", "sites", "guard", "distillation", "average", "attack", "caching", "everything", "resumed"),
     "diffusion": (
@@ -33,28 +30,14 @@ EACH = [
 ]  # fmt: skip
 
 
-def run(script: Path, folder: Path, processes: int) -> None:
-    """A script on one process, or on two that accelerate's launcher starts with the recipes' own file."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--main_process_port", "0"]
-    paths = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": paths,
-    }  # fmt: skip
-    words = [*launch, str(script), str(folder), str(processes)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Both scripts on two processes, then on one, which finishes what the two began."""
     found = {trainer: tmp_path_factory.mktemp(trainer) for trainer in SCRIPTS}
     for trainer, folder in found.items():
         for processes in (2, 1):
-            run(SCRIPTS[trainer], folder, processes)
+            config = "cpu-2-fsdp" if processes == 2 else None
+            run_script(SCRIPTS[trainer], str(folder), str(processes), config=config)
     return found
 
 

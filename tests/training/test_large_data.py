@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from launching import run_script
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from torch.utils.data import Dataset as TorchDataset
@@ -296,16 +294,12 @@ def test_both_streams_take_every_option_of_the_loader(make_trainer, make, monkey
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder of what runs of one and of two processes left."""
-    folder, script = tmp_path_factory.mktemp("weights"), str(Path(__file__).parent / "streamed_run.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "",
-                   "HF_IMMUNIZE_CACHE": str(folder / "cache")}
+    folder, script = tmp_path_factory.mktemp("weights"), Path(__file__).parent / "streamed_run.py"
     for processes in (1, 2):
-        launch = [sys.executable]
-        if processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        done = subprocess.run([*launch, script, str(folder / f"{processes}"), str(processes)], capture_output=True,
-                              text=True, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script(
+            script, str(folder / f"{processes}"), str(processes), processes=processes,
+            HF_IMMUNIZE_CACHE=str(folder / "cache"),
+        )  # fmt: skip
     return folder
 
 

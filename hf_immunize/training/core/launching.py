@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from hf_immunize.errors import ConfigError
 
 _ASKED = "ACCELERATE_USE_FSDP"
 """What ``accelerate launch`` sets for a configuration with FSDP."""
+
+
+def leave_processes() -> None:
+    """Meet the other processes and end the process group; nothing happens in a lone process.
+
+    Call it last, when trainers are out of scope: gloo's threads live as long as an object that refers to the group,
+    and one that still holds a tensor when the interpreter is taken down aborts a process whose work is done.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()  # wrapped models refer to themselves
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def asked_of_launcher() -> bool:

@@ -5,6 +5,7 @@ import tempfile
 
 import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
+from launching import leave
 from safetensors.torch import save_file
 
 from hf_immunize.training.core.distributed import world
@@ -64,6 +65,4 @@ for family, cases in CASES.items():
         trainer.train()
 if world()[0] == 0:
     save_file({name: value.contiguous() for name, value in gradients.items()}, sys.argv[1])
-if world()[1] > 1:  # a rank that leaves while gloo's threads still run may be aborted
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+leave()

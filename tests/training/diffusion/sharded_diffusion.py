@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
+from launching import leave
 from safetensors.torch import save_file
 
 from hf_immunize.training.core.distributed import world
@@ -85,6 +86,4 @@ if processes == 1:  # on one process, what two with split weights began
 if world()[0] == 0:
     save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{processes}.safetensors")
     (folder / f"{processes}.json").write_text(json.dumps(told))
-if processes > 1:  # a rank that leaves while gloo's threads still run may be aborted
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+leave()

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from denoiser_builders import FAMILIES
+from launching import run_script
 from safetensors.torch import load_file
 
-SCRIPT = str(Path(__file__).parent / "global_diffusion_step.py")
+SCRIPT = Path(__file__).parent / "global_diffusion_step.py"
 
 
 def run(output: Path, processes: int) -> dict[str, torch.Tensor]:
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": paths,
-    }
-    words = [*launch, SCRIPT, str(output), str(processes)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, str(output), str(processes), processes=processes)
     return load_file(output)
 
 
