@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from hf_immunize.errors import RecordError
 from hf_immunize.metrics import mean_interval, paired_drop_interval
-from hf_immunize.records import Utility, UtilityRows, sha256_file
+from hf_immunize.records import DatasetFingerprint, Utility, UtilityRows, sha256_file
 
 UTILITY_FOLDER = "utility"
 
@@ -42,6 +43,25 @@ def judge_utility(found: UtilityRows, level: float = 0.95) -> Utility:
         metric=found.metric, base=100 * (1 - fmean(base) / energy), immunized=100 * (1 - fmean(immunized) / energy),
         drop=mean_interval(drops, level), rows=len(drops),
     )
+
+
+def rows_differ(found: UtilityRows, data: Sequence[DatasetFingerprint]) -> str | None:
+    """How the rows behind a utility are not the primary data that they name; None when they are.
+
+    A judge's answers on drawn images are as many as were drawn, and the images have no wanted class in the data.
+    """
+    named = next((part for part in data if part.sha256 == found.data), None)
+    if named is None:
+        return "it holds no split with their digest"
+    if found.answers is not None and found.metric != "accuracy":
+        return None
+    if found.rows != named.rows:
+        return f"{named.rows} rows, answers on {found.rows}"
+    if found.answers is not None and named.classes:
+        counted = sorted(Counter(found.answers.wanted).values())
+        if counted != sorted(count for count in named.classes.values() if count):
+            return "other numbers of rows in its classes"
+    return None
 
 
 def keep_rows(folder: Path, measured: Sequence[UtilityRows]) -> dict[str, str]:
