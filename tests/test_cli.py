@@ -68,7 +68,7 @@ def test_verify_exit_codes(tmp_path):
     first, *_ = good.output.splitlines()
     assert good.exit_code == 0 and "VERIFIED" not in good.output
     assert first == "Self-reported. Intact: the files are what the certificate says. It says: RESISTS."
-    (tmp_path / "strict.yaml").write_text("start_from: research\nfamilies: {LoRA: RESISTS}")
+    (tmp_path / "strict.yaml").write_text("start_from: research\nrejudged: false\nfamilies: {LoRA: RESISTS}")
     unmet = run("verify", folder, "--policy", tmp_path / "strict.yaml")
     assert unmet.exit_code == 4 and "which was not examined" in " ".join(unmet.output.split())
     (folder / "model.safetensors").write_bytes(b"changed")
@@ -235,7 +235,7 @@ TOMORROW = datetime.date.today() + datetime.timedelta(days=1)
      ("families: {benign trainability: RESISTS}", False)],
 )
 def test_policies(tmp_path, broken, text, met):
-    (tmp_path / "policy.yaml").write_text(f"start_from: research\n{text}")
+    (tmp_path / "policy.yaml").write_text(f"start_from: research\nrejudged: false\n{text}")
     done = run("verify", broken, "--policy", tmp_path / "policy.yaml")
     assert done.exit_code == (0 if met else 4)
 
@@ -244,8 +244,8 @@ def test_a_policy_for_a_complete_exam(tmp_path):
     import record_builders as build
 
     folder = certified(tmp_path, "partial", build.ATTACKS)
-    (tmp_path / "policy.yaml").write_text("start_from: research\ncomplete_exam: true")
+    (tmp_path / "policy.yaml").write_text("start_from: research\nrejudged: false\ncomplete_exam: true")
     done = run("verify", folder, "--policy", tmp_path / "policy.yaml")
     assert done.exit_code == 4 and "not run: last_block_reset" in " ".join(done.output.split())
-    (tmp_path / "policy.yaml").write_text("start_from: research\ncomplete_exam: false")
+    (tmp_path / "policy.yaml").write_text("start_from: research\nrejudged: false\ncomplete_exam: false")
     assert run("verify", folder, "--policy", tmp_path / "policy.yaml").exit_code == 0

@@ -60,6 +60,9 @@ class Policy:
     trainable: bool = field(
         default=True, metadata={"help": "Refuse a certificate that does not show that a benign task is still learned."}
     )
+    rejudged: bool = field(
+        default=True, metadata={"help": "Judge again from the traces, by the plan and the rule in the certificate."}
+    )
     signed: bool = field(default=False, metadata={"help": "Refuse a certificate without a valid signature."})
     trust: str = field(
         default="self-reported", metadata={"help": "Least that has to speak for it, by the keys that the reader named: "
@@ -148,6 +151,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "complete_exam": (_is_flag, "true or false"),
     "trainable": (_is_flag, "true or false"),
     "signed": (_is_flag, "true or false"),
+    "rejudged": (_is_flag, "true or false"),
     "min_seeds": (_is_count, "a whole number"),
     "issued_after": (_is_text, "an ISO date"),
     "exam": (_is_text, "the name of a preset"),
@@ -236,6 +240,8 @@ def _exam(policy: Policy, certificate: Certificate, inapplicable: Collection[str
     missing = [cell.attack for cell in certificate.cells if cell.verdict == "NOT RUN"]
     if policy.complete_exam and (missing or not certificate.cells):
         yield f"the policy asks for a complete exam, not run: {', '.join(missing) or 'every attack'}."
+    if policy.exam is not None and (other := _other_exam(policy.exam, certificate)):
+        yield f"the policy asks for the exam {policy.exam!r} or a larger one, the certificate is of {other!r}."
     if policy.exam is not None and (absent := _absent(policy, certificate, inapplicable)):
         yield f"the policy asks for every attack of the exam {policy.exam!r}, not run: {', '.join(absent)}."
     thin = [cell.attack for cell in certificate.cells if cell.subject and len(cell.seeds) < policy.min_seeds]
@@ -263,6 +269,19 @@ def _beside(policy: Policy, certificate: Certificate, around: Circumstances) -> 
         yield f"the policy asks for a certificate that is {policy.trust} by a key you named, this one is {around.trust}."
 
 
+_SIZES = ("quick", "standard", "thorough")
+_OF_PIPELINES = "diffusion_"
+
+
+def _other_exam(asked: str, certificate: Certificate) -> str | None:
+    """The name of the exam that was sat, where it is smaller than the one that is asked for or none of the presets."""
+    sat = certificate.protocol.removeprefix(_OF_PIPELINES)
+    wanted = asked.removeprefix(_OF_PIPELINES)
+    if wanted not in _SIZES:
+        find_protocol(asked)  # which says what the presets are
+    return None if sat in _SIZES and _SIZES.index(sat) >= _SIZES.index(wanted) else certificate.protocol
+
+
 def _absent(policy: Policy, certificate: Certificate, inapplicable: Collection[str]) -> list[str]:
     """Attacks of a preset that the certificate holds no result of and that could have been made.
 
@@ -270,7 +289,7 @@ def _absent(policy: Policy, certificate: Certificate, inapplicable: Collection[s
     preset.
     """
     name = str(policy.exam)
-    of_pipelines = f"diffusion_{name.removeprefix('diffusion_')}"
+    of_pipelines = f"{_OF_PIPELINES}{name.removeprefix(_OF_PIPELINES)}"
     draws = any(cell.attack.startswith("diffusion_") for cell in certificate.cells)
     presets = DIFFUSION_PROTOCOLS if draws else PROTOCOLS
     wanted = find_protocol(of_pipelines if of_pipelines in presets else name, presets)

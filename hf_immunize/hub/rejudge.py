@@ -101,6 +101,9 @@ def _strangers(certificate: Certificate, traces: Mapping[str, Sequence[AttackTra
             written = [(part.rows, part.classes, part.sha256) for part in getattr(certificate, task)]
             if written != [(part.rows, part.classes, part.sha256) for part in trace.data]:
                 found.add((task, "does not name the rows that its traces are of."))
+            score = str(trace.config.get("metric", "accuracy"))
+            if not score.startswith(certificate.harmful_metric):
+                found.add(("harmful_metric", f"is not the score of its traces, {score!r}."))
             if f"traces/{role}/{trace.file_name}" not in certificate.traces or _misnamed(trace):
                 found.add(("traces", f"holds a run under another name than its own: {trace.file_name}."))
     return found

@@ -20,7 +20,7 @@ EXPIRES = (TODAY + datetime.timedelta(days=100)).isoformat()
 RESISTING = tuple(attack for attack in build.ATTACKS if attack.verdict == "RESISTS")
 
 
-SMALL_EXAM = {"exam": None, "min_seeds": 1, "trainable": False}
+SMALL_EXAM = {"exam": None, "min_seeds": 1, "trainable": False, "rejudged": False}
 """What a policy does not ask of the synthetic exam of these tests: three seeds of two invented attacks."""
 
 
@@ -74,7 +74,7 @@ def release_grade(root: Path, name: str = "release", *, normalised: bool = True,
     attacks = [attack(named) for named in PROTOCOLS["standard"].attacks]
     learned = [item.model_copy(update={"verdict": "EQUIVALENT"}) for item in build.trainability()]
     folder = build.exam_folder(root, build.Exam(name=name, attacks=attacks, seeds=range(5), extra={
-        "provenance": provenance(), "expires": EXPIRES, "trainability": learned}))
+        "provenance": provenance(), "expires": EXPIRES, "trainability": learned, "protocol": "standard"}))
     tensors = {"weight": torch.ones(2)} | ({"norm.running_mean": torch.zeros(2)} if normalised else {})
     (folder / "config.json").write_text(json.dumps(config_of_vit()))
     save_file(tensors, folder / "model.safetensors")

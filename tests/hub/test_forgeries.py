@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from quick_exam import BREAKS, quick_exam
+from preset_exam import BREAKS, preset_exam
 
 from hf_immunize.certification import Evidence, judge_traces
 from hf_immunize.certification.primary_rows import judge_utility
-from hf_immunize.hub import verify_folder
+from hf_immunize.hub import Policy, verify_folder
 from hf_immunize.records import AttackTrace, Certificate, UtilityRows, sha256_file
 
 RULE = ("slow_down_factor", "threshold_share", "level", "max_utility_drop", "trainability_margin", "trainability_level")
@@ -83,7 +83,7 @@ def sha256_of(data):
 
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory):
-    return Exam(quick_exam(tmp_path_factory.mktemp("forged")))
+    return Exam(preset_exam(tmp_path_factory.mktemp("forged")))
 
 
 def copy_of(exam):
@@ -229,6 +229,7 @@ def dropping(exam, *attacks):
     plan = exam.certificate.plan
     return exam.judged(keep=only(*attacks), plan=plan.model_copy(update={
         "planned": [name for name in plan.planned if name not in attacks],
+        "threshold": 0.68 if "ridge_probe" in attacks else None,  # which the reference attack would have set
         "attacks": [item for item in plan.attacks if item.attack not in attacks]}))
 
 
@@ -368,7 +369,7 @@ def changed(value, chance):
     return chance.choice([0.5, 3, "x"]) if value is None else [7]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_field_that_a_verdict_rests_on_may_not_be_edited(exam, data):
     forged = copy_of(exam)
@@ -389,7 +390,7 @@ def value_at(value, path):
 # ---- what passes, and is for a recheck to find
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.5), attack=st.sampled_from(("full_finetune", "lora", "ridge_probe")))
 def test_traces_that_were_made_up_pass_which_is_why_there_is_a_recheck(exam, share, attack):
     def flatten(trace):
@@ -400,3 +401,13 @@ def test_traces_that_were_made_up_pass_which_is_why_there_is_a_recheck(exam, sha
 
     made, files = exam.judged(flatten)
     assert files and exam.unsound(made, files) == []
+
+
+def test_an_exam_of_ones_own_is_no_preset_which_is_noted_and_no_policy_on_presets_takes_it(exam):
+    """Who leaves attacks out and says so has told no lie; the name of the preset is gone."""
+    made, files = exam.judged(plan=plan_with(exam, protocol="custom"))
+    with exam.told(made, files):
+        found = verify_folder(exam.folder, rejudge=True)
+        asked = verify_folder(exam.folder, policy=Policy(exam="quick"))
+    assert found.sound and "custom" in {item.code for item in found.findings}
+    assert any("'custom'" in item.message for item in asked.findings if item.level == "policy")

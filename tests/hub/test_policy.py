@@ -3,10 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
+from preset_exam import preset_exam
 from published import certified, release_grade
+from safetensors.torch import save
 
 from hf_immunize.attacks import ATTACKS
-from hf_immunize.errors import ConfigError, PolicyUnmetError
+from hf_immunize.errors import ConfigError, PolicyUnmetError, PublishRefusedError
+from hf_immunize.exam import PROTOCOLS
 from hf_immunize.hub import Policy, verify_folder
 from hf_immunize.hub.policy import NEEDS_BASE, NOTHING, POLICIES, PUBLISHING
 from hf_immunize.hub.release import prepare
@@ -14,6 +18,7 @@ from hf_immunize.records import Certificate
 
 
 def unmet(folder, policy):
+    policy = dataclasses.replace(policy, rejudged=False)  # these synthetic figures follow from no traces
     return [item.message for item in verify_folder(folder, policy=policy).findings if item.level == "policy"]
 
 
@@ -24,16 +29,26 @@ def change(folder, **fields):
 
 @pytest.mark.parametrize("normalised", [True, False], ids=["CNN", "ViT"])
 def test_the_default_is_release_and_a_network_with_or_without_batch_norm_can_meet_it(tmp_path, normalised):
-    folder = release_grade(tmp_path, normalised=normalised)
+    weights = save({"weight": torch.ones(2)} | ({"norm.running_mean": torch.zeros(2)} if normalised else {}))
+    skipped = [*NEEDS_BASE, *(() if normalised else ("batchnorm_probe",))]
+    folder = preset_exam(tmp_path, PROTOCOLS["standard"], breaks=(), skipped=skipped, weights=weights)
     assert Policy() == POLICIES["release"] == PUBLISHING
     assert prepare(folder).verification.ok
+    change(folder, overall="NOT RUN")
+    with pytest.raises(PublishRefusedError, match="its overall verdict is written NOT RUN, judged RESISTS"):
+        prepare(folder)
 
 
 def test_an_exam_that_is_not_the_standard_one_is_not_released_but_may_be_shown(tmp_path):
     folder = certified(tmp_path)
-    with pytest.raises(PolicyUnmetError, match=r"(?s)every attack of the exam 'standard'.*5 seeds.*trainability"):
+    asked = dataclasses.replace(Policy(), rejudged=False)
+    with pytest.raises(PolicyUnmetError, match=r"(?s)the certificate is of 'quick'.*every attack of the exam 'standard'"
+                       ".*5 seeds.*trainability"):
+        prepare(folder, policy=asked)
+    with pytest.raises(PublishRefusedError, match="its field 'judged_by' is missing"):
         prepare(folder)
-    assert prepare(folder, policy=POLICIES["research"]).verification.ok
+    shown = dataclasses.replace(POLICIES["research"], rejudged=False)
+    assert prepare(folder, policy=shown).verification.ok
 
 
 def test_that_an_attack_does_not_apply_is_read_off_the_weights_and_not_believed(tmp_path):
@@ -55,7 +70,7 @@ def test_a_starved_attack_looks_no_better_than_a_failed_one(tmp_path, verdict):
 def test_who_holds_the_base_is_an_assumption_that_is_stated(tmp_path):
     assert set(NEEDS_BASE) == {name for name, attack in ATTACKS.items() if "base" in attack.needs}
     folder = release_grade(tmp_path, verdicts={"subtract_difference": "FAILS"})
-    found = verify_folder(folder, policy=Policy())
+    found = verify_folder(folder, policy=Policy(rejudged=False))
     assert found.ok and any(item.code == "assumption" and "subtract_difference" in item.message
                             for item in found.findings)
     assert any("FAILS for subtract_difference" in told for told in unmet(folder, Policy(attacker_holds_base=True)))
