@@ -10,7 +10,8 @@ from torch import nn
 from hf_immunize.attacks import ATTACKS, TRAINABILITY, describe_model
 from hf_immunize.certification.judge import Evidence, judge_traces
 from hf_immunize.certification.judgement import Sides, check_base, gather
-from hf_immunize.certification.utility import measure_utility
+from hf_immunize.certification.primary_rows import judge_utility, keep_rows
+from hf_immunize.certification.utility import utility_rows
 from hf_immunize.data import PixelDataset
 from hf_immunize.exam import Protocol
 from hf_immunize.features import find_classifier
@@ -58,9 +59,12 @@ def build_certificate(
     base, immunized = load_classifier(base_folder), load_classifier(folder)
     sides = Sides(folder, base_folder, describe_model(folder, immunized), describe_model(base_folder, base))
     found = gather(sides, ATTACKS, TRAINABILITY, protocol, threshold)
+    answers = utility_rows(
+        base.to(device), immunized.to(device), data.primary_test, data.primary[0].sha256, sides.subject, sides.control
+    )
     evidence = Evidence(
         **found.evidence, primary_data=data.primary, harmful_data=data.harmful, benign_data=data.benign,
-        utility=measure_utility(base.to(device), immunized.to(device), data.primary_test, rule.level),
+        utility=judge_utility(answers, rule.level), utility_rows=keep_rows(folder, [answers]),
         spectra={
             name: _spectra(model, data, feature_module) for name, model in (("base", base), ("immunized", immunized))
         },

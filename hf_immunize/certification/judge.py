@@ -53,6 +53,8 @@ class Evidence:
     spectra: Mapping[str, Sequence[SpectrumRecord]] = field(default_factory=dict)
     harmful_metric: str = "accuracy"
     further_utility: Sequence[Utility] = ()
+    utility_rows: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the answers or losses per row that each utility is computed from."""
     similarity: Sequence[SimilarityGap] = ()
     frechet: FrechetGap | None = None
     samples: Mapping[str, str] = field(default_factory=dict)

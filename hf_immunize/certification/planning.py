@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from hf_immunize.certification.cells import Described
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol
+from hf_immunize.exam.presets import CUSTOM, run_departures
 from hf_immunize.records import AttackTrace, Plan, PlannedAttack
 
 SIDES = ("subject", "control", "scratch")
@@ -31,7 +32,9 @@ def plan_exam(
                     if name in run or name in protocol.attacks],
         "methods": [_described(name, about) for name, about in methods.items()],
     })
-    return with_runs(plan, traces)
+    plan = with_runs(plan, traces)
+    # what departs from a preset does not go by its name
+    return plan.model_copy(update={"protocol": CUSTOM}) if run_departures(plan, traces) else plan
 
 
 def with_runs(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> Plan:

@@ -177,6 +177,8 @@ class Certificate(Record):
     """How like the concept attacked models draw. It informs; verdicts rest on ``cells``."""
     frechet: FrechetGap | None = None
     """How like real images retained concepts are drawn. It informs."""
+    utility_rows: dict[str, str] = {}
+    """SHA-256 of the answers on every primary row that each utility is computed from, by path; see ``UtilityRows``."""
     samples: dict[str, str] = {}
     """SHA-256 of every picture of what base, model and attacked models draw, by path relative to the certificate."""
     judged_by: Rule | None = None
