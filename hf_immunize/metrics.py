@@ -143,7 +143,7 @@ def normalized_resistance(
     scratch: Mapping[int, StepsToThreshold],
     level: float = 0.95,
 ) -> Interval | None:
-    """ρ = (T_imm − T_base)/(T_scratch − T_base) of the means over seeds: 0 = no protection, 1 = as from scratch.
+    """ρ = log(T_imm/T_base)/log(T_scratch/T_base), means over seeds: 0 = no protection, 1 = as from scratch.
 
     The interval is that of a ratio estimator (Cochran 1977, section 2): t on the residuals (num − ρ·den)/mean(den).
     A censored subject leaves a lower bound only. None when the base or scratch was not reached on some seed, or when
@@ -157,8 +157,8 @@ def normalized_resistance(
         if base is None or ceiling is None:
             return None
         reached = subject[seed].steps
-        top.append((subject[seed].budget if reached is None else reached) - base)
-        bottom.append(ceiling - base)
+        top.append(math.log(max(subject[seed].budget if reached is None else reached, 1) / max(base, 1)))
+        bottom.append(math.log(max(ceiling, 1) / max(base, 1)))
     if not seeds or fmean(bottom) <= 0:
         return None
     ratio = fmean(top) / fmean(bottom)

@@ -25,7 +25,7 @@ from hf_immunize.report import curve_pictures, frechet_words, gap_rows, picture_
 from hf_immunize.report.text import clean
 
 _UNTRIED = ("NOT RUN", "NOT APPLICABLE")
-FAILURES_FIRST = ("FAILS", "INCONCLUSIVE", "NOT RUN", "NOT APPLICABLE", "RESISTS")
+FAILURES_FIRST = ("FAILS", "INCONCLUSIVE", "NOT RUN", "NOT APPLICABLE", "NOTHING TO PROTECT", "RESISTS")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from hf_immunize.report import text
 MINIMA = ("FAILS", "INCONCLUSIVE", "RESISTS")
 """Minimum verdicts, weakest first. ``FAILS`` asks only that the family was examined."""
 
-_REACHED = {"NOT RUN": -1, "NOT APPLICABLE": -1, "FAILS": 0, "INCONCLUSIVE": 1, "RESISTS": 2}
+_REACHED = {"NOT RUN": -1, "NOT APPLICABLE": -1, "NOTHING TO PROTECT": -1, "FAILS": 0, "INCONCLUSIVE": 1, "RESISTS": 2}
 
 
 @dataclass(frozen=True)

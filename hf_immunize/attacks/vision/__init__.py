@@ -29,6 +29,7 @@ from hf_immunize.attacks.vision import (
 )
 from hf_immunize.attacks.vision.adapters import ADAPTERS
 from hf_immunize.attacks.vision.context import AttackContext, describe_model
+from hf_immunize.attacks.vision.without_model import REFERENCES
 
 ATTACKS: dict[str, Attack] = {
     "linear_probe_gd": linear_probe_gd.ATTACK,
@@ -64,4 +65,4 @@ TRAINABILITY: dict[str, Attack] = {
 }
 """No attacks: how a benign third task would be learned, which immunization must not hinder."""
 
-__all__ = ["ATTACKS", "TRAINABILITY", "AttackContext", "describe_model"]
+__all__ = ["ATTACKS", "REFERENCES", "TRAINABILITY", "AttackContext", "describe_model"]
