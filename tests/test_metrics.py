@@ -21,6 +21,7 @@ from hf_immunize.metrics import (
     best_trial,
     chosen_evaluation,
     immunization_ratio,
+    immunization_ratio_spread,
     mean_interval,
     normalized_resistance,
     paired_drop_interval,
@@ -32,7 +33,7 @@ from hf_immunize.metrics import (
     summarise_side,
     wilson_interval,
 )
-from hf_immunize.records import SpectrumRecord
+from hf_immunize.records import SpectrumRecord, half_sample_interval
 
 accuracies = st.lists(st.integers(0, 10).map(lambda tenth: tenth / 10), min_size=1, max_size=12)
 
@@ -344,3 +345,26 @@ def test_immunization_ratio_by_hand(h0, p0, h1, p1):
     assert immunization_ratio(spectra(h0, p0), spectra(None, p1)) == (None, {"harmful": None, "primary": p1 / p0})
     with pytest.raises(RecordError, match="expected one harmful spectrum per model, got 2"):
         immunization_ratio(spectra(h0, p0) * 2, spectra(h1, p1))
+
+
+def test_a_ratio_carries_its_spread_over_halves_of_the_rows():
+    def spectra(harmful, primary, halves):
+        return [
+            SpectrumRecord(site="classifier", task=task, rows=99, width=2, rank=2, status="ok", centered=True,
+                           feature_dtype="float32", condition_number=value, effective_rank=2.0, eigenvalues=[1.0],
+                           condition_of_halves=[value * factor for factor in halves])
+            for task, value in (("harmful", harmful), ("primary", primary))
+        ]
+
+    steady = immunization_ratio_spread(spectra(2, 2, (1.0, 1.0)), spectra(200, 2, (1.0, 1.0)))
+    assert (steady.low, steady.estimate, steady.high, steady.samples) == (100, 100, 100, 2)
+    halves = spectra(200, 2, (1.0, 1.0))
+    halves[0] = halves[0].model_copy(update={"condition_of_halves": [200 * math.e, 200 / math.e]})
+    wide = immunization_ratio_spread(spectra(2, 2, (1.0, 1.0)), halves)
+    assert wide.high / 100 == pytest.approx(math.exp(1.959964), rel=1e-5) and wide.low * wide.high == pytest.approx(1e4)
+    assert immunization_ratio_spread(spectra(2, 2, ()), spectra(2, 2, ())) is None
+
+
+@pytest.mark.parametrize("whole, halves", [(None, [1.0]), (1.0, [None, 1.0]), (0.0, [1.0]), (1.0, [])])
+def test_what_is_not_defined_has_no_spread(whole, halves):
+    assert half_sample_interval(whole, halves) is None

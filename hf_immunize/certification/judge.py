@@ -18,7 +18,7 @@ from hf_immunize.certification.uplift import without_model
 from hf_immunize.certification.verdict import family_verdicts, overall_verdict, statement
 from hf_immunize.errors import IncompleteExamError, RecordError
 from hf_immunize.exam import Rule, diffusion_lines_not_run, lines_not_run
-from hf_immunize.metrics import immunization_ratio
+from hf_immunize.metrics import immunization_ratio, immunization_ratio_spread
 from hf_immunize.records import (
     RULE_VERSION,
     AttackTrace,
@@ -91,13 +91,12 @@ def judge_traces(
             f"expected version {RULE_VERSION} of the verdict rule, got {rule.version}: judge with the release that "
             "wrote the certificate, or certify anew."
         )
+    _check_planned(traces, plan)
     harmful, benign = (
         {role: [trace for trace in traces.get(role, ()) if trace.attack in {item.attack for item in table}]
          for role in SIDES}
         for table in ((*plan.attacks, *plan.references), plan.methods)
     )
-    if not traces.get("control"):
-        raise IncompleteExamError("expected traces of the base, got none: attack it with --role control.")
     _check_evidence(harmful, plan, evidence.harmful_data, "harmful", evidence)
     _check_evidence(benign, plan, evidence.benign_data, "benign", evidence)
     _check_base_held(harmful)
@@ -105,7 +104,8 @@ def judge_traces(
     cells = _cells(harmful, plan, rule, evidence)
     learned = measure_trainability(benign, plan.methods, rule)
     referenced = bool(traces.get("nothing"))
-    ratio, parts = immunization_ratio(evidence.spectra.get("base", ()), evidence.spectra.get("immunized", ()))
+    sides = [evidence.spectra.get(name, ()) for name in ("base", "immunized")]
+    ratio, parts = immunization_ratio(*sides)
     lines = diffusion_lines_not_run if rule.gain else lines_not_run
     return Certificate(
         protocol=plan.protocol, planned=plan.planned, cells=cells, families=family_verdicts(cells),
@@ -114,6 +114,7 @@ def judge_traces(
         rule=rule.in_words(), threshold_rule=rule.threshold_in_words() if plan.threshold is None else GIVEN,
         judged_by=rule, plan=plan, trainability=learned, immunization_ratio=ratio,
         immunization_ratio_parts=parts if evidence.spectra else {},
+        immunization_ratio_spread=immunization_ratio_spread(*sides, rule.level),
         not_run=lines([trace for found in traces.values() for trace in found], plan.planned),
         expires=_expiry(evidence.provenance, rule), **_as_fields(evidence),
     )  # fmt: skip
@@ -150,6 +151,19 @@ def _cells(traces: Traces, plan: Plan, rule: Rule, evidence: Evidence) -> list[C
         )
         for item in plan.attacks
     ]
+
+
+def _check_planned(traces: Mapping[str, Sequence[AttackTrace]], plan: Plan) -> None:
+    """Raise unless the base was attacked, and every trace is of an attack that the plan has."""
+    if not traces.get("control"):
+        raise IncompleteExamError("expected traces of the base, got none: attack it with --role control.")
+    for role, found in traces.items():
+        known = {item.attack for item in (plan.references if role == "nothing" else (*plan.attacks, *plan.methods))}
+        if strange := sorted({trace.attack for trace in found} - known):
+            raise RecordError(
+                f"expected traces of attacks that the plan has, got {', '.join(strange)} among those of {role}: an "
+                "attack that was run cannot be left out. Certify anew."
+            )
 
 
 def _check_evidence(

@@ -233,7 +233,7 @@ def _context(
         "not_run": Safe("; ".join(prose(line) for line in certificate.not_run)),
         "guarded": _guarded(immunization),
         "drop": Safe(text.points(certificate.utility.drop, 1.0)),
-        "ratio": Safe(text.number(certificate.immunization_ratio)) if certificate.spectra else None,
+        "ratio": Safe(text.ratio(certificate)) if certificate.spectra else None,
         "beside": [(item, Safe(text.points(item.drop, 1.0))) for item in certificate.further_utility],
         "gaps": gap_rows(certificate),
         "frechet": frechet_words(certificate),

@@ -19,7 +19,7 @@ from hf_immunize.records.plan import Plan, PlannedAttack
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
 from hf_immunize.records.rule import RULE_VERSION, Rule
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
-from hf_immunize.records.spectrum import SpectrumRecord
+from hf_immunize.records.spectrum import SpectrumRecord, half_sample_interval
 from hf_immunize.records.trace import AttackTrace, Evaluation
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "begin_run",
     "fingerprint_of",
     "finish_run",
+    "half_sample_interval",
     "loading_files",
     "sha256_file",
     "weight_files",

@@ -171,6 +171,8 @@ class Certificate(Record):
     """RIR_θ0, rank-aware, over whole data splits. It explains; it does not certify."""
     immunization_ratio_parts: dict[Literal["harmful", "primary"], float | None]
     """(i) κ_H(θ_I)/κ_H(θ₀) and (ii) κ_P(θ_I)/κ_P(θ₀)."""
+    immunization_ratio_spread: Interval | None = None
+    """RIR_θ0 with its spread over halves of the rows; ``samples`` counts halves. Null in older certificates."""
     not_run: list[str]
     """Checklist lines of a full certification that this exam did not cover."""
     traces: dict[str, str]

@@ -208,3 +208,14 @@ def test_primary_task_of_other_classes(exam_folders):
 def test_traces_survive_a_round_trip(exam_folders):
     for path in exam_folders[1].glob("traces/subject/*.json"):
         assert AttackTrace.read(path).dumps() == path.read_text()
+
+
+def test_condition_numbers_carry_their_spread_over_rows(exam_folders, exam_data):
+    base, subject = exam_folders
+    certificate = certify(subject, base, exam_data)
+    for record in (found for side in certificate.spectra.values() for found in side):
+        assert len(record.condition_of_halves) == 10
+        spread = record.condition_spread
+        assert spread.low < record.condition_number < spread.high
+    same = certificate.immunization_ratio_spread
+    assert same.low == pytest.approx(1) == same.high, "the base against itself, on the same halves"
