@@ -79,7 +79,8 @@ def mean_interval(values: Sequence[float], level: float = 0.95, resolution: floa
 
 
 def slow_down(
-    subject: Mapping[int, StepsToThreshold], control: Mapping[int, StepsToThreshold], level: float = 0.95
+    subject: Mapping[int, StepsToThreshold], control: Mapping[int, StepsToThreshold], level: float = 0.95,
+    shared: float = 0.0,
 ) -> Interval:
     """Steps on the subject over steps on the control: geometric mean over paired seeds, with a t interval of the log.
 
@@ -90,6 +91,9 @@ def slow_down(
     so the upper bound is open; a control that did not, bounds it from above, so the lower bound is open; pairs where
     neither reached it say nothing and are left out. With censored pairs the estimate is the median of the ratios
     (censored ones being beyond all others), or None where that is censored itself.
+
+    Args:
+        shared: variance of the mean log that all seeds share and cannot show, such as that of the test rows.
     """
     logs, exact, rounding = [], [], []
     above = below = 0
@@ -103,7 +107,7 @@ def slow_down(
         above, below = above + (top.steps is None), below + (bottom.steps is None)
     if not logs:
         return Interval(estimate=None, low=None, high=None, level=level, samples=0)
-    plain = mean_interval(logs, level, fmean(rounding))
+    plain = _widened(mean_interval(logs, level, fmean(rounding)), shared)
     middle = plain.estimate if not above + below else _censored_median(exact, above, below)
     return Interval(
         estimate=None if middle is None else math.exp(middle),
@@ -112,6 +116,31 @@ def slow_down(
         level=level,
         samples=len(logs),
     )
+
+
+def _widened(interval: Interval, variance: float) -> Interval:
+    """The interval with a normal error of this variance added in quadrature."""
+    if interval.estimate is None or interval.low is None or interval.high is None or variance <= 0:
+        return interval
+    more = NormalDist().inv_cdf((1 + interval.level) / 2) ** 2 * variance
+    half = math.sqrt((interval.high - interval.estimate) ** 2 + more)
+    return interval.model_copy(update={"low": interval.estimate - half, "high": interval.estimate + half})
+
+
+def row_variance(
+    low: Mapping[int, StepsToThreshold], high: Mapping[int, StepsToThreshold]
+) -> float:
+    """Variance of the mean log of steps by the draw of the test rows, which all seeds share.
+
+    ``low`` and ``high`` are steps to the threshold less and plus one standard error of a score there. A run that does
+    not reach one of them counts with its budget.
+    """
+    seeds = set(low) & set(high)
+    if not seeds:
+        return 0.0
+    widths = [math.log(max(high[seed].steps or high[seed].budget, 1) / max(low[seed].steps or low[seed].budget, 1))
+              for seed in seeds]
+    return (fmean(widths) / 2) ** 2
 
 
 def _rounding_variance(found: StepsToThreshold) -> float:
