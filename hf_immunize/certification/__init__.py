@@ -16,7 +16,7 @@ from hf_immunize.exam import PROTOCOLS, Protocol, Rule, find_protocol
 if TYPE_CHECKING:
     from hf_immunize.certification.certificate import ExamData, build_certificate
     from hf_immunize.certification.repeating import Recheck, recheck
-    from hf_immunize.certification.sit_again import exam_contexts, read_task, sit_again
+    from hf_immunize.certification.sitting import exam_contexts, read_task, sit_again
     from hf_immunize.certification.utility import correct_rows, measure_utility
 
 _HOMES = {
@@ -24,9 +24,9 @@ _HOMES = {
     "build_certificate": "certificate",
     "Recheck": "repeating",
     "recheck": "repeating",
-    "exam_contexts": "sit_again",
-    "read_task": "sit_again",
-    "sit_again": "sit_again",
+    "exam_contexts": "sitting",
+    "read_task": "sitting",
+    "sit_again": "sitting",
     "correct_rows": "utility",
     "measure_utility": "utility",
 }

@@ -18,6 +18,7 @@ from hf_immunize.attacks.vision.adapters import ADAPTERS
 from hf_immunize.attacks.vision.context import AttackContext, describe_model
 from hf_immunize.attacks.vision.finetunes import FINETUNES
 from hf_immunize.attacks.vision.linear_probes import LINEAR_PROBES
+from hf_immunize.attacks.vision.without_model import REFERENCES
 
 ATTACKS: dict[str, Attack] = {
     **LINEAR_PROBES,
@@ -40,4 +41,4 @@ TRAINABILITY: dict[str, Attack] = {
 }
 """No attacks: how a benign third task would be learned, which immunization must not hinder."""
 
-__all__ = ["ATTACKS", "TRAINABILITY", "AttackContext", "describe_model"]
+__all__ = ["ATTACKS", "REFERENCES", "TRAINABILITY", "AttackContext", "describe_model"]
