@@ -1,4 +1,4 @@
-"""Commands on finished models: verify, show, report, diff."""
+"""Commands on finished models: verify, show, report, diff, compare, leaderboard."""
 
 from __future__ import annotations
 
@@ -175,3 +175,48 @@ def diff(
         say(differences_table(rows, (str(first), str(second))) if rows else "The two certificates say the same.")
     if rows:
         raise typer.Exit(1)
+
+
+Targets = Annotated[list[str], typer.Argument(help="Folders, or owner/name on the Hub.")]
+Rejudge = Annotated[bool, typer.Option("--rejudge", help="Also judge each again from its traces.")]
+TrustedKey = Annotated[str | None, typer.Option(help="Publisher's public key; its signature is required.")]
+CheckerKey = Annotated[list[str] | None, typer.Option(help="Key of somebody whose rechecks you believe; repeatable.")]
+
+
+@app.command(epilog="""Examples:\n
+    hf-immunize compare runs/digits-vit/condition_number runs/digits-vit/closed_form\n
+    hf-immunize compare owner/one owner/two --rejudge --json""")
+def compare(
+    targets: Targets, rejudge: Rejudge = False, trusted_key: TrustedKey = None, checker_key: CheckerKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show certificates side by side with who says so: one table for each exam, since others cannot be compared."""
+    from hf_immunize.hub.leaderboard import COLUMNS, group_entries, read_entries, row_of
+    from hf_immunize.hub.tables import group_table
+
+    entries = read_entries(targets, rejudge=rejudge, trusted_key=trusted_key, checker_keys=checker_key or ())
+    groups = group_entries(entries)
+    if as_json:
+        say([{"title": group.title, "shared": dict(group.about), "models": [
+            dict(zip((*COLUMNS, *group.families), row_of(entry, group.families), strict=True))
+            for entry in group.entries]} for group in groups])
+    else:
+        for group in groups:
+            say(group_table(group))
+    if not all(entry.found.sound for entry in entries):
+        raise typer.Exit(UNSOUND)
+
+
+@app.command(epilog="""Example:\n
+    hf-immunize leaderboard runs/*/ owner/model -o leaderboard.html""")
+def leaderboard(
+    targets: Targets,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Page to write.")] = Path("leaderboard.html"),
+    rejudge: Rejudge = False, trusted_key: TrustedKey = None, checker_key: CheckerKey = None,
+) -> None:
+    """Write a page with a sortable table of certificates for each exam: one file, no network."""
+    from hf_immunize.hub.leaderboard import group_entries, leaderboard_html, read_entries
+    from hf_immunize.records import atomic_write
+
+    entries = read_entries(targets, rejudge=rejudge, trusted_key=trusted_key, checker_keys=checker_key or ())
+    say(f"Wrote {atomic_write(output, leaderboard_html(group_entries(entries)))}")
