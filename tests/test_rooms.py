@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "hub": {"exam", "certification", "metrics", "report", "features", "models"},
     "tasks": {"data", "models", "diffusion"},
     "stages": {
-        "options", "exam", "tasks", "data", "models", "diffusion", "training", "attacks", "certification", "linear",
-        "hub", "report",
+        "options", "exam", "tasks", "features", "data", "models", "diffusion", "training", "attacks", "certification",
+        "linear", "hub", "report",
     },
     "commands": {"stages", "hub"},
     "cli": {"commands"},

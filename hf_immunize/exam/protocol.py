@@ -44,20 +44,22 @@ class Protocol:
 
 _QUICK = (
     "linear_probe_gd", "linear_probe_adam", "standardized_probe_adam", "whitened_probe_gd", "ridge_probe",
-    "earlier_layer_probe", "lora", "full_finetune",
+    "earlier_layer_probe", "lora", "full_finetune", "canonical_finetune",
 )
 
 _PROBES = (
     "linear_probe_gd", "linear_probe_momentum", "linear_probe_adam", "standardized_probe_adam", "whitened_probe_gd",
-    "lbfgs_probe", "ridge_probe", "earlier_layer_probe", "batchnorm_probe", "fold_linear_map",
+    "lbfgs_probe", "ridge_probe", "earlier_layer_probe", "all_layers_probe", "batchnorm_probe", "fold_linear_map",
 )
 _TRAINED = (
     "lora", "dora", "partial_finetune", "full_finetune", "ridge_head_finetune", "muon_finetune",
     "reset_last_blocks", "subtract_difference", "distil_fresh", "few_shot_finetune", "mixed_finetune",
-    "augmented_finetune",
+    "augmented_finetune", "lora_all_linear", "canonical_finetune", "canonical_lora", "relative_finetune",
+    "heal_finetune",
 )
 _ALL_TRAINED = (
     *_TRAINED, "loha", "lokr", "oft", "ia3", "vera", "five_shot_finetune", "one_shot_finetune", "noisy_finetune",
+    "probe_then_lora", "head_rate_finetune", "reset_norms_finetune", "large_batch_finetune", "layerwise_finetune",
 )
 
 
@@ -71,7 +73,9 @@ PROTOCOLS: dict[str, Protocol] = {
         name="quick",
         attacks=_QUICK,
         seeds=(0, 1, 2),
-        settings=("linear_probe_gd.steps=10000", "lora.steps=60", "full_finetune.steps=60"),
+        settings=(
+            "linear_probe_gd.steps=10000", *_steps(60, ("lora", "full_finetune", "canonical_finetune")),
+        ),
     ),
     "standard": Protocol(
         name="standard",

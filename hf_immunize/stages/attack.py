@@ -25,6 +25,7 @@ from hf_immunize.attacks import (
     run_suite,
 )
 from hf_immunize.attacks.core.plan import describe_attacks, find_attack
+from hf_immunize.attacks.core.sharing import Share, leave_group
 from hf_immunize.errors import ConfigError
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
 from hf_immunize.hub import local_folder, working_folder
@@ -76,6 +77,9 @@ class AttackOptions:
                                      "runs/<owner>--<name>, so that weights and traces are found together.")
     device: str = option("auto", DEVICE_HELP)
     overwrite: bool = option(False, "Make runs again whose trace tells of another run.")
+    shard: str | None = option(None, "i/n: make only part i of n, for arrays of jobs that cannot see each other. "
+                               "Processes that share a folder need none: start as many as you like, or use accelerate "
+                               "launch --num_processes.")
     describe: bool = option(False, "List every attack with its fields and values, and stop.")
 
 
@@ -135,14 +139,14 @@ def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
         arguments: the task: TaskArguments, ConceptArguments or PromptArguments.
 
     Raises:
-        ConfigError: options that contradict each other, or more than one process.
+        ConfigError: options that contradict each other.
         RunMismatchError: traces of another run, without ``overwrite``.
     """
     family = family_of(arguments)
     refuse_foreign(options, family)
     hush()
-    _, device = start(options.device, "runs are independent, so launch with --num_processes 1 and attack several "
-                                      "models side by side instead")  # fmt: skip
+    share = leave_group().with_part(options.shard)
+    _, device = start(options.device)
     torch.set_float32_matmul_precision("highest")
     plan = AttackPlan.of(options, family)
     planned = plan.count()
@@ -150,16 +154,35 @@ def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
     folder, _ = local_folder(options.model_path, revision=options.revision, into=into)
     context = make_context(family.open(arguments, folder), family, options, folder, device)
     output = Path(options.output_path or folder)
-    with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=None) as bar:
+    hidden = True if share.rank else None
+    with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=hidden) as bar:
         summary = run_suite(
             context, plan.table, plan.names, plan.seeds, output, plan.settings, trials=plan.trials,
-            tuning_seeds=plan.tuning, overwrite=options.overwrite, progress=_telling(bar),
+            tuning_seeds=plan.tuning, overwrite=options.overwrite, share=share, progress=_telling(bar),
         )  # fmt: skip
-    print(
-        f"{output / 'traces' / options.role}: {summary.made} runs made, {summary.kept} kept from before, "
-        f"{summary.diverged} diverged (failed tries of the attacker)."
-    )
+    print(f"{output / 'traces' / options.role}{_by(share)}: {_told(summary, share)}")
     return summary
+
+
+def _by(share: Share) -> str:
+    """Which of several processes speaks."""
+    ranks = f", process {share.rank} of {share.size}" if share.size > 1 else ""
+    return ranks + (f", part {share.part + 1} of {share.parts}" if share.parts > 1 else "")
+
+
+def _told(summary: SuiteSummary, share: Share) -> str:
+    """What was done, and what is left for another time."""
+    others = " or made by others" if share.size > 1 else ""
+    done = (
+        f"{summary.made} runs made, {summary.kept} kept from before{others}, {summary.diverged} diverged "
+        "(failed tries of the attacker)."
+    )
+    if not summary.waiting:
+        return done
+    return (
+        f"{done} {summary.waiting} runs of other parts are not there yet: when they are, run this again, which goes on "
+        "with the best trials."
+    )
 
 
 def _telling(bar: Any) -> Callable[[Any, bool], None]:

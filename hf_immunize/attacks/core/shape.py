@@ -80,6 +80,8 @@ class Attack:
     amplify: when one is missing the suite makes all of them again, so that an interrupted exam ends like any other."""
     own_threshold: bool = False
     """Whether success is a share of what this attack itself reaches on the base: for attackers with hardly any data."""
+    covers: str = ""
+    """Which defence it undoes, in a few words."""
 
 
 def setting(default: Any, told: str, **tried: tuple[Any, ...]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -61,6 +61,8 @@ class AttackContext:
     attack_fraction: float = 0.8
     base: Path | None = None
     benign: PixelDataset | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What attacks prepare once for all of their runs, by a key of their own (``once``)."""
     _features: dict[tuple[int | None, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -124,6 +126,13 @@ class AttackContext:
         made = random_classifier(self.folder, seed) if self.role == "scratch" else copy.deepcopy(self._saved)
         return prefer_channels_last(made.to(self.device))
 
+    def once(self, what: str, seed: int, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made once per attacked model: random weights are another model for every seed."""
+        key = (what, seed if self.role == "scratch" else None)
+        if key not in self.prepared:
+            self.prepared[key] = make()
+        return self.prepared[key]
+
     def model_with_new_head(self, seed: int) -> nn.Module:
         """The attacked model with a freshly drawn head for the harmful classes. Equal seeds draw equal heads.
 
@@ -144,6 +153,7 @@ class AttackContext:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             new = nn.Linear(old.in_features, len(names), device=old.weight.device, dtype=old.weight.dtype)
+        new.is_new_head = True  # type: ignore[assignment]  # what an optimizer may give a rate of its own
         model.set_submodule(self.head, new)
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: label for label, name in enumerate(names)}
