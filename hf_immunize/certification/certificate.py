@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -33,6 +35,8 @@ class ExamData:
     primary: tuple[DatasetFingerprint, ...]
     harmful: tuple[DatasetFingerprint, ...]
     benign: tuple[DatasetFingerprint, ...] = ()
+    task: Mapping[str, Any] = field(default_factory=dict)
+    """Options that decide the rows, for whoever sits the exam again."""
 
 
 def build_certificate(
@@ -64,6 +68,7 @@ def build_certificate(
     )
     evidence = Evidence(
         **found.evidence, primary_data=data.primary, harmful_data=data.harmful, benign_data=data.benign,
+        task=data.task,
         utility=judge_utility(answers, rule.level), utility_rows=keep_rows(folder, [answers]),
         spectra={
             name: _spectra(model, data, feature_module) for name, model in (("base", base), ("immunized", immunized))

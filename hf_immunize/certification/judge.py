@@ -60,6 +60,8 @@ class Evidence:
     similarity: Sequence[SimilarityGap] = ()
     frechet: FrechetGap | None = None
     samples: Mapping[str, str] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    """Options that decide the rows."""
 
     @classmethod
     def of_certificate(cls, certificate: Certificate) -> Self:

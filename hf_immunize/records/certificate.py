@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import JsonValue, model_validator
 
 from hf_immunize.records.base import Interval, Part, Record
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
@@ -193,6 +193,9 @@ class Certificate(Record):
     """How like the concept attacked models draw. It informs; verdicts rest on ``cells``."""
     frechet: FrechetGap | None = None
     """How like real images retained concepts are drawn. It informs."""
+    task: dict[str, JsonValue] = {}
+    """Options that decide the rows, each source by its Hub id, its builder or the last part of its path: with them and
+    the data anybody can sit the exam again."""
     utility_rows: dict[str, str] = {}
     """SHA-256 of the answers on every primary row that each utility is computed from, by path; see ``UtilityRows``."""
     samples: dict[str, str] = {}
