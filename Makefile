@@ -29,7 +29,7 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt
 	touch $@ $(VENV)/demo.stamp
 
 demo: $(VENV)/demo.stamp
-	$(RUN) recipes/pipeline.py recipes/$(PRESET)/pipeline.yaml
+	$(VENV)/bin/hf-immunize run recipes/$(PRESET)/run.yaml
 
 # The cards in model_cards/ are those of the demo's models; finished stages of the demo are not run again.
 cards: demo

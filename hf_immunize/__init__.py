@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from hf_immunize.hub import load_verified, publish, verify_folder
     from hf_immunize.linear import LinearImmunizer
     from hf_immunize.report import render_report
-    from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer, Term, register_objective
+    from hf_immunize.stages.api.exam import Exam
+    from hf_immunize.stages.api.immunizing import immunize
+    from hf_immunize.stages.api.result import ExamResult
+    from hf_immunize.stages.api.trainer import ImmunizationTrainer
+    from hf_immunize.training import ImmunizationConfig, Term, register_objective
     from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 
 _HOMES = {
@@ -20,10 +24,14 @@ _HOMES = {
     "DiffusionImmunizationConfig": "training.diffusion",
     "DiffusionImmunizationTrainer": "training.diffusion",
     "ImmunizationConfig": "training",
-    "ImmunizationTrainer": "training",
+    "ImmunizationTrainer": "stages.api.trainer",
     "Term": "training",
     "add_head": "features",
     "register_objective": "training",
+    # the main job
+    "Exam": "stages.api.exam",
+    "ExamResult": "stages.api.result",
+    "immunize": "stages.api.immunizing",
     # linear models
     "LinearImmunizer": "linear",
     # evidence and publishing
@@ -36,12 +44,15 @@ _HOMES = {
 __all__ = [
     "DiffusionImmunizationConfig",
     "DiffusionImmunizationTrainer",
+    "Exam",
+    "ExamResult",
     "ImmunizationConfig",
     "ImmunizationTrainer",
     "LinearImmunizer",
     "Term",
     "__version__",
     "add_head",
+    "immunize",
     "load_verified",
     "publish",
     "register_objective",

@@ -47,6 +47,10 @@ class TrainingDivergedError(ImmunizeError, RuntimeError):
     """A loss or a spectrum that stopped being finite during training."""
 
 
+class StageError(ImmunizeError, RuntimeError):
+    """A stage of a run that did not end well; the message holds the end of its log."""
+
+
 class NotImmunizedError(ImmunizeError, RuntimeError):
     """Training ended without what it was for, and that was required."""
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "training": {"regularizers", "linalg", "features", "data", "models", "spectra", "hub", "diffusion"},
     "exam": set(),
     "attacks": {"exam", "features", "data", "models", "linalg", "diffusion"},
-    "metrics": set(),
+    "metrics": {"exam"},
     "certification": {
         "exam", "tasks", "attacks", "metrics", "linalg", "features", "data", "models", "spectra", "diffusion",
     },
@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "hub": {"exam", "certification", "metrics", "report", "features", "models"},
     "tasks": {"data", "models", "diffusion"},
     "stages": {
-        "options", "exam", "tasks", "data", "models", "diffusion", "training", "attacks", "certification", "linear",
-        "hub", "report",
+        "options", "exam", "tasks", "features", "data", "models", "diffusion", "training", "attacks", "certification",
+        "linear", "hub", "report",
     },
     "commands": {"stages", "hub"},
     "cli": {"commands"},

@@ -57,7 +57,7 @@ def test_everything_of_the_clone_that_is_read_is_in_the_wheel(run):
 def test_presets_are_listed_and_copied_and_their_script_runs(run):
     call, _, work = run
     shown = call("-m", "hf_immunize.cli", "recipes")
-    assert "digits-vit: attack.yaml" in shown and "smoke/pipeline.yaml" in shown and "accelerate" not in shown
+    assert "digits-vit: attack.yaml" in shown and "smoke/run.yaml" in shown and "accelerate" not in shown
     call("-m", "hf_immunize.cli", "recipes", "--copy", ".", "digits-vit")
     names = {path.name for path in (work / "recipes").iterdir() if path.is_dir()}
     assert names == {"digits-vit", "accelerate"}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from hf_immunize.attacks import Attack
-from hf_immunize.attacks.core.finalists import finalists
 from hf_immunize.certification.measures import area, best_of_trials, within, worst_seed
 from hf_immunize.certification.verdict import judge_solve, judge_steps
 from hf_immunize.errors import IncompleteExamError
 from hf_immunize.exam import Rule
+from hf_immunize.exam.keeps import finalists
 from hf_immunize.metrics import (
     StepsToThreshold,
     best_trial,
@@ -27,6 +26,18 @@ from hf_immunize.records import AtBudget, AttackTrace, AtThreshold, Cell, Interv
 
 Traces = Mapping[str, Sequence[AttackTrace]]
 """Traces by role: subject, control, scratch."""
+
+
+class Described(Protocol):
+    """What the judge knows of an attack: a ``PlannedAttack``, or an entry of the tables of attacks."""
+
+    @property
+    def family(self) -> str:
+        """Attacker family."""
+
+    @property
+    def unit(self) -> Literal["step", "solve"]:
+        """What its budget counts."""
 
 
 def reference_threshold(control: Sequence[AttackTrace], rule: Rule) -> float:
@@ -81,7 +92,7 @@ def own_threshold(control: Sequence[AttackTrace], chance: float, rule: Rule) -> 
     return chance + rule.threshold_share * max(sum(tests) / len(tests) - chance, 0.0) if tests else None
 
 
-def unmeasured_cell(name: str, attack: Attack, verdict: Any, reason: str, threshold: float) -> Cell:
+def unmeasured_cell(name: str, attack: Described, verdict: Any, reason: str, threshold: float) -> Cell:
     """The cell of an attack without figures: NOT RUN or NOT APPLICABLE."""
     nothing = Interval(estimate=None, low=None, high=None, samples=0)
     return Cell(
@@ -95,7 +106,7 @@ _NO_SUBJECT = "the exam has this attack, but it was not run"
 _NO_CONTROL = "run on this model but not on its base: without a control there is nothing to compare with"
 
 
-def build_cell(name: str, attack: Attack, traces: Traces, threshold: float, test_rows: int, rule: Rule) -> Cell:
+def build_cell(name: str, attack: Described, traces: Traces, threshold: float, test_rows: int, rule: Rule) -> Cell:
     """Judge one attack.
 
     Raises:

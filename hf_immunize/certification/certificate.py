@@ -8,12 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from hf_immunize.attacks import ATTACKS, TRAINABILITY, describe_model
-from hf_immunize.certification.judgement import Sides, check_base, judge_traces
-from hf_immunize.certification.utility import measure_utility
+from hf_immunize.certification.judge import Evidence, judge_traces
+from hf_immunize.certification.judgement import Sides, check_base, gather
+from hf_immunize.certification.primary_rows import judge_utility, keep_rows
+from hf_immunize.certification.utility import utility_rows
 from hf_immunize.data import PixelDataset
-from hf_immunize.exam import Protocol, lines_not_run
+from hf_immunize.exam import Protocol
 from hf_immunize.features import find_classifier
-from hf_immunize.metrics import immunization_ratio
 from hf_immunize.models import load_classifier
 from hf_immunize.records import Certificate, DatasetFingerprint, Provenance, SpectrumRecord
 from hf_immunize.spectra import model_spectra
@@ -57,20 +58,19 @@ def build_certificate(
     check_base(base_folder)
     base, immunized = load_classifier(base_folder), load_classifier(folder)
     sides = Sides(folder, base_folder, describe_model(folder, immunized), describe_model(base_folder, base))
-    judged = judge_traces(
-        sides, ATTACKS, TRAINABILITY, protocol, harmful=data.harmful, benign=data.benign, threshold=threshold
+    found = gather(sides, ATTACKS, TRAINABILITY, protocol, threshold)
+    answers = utility_rows(
+        base.to(device), immunized.to(device), data.primary_test, data.primary[0].sha256, sides.subject, sides.control
     )
-    utility = measure_utility(base.to(device), immunized.to(device), data.primary_test, rule.level)
-    spectra = {
-        name: _spectra(model, data, feature_module) for name, model in (("base", base), ("immunized", immunized))
-    }
-    ratio, parts = immunization_ratio(spectra["base"], spectra["immunized"])
-    return Certificate(
-        **judged.fields(sides, protocol, utility, threshold),
-        primary_data=list(data.primary), harmful_data=list(data.harmful), benign_data=list(data.benign),
-        spectra=spectra, immunization_ratio=ratio, immunization_ratio_parts=parts,
-        not_run=lines_not_run(judged.traces, protocol.attacks), provenance=Provenance.here(device),
-    )
+    evidence = Evidence(
+        **found.evidence, primary_data=data.primary, harmful_data=data.harmful, benign_data=data.benign,
+        utility=judge_utility(answers, rule.level), utility_rows=keep_rows(folder, [answers]),
+        spectra={
+            name: _spectra(model, data, feature_module) for name, model in (("base", base), ("immunized", immunized))
+        },
+        provenance=Provenance.here(device),
+    )  # fmt: skip
+    return judge_traces(found.by_role, found.plan, rule, evidence)
 
 
 def _spectra(model: nn.Module, data: ExamData, feature_module: str | None) -> list[SpectrumRecord]:

@@ -12,8 +12,10 @@ import torch
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, METRIC, DiffusionAttackContext
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings, keep_pictures
 from hf_immunize.certification.generation import measure_similarity, real_images
-from hf_immunize.certification.judgement import Judgement, Sides, check_base, judge_traces
-from hf_immunize.certification.recheck import Recheck, recheck
+from hf_immunize.certification.judge import Evidence, judge_traces
+from hf_immunize.certification.judgement import Gathered, Sides, check_base, gather
+from hf_immunize.certification.primary_rows import judge_utility, keep_rows
+from hf_immunize.certification.repeating import Recheck, recheck
 from hf_immunize.certification.similarity import ImageFeatures, Similarity
 from hf_immunize.diffusion import (
     EVAL_BATCH_SIZE,
@@ -26,9 +28,17 @@ from hf_immunize.diffusion import (
     fits_memory,
 )
 from hf_immunize.errors import ConfigError, ModelError, RecordError
-from hf_immunize.exam import Protocol, Rule, diffusion_lines_not_run
-from hf_immunize.metrics import mean_interval
-from hf_immunize.records import AttackTrace, Certificate, DatasetFingerprint, Provenance, SimilarityGap, Utility
+from hf_immunize.exam import Protocol, Rule
+from hf_immunize.records import (
+    AttackTrace,
+    Certificate,
+    DatasetFingerprint,
+    Losses,
+    Provenance,
+    SimilarityGap,
+    Utility,
+    UtilityRows,
+)
 
 
 @dataclass(frozen=True)
@@ -92,28 +102,28 @@ def build_diffusion_certificate(
             "both about the same latents, prompts and noise. Take these parts from the base."
         )
     sides = Sides(folder, base_folder, subject.fingerprint(folder), base.fingerprint(base_folder))
-    judged = judge_traces(
-        sides, DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, protocol,
-        harmful=exam.harmful, benign=exam.benign, threshold=threshold,
-    )
-    _check_score(judged.traces)
+    found = gather(sides, DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, protocol, threshold)
+    _check_score(found.traces)
     level = protocol.rule.level
-    measured = [denoising_utility(base, subject, exam.retain_test, level)]
+    measured = [denoising_rows(base, subject, exam.retain_test)]
     drawn = RetainedDrawings.of(base, subject, exam.retain_test, exam.judged_images)
     if exam.judge is not None:
-        measured.insert(0, drawn.recognised_by(exam.judge, level, exam.judge_names))
+        measured.insert(0, drawn.recognised_by(exam.judge, exam.judge_names))
+    bound = {"data": exam.retain[0].sha256, "subject": sides.subject.weights, "control": sides.control.weights}
+    measured = [rows.model_copy(update=bound) for rows in measured]
+    utility = [judge_utility(rows, level) for rows in measured]
     pictures = keep_pictures(
-        sides, {"control": base, "subject": subject}, exam.retain_test, exam.harmful_test, judged.traces
+        sides, {"control": base, "subject": subject}, exam.retain_test, exam.harmful_test, found.traces
     )
-    return Certificate(
-        **judged.fields(sides, protocol, measured[0], threshold), further_utility=measured[1:],
-        primary_data=list(exam.retain), harmful_data=list(exam.harmful), benign_data=list(exam.benign),
-        spectra={}, immunization_ratio=None, immunization_ratio_parts={}, harmful_metric=SCORE,
-        samples=pictures,
-        similarity=_similarities(folder, exam, judged, base, level),
+    evidence = Evidence(
+        **found.evidence, utility=utility[0], further_utility=utility[1:], utility_rows=keep_rows(folder, measured),
+        harmful_metric=SCORE,
+        primary_data=exam.retain, harmful_data=exam.harmful, benign_data=exam.benign, samples=pictures,
+        similarity=_similarities(folder, exam, found, base, level),
         frechet=None if exam.features is None else drawn.distance_by(exam.features, level),
-        not_run=diffusion_lines_not_run(judged.traces, protocol.attacks), provenance=Provenance.here(device),
-    )
+        provenance=Provenance.here(device),
+    )  # fmt: skip
+    return judge_traces(found.by_role, found.plan, protocol.rule, evidence)
 
 
 def _check_score(traces: Sequence[AttackTrace]) -> None:
@@ -126,26 +136,31 @@ def _check_score(traces: Sequence[AttackTrace]) -> None:
             )
 
 
-def denoising_utility(base: Drawer, subject: Drawer, retain: LatentDataset, level: float = 0.95) -> Utility:
-    """R² on the same held-out retained rows, noise and levels, in percent; t interval of the drop over paired rows.
+def denoising_rows(base: Drawer, subject: Drawer, retain: LatentDataset) -> UtilityRows:
+    """Losses of both models on the same held-out retained rows, noise and levels, beside the energy of each target.
 
-    The drop of a row is (its loss on the subject − its loss on the base) / mean energy, so that its mean is the
-    difference of both R².
+    Raises:
+        ModelError: answers that are not finite.
     """
     exam = DenoisingExam(NoiseProcess.from_scheduler(base.pipeline.scheduler), retain, batch_size=base.batch_size)
     before, after = (exam.ask(denoiser_of(side.model), side.model) for side in (base, subject))
     for name, answers in (("base", before), ("subject", after)):
         if not bool(torch.isfinite(answers.losses_N).all()):
             raise ModelError(f"expected finite answers of the {name}, got NaN or infinity: its weights are broken.")
-    drops = 100 * (after.losses_N - before.losses_N).double() / before.energies_N.double().mean()
-    return Utility(
-        metric=SCORE, base=100 * before.explained, immunized=100 * after.explained,
-        drop=mean_interval(drops.tolist(), level), rows=len(retain),
+    energy, early, late = (values_N.double().tolist() for values_N in (
+        before.energies_N, before.losses_N, after.losses_N))
+    return UtilityRows(
+        metric=SCORE, data="", subject={}, control={}, losses=Losses(energy=energy, base=early, immunized=late)
     )
 
 
+def denoising_utility(base: Drawer, subject: Drawer, retain: LatentDataset, level: float = 0.95) -> Utility:
+    """R² on the same held-out retained rows, noise and levels, in percent (see ``judge_utility``)."""
+    return judge_utility(denoising_rows(base, subject, retain), level)
+
+
 def _similarities(
-    folder: Path, exam: ConceptExam, judged: Judgement, base: Drawer, level: float
+    folder: Path, exam: ConceptExam, found: Gathered, base: Drawer, level: float
 ) -> list[SimilarityGap]:
     """SGR on the harmful and the benign concept, from the pictures that lie in ``folder`` by now."""
     if exam.similarity is None:
@@ -155,8 +170,8 @@ def _similarities(
         ("harmful", exam.harmful_test, DIFFUSION_ATTACKS), ("benign", exam.benign_test, DIFFUSION_TRAINABILITY)
     ):
         if split is not None:
-            traces = {role: [trace for trace in found if trace.attack in table]
-                      for role, found in judged.everything.items()}
+            traces = {role: [trace for trace in runs if trace.attack in table]
+                      for role, runs in found.by_role.items()}
             real = real_images(split, base.images(split))
             gaps += measure_similarity(folder, traces, real, exam.similarity, task, level)
     return gaps

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from hf_immunize.attacks import Attack
 from hf_immunize.errors import IncompleteExamError, RecordError
 from hf_immunize.records import AttackTrace, ModelFingerprint, atomic_write, sha256_file
 
 
 def read_traces(
-    folder: str | Path, role: str, model: ModelFingerprint, table: Mapping[str, Attack], lowest: float = 0.0
+    folder: str | Path, role: str, model: ModelFingerprint, table: Collection[str], lowest: float = 0.0
 ) -> list[AttackTrace]:
     """Every trace of ``folder/traces/<role>``, checked against the weights it must speak of.
 
@@ -46,7 +45,7 @@ def read_traces(
 
 
 def control_traces(
-    folder: Path, base_folder: Path, base: ModelFingerprint, table: Mapping[str, Attack], lowest: float = 0.0
+    folder: Path, base_folder: Path, base: ModelFingerprint, table: Collection[str], lowest: float = 0.0
 ) -> dict[str, list[AttackTrace]]:
     """Control and scratch traces, copied from the base's folder into ``folder`` so that it is self-contained.
 

@@ -9,19 +9,13 @@ from typing import Any
 import yaml
 
 from hf_immunize.attacks import AttackContext
-from hf_immunize.certification.recheck import Recheck, recheck
+from hf_immunize.certification.judge import find_rule
+from hf_immunize.certification.repeating import Recheck, recheck
 from hf_immunize.data import TaskArguments
 from hf_immunize.errors import ConfigError, RecordError
-from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Rule
 from hf_immunize.models import load_processor
 from hf_immunize.records import Certificate
 from hf_immunize.tasks import ClassesTask, attacker_fingerprints, attacker_holds
-
-
-def find_rule(certificate: Certificate) -> Rule | None:
-    """The rule of this release whose words the certificate repeats; None for one of another release."""
-    rules = [Rule(), *(protocol.rule for protocol in (PROTOCOLS | DIFFUSION_PROTOCOLS).values())]
-    return next((rule for rule in rules if rule.in_words() == certificate.rule), None)
 
 
 def read_task(path: str | Path) -> TaskArguments:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from hf_immunize.attacks import TRAINABILITY
 from hf_immunize.certification.cells import check_same_exam, score_before
-from hf_immunize.exam import BENIGN_DIFFUSION, Rule
+from hf_immunize.exam import Rule
 from hf_immunize.metrics import (
     best_trial,
     chosen_evaluation,
@@ -21,20 +20,15 @@ from hf_immunize.metrics import (
     slow_down,
     steps_to_threshold,
 )
-from hf_immunize.records import AttackTrace, Interval, Trainability
+from hf_immunize.records import AttackTrace, Interval, PlannedAttack, Trainability
 
 Unit = Literal["step", "solve"]
 _MISSING = "the third task was tried by other methods, but not by this one on both sides"
 
 
-def benign_methods(rule: Rule) -> Mapping[str, Unit]:
-    """Name and unit of every method by which a benign task is learned in exams by this rule."""
-    if rule.gain:
-        return dict.fromkeys(BENIGN_DIFFUSION, "step")
-    return {name: attack.unit for name, attack in TRAINABILITY.items()}
-
-
-def measure_trainability(traces: Mapping[str, Sequence[AttackTrace]], rule: Rule) -> list[Trainability]:
+def measure_trainability(
+    traces: Mapping[str, Sequence[AttackTrace]], methods: Sequence[PlannedAttack], rule: Rule
+) -> list[Trainability]:
     """One entry per method; nothing when no benign run was made on any side.
 
     Raises:
@@ -43,10 +37,11 @@ def measure_trainability(traces: Mapping[str, Sequence[AttackTrace]], rule: Rule
     if not any(traces.values()):
         return []
     return [
-        _one(name, unit, *(
-            [trace for trace in traces.get(role, ()) if trace.attack == name] for role in ("subject", "control")
+        _one(method.attack, method.unit, *(
+            [trace for trace in traces.get(role, ()) if trace.attack == method.attack]
+            for role in ("subject", "control")
         ), rule)
-        for name, unit in benign_methods(rule).items()
+        for method in methods
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from hf_immunize.errors import HubError, ImmunizeError, PolicyUnmetError, PublishRefusedError, VerificationError
@@ -17,6 +18,10 @@ UNSOUND, UNMET, NO_HUB = 3, 4, 5
 CODES = "Exit codes: 0 done, 1 error, 2 usage, 3 files that are not what the certificate says, 4 policy, 5 the Hub."
 
 STAGES = {
+    "init": "Look at a model and its data, and write one run file for the whole main job.",
+    "plan": "Check a run file without training: data, model, memory, disk, time.",
+    "run": "Run all stages of a run file, or go on where it stopped.",
+    "fetch": "Bring a trained model into a folder of its own.",
     "pretrain": "Train the base, or its head: classifiers, and small class-conditional denoisers.",
     "immunize": "Immunize a classifier or a diffusion pipeline against a harmful task.",
     "attack": "Attack a model as a stranger would, and keep one trace per run.",
@@ -48,7 +53,7 @@ class _Quiet(TyperGroup):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        stages = {name: Stage(name, help=told) for name, told in STAGES.items()}
+        stages = {name: Stage(name, help=told, add_help_option=False) for name, told in STAGES.items()}
         self.commands = stages | dict(self.commands)
 
     def invoke(self, ctx: Any) -> Any:
@@ -77,7 +82,7 @@ def _code_of(error: ImmunizeError) -> int:
 
 
 app = typer.Typer(
-    cls=_Quiet, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    cls=_Quiet, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help=f"Immunize models, attack and certify them; publish, verify and read what came of it.\n\n{CODES}",
 )
 
@@ -92,7 +97,7 @@ def say(what: Any) -> None:
     if isinstance(what, dict | list):
         sys.stdout.write(json.dumps(what, indent=1, ensure_ascii=False) + "\n")
     else:
-        Console(soft_wrap=isinstance(what, str)).print(what, markup=False, highlight=False)
+        Console(soft_wrap=isinstance(what, str | Text)).print(what, markup=False, highlight=False)
 
 
 def errors() -> Console:

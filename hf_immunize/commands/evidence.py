@@ -31,6 +31,9 @@ def verify(
     trusted_key: Annotated[
         str | None, typer.Option(help="Publisher's public key, hexadecimal or a file; its signature is required.")
     ] = None,
+    checker_key: Annotated[
+        list[str] | None, typer.Option(help="Public key of somebody whose signed rechecks you believe; may be repeated.")
+    ] = None,
     rejudge: Annotated[bool, typer.Option("--rejudge", help="Also recompute every verdict from the traces.")] = False,
     recheck: Annotated[
         int, typer.Option(help="Attack again: this many random cells, whose results are compared with the stored "
@@ -44,11 +47,11 @@ def verify(
 ) -> None:
     """Check hashes, schema, expiry, signature, card and policy of a published model; on request, its attacks too."""
     from hf_immunize.hub import Policy, repeat_attacks, verify_model
-    from hf_immunize.hub.tables import findings_table
+    from hf_immunize.hub.tables import findings_table, outcome
 
     wanted = None if policy is None else Policy.read(policy)
     folder, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key,
-                                 rejudge=rejudge)
+                                 checker_keys=checker_key or (), rejudge=rejudge)
     if recheck:
         if base is None or task is None:
             raise ConfigError("expected --base and --task with --recheck, got one or none: a certificate names its "
@@ -59,7 +62,9 @@ def verify(
         hush()
         with errors().status(f"attacking again, {recheck} cell(s), seed {seed}"):
             found = repeat_attacks(folder, found, base=base, task=task, cells=recheck, seed=seed, device=device)
-    say(found.as_json() if as_json else findings_table(found))
+    say(found.as_json() if as_json else outcome(found))
+    if found.findings and not as_json:
+        say(findings_table(found))
     if not found.ok:
         raise typer.Exit(UNMET if found.sound else UNSOUND)
 
@@ -74,13 +79,15 @@ def show(
 ) -> None:
     """Show what a certificate says, and whether the files beside it are the examined ones."""
     from hf_immunize.hub import verify_model
-    from hf_immunize.hub.tables import certificate_table, findings_table
+    from hf_immunize.hub.tables import certificate_table, findings_table, outcome
 
     _, found = verify_model(target, revision=revision)
     if found.certificate is not None:
         say(found.certificate.model_dump(mode="json") if as_json else certificate_table(found.certificate))
     if not as_json or not found.sound:
-        (errors() if as_json else Console()).print(findings_table(found))
+        shown = errors() if as_json else Console()
+        shown.print(outcome(found), soft_wrap=True)
+        shown.print(findings_table(found))
     if not found.sound:
         raise typer.Exit(UNSOUND)
 

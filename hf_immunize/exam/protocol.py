@@ -107,7 +107,15 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 DIFFUSION_RULE = Rule(
-    gain=True, reference_attack="diffusion_full_finetune", max_utility_drop=2.0, trainability_margin=0.1
+    gain=True,
+    reference_attack="diffusion_full_finetune",
+    own_threshold=(
+        "diffusion_lora", "diffusion_dreambooth", "diffusion_dreambooth_prior", "diffusion_textual_inversion",
+        "diffusion_perturbed_images", "diffusion_other_images", "diffusion_other_prompts",
+        "diffusion_placeholder_token", "diffusion_generic_prompt",
+    ),
+    max_utility_drop=2.0,
+    trainability_margin=0.1,
 )
 DIFFUSION_PROTOCOLS: dict[str, Protocol] = {
     "diffusion_quick": Protocol(

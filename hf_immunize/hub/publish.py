@@ -60,6 +60,7 @@ def publish(
     dry_run: bool = False,
     card: CardOptions | None = None,
     signing_key: str | Path | None = None,
+    sign: bool = True,
     message: str | None = None,
     token: str | None = None,
     api: HfApi | None = None,
@@ -72,6 +73,8 @@ def publish(
         private: visibility of a new repository; with True, an existing public one is refused.
         dry_run: run the gate and list what would go; nothing is asked of the network.
         card: what the records do not know; by default what the folder's own card says.
+        signing_key: private key that signs; by default the one that ``keygen`` made, where there is one.
+        sign: whether to look for that key.
         timeout: seconds of silence after which an answer is given up.
 
     Raises:
@@ -82,7 +85,8 @@ def publish(
         raise ConfigError("expected a branch or a pull request, got both: leave one out.")
     api = api or HfApi(token=token)
     secret = token or (api.token if isinstance(api.token, str) else get_token())
-    gate = {"policy": policy, "allow_failed": allow_failed, "signing_key": signing_key, "token": secret}
+    gate = {"policy": policy, "allow_failed": allow_failed, "token": secret,
+            "signing_key": signing_key, "sign_by_default": sign}
     release = prepare(folder, card=card, repo_id=repo_id, **gate)
     if dry_run:
         return Publication(repo_id, release.sizes, release.left_out, (), release.verification, dry_run=True)

@@ -2,75 +2,169 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_immunize.errors import ImmunizeError
+from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS
+from hf_immunize.exam.presets import CUSTOM, known_attack, run_departures
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import Inventory
 from hf_immunize.hub.names import CERTIFICATE
 from hf_immunize.hub.untrusted import parse_record
-from hf_immunize.records import AttackTrace, Cell, Certificate
+from hf_immunize.records import RULE_VERSION, AttackTrace, Certificate, Plan, Rule, UtilityRows
 
 
 def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
-    """Recompute every cell, the families and the overall verdict from traces that were found unchanged."""
-    from hf_immunize.certification import family_verdicts, find_rule, overall_verdict
+    """Judge traces that were found unchanged by the certificate's plan and rule, and compare every field.
 
-    rule = find_rule(certificate)
-    if rule is None:
-        findings.note("rejudge", CERTIFICATE, "its rule is not one of this release: its verdicts were not recomputed.")
+    Rule and plan are themselves compared with those of this release, the runs with what the plan asks for, and the
+    utility with the answers on each row.
+    """
+    from hf_immunize.certification import Evidence, judge_traces
+
+    rule, plan = certificate.judged_by, certificate.plan
+    if rule is None or plan is None:
+        findings.fail("rejudge", CERTIFICATE, f"its field {'judged_by' if rule is None else 'plan'!r} is missing: "
+                      "without rule and plan in data nothing follows from traces. Ask for a certificate of this release.")
         return
-    traces = [parse_record(AttackTrace, inventory.read(name)) for name in certificate.traces if name in inventory]
-    cells = []
-    for cell in certificate.cells:
-        try:
-            again = _judge(cell, traces, certificate, rule)
-        except (ImmunizeError, ValueError, ArithmeticError, LookupError) as error:
-            findings.fail("rejudge", CERTIFICATE, f"the cell of {cell.attack!r} does not follow from traces: {error}")
-            return
-        if differing := sorted(_differences(cell.model_dump(), again.model_dump())):
-            findings.fail("rejudge", CERTIFICATE, f"the cell of {cell.attack!r} is not what its traces give: "
-                          f"{', '.join(differing)} (verdict written {cell.verdict}, judged {again.verdict}).")
-        cells.append(again)
-    if [item.model_dump() for item in family_verdicts(cells)] != [item.model_dump() for item in certificate.families]:
-        findings.fail("rejudge", CERTIFICATE, "its verdicts by family are not those of its cells.")
-    _check_trainability(certificate, traces, rule, findings)
-    overall = overall_verdict(cells, certificate.utility, rule, certificate.trainability)
-    if overall != certificate.overall:
-        findings.fail("rejudge", CERTIFICATE, f"its overall verdict is written {certificate.overall}, judged {overall}")
-
-
-def _check_trainability(
-    certificate: Certificate, traces: Sequence[AttackTrace], rule: Any, findings: Findings
-) -> None:
-    """Recompute what the benign runs say."""
-    from hf_immunize.certification.trainability import benign_methods, measure_trainability
-
-    benign = {role: [trace for trace in traces if trace.role == role and trace.attack in benign_methods(rule)]
-              for role in ("subject", "control")}
+    traces = _traces(certificate, inventory)
+    _check_premises(certificate, rule, plan, traces, findings)
     try:
-        again = [item.model_dump() for item in measure_trainability(benign, rule)]
+        measured = _utilities(certificate, inventory, rule, findings)
+        evidence = dataclasses.replace(Evidence.of_certificate(certificate), **measured)
+        again = judge_traces(traces, plan, rule, evidence)
     except (ImmunizeError, ValueError, ArithmeticError, LookupError) as error:
-        findings.fail("rejudge", CERTIFICATE, f"its benign trainability does not follow from traces: {error}")
+        findings.fail("rejudge", CERTIFICATE, f"its verdicts do not follow from its traces: {error}")
         return
-    if _differences(again, [item.model_dump() for item in certificate.trainability]):
-        findings.fail("rejudge", CERTIFICATE, "its benign trainability is not what its traces give.")
+    _compare(certificate, again, findings)
 
 
-def _judge(cell: Cell, traces: Sequence[AttackTrace], certificate: Certificate, rule: Any) -> Cell:
-    """The cell as its traces give it."""
-    from hf_immunize.certification.cells import build_cell
+def _traces(certificate: Certificate, inventory: Inventory) -> dict[str, list[AttackTrace]]:
+    """Every certified trace by the role that its folder names."""
+    traces: dict[str, list[AttackTrace]] = {}
+    for name in certificate.traces:
+        if name in inventory:
+            trace = parse_record(AttackTrace, inventory.read(name))
+            traces.setdefault(name.split("/")[1], []).append(trace)
+    return traces
 
-    sides: dict[str, list[AttackTrace]] = {"subject": [], "control": [], "scratch": []}
-    for trace in traces:
-        if trace.attack == cell.attack:
-            sides[trace.role].append(trace)
-    about: Any = SimpleNamespace(family=cell.family, unit=cell.unit)
-    rows = certificate.harmful_data[-1].rows
-    return build_cell(cell.attack, about, sides, cell.threshold, rows, rule)
+
+def _check_premises(
+    certificate: Certificate, rule: Rule, plan: Plan, traces: Mapping[str, Sequence[AttackTrace]], findings: Findings
+) -> None:
+    """Rule, plan and identities: what the judge is given, and a liar would rather choose."""
+    from hf_immunize.certification.planning import plan_differences
+
+    def wrong(name: str, told: str) -> None:
+        findings.fail("rejudge", CERTIFICATE, f"its field {name!r} {told}")
+
+    presets = PROTOCOLS | DIFFUSION_PROTOCOLS
+    known = [presets[plan.protocol].rule] if plan.protocol in presets else [item.rule for item in presets.values()]
+    if rule.version != RULE_VERSION:
+        wrong("judged_by", f"is a rule of version {rule.version}, this release judges by {RULE_VERSION}.")
+    elif rule not in known:
+        wrong("judged_by", "is not the rule of this exam: its constants were chosen otherwise.")
+    if plan.protocol == CUSTOM:
+        findings.note("custom", CERTIFICATE, "an exam of its examiner's own making: which attacks, trials and thresholds "
+                      "it has was free to choose.")
+    else:
+        for name in plan_differences(plan):
+            wrong(f"plan.{name}", f"is not what the exam {plan.protocol!r} asks for.")
+        if departures := run_departures(plan, traces):
+            wrong("plan", f"names the exam {plan.protocol!r}, but it was sat with {departures[0]}.")
+    for item in (*plan.attacks, *plan.methods):
+        if known_attack(item.attack) not in (None, (item.family, item.unit)):
+            wrong("plan.attacks", f"puts {item.attack!r} into another family or unit than this release does.")
+    if plan.planned != certificate.planned:
+        wrong("planned", "is not what its plan says.")
+    if certificate.overall == "RESISTS" and certificate.subject.weights == certificate.control.weights:
+        wrong("subject", "has the weights of its own base, which cannot resist what its base does not.")
+    for name, reason in sorted(_strangers(certificate, traces)):
+        wrong(name, reason)
+
+
+def _strangers(certificate: Certificate, traces: Mapping[str, Sequence[AttackTrace]]) -> set[tuple[str, str]]:
+    """Fields that say other things of models and rows than the traces do, and traces whose name is not their own."""
+    found = set()
+    models = {"subject": certificate.subject, "control": certificate.control}
+    for role, runs in traces.items():
+        for trace in runs:
+            model = models.get(role)
+            if model is not None and (model.architecture, model.parameters) != (
+                trace.model.architecture, trace.model.parameters
+            ):
+                found.add((role, "is not the model that its traces are of."))
+            task = "benign_data" if trace.attack.startswith("benign_") else "harmful_data"
+            written = [(part.rows, part.classes, part.sha256) for part in getattr(certificate, task)]
+            if written != [(part.rows, part.classes, part.sha256) for part in trace.data]:
+                found.add((task, "does not name the rows that its traces are of."))
+            score = str(trace.config.get("metric", "accuracy"))
+            if not score.startswith(certificate.harmful_metric):
+                found.add(("harmful_metric", f"is not the score of its traces, {score!r}."))
+            if f"traces/{role}/{trace.file_name}" not in certificate.traces or _misnamed(trace):
+                found.add(("traces", f"holds a run under another name than its own: {trace.file_name}."))
+    return found
+
+
+def _misnamed(trace: AttackTrace) -> bool:
+    """Whether a trial's name tells of other settings than its run had."""
+    told = dict(part.split("=", 1) for part in trace.trial.split(",") if "=" in part)
+    kept = {name: value for name, value in told.items() if name in trace.config}
+    return any(_shown(trace.config[name]) != value for name, value in kept.items())
+
+
+def _shown(value: Any) -> str:
+    """A setting as the name of a trial shows it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _utilities(
+    certificate: Certificate, inventory: Inventory, rule: Rule, findings: Findings
+) -> dict[str, Any]:
+    """Utilities computed again from the answers or losses per row, in the certificate's order."""
+    from hf_immunize.certification.primary_rows import judge_utility, rows_differ
+
+    rows = [parse_record(UtilityRows, inventory.read(name)) for name in certificate.utility_rows if name in inventory]
+    by_metric = {item.metric: item for item in rows}
+    again = []
+    for written in (certificate.utility, *certificate.further_utility):
+        behind = by_metric.get(written.metric)
+        if behind is None:
+            findings.fail("rejudge", CERTIFICATE, f"its field 'utility_rows' names no answers behind {written.metric!r}.")
+            again.append(written)
+            continue
+        again.append(judge_utility(behind, rule.level))
+        if told := rows_differ(behind, certificate.primary_data):
+            findings.fail("rejudge", CERTIFICATE, f"its field 'primary_data' does not name the rows of "
+                          f"{written.metric!r}: {told}.")
+    return {"utility": again[0], "further_utility": again[1:]}
+
+
+def _compare(certificate: Certificate, again: Certificate, findings: Findings) -> None:
+    """One finding for every cell and every other field that is not what its traces give."""
+    judged = {cell.attack: cell for cell in again.cells}
+    for cell in certificate.cells:
+        mine = judged.pop(cell.attack, None)
+        if mine is None:
+            findings.fail("rejudge", CERTIFICATE, f"the cell of {cell.attack!r} is not one that its plan has.")
+        elif differing := sorted(_differences(cell.model_dump(), mine.model_dump())):
+            findings.fail("rejudge", CERTIFICATE, f"the cell of {cell.attack!r} is not what its traces give: "
+                          f"{', '.join(differing)} (verdict written {cell.verdict}, judged {mine.verdict}).")
+    for name in judged:
+        findings.fail("rejudge", CERTIFICATE, f"the cell of {name!r} is missing.")
+    written, found = (item.model_dump(exclude={"cells"}) for item in (certificate, again))
+    for name, told in (("families", "its verdicts by family are not those of its cells."),
+                       ("trainability", "its benign trainability is not what its traces give.")):
+        if _differences(written.pop(name), found.pop(name), name):
+            findings.fail("rejudge", CERTIFICATE, told)
+    if written.pop("overall") != found.pop("overall"):
+        findings.fail("rejudge", CERTIFICATE, f"its overall verdict is written {certificate.overall}, judged "
+                      f"{again.overall}")
+    for name in sorted(_differences(written, found)):
+        findings.fail("rejudge", CERTIFICATE, f"its field {name!r} is not what traces, plan and rule give.")
 
 
 def _differences(mine: Any, theirs: Any, where: str = "") -> set[str]:

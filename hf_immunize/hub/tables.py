@@ -70,21 +70,25 @@ def _verdict(cell: Cell | None) -> Text:
 
 
 def findings_table(found: Verification) -> RenderableType:
-    """Every finding with its file, failures first, then one line with the outcome."""
+    """Every finding with its file, failures first."""
     table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
     order = ("fail", "policy", "note")
     for finding in sorted(found.findings, key=lambda finding: order.index(finding.level)):
         mark, style = _MARKS[finding.level]
         table.add_row(Text(mark, style=style), _plain(finding.file), _plain(finding.message))
-    certificate = found.certificate
+    return table
+
+
+def outcome(found: Verification) -> Text:
+    """Who says so and what came of it, in one line. Hashes that fit make files intact, not true."""
+    told = str(found.trust)
+    who = told[:1].upper() + told[1:]
+    said = "" if found.certificate is None else f" It says: {found.certificate.overall}."
     if not found.sound:
-        outcome = Text("NOT VERIFIED: the files are not what their certificate says.", style="bold red")
-    elif not found.ok:
-        outcome = Text("VERIFIED, but the policy asks for more.", style="yellow")
-    else:
-        said = "" if certificate is None else f" It says: {certificate.overall}."
-        outcome = Text(f"VERIFIED: the files are what the certificate says.{said}", style="green")
-    return Group(*([table] if found.findings else []), outcome)
+        return Text("UNSOUND: the files are not what their certificate says, or it is not what they say.", "bold red")
+    if not found.ok:
+        return Text(f"{who}. Intact, but the policy asks for more.{said}", style="yellow")
+    return Text(f"{who}. Intact: the files are what the certificate says.{said}", style="green")
 
 
 def files_table(files: Iterable[tuple[str, int, str]]) -> RenderableType:

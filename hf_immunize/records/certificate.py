@@ -8,7 +8,9 @@ from pydantic import model_validator
 
 from hf_immunize.records.base import Interval, Part, Record
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
+from hf_immunize.records.plan import Plan
 from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint, Provenance
+from hf_immunize.records.rule import Rule
 from hf_immunize.records.spectrum import SpectrumRecord
 
 VerdictName = Literal["RESISTS", "FAILS", "INCONCLUSIVE", "NOT APPLICABLE", "NOT RUN"]
@@ -175,8 +177,15 @@ class Certificate(Record):
     """How like the concept attacked models draw. It informs; verdicts rest on ``cells``."""
     frechet: FrechetGap | None = None
     """How like real images retained concepts are drawn. It informs."""
+    utility_rows: dict[str, str] = {}
+    """SHA-256 of the answers on every primary row that each utility is computed from, by path; see ``UtilityRows``."""
     samples: dict[str, str] = {}
     """SHA-256 of every picture of what base, model and attacked models draw, by path relative to the certificate."""
+    judged_by: Rule | None = None
+    """The verdict rule as data, from which ``rule`` and ``threshold_rule`` are worded; null in certificates of the
+    first version of the rule."""
+    plan: Plan | None = None
+    """What the exam asks for and what was run of it; null in certificates of the first version of the rule."""
 
     @model_validator(mode="after")
     def _nothing_is_left_out(self) -> Certificate:

@@ -22,6 +22,7 @@ from hf_immunize.certification.diffusion import (
     recheck_pipeline,
 )
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings
+from hf_immunize.certification.primary_rows import judge_utility
 from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images
 from hf_immunize.errors import ConfigError, IncompleteExamError, ModelError, RecordError
 from hf_immunize.exam import DIFFUSION_RULE
@@ -193,6 +194,7 @@ def test_the_judge_counts_drawn_images_it_recognises(folders, monkeypatch):
     monkeypatch.setattr(module, "recognised", recognised)
     sides = [Drawer.of(folder, "cpu", 2) for folder in (base, subject)]
     judged = RetainedDrawings.of(*sides, exam.retain_test, 16).recognised_by(base)
+    judged = judge_utility(judged)
     assert (judged.base, judged.immunized, judged.rows) == (100, 50, 16) and judged.drop.estimate == 50
     assert asked[0][1] == asked[1][1] == [str(place % 8) for place in range(16)]
     assert asked[0][0] != asked[1][0]

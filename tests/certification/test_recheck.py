@@ -46,7 +46,7 @@ def test_one_row_that_rounding_decides_is_no_disagreement_where_seeds_came_out_a
         for cell in certificate.cells
     ]
     certificate.model_copy(update={"cells": alike}).write(subject / "certificate.json")
-    rows, module = certificate.harmful_data[-1].rows, importlib.import_module("hf_immunize.certification.recheck")
+    rows, module = certificate.harmful_data[-1].rows, importlib.import_module("hf_immunize.certification.repeating")
     for lost, agrees in ((1, True), (2, False)):
         drop = Interval(estimate=lost / rows, low=None, high=None, samples=3)
         monkeypatch.setattr(module, "build_cell", lambda *args, drop=drop: certificate.cells[0].model_copy(

@@ -17,9 +17,10 @@ from hf_immunize.data import fingerprint
 from hf_immunize.errors import IncompleteExamError, RecordError
 from hf_immunize.exam import PROTOCOLS, Rule
 from hf_immunize.metrics import mean_interval
-from hf_immunize.records import Interval
+from hf_immunize.records import Interval, PlannedAttack
 
 RULE = Rule()
+METHODS = [PlannedAttack(attack=name, family=about.family, unit=about.unit) for name, about in TRAINABILITY.items()]
 NAME = "benign_lora"
 
 
@@ -31,7 +32,8 @@ def runs(role, accuracies):
 
 
 def lora(subject, control):
-    found = measure_trainability({"subject": runs("subject", subject), "control": runs("control", control)}, RULE)
+    traces = {"subject": runs("subject", subject), "control": runs("control", control)}
+    found = measure_trainability(traces, METHODS, RULE)
     return {item.attack: item for item in found}[NAME]
 
 
@@ -58,8 +60,9 @@ def test_equivalence_is_that_of_two_one_sided_t_tests(seed):
 
 
 def test_methods_that_were_not_tried_are_named_and_no_third_task_is_nothing():
-    assert measure_trainability({"subject": [], "control": []}, RULE) == []
-    found = measure_trainability({"subject": runs("subject", (0.9, 0.9)), "control": runs("control", (0.9, 0.9))}, RULE)
+    assert measure_trainability({"subject": [], "control": []}, METHODS, RULE) == []
+    traces = {"subject": runs("subject", (0.9, 0.9)), "control": runs("control", (0.9, 0.9))}
+    found = measure_trainability(traces, METHODS, RULE)
     assert [item.attack for item in found] == list(TRAINABILITY)
     assert {item.attack: item.verdict for item in found} == {
         "benign_probe": "NOT RUN", NAME: "EQUIVALENT", "benign_full_finetune": "NOT RUN"}

@@ -20,6 +20,8 @@ def test_every_name_in_the_plan_is_one_of_the_tables():
             assert protocol.name == name and set(protocol.attacks) <= set(attacks)
             assert protocol.rule.reference_attack in protocol.attacks
             assert set(protocol.trainability) <= set(learning)
+            weak = {name for name, attack in attacks.items() if attack.own_threshold}
+            assert set(protocol.rule.own_threshold) == weak, "the rule names the attackers with hardly any data"
             parse_settings(protocol.settings, attacks)
             parse_settings(protocol.benign_settings(), learning)
 

@@ -4,13 +4,12 @@ import dataclasses
 
 import pytest
 import record_builders as build
-from published import certified
-from trace_builders import reaching
+from published import asking, certified
+from rejudged import judge_again
+from trace_builders import data, reaching
 
-from hf_immunize.certification import Rule, family_verdicts, measure_trainability, overall_verdict
-from hf_immunize.certification.cells import build_cell
 from hf_immunize.hub import Policy, verify_folder
-from hf_immunize.records import AttackTrace, Certificate, sha256_file
+from hf_immunize.records import Certificate
 
 NAMES = ("benign_probe", "benign_lora", "benign_full_finetune")
 STEPPED = [dataclasses.replace(attack, diverged=0) for attack in build.ATTACKS if attack.verdict == "RESISTS"]
@@ -26,21 +25,7 @@ def learned(tmp_path):
             for seed in (0, 1, 2):
                 run = reaching(5, attack=name, family="benign trainability", role=role, seed=seed, model=model)
                 run.write(folder / "traces" / role / run.file_name)
-    paths = sorted(folder.glob("traces/*/*.json"))
-    traces = [AttackTrace.read(path) for path in paths]
-    sides = {role: [run for run in traces if run.role == role] for role in ("subject", "control", "scratch")}
-    cells = [
-        build_cell(attack.name, attack, {role: [run for run in runs if run.attack == attack.name]
-                                         for role, runs in sides.items()}, 0.69, 200, Rule())
-        for attack in STEPPED
-    ]
-    benign = {role: [run for run in runs if run.attack in NAMES] for role, runs in sides.items()}
-    trainability = measure_trainability(benign, Rule())
-    certificate.model_copy(update={
-        "cells": cells, "families": family_verdicts(cells), "rule": Rule().in_words(), "trainability": trainability,
-        "overall": overall_verdict(cells, certificate.utility, Rule(), trainability),
-        "traces": {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths},
-    }).write(folder / "certificate.json")
+    judge_again(folder, build.plan_of(STEPPED, NAMES), benign_data=data())
     return folder
 
 
@@ -62,7 +47,7 @@ def test_benign_runs_are_evidence_and_judged_again(learned):
 
 
 def test_a_policy_may_ask_for_it(learned):
-    policy = Policy(trainable=True)
+    policy = asking(trainable=True)
     assert not any("benign trainability" in told for told in failed(learned, policy=policy))
     found = Certificate.read(learned / "certificate.json").trainability
     change(learned, trainability=[found[0].model_copy(update={"verdict": "WORSE"}), *found[1:]])
@@ -71,5 +56,5 @@ def test_a_policy_may_ask_for_it(learned):
 
 
 def test_a_policy_that_asks_for_it_refuses_an_exam_without(tmp_path):
-    told = failed(certified(tmp_path), policy=Policy(trainable=True))
+    told = failed(certified(tmp_path), policy=asking(trainable=True))
     assert any("benign trainability, not shown for any method" in message for message in told)

@@ -71,7 +71,7 @@ def test_publish_in_five_minutes(hub, tmp_path, reader):
     for number, (language, text) in enumerate(steps):
         outputs.append(reader(language, text))
         assert ("commit" in hub.requests) == (number >= 4), "something was sent before its step"
-    assert "VERIFIED" in outputs[0] and "nothing was sent" in outputs[3] and "Published: " in outputs[4]
+    assert "Intact" in outputs[0] and "nothing was sent" in outputs[3] and "Published: " in outputs[4]
     assert outputs[5].split() == [hub.head("owner/model").oid, "True"]
     assert {"certificate.sig", "SHA256SUMS", "README.md"} <= set(hub.head("owner/model").files)
     workflow = next(yaml.safe_load(text) for language, text in blocks("publish.md", "yaml") if "jobs" in text)

@@ -1,9 +1,8 @@
-import dataclasses
 
 import pytest
 from huggingface_hub import ModelCard
 from loopback import git_digest
-from published import TOKEN, certified, client, failing
+from published import TOKEN, asking, certified, client, failing
 
 from hf_immunize.errors import (
     ConfigError,
@@ -13,8 +12,7 @@ from hf_immunize.errors import (
     RecordError,
     VerificationError,
 )
-from hf_immunize.hub import CardOptions, Policy, publish, verify_model
-from hf_immunize.hub.policy import PUBLISHING
+from hf_immunize.hub import CardOptions, publish, verify_model
 from hf_immunize.hub.signature import make_key
 from hf_immunize.records import Certificate
 
@@ -214,9 +212,9 @@ def test_a_signed_publication(hub, tmp_path):
     key = make_key(tmp_path / "key.pem")
     assert (tmp_path / "key.pem").stat().st_mode & 0o077 == 0
     publish(certified(tmp_path), "me/model", api=client(hub), signing_key=tmp_path / "key.pem",
-            policy=dataclasses.replace(PUBLISHING, signed=True))
+            policy=asking(signed=True))
     _, found = verify_model("me/model", api=client(hub), cache_dir=tmp_path / "cache", trusted_key=key,
-                            policy=Policy(signed=True))
+                            policy=asking(signed=True))
     assert found.ok and found.signed_by == key
 
 

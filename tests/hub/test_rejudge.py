@@ -1,15 +1,16 @@
 """Verdicts recomputed from published traces; the traces are formulas, the judge is the real one."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import record_builders as build
-from published import certified
+from published import EXPIRES, certified
+from rejudged import judge_again
 
-from hf_immunize.certification import Rule, family_verdicts, overall_verdict
-from hf_immunize.certification.cells import build_cell
 from hf_immunize.hub import verify_folder
-from hf_immunize.records import AttackTrace, Certificate
+from hf_immunize.records import Certificate
 
 ATTACKS = tuple(attack for attack in build.ATTACKS if attack.ran)
 
@@ -19,17 +20,7 @@ def judged(tmp_path):
     """A folder whose certificate follows from its traces."""
     attacks = [dataclasses.replace(attack, diverged=0) for attack in ATTACKS]
     folder = certified(tmp_path, "judged", attacks)
-    certificate = Certificate.read(folder / "certificate.json")
-    traces = [AttackTrace.read(folder / name) for name in certificate.traces]
-    cells = []
-    for attack, cell in zip(attacks, certificate.cells, strict=True):
-        sides = {role: [trace for trace in traces if (trace.attack, trace.role) == (attack.name, role)]
-                 for role in ("subject", "control", "scratch")}
-        cells.append(build_cell(attack.name, attack, sides, cell.threshold, certificate.harmful_data[-1].rows, Rule()))
-    certificate.model_copy(update={
-        "cells": cells, "families": family_verdicts(cells), "rule": Rule().in_words(),
-        "overall": overall_verdict(cells, certificate.utility, Rule()),
-    }).write(folder / "certificate.json")
+    judge_again(folder, build.plan_of(attacks))
     return folder
 
 
@@ -79,6 +70,44 @@ def test_traces_that_were_left_out(judged):
     assert any("'lora'" in told for told in failed(judged))
 
 
-def test_a_rule_of_another_release_is_noted(tmp_path):
-    found = verify_folder(certified(tmp_path), rejudge=True)
-    assert found.ok and "rejudge" in {item.code for item in found.findings}
+def test_a_certificate_without_rule_or_plan_in_data_is_unsound(judged, tmp_path):
+    change(judged, plan=None)
+    assert any("its field 'plan' is missing" in told for told in failed(judged))
+    assert any("its field 'judged_by' is missing" in told for told in failed(certified(tmp_path)))
+
+
+@pytest.mark.parametrize("fields, named", [
+    ({"rule": "RESISTS always."}, "'rule'"),
+    ({"statement": "Nobody breaks it."}, "'statement'"),
+    ({"not_run": []}, "'not_run'"),
+    ({"expires": EXPIRES}, "'expires'"),
+    ({"threshold_rule": "80 %"}, "'threshold_rule'"),
+    ({"immunization_ratio": 1e9}, "'immunization_ratio'"),
+    ({"protocol": "standard"}, "'protocol'"),
+])
+def test_every_field_is_compared(judged, fields, named):
+    change(judged, **fields)
+    (told,) = failed(judged)
+    assert named in told
+
+
+def test_a_rule_that_was_loosened_gives_other_words_and_verdicts(judged):
+    rule = Certificate.read(judged / "certificate.json").judged_by
+    change(judged, judged_by=rule.model_copy(update={"slow_down_factor": 1.01}))
+    told = failed(judged)
+    assert any("'rule'" in line for line in told) and any("'judged_by' is not the rule" in line for line in told)
+    change(judged, judged_by=rule.model_copy(update={"version": 99}))
+    assert any("'judged_by' is a rule of version 99" in line for line in failed(judged))
+
+
+def test_an_attack_that_was_taken_out_of_cells_and_plan(judged):
+    certificate = Certificate.read(judged / "certificate.json")
+    plan = certificate.plan.model_copy(update={"attacks": certificate.plan.attacks[:-1]})
+    change(judged, plan=plan)
+    assert any("full_finetune" in told for told in failed(judged))
+
+
+def test_the_judge_needs_no_torch():
+    code = "import sys, hf_immunize.certification; print({'torch', 'transformers'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,52 +10,35 @@ from pathlib import Path
 import launching
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.records import ImmunizationRecord
+from hf_immunize.stages.checks.options import refuse_bad_options
+from hf_immunize.stages.workflow.run_file import RunFile
+from hf_immunize.stages.workflow.stages import make_stages
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = ROOT / "recipes"
-PIPELINES = sorted(RECIPES.rglob("pipeline.yaml"))
+RUNS = sorted(path for path in RECIPES.rglob("*.yaml") if "\nimmunize:" in path.read_text(encoding="utf-8"))
 SCRIPTS = sorted(path for path in RECIPES.glob("*.py"))
 
 
 def test_the_folder_has_not_moved():
-    assert len(PIPELINES) >= 2 and len(SCRIPTS) >= 6
+    assert len(RUNS) >= 9 and len(SCRIPTS) >= 6
 
 
-@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.parent.name)
-def test_stages_name_existing_recipes_configs_and_earlier_stages(path):
-    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert (ROOT / loaded["hardware"]).is_file()
-    seen = set()
-    for name, stage in loaded["stages"].items():
-        assert (ROOT / stage["run"]).is_file()
-        assert set(stage.get("needs", [])) <= seen
-        seen.add(name)
-        for word in shlex.split(stage["options"]):
-            if word.startswith("recipes/"):
-                assert (ROOT / word).exists(), word
-
-
-def test_a_pipeline_that_needs_an_unknown_stage_stops(tmp_path):
-    (tmp_path / "p.yaml").write_text("runs: r\nhardware: h\nstages:\n  a:\n    run: x\n    needs: [b]\n")
-    words = [sys.executable, str(RECIPES / "pipeline.py"), str(tmp_path / "p.yaml")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode != 0 and "to need earlier stages, got ['b']" in done.stderr
-
-
-def test_a_failing_stage_shows_the_end_of_its_log(tmp_path):
-    (tmp_path / "bad.py").write_text("raise SystemExit('this is why')\n")
-    hardware = RECIPES / "accelerate" / "cpu.yaml"
-    (tmp_path / "p.yaml").write_text(
-        f"runs: {tmp_path / 'runs'}\nhardware: {hardware}\nstages:\n  bad:\n    run: {tmp_path / 'bad.py'}\n"
-    )
-    words = [sys.executable, str(RECIPES / "pipeline.py"), str(tmp_path / "p.yaml")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode != 0 and "bad failed" in done.stderr and "this is why" in done.stderr
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.relative_to(RECIPES).as_posix())
+def test_every_run_file_names_existing_files_and_options_that_its_stages_know(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = RunFile.read(path)
+    stages = make_stages(run)
+    refuse_bad_options(run, stages)
+    assert run.hardware is None or (ROOT / run.hardware).is_file()
+    for stage in stages.values():
+        for value in stage.options.values():
+            if isinstance(value, str) and value.startswith("recipes/"):
+                assert (ROOT / value).exists(), value
 
 
 @pytest.mark.parametrize("name", ["pretrain.py", "immunize.py"])
@@ -82,7 +64,7 @@ def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
 
     def immunize(*extra: str) -> subprocess.CompletedProcess:
         words = [
-            sys.executable, str(RECIPES / "immunize.py"), "--config", str(RECIPES / "digits-vit" / "task.yaml"),
+            sys.executable, str(RECIPES / "immunize.py"), "--config", str(RECIPES.parent / "tests" / "digits.yaml"),
             "--base_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
             "--per_device_harmful_batch_size", "20", "--use_cpu", "--report_to", "none", *extra,
         ]
@@ -117,7 +99,7 @@ def test_a_head_trained_on_cached_features_is_that_of_images_and_pickles_are_not
 
     def pretrain(base: str, *extra: str) -> subprocess.CompletedProcess:
         words = [
-            sys.executable, str(RECIPES / "pretrain.py"), "--config", str(RECIPES / "digits-vit" / "task.yaml"),
+            sys.executable, str(RECIPES / "pretrain.py"), "--config", str(RECIPES.parent / "tests" / "digits.yaml"),
             "--model_name_or_path", str(tmp_path / base), "--trainable_modules", "classifier", "--max_steps", "4",
             "--learning_rate", "0.01", "--use_cpu", "--report_to", "none", *extra,
         ]
@@ -153,7 +135,7 @@ def test_two_cpu_processes_run_through_accelerate_launch(tmp_path):
 
 def test_immunization_during_pretraining_starts_from_a_config_alone(tmp_path):
     """from_scratch: no weights are read, none of theta_0's options is accepted, the record says what the start was."""
-    config = ["--config", str(RECIPES / "digits-vit" / "task.yaml"), "--config",
+    config = ["--config", str(RECIPES.parent / "tests" / "digits.yaml"), "--config",
               str(RECIPES / "digits-vit" / "pretrain_immunized.yaml")]  # fmt: skip
 
     def immunize(*extra: str) -> subprocess.CompletedProcess:

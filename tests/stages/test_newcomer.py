@@ -1,0 +1,187 @@
+"""A newcomer's whole main job, from a folder of images and a model to a certificate and a report, in three commands.
+
+Models are tiny and random: they exercise the way, and support no claim.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from sklearn.datasets import load_digits
+from transformers import AutoModel, ViTImageProcessorPil
+from vision_builders import build_classifier, image_size
+
+from hf_immunize.hub import verify_folder
+from hf_immunize.records import Certificate, ImmunizationRecord
+
+ROOT = Path(__file__).parents[2]
+SMALL = {
+    "attack": {"seeds": [0, 1], "attacks": ["ridge_probe", "full_finetune"],
+               "settings": ["full_finetune.steps=2", "full_finetune.learning_rate=1e-3", "ridge_probe.penalty=1"],
+               "device": "cpu"},
+    "immunize": {"max_steps": 2, "warmup_steps": 0, "per_device_train_batch_size": 8, "use_cpu": True,
+                 "per_device_harmful_batch_size": 20, "report_to": "none"},
+    "pretrain": {"max_steps": 2, "use_cpu": True, "report_to": "none"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """scikit-learn's handwritten digits as PNG files in one folder per class: 0-4, 5-7 and 8-9."""
+    root, held = tmp_path_factory.mktemp("digits"), load_digits()
+    sides = {"keep": range(5), "harm": range(5, 8), "harmless": range(8, 10)}
+    for side, classes in sides.items():
+        for label in classes:
+            folder = root / side / f"digit {label}"
+            folder.mkdir(parents=True)
+            for number in np.flatnonzero(held.target == label)[:24]:
+                pixels = np.round(held.images[number] * 255 / 16).astype(np.uint8)
+                Image.fromarray(pixels).resize((16, 16)).save(folder / f"{number}.png")
+    return root
+
+
+def call(folder, *words, expect=0):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+                   "HF_IMMUNIZE_CACHE": str(folder / "cache")}
+    done = subprocess.run([sys.executable, "-m", "hf_immunize.cli", *map(str, words)], cwd=folder, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def save(folder, kind, names=None, headless=False):
+    """A tiny model of one kind with its processor; with ``names`` its head knows the classes."""
+    model = build_classifier(kind, labels=len(names or "abc"))
+    if names:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: place for place, name in enumerate(names)}
+    if headless:
+        model = AutoModel.from_config(model.config)
+    model.save_pretrained(folder)
+    size = image_size(kind)
+    ViTImageProcessorPil(size={"height": size, "width": size}).save_pretrained(folder)
+
+
+def shrink(path):
+    """The run file with steps and attacks for a test; what init wrote is kept for the rest."""
+    told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    told["attack"] |= SMALL["attack"]
+    for options in told["immunize"].values():
+        options.update(SMALL["immunize"])
+    if "pretrain" in told:
+        told["pretrain"] |= SMALL["pretrain"]
+    if "benign" in told:
+        told["benign"] |= {"attacks": ["benign_probe"], "device": "cpu"}
+    told["certify"]["device"] = "cpu"
+    path.write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")
+    return told
+
+
+def whole_job(work, digits, kind, *, names=None, headless=False, benign=False):
+    """init, plan, run; the model's folder."""
+    save(work / "model", kind, names, headless)
+    more = ["--benign", digits / "harmless"] if benign else []
+    sources = ["--primary", digits / "keep", "--harmful", digits / "harm", *more]
+    told = call(work, "init", "job", "--model", "model", *sources)
+    assert "primary: 120 images of 5 classes" in told and "Next: hf-immunize plan job/run.yaml" in told
+    written = (work / "job" / "run.yaml").read_text(encoding="utf-8")
+    shown = shrink(work / "job" / "run.yaml")
+    assert ("pretrain" in shown) == (names is None) and ("benign" in shown) == benign
+    plan = json.loads(call(work, "plan", "job/run.yaml", "--json"))
+    assert not [line for line in plan if line["level"] == "fails"], plan
+    assert {"primary images", "sides", "model", "disk", "time", "memory closed_form_adversary"} <= {
+        line["part"] for line in plan}
+    before = sorted(path.name for path in (work / "model").iterdir())
+    call(work, "run", "job/run.yaml")
+    assert sorted(path.name for path in (work / "model").iterdir()) == before, "the user's own model was touched"
+    model = work / "job" / "closed_form_adversary"
+    certificate = Certificate.read(model / "certificate.json")
+    record = ImmunizationRecord.read(model / "immunization.json")
+    assert certificate.subject.weights == record.model.weights and record.steps == 2
+    assert {cell.attack for cell in certificate.cells if cell.subject} == {"ridge_probe", "full_finetune"}
+    assert bool(certificate.trainability) == benign
+    assert (model.parent / "report.html").stat().st_size > 10_000 and (model / "README.md").is_file()
+    assert verify_folder(model).ok
+    return model, written
+
+
+NAMES = [f"digit {label}" for label in range(5)]
+
+
+def test_a_vision_transformer_that_knows_the_classes(tmp_path, digits):
+    model, written = whole_job(tmp_path, digits, "vit", names=NAMES, benign=True)
+    assert f"base: {tmp_path / 'model'}" in written and "CHECK" not in written
+    told = call(tmp_path, "run", "job/run.yaml")
+    assert told.count("done before, unchanged") == 8 and "done in 0 s" in told
+    with safe_open(model.parent / "base" / "model.safetensors", "pt") as copy:
+        with safe_open(tmp_path / "model" / "model.safetensors", "pt") as own:
+            assert sorted(copy.keys()) == sorted(own.keys())
+
+
+def test_a_convolutional_network_whose_head_knows_other_classes(tmp_path, digits):
+    _, written = whole_job(tmp_path, digits, "resnet")
+    assert "CHECK: the model's own head does not fit (3 outputs for 5 classes)" in written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "headless"), [("convnext", False), ("swin", False), ("mobilenet_v2", False),
+                                                ("dinov2", True), ("efficientnet", False)])
+def test_other_backbones(tmp_path, digits, kind, headless):
+    _, written = whole_job(tmp_path, digits, kind, headless=headless)
+    assert ("The model has no head" in written) == headless
+
+
+def test_what_init_refuses(tmp_path, digits):
+    save(tmp_path / "model", "vit", NAMES)
+    keep, harm = str(digits / "keep"), str(digits / "harm")
+    refused = {
+        "expected other classes as harmful than as primary": ["job", "--model=model", f"--primary={keep}",
+                                                              f"--harmful={keep}"],
+        "expected a folder first, as in hf-immunize init DIR": ["--model=m"],
+        "expected an image processor in nowhere": ["job", "--model=nowhere", f"--primary={keep}", f"--harmful={harm}"],
+        "there is no such file or folder": ["job", "--model=model", "--primary=no/where/at", f"--harmful={harm}"],
+    }
+    code = (f"from hf_immunize.cli import app\nfor words in {list(refused.values())}:\n"
+            "    try:\n        app(['init', *words])\n    except SystemExit as left:\n        print(left.code)")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["1"] * len(refused) and "Traceback" not in done.stderr, done.stderr
+    for told in refused:
+        assert told in done.stderr, (told, done.stderr)
+    assert not (tmp_path / "job").exists()
+
+
+def test_what_plan_finds(tmp_path, digits):
+    """A corrupt image, an image on both sides, a class of two images, a typing error: all in one look."""
+    for source in (*(digits / "keep").iterdir(), *(digits / "harm").iterdir()):
+        folder = tmp_path / source.parent.name / source.name
+        folder.mkdir(parents=True)
+        for file in sorted(source.iterdir())[: 24 if source.name != "digit 6" else 2]:
+            (folder / file.name).write_bytes(file.read_bytes())
+    first = sorted((tmp_path / "keep" / "digit 1").iterdir())
+    first[0].write_bytes(b"")
+    first[1].write_bytes(first[1].read_bytes()[:-30])
+    (tmp_path / "harm" / "digit 5" / "copy.png").write_bytes(first[2].read_bytes())
+    (tmp_path / "keep" / "notes.docx").write_text("mine")
+    save(tmp_path / "model", "vit", NAMES)
+    text = ("task: {primary_dataset: keep, harmful_dataset: harm}\nbase: model\n"
+            "immunize: {one: {objective: ill_only, strenght: 2}}\nattack: {attacks: [lorra]}\n")
+    (tmp_path / "run.yaml").write_text(text)
+    plan = json.loads(call(tmp_path, "plan", "run.yaml", "--json", expect=1))
+    told = {line["told"]: line["level"] for line in plan}
+    for wanted, level in ((r"unknown ['strenght']: see --help. Did you mean strength?", "fails"),
+                          ("expected an attack in", "fails"), (f"{first[0].name} (an empty file)", "fails"),
+                          (first[1].name, "fails"), ("1 equal files on both sides", "note"),
+                          ("left out 1 .docx", "note"), ("got fewer in ['digit 6']", "fails")):
+        assert [line for line in told if wanted in line and told[line] == level], (wanted, plan)
+    shown = call(tmp_path, "plan", "run.yaml", expect=1)
+    assert "found what would stop the run" in shown
