@@ -45,10 +45,9 @@ class _Parser(HfArgumentParser):
                                                                              "").replace("--", "")
             raise ConfigError(f"expected {told} in {self.where}.")
         if message.startswith("unrecognized arguments"):
-            words = [word.partition("=")[0].replace("-", "_") for word in message.split() if word.startswith("--")]
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            by_name = {name.replace("-", "_"): name for name in known}
-            close = [by_name[name] for word in words for name in difflib.get_close_matches(word, list(by_name), 1)]
+            words = [word.partition("=")[0].lstrip("-") for word in message.split() if word.startswith("--")]
+            known = [action.dest for action in self._actions]
+            close = [f"--{name}" for word in words for name in difflib.get_close_matches(word, known, 1)]
             message += f". Did you mean {', '.join(close)}?" if close else ""
         super().error(message)
 
