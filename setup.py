@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: recipes/ is a package of another name, and the README's links lead somewhere.
 
 The option files and scripts of recipes/ go into the wheel as the folder hf_immunize/presets. With the address of the
-repository in HF_IMMUNIZE_REPOSITORY, as the release script sets it, relative links of README.md become absolute, so that
-it reads on the package index, and the package names its addresses.
+repository in HF_IMMUNIZE_REPOSITORY, which the release script sets, relative links of README.md become absolute, so
+that it reads on the package index, and the package names its addresses.
 """
 
 import os

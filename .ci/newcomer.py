@@ -1,7 +1,7 @@
 """A newcomer's main job with an installed package: ``python newcomer.py FOLDER``; fails if something is amiss.
 
 Handwritten digits are written out as PNG files in one folder per class, a small ViT with random weights stands for the
-model: this shows that init, plan and run lead to a certificate, a report and a publishable folder; it supports no claim.
+model: this shows that init, plan and run lead to certificate, report and a publishable folder; it supports no claim.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from hf_immunize.options import option, required
 from hf_immunize.records import Certificate
 from hf_immunize.stages.start import DEVICE_HELP, hush, start, working_copy
 from hf_immunize.stages.words import read_words, refuse_foreign
-from hf_immunize.tasks import ATTACKER_SPLITS, ClassesTask, ExamTask, attacker_fingerprints, family_of
+from hf_immunize.tasks import ATTACKER_SPLITS, attacker_fingerprints, family_of
 
 
 @dataclass
@@ -99,7 +99,7 @@ def certify_model(arguments: Any, options: CertifyOptions) -> Certificate | None
     return certificate
 
 
-def _judge_classifier(task: ClassesTask, options: CertifyOptions, folder: str, base: str, device: str) -> Judge:
+def _judge_classifier(task: Any, options: CertifyOptions, folder: str, base: str, device: str) -> Judge:
     """Accuracy on held-out rows of the primary task, and attacks in accuracy on those of the harmful one."""
     task.warn_of_copies(*task.sides)
     data = ExamData(
@@ -109,7 +109,7 @@ def _judge_classifier(task: ClassesTask, options: CertifyOptions, folder: str, b
         harmful=attacker_fingerprints(task, "harmful"),
         benign=attacker_fingerprints(task, "benign") if "benign" in task.sides else (),
     )
-    site = {"feature_module": options.feature_module, "device": device}
+    site: dict[str, Any] = {"feature_module": options.feature_module, "device": device}
 
     def again(rule: Rule) -> list[Recheck]:
         contexts = exam_contexts(task, folder, base, **site)
@@ -120,7 +120,7 @@ def _judge_classifier(task: ClassesTask, options: CertifyOptions, folder: str, b
     )
 
 
-def _judge_pipeline(task: ExamTask, options: CertifyOptions, folder: str, base: str, device: str) -> Judge:
+def _judge_pipeline(task: Any, options: CertifyOptions, folder: str, base: str, device: str) -> Judge:
     """What retained concepts are still worth, and attacks in the share of the denoising target that is explained."""
     from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate, recheck_pipeline
     from hf_immunize.certification.similarity import FeatureSimilarity, ImageFeatures
