@@ -210,8 +210,10 @@ def _telling(bar: Any) -> Callable[[Any, bool], None]:
 
 def make_context(task: ExamTask, family: Family, options: AttackOptions, folder: Path, device: str) -> Any:
     """The attacked model and everything that its attacker holds."""
-    held = attacker_holds(task, options.task)
-    common = {"folder": folder, "role": options.role, "device": device, "attack_fraction": options.attack_fraction}
+    held: dict[str, Any] = dict(attacker_holds(task, options.task))
+    common: dict[str, Any] = {
+        "folder": folder, "role": options.role, "device": device, "attack_fraction": options.attack_fraction,
+    }  # fmt: skip
     if family.kind == "classifier":
         base = None if options.base_path is None else Path(options.base_path)
         return AttackContext(**common, **held, feature_module=options.feature_module, base=base)
