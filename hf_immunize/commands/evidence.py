@@ -32,12 +32,12 @@ def verify(
         str | None, typer.Option(help="Publisher's public key, hexadecimal or a file; its signature is required.")
     ] = None,
     checker_key: Annotated[
-        list[str] | None, typer.Option(help="Public key of somebody whose signed rechecks you believe; may be repeated.")
+        list[str] | None, typer.Option(help="Public key of somebody whose signed rechecks you believe; repeatable.")
     ] = None,
     rejudge: Annotated[bool, typer.Option("--rejudge", help="Also recompute every verdict from the traces.")] = False,
     recheck: Annotated[
-        int, typer.Option(help="Attack again: this many random trials, whose curves are compared with the certified ones "
-                          "at every evaluation. Takes as long as these attacks.", min=0)
+        int, typer.Option(help="Attack again: this many random trials, whose curves are compared with the certified "
+                          "ones at every evaluation. Takes as long as these attacks.", min=0)
     ] = 0,
     base: Annotated[
         str | None, typer.Option(help="Folder or Hub id of the base; its weights must be the certificate's control. "
@@ -51,8 +51,8 @@ def verify(
         int | None, typer.Option(help="Which trials are drawn; another draw by default. Never take the publisher's.")
     ] = None,
     record: Annotated[
-        Path | None, typer.Option(help="For --recheck: folder below which the signed record is written, to be published "
-                                  "beside the certificate.")
+        Path | None, typer.Option(help="For --recheck: folder below which the signed record is written, to be "
+                                  "published beside the certificate.")
     ] = None,
     sign_key: Annotated[
         Path | None, typer.Option(help="For --record: private key; by default the one of 'hf-immunize keygen'.")
@@ -73,8 +73,8 @@ def verify(
     if recheck:
         base = base or named_base(folder)
         if base is None:
-            raise ConfigError("expected --base with --recheck, got none, and the card names none: a certificate names its "
-                              "base by digest, but does not hold it.")
+            raise ConfigError("expected --base with --recheck, got none, and the card names none: a certificate names "
+                              "its base by digest, but does not hold it.")
         seed = secrets.randbelow(2**31) if recheck_seed is None else recheck_seed
         found = _again(folder, found, record, sign_key, base=base, task=task, trials=recheck, seed=seed, device=device)
     say(found.as_json() if as_json else outcome(found))

@@ -48,8 +48,8 @@ def repeat_attacks(
         return found, None
     if library_of(certificate, {path.name for path in folder.iterdir()}).name == "peft":
         raise ModelError(
-            "expected a classifier or a pipeline to attack again, got an adapter: the attacks of this release load whole "
-            "models. Merge it into its base, and certify that."
+            "expected a classifier or a pipeline to attack again, got an adapter: the attacks of this release load "
+            "whole models. Merge it into its base, and certify that."
         )
     root = Path(base)
     if not root.is_dir():
@@ -64,8 +64,8 @@ def repeat_attacks(
     for item in record.trials:
         _tell(item, again)
     for name in record.overturned:
-        again.fail("recheck", CERTIFICATE, f"with these runs {name} is {record.verdicts[name]}, not as certified. Do not "
-                   "rely on this certificate.")
+        again.fail("recheck", CERTIFICATE, f"with these runs {name} is {record.verdicts[name]}, not as certified. Do "
+                   "not rely on this certificate.")
     findings = (*found.findings, *again.found)
     if not record.holds:
         return dataclasses.replace(found, findings=findings, trust=Trust()), record

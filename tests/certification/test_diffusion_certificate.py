@@ -14,6 +14,7 @@ from hf_immunize.attacks import run_suite
 from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, DiffusionAttackContext
 from hf_immunize.certification import Protocol, find_rule
+from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.cells import reference_threshold, score_before
 from hf_immunize.certification.diffusion import (
     ConceptExam,
@@ -21,7 +22,6 @@ from hf_immunize.certification.diffusion import (
     denoising_utility,
 )
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings
-from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.primary_rows import judge_utility
 from hf_immunize.certification.trials import repeat_trials
 from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images

@@ -1,4 +1,4 @@
-"""Certified trials made again: honest ones agree whatever the exam's settings, false ones are found. Real, tiny runs."""
+"""Certified trials made again: honest ones agree whatever the settings, false ones are found. Real, tiny runs."""
 
 import dataclasses
 import random
@@ -93,7 +93,8 @@ def test_honest_certificates_are_not_accused_whatever_the_circumstances(tmp_path
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory, trained_base, exam_data):
     """An honest exam, its bench, its trials, and each of them made again once."""
-    subject, bench = sit(tmp_path_factory.mktemp("exam"), trained_base, exam_data, {**SETTINGS, **LORA, **DOES_NOT_APPLY})
+    told = {**SETTINGS, **LORA, **DOES_NOT_APPLY}
+    subject, bench = sit(tmp_path_factory.mktemp("exam"), trained_base, exam_data, told)
     trials = certified_trials(subject, Certificate.read(subject / "certificate.json"))
     company = {key: [run for other, runs in trials.items() if other[:2] == key[:2] for run in runs] for key in trials}
     return subject, bench, trials, {key: run_again(bench, runs, company[key]) for key, runs in trials.items()}

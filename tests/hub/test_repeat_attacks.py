@@ -12,8 +12,8 @@ import yaml
 from models import save_vit
 from typer.testing import CliRunner
 
-from hf_immunize.cli import app
 from hf_immunize.certification import Evidence, judge_traces
+from hf_immunize.cli import app
 from hf_immunize.hub import verify_folder
 from hf_immunize.hub.signature import default_key_file, make_key
 from hf_immunize.records import AttackTrace, Certificate, sha256_file
