@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_immunize.attacks import ATTACKS, TRAINABILITY, describe_model
+from hf_immunize.attacks import ATTACKS, REFERENCES, TRAINABILITY, describe_model
 from hf_immunize.certification.judge import Evidence, judge_traces
 from hf_immunize.certification.judgement import Sides, check_base, gather
 from hf_immunize.certification.primary_rows import judge_utility, keep_rows
@@ -62,7 +62,7 @@ def build_certificate(
     check_base(base_folder)
     base, immunized = load_classifier(base_folder), load_classifier(folder)
     sides = Sides(folder, base_folder, describe_model(folder, immunized), describe_model(base_folder, base))
-    found = gather(sides, ATTACKS, TRAINABILITY, protocol, threshold)
+    found = gather(sides, ATTACKS, TRAINABILITY, protocol, threshold, REFERENCES)
     answers = utility_rows(
         base.to(device), immunized.to(device), data.primary_test, data.primary[0].sha256, sides.subject, sides.control
     )

@@ -46,8 +46,8 @@ class FreshAttack:
         reached = "does not reach" if self.steps is None else f"reaches in {self.steps} steps"
         base = "never" if self.base_steps is None else f"in {self.base_steps}"
         score = "diverged" if self.accuracy is None else f"score {self.accuracy:.3f}"
-        return (f"{self.attack} ({self.settings}, seed {self.seed}) {reached} the threshold {self.threshold:.3f}, on the "
-                f"base {base}; {score}; certified {self.certified}")
+        return (f"{self.attack} ({self.settings}, seed {self.seed}) {reached} the threshold {self.threshold:.3f}, on "
+                f"the base {base}; {score}; certified {self.certified}")
 
 
 def search_afresh(folder: str | Path, bench: Bench, budget: int, seed: int) -> list[FreshAttack]:

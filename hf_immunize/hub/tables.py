@@ -36,7 +36,7 @@ def certificate_table(certificate: Certificate) -> RenderableType:
         f"{text.points(utility.drop, 1.0)} points over {text.plural(utility.rows, 'row')}.",
         *(f"Beside it, {item.metric}: {item.base:.1f}% → {item.immunized:.1f}%, drop {text.points(item.drop, 1.0)} "
           f"points over {text.plural(item.rows, 'row')}." for item in certificate.further_utility),
-        *([f"Relative immunization ratio: {text.number(certificate.immunization_ratio)} (explains, does not certify)."]
+        *([f"Relative immunization ratio: {text.ratio(certificate)} (explains, does not certify)."]
           if certificate.spectra else []),
         f"Examined on {certificate.provenance.created[:10]}, expires on {certificate.expires[:10]}, "
         f"{text.plural(len(certificate.traces), 'attack trace')}.",

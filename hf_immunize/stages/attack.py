@@ -6,7 +6,7 @@ The model is a classifier or a diffusion pipeline, as the task says: classes, co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.attacks import (
     ATTACKS,
+    REFERENCES,
     TRAINABILITY,
     Attack,
     AttackContext,
@@ -47,7 +48,8 @@ class AttackOptions:
     model_path: str = required("Folder (save_pretrained) or Hub id of the model to attack.")
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     role: str = option("subject", "subject: the model under test. control: its un-immunized base. scratch: random "
-                       "weights with the architecture of model_path.")
+                       "weights with the architecture of model_path. nothing: no model, what the harmful data alone "
+                       "gives; made with the control too.")
     protocol: str | None = option(None, f"Preset of attacks, sweeps and seeds: {', '.join(PROTOCOLS)}; for pipelines "
                                   f"{', '.join(DIFFUSION_PROTOCOLS)}. The first by default.")
     attacks: list[str] | None = option(None, "Attacks to run, all of the protocol by default. --describe lists them.")
@@ -102,6 +104,8 @@ class AttackPlan:
         if options.task not in ("harmful", "benign"):
             raise ConfigError(f"expected task harmful or benign, got {options.task!r}.")
         benign = options.task == "benign"
+        if options.role == "nothing":
+            return cls(REFERENCES, list(REFERENCES), options.seeds or list(protocol.seeds), {}, None, None)
         table = tables(family)[benign]
         said = protocol.benign_settings() if benign else protocol.settings
         return cls(
@@ -160,6 +164,7 @@ def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
             context, plan.table, plan.names, plan.seeds, output, plan.settings, trials=plan.trials,
             tuning_seeds=plan.tuning, overwrite=options.overwrite, share=share, progress=_telling(bar),
         )  # fmt: skip
+    _run_references(context, plan, options, output, share)
     print(f"{output / 'traces' / options.role}{_by(share)}: {_told(summary, share)}")
     return summary
 
@@ -185,6 +190,13 @@ def _told(summary: SuiteSummary, share: Share) -> str:
     )
 
 
+def _run_references(context: Any, plan: AttackPlan, options: AttackOptions, output: Path, share: Share) -> None:
+    """With the control of a classifier's exam: what its attackers reach without the model, in seconds."""
+    if options.role == "control" and options.task == "harmful" and isinstance(context, AttackContext):
+        without = replace(context, role="nothing", _features={})
+        run_suite(without, REFERENCES, list(REFERENCES), plan.seeds, output, overwrite=options.overwrite, share=share)
+
+
 def _telling(bar: Any) -> Callable[[Any, bool], None]:
     """Moves the bar on by a run."""
 
@@ -198,8 +210,10 @@ def _telling(bar: Any) -> Callable[[Any, bool], None]:
 
 def make_context(task: ExamTask, family: Family, options: AttackOptions, folder: Path, device: str) -> Any:
     """The attacked model and everything that its attacker holds."""
-    held = attacker_holds(task, options.task)
-    common = {"folder": folder, "role": options.role, "device": device, "attack_fraction": options.attack_fraction}
+    held: dict[str, Any] = dict(attacker_holds(task, options.task))
+    common: dict[str, Any] = {
+        "folder": folder, "role": options.role, "device": device, "attack_fraction": options.attack_fraction,
+    }  # fmt: skip
     if family.kind == "classifier":
         base = None if options.base_path is None else Path(options.base_path)
         return AttackContext(**common, **held, feature_module=options.feature_module, base=base)

@@ -23,7 +23,7 @@ from hf_immunize.options import option, required
 from hf_immunize.records import Certificate, RecheckRecord
 from hf_immunize.stages.start import DEVICE_HELP, hush, start, working_copy
 from hf_immunize.stages.words import read_words, refuse_foreign
-from hf_immunize.tasks import ClassesTask, ExamTask, attacker_fingerprints, family_of
+from hf_immunize.tasks import attacker_fingerprints, family_of
 
 
 @dataclass
@@ -94,7 +94,7 @@ def certify_model(arguments: Any, options: CertifyOptions) -> Certificate | None
 
 
 def _judge_classifier(
-    task: ClassesTask, options: CertifyOptions, folder: str, base: str, device: str, protocol: Protocol
+    task: Any, options: CertifyOptions, folder: str, base: str, device: str, protocol: Protocol
 ) -> Certificate:
     """Accuracy on held-out rows of the primary task, and attacks in accuracy on those of the harmful one."""
     task.warn_of_copies(*task.sides)
@@ -112,7 +112,7 @@ def _judge_classifier(
 
 
 def _judge_pipeline(
-    task: ExamTask, options: CertifyOptions, folder: str, base: str, device: str, protocol: Protocol
+    task: Any, options: CertifyOptions, folder: str, base: str, device: str, protocol: Protocol
 ) -> Certificate:
     """What retained concepts are still worth, and attacks in the share of the denoising target that is explained."""
     from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate

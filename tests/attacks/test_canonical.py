@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from vision_builders import build_classifier, image_size
 
 from hf_immunize.attacks.vision.canonical import canonicalise
-from hf_immunize.attacks.vision.canonical.anatomy import find_anatomy
+from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import balanced
 from hf_immunize.attacks.vision.canonical.scales import Roots, rescale
 from hf_immunize.features import find_classifier

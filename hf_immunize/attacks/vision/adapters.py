@@ -63,14 +63,14 @@ def _adapter(config: type, make: Callable[[Any, list[str]], PeftConfig], covers:
 ADAPTERS: dict[str, Attack] = {
     "dora": replace(lora.ATTACK, config=Dora, covers="row lengths that low-rank updates leave alone"),
     "loha": _adapter(Loha, lambda told, on: LoHaConfig(r=told.rank, alpha=told.rank, target_modules=on),
-                     "updates of low rank"),
+                     "directions that a sum of few products does not reach"),
     "lokr": _adapter(Lokr, lambda told, on: LoKrConfig(r=told.rank, alpha=told.rank, target_modules=on),
-                     "updates of low rank"),
+                     "directions that a sum of few products does not reach"),
     "oft": _adapter(Oft, lambda told, on: OFTConfig(
         r=told.blocks, oft_block_size=0 if told.blocks else told.block_size, target_modules=on),
-        "changes of length, since it only rotates"),
+        "layers whose lengths must stay, since it only rotates"),
     "ia3": _adapter(IA3, lambda told, on: IA3Config(target_modules=on, feedforward_modules=[]),
-                    "scales of activations, and nothing else"),
+                    "features that are there but faint"),
     "vera": _adapter(Vera, lambda told, on: VeraConfig(r=told.rank, target_modules=on),
-                     "random directions, with very few numbers"),
+                     "a defence that counts trained weights"),
 }  # fmt: skip

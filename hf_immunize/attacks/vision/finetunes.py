@@ -113,19 +113,19 @@ FINETUNES: dict[str, Attack] = {
     ),
     "probe_then_lora": _adapter(
         "The head is set to a ridge probe, then AdamW on low-rank updates of every linear layer.",
-        "the same, for LoRA", first.ridge_headed_lora,
+        "a random head that spends LoRA's first steps", first.ridge_headed_lora,
         penalty=_penalty(),
         temperature=_temperature(),
-    ),
-    "canonical_lora": _adapter(
-        "AdamW on low-rank updates of every linear layer of the normal form, and on a new head.",
-        "the same changes of coordinates, for LoRA", first.canonical_lora, note=what_was_done,
     ),
     "canonical_finetune": row(
         "AdamW on all weights of the normal form (scales, products and dropout undone), with a new head.",
         "changes of coordinates that keep the function: scaled gains, weights before norms, neighbours that divide "
         "each other's scale away, stretched queries and keys; dropout in the config",
         prepare=first.canonical, note=what_was_done, learning_rate=low_rates(),
+    ),
+    "canonical_lora": _adapter(
+        "AdamW on low-rank updates of every linear layer of the normal form, and on a new head.",
+        "the changes of coordinates that canonical_finetune undoes", first.canonical_lora, note=what_was_done,
     ),
     "relative_finetune": row(
         "All weights and a new head, by steps in units of each tensor's own length (LAMB, or Adafactor with relative "

@@ -41,5 +41,5 @@ def make_config(config: Lora, targets: list[str]) -> LoraConfig:
 
 ATTACK = Attack(
     config=Lora, run=partial(run_adapters, make=make_config), family="LoRA",
-    covers="weights that must stay as they are",
+    covers="a defence that counts on all weights being trained",
 )

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.attacks.vision.canonical.anatomy import Anatomy, find_anatomy
+from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
+from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
 from hf_immunize.attacks.vision.canonical.scales import rescale, settle
 
@@ -36,8 +37,8 @@ class Canonical:
 def canonicalise(model: nn.Module, head: str, pixels: Tensor) -> Canonical:
     """The normal form of an image classifier, in the precision, mode and place it came with; the model itself is kept.
 
-    Works in float64 on what a forward's graph shows (``anatomy``), and is checked on the pixels: where the graph cannot
-    be followed, or an output moves by more than rounding, the result is an unchanged copy whose note says why.
+    Works in float64 on what a forward's graph shows (``following``), and is checked on the pixels: where the graph
+    cannot be followed, or an output moves by more than rounding, the result is an unchanged copy whose note says why.
 
     Args:
         head: name of the linear layer that the attacker will replace.
