@@ -16,7 +16,7 @@ NUMERICS += tests/attacks/diffusion/test_diffusion_attacks.py tests/diffusion/te
 NUMERICS += tests/training/test_frozen.py tests/training/test_gradients.py tests/training/test_imma_lora.py
 NUMERICS += tests/training/test_resume.py
 
-.PHONY: demo cards test test-kernels lint types slow gpu clean
+.PHONY: demo cards newcomer release test test-kernels slow gpu clean
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,16 @@ demo: $(VENV)/demo.stamp
 cards: demo
 	$(RUN) recipes/cards.py --output model_cards/digits-vit \
 		--model_paths runs/digits-vit/condition_number runs/digits-vit/closed_form_adversary
+
+# A newcomer's three commands on a folder of images, with this clone's package.
+newcomer: $(VENV)/demo.stamp
+	rm -rf runs/newcomer
+	$(RUN) .ci/newcomer.py runs/newcomer
+
+# Sdist and wheel in dist/, checked, and the main job with the wheel in a new environment.
+release: $(VENV)/dev.stamp
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e ".[release]"
+	$(RUN) .ci/release.py $(if $(TAG),--tag $(TAG)) $(if $(REPOSITORY),--repository $(REPOSITORY))
 
 test: $(VENV)/dev.stamp
 	$(RUN) -m ruff check .

@@ -31,9 +31,10 @@ def required(told: str) -> Any:
 class _Parser(HfArgumentParser):
     """One section of ``--help`` for each dataclass, under the first line of its docstring."""
 
-    def _add_dataclass_arguments(self, dtype: type) -> None:
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
         title = (dtype.__doc__ or dtype.__name__).strip().splitlines()[0].rstrip(".")
-        super()._add_dataclass_arguments(type(dtype.__name__, (dtype,), {"_argument_group_name": title}))
+        made: Any = type(dtype.__name__, (dtype,), {"_argument_group_name": title})
+        super()._add_dataclass_arguments(made)
 
     where: str | None = None
     """What is read in the place of a command line; errors are raised then."""
@@ -45,10 +46,9 @@ class _Parser(HfArgumentParser):
                                                                              "").replace("--", "")
             raise ConfigError(f"expected {told} in {self.where}.")
         if message.startswith("unrecognized arguments"):
-            words = [word.partition("=")[0].replace("-", "_") for word in message.split() if word.startswith("--")]
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            by_name = {name.replace("-", "_"): name for name in known}
-            close = [by_name[name] for word in words for name in difflib.get_close_matches(word, list(by_name), 1)]
+            words = [word.partition("=")[0].lstrip("-") for word in message.split() if word.startswith("--")]
+            known = [action.dest for action in self._actions]
+            close = [f"--{name}" for word in words for name in difflib.get_close_matches(word, known, 1)]
             message += f". Did you mean {', '.join(close)}?" if close else ""
         super().error(message)
 
@@ -58,7 +58,7 @@ def parse_options(
     argv: Sequence[str] | None = None,
     description: str | None = None,
     prog: str | None = None,
-) -> tuple:
+) -> tuple[Any, ...]:
     """Instances of ``dataclass_types`` from ``--config FILE.yaml`` (may be repeated) and flags; what comes later wins.
 
     Keys of a YAML file are option names. Numbers written like ``1e-4``, which YAML reads as text, are converted to the
@@ -76,7 +76,7 @@ def parse_options(
     return _instances(dataclass_types, parser, values, flags)
 
 
-def make_options(dataclass_types: Sequence[type], values: Mapping[str, Any], where: str) -> tuple:
+def make_options(dataclass_types: Sequence[type], values: Mapping[str, Any], where: str) -> tuple[Any, ...]:
     """Instances of ``dataclass_types`` from the keys and values of a file that was read already.
 
     Args:
@@ -92,7 +92,7 @@ def make_options(dataclass_types: Sequence[type], values: Mapping[str, Any], whe
 
 def _parser_of(kinds: Sequence[type], description: str | None, prog: str | None) -> _Parser:
     parser = _Parser(
-        tuple(kinds), description=description, prog=prog, formatter_class=ArgumentDefaultsHelpFormatter,
+        list[Any](kinds), description=description, prog=prog, formatter_class=ArgumentDefaultsHelpFormatter,
         usage="%(prog)s [--config FILE.yaml ...] [--OPTION VALUE ...]",
     )  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="Options from YAML; flags override it. Repeatable.")
@@ -114,7 +114,9 @@ def _checked(kinds: Sequence[type], loaded: Mapping[str, Any], where: str) -> di
     return {name: _coerce(value, types[name], name, where) for name, value in values.items()}
 
 
-def _instances(kinds: Sequence[type], parser: _Parser, values: Mapping[str, Any], flags: Sequence[str]) -> tuple:
+def _instances(
+    kinds: Sequence[type], parser: _Parser, values: Mapping[str, Any], flags: Sequence[str]
+) -> tuple[Any, ...]:
     for action in parser._actions:
         if action.dest in values:
             action.required = False
@@ -153,7 +155,7 @@ def _take_config_files(words: list[str]) -> tuple[list[str], list[str]]:
     return files, flags
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML in which no key is said twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

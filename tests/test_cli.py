@@ -21,7 +21,7 @@ from hf_immunize.cli import app  # noqa: E402
 from hf_immunize.commands.app import STAGES  # noqa: E402
 from hf_immunize.records import Certificate  # noqa: E402
 
-COMMANDS = ("publish", "verify", "card", "show", "report", "diff", "keygen")
+COMMANDS = ("publish", "verify", "card", "show", "report", "diff", "keygen", "compare", "leaderboard")
 
 
 def run(*arguments):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from hf_immunize.attacks import ATTACKS, TRAINABILITY, Attack, AttackContext
 from hf_immunize.attacks.core.suite import holdings
-from hf_immunize.errors import RecordError
+from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.records import AttackTrace
-from hf_immunize.tasks import ExamTask, attacker_fingerprints, attacker_holds
+from hf_immunize.tasks import ExamTask, attacker_fingerprints, attacker_holds, find_family
 
 _DRAWN = ("exam_levels", "exam_seed")
 
@@ -24,6 +27,44 @@ def attack_tables() -> Mapping[str, Attack]:
     except ImportError:
         return known
     return known | DIFFUSION_ATTACKS | DIFFUSION_TRAINABILITY
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """The options of a task from the YAML file that the stages of the exam were given. Raises ConfigError."""
+    try:
+        loaded: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"expected a task file such as recipes/digits-vit/task.yaml, got {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"expected task options as a mapping in {path}, got {type(loaded).__name__}.")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def open_bench(folder: str | Path, base: str | Path, options: Mapping[str, Any], device: str = "cpu") -> Bench:
+    """The bench of an exam from two folders and the options of its task: classes, concepts or prompts.
+
+    Raises:
+        ConfigError: options of no task, of several, or without a dataset.
+        DataError: data that is not there.
+    """
+    family = find_family(options)
+    kind = family.arguments()
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    if unknown := sorted(set(options) - set(known)):
+        raise ConfigError(f"expected task options out of {', '.join(known)}, got {unknown}.")
+    needed = [name for name, item in known.items()
+              if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING]
+    if missing := [name for name in needed if options.get(name) is None]:
+        raise ConfigError(f"expected {' and '.join(missing)} among the task options, got neither path nor Hub id: name "
+                          "the data.")
+    kept = {name: _as_option(value) for name, value in options.items()} if family.kind == "classifier" else options
+    task = family.open(kind(**kept), base if family.name == "prompts" else folder)
+    return Bench(Path(folder), Path(base), task, device)
+
+
+def _as_option(value: Any) -> Any:
+    """Labels and fractions may be read as numbers, but are words."""
+    return value if value is None or isinstance(value, bool | list | int) else str(value)
 
 
 @dataclass

@@ -30,7 +30,15 @@ from hf_immunize.diffusion import (
 )
 from hf_immunize.errors import ModelError
 from hf_immunize.models import load_classifier, load_processor
-from hf_immunize.records import Answers, AttackTrace, FrechetGap, ModelFingerprint, UtilityRows, atomic_write, sha256_file
+from hf_immunize.records import (
+    Answers,
+    AttackTrace,
+    FrechetGap,
+    ModelFingerprint,
+    UtilityRows,
+    atomic_write,
+    sha256_file,
+)
 
 _SHOWN = 8
 

@@ -10,7 +10,8 @@ from hf_immunize.attacks import Run
 from hf_immunize.attacks.core.suite import trace_of
 from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.curves import Comparison, compare_trial
-from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.certification.judge import Evidence, find_rule, judge_traces
+from hf_immunize.errors import ConfigError, ImmunizeError, RecordError
 from hf_immunize.records import AttackTrace, Certificate, Provenance, RecheckRecord, RepeatedTrial, sha256_file
 
 Trial = tuple[str, str, str]
@@ -67,11 +68,44 @@ def repeat_trials(folder: str | Path, bench: Bench, count: int, seed: int) -> Re
         stored = trials[drawn]
         again[drawn] = run_again(bench, stored, _company(trials, drawn))
         repeated.append(_told(drawn, stored, compare_trial(stored, again[drawn], scored)))
+    verdicts = judged_with(certificate, trials, again)
+    before = {cell.attack: cell.verdict for cell in certificate.cells}
     return RecheckRecord(
         certificate_sha256=sha256_file(folder / "certificate.json"), drawn_with=seed, drawn_from=len(trials),
-        cells=len(certificate.cells), trials=repeated, verdicts={}, overturned=[],
+        cells=len(certificate.cells), trials=repeated, verdicts=verdicts,
+        overturned=[name for name, new in verdicts.items() if {before[name], new} == {"RESISTS", "FAILS"}],
         provenance=Provenance.here(bench.device),
     )
+
+
+def judged_with(
+    certificate: Certificate, trials: Mapping[Trial, Sequence[AttackTrace]],
+    again: Mapping[Trial, Sequence[AttackTrace]],
+) -> dict[str, str]:
+    """Verdicts on the drawn attacks when the new curves take the place of the certified ones.
+
+    Nothing where the certificate has no rule and plan in data, or where the new curves make another exam of it: other
+    trials would have gone on to all seeds.
+    """
+    rule = find_rule(certificate)
+    if rule is None or certificate.plan is None:
+        return {}
+    by_role: dict[str, list[AttackTrace]] = {}
+    for key, runs in trials.items():
+        new = {run.seed: run for run in again.get(key, ())}
+        by_role.setdefault(key[0], []).extend(_in_place_of(run, new.get(run.seed)) for run in runs)
+    try:
+        judged = judge_traces(by_role, certificate.plan, rule, Evidence.of_certificate(certificate))
+    except (ImmunizeError, ValueError):
+        return {}
+    drawn = {attack for _, attack, _ in again}
+    return {cell.attack: cell.verdict for cell in judged.cells if cell.attack in drawn}
+
+
+def _in_place_of(stored: AttackTrace, new: AttackTrace | None) -> AttackTrace:
+    if new is None:
+        return stored
+    return stored.model_copy(update={"curve": new.curve, "outcome": new.outcome, "note": new.note})
 
 
 def _told(drawn: Trial, stored: Sequence[AttackTrace], found: Comparison) -> RepeatedTrial:

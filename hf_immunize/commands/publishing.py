@@ -130,5 +130,5 @@ def _card_options(
         "repo_id": repo_id, "license": license_, "base_model": base_model, "datasets": datasets or None,
         "pipeline_tag": pipeline_tag,
     }
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     return dataclasses.replace(card_options(folder), **chosen)

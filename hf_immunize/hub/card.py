@@ -29,7 +29,7 @@ from hf_immunize.report import curve_pictures, frechet_words, gap_rows, picture_
 from hf_immunize.report.text import clean
 
 _UNTRIED = ("NOT RUN", "NOT APPLICABLE")
-FAILURES_FIRST = ("FAILS", "INCONCLUSIVE", "NOT RUN", "NOT APPLICABLE", "RESISTS")
+FAILURES_FIRST = ("FAILS", "INCONCLUSIVE", "NOT RUN", "NOT APPLICABLE", "NOTHING TO PROTECT", "RESISTS")
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _context(
         "not_run": Safe("; ".join(prose(line) for line in certificate.not_run)),
         "guarded": _guarded(immunization),
         "drop": Safe(text.points(certificate.utility.drop, 1.0)),
-        "ratio": Safe(text.number(certificate.immunization_ratio)) if certificate.spectra else None,
+        "ratio": Safe(text.ratio(certificate)) if certificate.spectra else None,
         "beside": [(item, Safe(text.points(item.drop, 1.0))) for item in certificate.further_utility],
         "gaps": gap_rows(certificate),
         "frechet": frechet_words(certificate),

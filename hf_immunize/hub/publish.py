@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from hf_immunize.errors import ConfigError, HubError, PublishRefusedError
+from hf_immunize.errors import ConfigError, HubError, PublishRefusedError, VerificationError
 from hf_immunize.hub.card import CardOptions
+from hf_immunize.hub.card_check import options_of, split_card
+from hf_immunize.hub.control import require_control
 from hf_immunize.hub.findings import Verification
-from hf_immunize.hub.names import is_harmless
+from hf_immunize.hub.names import CARD, is_harmless
 from hf_immunize.hub.policy import Policy
 from hf_immunize.hub.release import CHANGED, Release, prepare
 from hf_immunize.hub.remote import asked, careful, differences, may_have_arrived
@@ -35,6 +38,8 @@ class Publication:
     """Commit hash; null after a dry run."""
     url: str | None = None
     pull_request: str | None = None
+    control_compared: bool = False
+    """The certificate's control was compared with the base that the card names, by the Hub's digests, and is the same."""
     confirmed: bool = False
     """The Hub's own digests of the new revision were read back and are those of the certified files."""
 
@@ -42,7 +47,7 @@ class Publication:
         """Plain data for scripts."""
         return {
             "repo_id": self.repo_id, "dry_run": self.dry_run, "revision": self.revision, "url": self.url,
-            "pull_request": self.pull_request, "confirmed": self.confirmed, "files": self.files,
+            "pull_request": self.pull_request, "confirmed": self.confirmed, "control_compared": self.control_compared, "files": self.files,
             "left_out": list(self.left_out), "deleted": list(self.deleted),
             "verification": self.verification.as_json(),
         }
@@ -91,7 +96,28 @@ def publish(
     if dry_run:
         return Publication(repo_id, release.sizes, release.left_out, (), release.verification, dry_run=True)
     with careful(timeout, secret):
-        return _Sending(api, repo_id, release, secret).send(private, branch, create_pr, message)
+        compared = _compare_control(release, api, secret)
+        done = _Sending(api, repo_id, release, secret).send(private, branch, create_pr, message)
+    return dataclasses.replace(done, control_compared=compared)
+
+
+def _compare_control(release: Release, api: HfApi, token: str | None) -> bool:
+    """Whether the base that the card names could be compared with the certificate's control.
+
+    Raises:
+        PublishRefusedError: it could, and has other weights.
+    """
+    named = options_of(*split_card(release.small[CARD].decode())).base_model
+    certificate = release.verification.certificate
+    if named is None or certificate is None:
+        return False
+    try:
+        require_control(certificate, named, api=api, token=token)
+    except VerificationError as error:
+        raise PublishRefusedError(str(error)) from error
+    except HubError:  # not on the Hub, or not for these eyes: readers compare it with verify --base
+        return False
+    return True
 
 
 class _Sending:

@@ -14,6 +14,7 @@ from hf_immunize.hub.signature import SignatureRecord, is_valid, sign_text, sign
 from hf_immunize.hub.untrusted import parse_record
 from hf_immunize.records import Certificate, RecheckRecord, SignedRecheck
 
+
 def claimed(inventory: Inventory, findings: Findings | None = None) -> list[Trust]:
     """What the signature and the rechecks in a folder say, whoever's keys they are; each checked as a signature.
 

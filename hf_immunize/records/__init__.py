@@ -20,7 +20,7 @@ from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSo
 from hf_immunize.records.recheck import RecheckRecord, RepeatedTrial, SignedRecheck
 from hf_immunize.records.rule import RULE_VERSION, Rule
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
-from hf_immunize.records.spectrum import SpectrumRecord
+from hf_immunize.records.spectrum import SpectrumRecord, half_sample_interval
 from hf_immunize.records.trace import AttackTrace, Evaluation
 from hf_immunize.records.utility import Answers, Losses, UtilityRows
 
@@ -67,6 +67,7 @@ __all__ = [
     "begin_run",
     "fingerprint_of",
     "finish_run",
+    "half_sample_interval",
     "loading_files",
     "sha256_file",
     "weight_files",

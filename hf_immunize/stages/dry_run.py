@@ -21,7 +21,7 @@ from hf_immunize.training.vision.planning import plan_memory as plan_classifier
 
 def classifier_memory(folder: Path, options: ImmunizeOptions, args: ImmunizationConfig) -> str:
     """Memory of immunizing a classifier by purpose, on 1, 2 and 8 devices."""
-    trusted = {"trust_remote_code": options.trust_remote_code}
+    trusted: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     image = image_shape(load_processor(folder, **trusted))
     config = AutoConfig.from_pretrained(folder, **trusted)
 

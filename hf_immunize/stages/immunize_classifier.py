@@ -61,7 +61,7 @@ class ClassifierDefence:
     def record(self, trainer: ImmunizationTrainer, **known: Any) -> ImmunizationRecord:
         """Spectra before and after, guard, outcome."""
         return immunization_record(
-            trainer, Path(self._args.output_dir), base=self.base, spectra=self._spectra, **known
+            trainer, Path(str(self._args.output_dir)), base=self.base, spectra=self._spectra, **known
         )
 
     def told(self, guard: Any) -> str:
@@ -92,9 +92,10 @@ def _refuse_base_options(args: ImmunizationConfig) -> None:
 
 def _load_weights(folder: Path, options: ImmunizeOptions, label_names: list[str]) -> Any:
     """The classifier of a folder; with from_scratch, its architecture with a head for these labels."""
-    trusted = {"trust_remote_code": options.trust_remote_code}
+    trusted: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     if options.from_scratch:
-        return random_classifier(folder, None, **label_maps(label_names), **trusted)
+        labels: dict[str, Any] = label_maps(label_names)
+        return random_classifier(folder, None, **labels, **trusted)
     return load_classifier(folder, **trusted)
 
 

@@ -60,7 +60,8 @@ class PipelineDefence:
 
     def _painter(self, *shown: LatentDataset) -> Callable[[Any, int], None]:
         """Draws retained classes and the concept from one seed into ``validation/step-N.png``."""
-        denoiser, scheduler, size = denoiser_of(self._model), self._pipeline.scheduler, self._args.eval_batch_size
+        denoiser, scheduler = denoiser_of(self._model), self._pipeline.scheduler
+        size: Any = self._args.eval_batch_size
         asked = [held.batch(torch.arange(8) * (len(held) // 8)) for held in shown]
 
         def paint(model: Any, step: int) -> None:
@@ -83,10 +84,11 @@ class PipelineDefence:
 
     def record(self, trainer: DiffusionImmunizationTrainer, **known: Any) -> ImmunizationRecord:
         """Guard and provenance."""
-        folder = Path(self._args.output_dir)
+        folder, guard = Path(self._args.output_dir), trainer.guard_record
+        assert guard is not None, "training has ended"
         return ImmunizationRecord(
             model=self._fingerprint(folder, folder.name), base=self.base, config=self.options_told,
-            seeds={"seed": self._args.seed}, spectra={}, guard=trainer.guard_record, steps=trainer.step,
+            seeds={"seed": self._args.seed}, spectra={}, guard=guard, steps=trainer.step,
             provenance=Provenance.here(str(trainer.accelerator.device)), **known,
         )  # fmt: skip
 

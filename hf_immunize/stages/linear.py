@@ -60,7 +60,9 @@ def immunizers(plan: dict[str, Any], data_dir: str | None, dataset: str | None) 
         yield f"{a}-{b}", LinearImmunizer(tasks[a], tasks[b])
 
 
-def run(plan: dict[str, Any], data_dir: str | None, dataset: str | None, progress: Path | None = None) -> dict:
+def run(
+    plan: dict[str, Any], data_dir: str | None, dataset: str | None, progress: Path | None = None
+) -> dict[str, Any]:
     """Every method on every pair; ``progress`` gets one JSON line per row, so that a long run can be watched."""
     torch.set_num_threads(plan["threads"])
     rows, limits = [], {}

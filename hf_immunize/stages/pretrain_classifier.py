@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import Trainer, TrainingArguments, set_seed
 
-from hf_immunize.data import TaskArguments, collate_pixels, describe_source
+from hf_immunize.data import PixelDataset, TaskArguments, collate_pixels, describe_source
 from hf_immunize.errors import ConfigError, TrainingDivergedError
 from hf_immunize.models import (
     DIVERGED,
@@ -79,8 +79,9 @@ def pretrain_classifier(arguments: TaskArguments, options: ClassifierOptions, ar
         "data": {split: task.fingerprint("primary", split).sha256 for split in ("train", "validation")},
         "options": scientific_options(args),
     }
-    if begin_run(args.output_dir, "pretrain", inputs, write=args.process_index == 0):
-        print(f"{args.output_dir}: already trained, nothing to do")
+    folder = str(args.output_dir)
+    if begin_run(folder, "pretrain", inputs, write=args.process_index == 0):
+        print(f"{folder}: already trained, nothing to do")
         return
     model = _load_model(options, task.label_names)
     if options.trainable_modules:
@@ -100,8 +101,8 @@ def pretrain_classifier(arguments: TaskArguments, options: ClassifierOptions, ar
     print(f"validation accuracy {trainer.evaluate()['eval_accuracy']:.4f}")
     trainer.save_model()
     if trainer.is_world_process_zero():
-        (Path(args.output_dir) / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json holds the options
-        leave_finished(args.output_dir, "pretrain", inputs, ["config.json"])
+        (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json holds the options
+        leave_finished(folder, "pretrain", inputs, ["config.json"])
 
 
 def _use_cache(trainer: HeldTrainer, model: Any) -> None:
@@ -111,8 +112,9 @@ def _use_cache(trainer: HeldTrainer, model: Any) -> None:
             "expected a frozen part for cache_frozen_features, got none: name what is trained with trainable_modules."
         )
     cache = FeatureCache(None, model, trainer.frozen.boundary, collate_pixels, str(trainer.accelerator.mixed_precision))
-    trainer.train_dataset = cache.dataset(trainer.train_dataset, trainer.train_dataset.labels, "train")
-    trainer.eval_dataset = cache.dataset(trainer.eval_dataset, trainer.eval_dataset.labels, "validation")
+    train, evaluation = cast(PixelDataset, trainer.train_dataset), cast(PixelDataset, trainer.eval_dataset)
+    trainer.train_dataset = cache.dataset(train, train.labels, "train")
+    trainer.eval_dataset = cache.dataset(evaluation, evaluation.labels, "validation")
     trainer.data_collator = collate_with_boundary(collate_pixels)
     trainer.args.remove_unused_columns = False  # or the collator drops the activations: no forward has such an argument
 
@@ -128,8 +130,9 @@ def _overrides(text: str | None) -> dict[str, float]:
 
 def _load_model(options: ClassifierOptions, label_names: list[str]) -> Any:
     """The architecture with a head for these labels, weights from safetensors only or random. Raises ModelError."""
-    named, labels = options.model_name_or_path, label_maps(label_names)
-    told = _overrides(options.config_overrides) | {"trust_remote_code": options.trust_remote_code}
+    named: str = options.model_name_or_path
+    labels: dict[str, Any] = label_maps(label_names)
+    told: dict[str, Any] = {**_overrides(options.config_overrides), "trust_remote_code": options.trust_remote_code}
     if options.from_scratch:
         return random_classifier(named, None, **labels, **told)
     return load_classifier(named, labels=labels, **told)

@@ -17,7 +17,9 @@ class ExamTask(Protocol):
 
     source: str
     """Where the rows come from, without local paths."""
-    label_names: list[str]
+    @property
+    def label_names(self) -> list[str]:
+        """The classes that the model keeps, or every concept."""
 
     @property
     def sides(self) -> tuple[str, ...]:

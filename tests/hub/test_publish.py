@@ -266,3 +266,17 @@ def test_targets_that_are_neither_folder_nor_repository(tmp_path):
     with pytest.raises(RecordError):
         publish(tmp_path / "none", "me/model")
     assert git_digest(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+
+
+def test_a_control_that_is_not_the_base_that_the_card_names_is_not_published(hub, tmp_path):
+    folder = certified(tmp_path)
+    weights = (tmp_path / "base/model.safetensors").read_bytes()
+    card = CardOptions(license="mit", base_model="owner/base")
+    hub.put_revision("owner/base", {"model.safetensors": b"a weaker model", ".gitattributes": b""})
+    with pytest.raises(PublishRefusedError, match="control to be owner/base, got other weights"):
+        publish(folder, "me/model", api=client(hub), card=card)
+    assert "commit" not in hub.requests
+    hub.put_revision("owner/base", {"model.safetensors": weights, ".gitattributes": b""})
+    assert publish(folder, "me/model", api=client(hub), card=card).control_compared
+    elsewhere = CardOptions(license="mit", base_model="owner/not-there")
+    assert not publish(folder, "me/model", api=client(hub), card=elsewhere).control_compared

@@ -36,7 +36,7 @@ def change(folder, **fields):
 def test_a_certificate_that_follows_from_its_traces(judged):
     found = verify_folder(judged, rejudge=True)
     assert found.ok and "rejudge" not in {item.code for item in found.findings}
-    assert {cell.verdict for cell in found.certificate.cells} == {"RESISTS", "FAILS", "INCONCLUSIVE"}
+    assert {cell.verdict for cell in found.certificate.cells} == {"FAILS", "INCONCLUSIVE"}, "three seeds"
 
 
 def test_a_verdict_that_was_written_in(judged):

@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 from hf_immunize.records import DatasetFingerprint, Evaluation, ModelFingerprint
 
-Role = Literal["subject", "control", "scratch"]
-"""The side of an exam that a model is: under test, its base, or random weights of its architecture."""
+Role = Literal["subject", "control", "scratch", "nothing"]
+"""The side of an exam that a model is: under test, its base, random weights of its architecture, or none at all."""
 EVALUATION_RATIO = 1.25
 """Consecutive evaluations are about this factor apart: the resolution of every steps-to-threshold."""
 
@@ -45,9 +45,17 @@ class Result:
 class Context(Protocol):
     """What the queue of runs asks of any attack context."""
 
-    role: Role
-    device: str
-    data: tuple[DatasetFingerprint, ...]
+    @property
+    def role(self) -> Role:
+        """The side of the exam."""
+
+    @property
+    def device(self) -> str:
+        """Where runs are made."""
+
+    @property
+    def data(self) -> tuple[DatasetFingerprint, ...]:
+        """Fingerprints of the attacker's splits."""
 
     @property
     def fingerprint(self) -> ModelFingerprint:

@@ -19,6 +19,7 @@ from hf_immunize.attacks.vision.adapters import ADAPTERS
 from hf_immunize.attacks.vision.context import AttackContext, describe_model
 from hf_immunize.attacks.vision.finetunes import FINETUNES
 from hf_immunize.attacks.vision.linear_probes import LINEAR_PROBES
+from hf_immunize.attacks.vision.without_model import REFERENCES
 from hf_immunize.errors import ConfigError
 
 ATTACKS: dict[str, Attack] = {
@@ -63,4 +64,4 @@ def register_attack(name: str, attack: Attack) -> Attack:
     return attack
 
 
-__all__ = ["ATTACKS", "TRAINABILITY", "AttackContext", "describe_model", "register_attack"]
+__all__ = ["ATTACKS", "REFERENCES", "TRAINABILITY", "AttackContext", "describe_model", "register_attack"]

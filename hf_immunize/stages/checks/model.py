@@ -19,7 +19,7 @@ from hf_immunize.errors import ImmunizeError
 from hf_immunize.features import trainable_modules
 from hf_immunize.models import label_maps, load_classifier, load_processor, refuse_folder
 from hf_immunize.stages.attack import AttackPlan
-from hf_immunize.stages.checks.findings import Finding
+from hf_immunize.stages.checks.findings import Finding, Level
 from hf_immunize.stages.checks.options import Parsed
 from hf_immunize.stages.checks.rows import Side
 from hf_immunize.stages.dry_run import image_shape
@@ -131,7 +131,7 @@ def _head(known: Known, names: Sequence[str]) -> list[Finding]:
     if names_classes(config.id2label):
         outputs = output_names(config.id2label)
         if unknown := [name for name in names if name not in outputs]:
-            level = "fails" if config.num_labels != len(names) else "note"
+            level: Level = "fails" if config.num_labels != len(names) else "note"
             return [Finding("head", level, f"expected an output for each class of the primary data, got none called "
                             f"{unknown[:5]}: the head knows {list(outputs)[:8]}. Rename the folders or classes, choose "
                             "others with primary_labels, or train a new head (pretrain in place of base).")]
@@ -209,7 +209,8 @@ def _seconds_per_row(known: Known, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels = torch.randn(_ROWS, *known.image, device=device)
-    model, took = known.model.to(device), [[], []]
+    model = known.model.to(device)
+    took: tuple[list[float], list[float]] = ([], [])
     begun = time.perf_counter()
     while len(took[0]) < 2 or (len(took[0]) < _REPEATS and time.perf_counter() - begun < _PATIENCE):
         start = time.perf_counter()

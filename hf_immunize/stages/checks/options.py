@@ -47,7 +47,6 @@ def kinds_of(stage: Stage, family: Family) -> tuple[type, ...]:
 
 def check_options(run: RunFile, stages: Mapping[str, Stage]) -> tuple[Parsed, list[Finding]]:
     """The options of every stage, and one finding for each stage whose options are refused."""
-    from hf_immunize.stages.attack import AttackPlan
     from hf_immunize.stages.words import refuse_foreign
 
     parsed: Parsed = {}
@@ -59,8 +58,7 @@ def check_options(run: RunFile, stages: Mapping[str, Stage]) -> tuple[Parsed, li
             held = make_options(kinds_of(stage, family), stage.options, where)
             if stage.verb in ("immunize", "attack", "certify"):
                 refuse_foreign(held[1], family)
-            if stage.verb == "attack":
-                AttackPlan.of(held[1], family).count()
+            _check_names(stage, family, held)
             parsed[stage.name] = held
         except ImmunizeError as error:
             found.append(Finding(f"options of {stage.name}", "fails", _located(str(error), where)))
@@ -68,6 +66,22 @@ def check_options(run: RunFile, stages: Mapping[str, Stage]) -> tuple[Parsed, li
             found.append(Finding(f"options of {stage.name}", "fails", _located(f"{type(error).__name__}: "
                                                                                f"{error}", where)))
     return parsed, _unique(found) or [Finding("options", "ok", f"{len(stages)} stages, all of their options known")]
+
+
+def _check_names(stage: Stage, family: Family, held: tuple[Any, ...]) -> None:
+    """Raise ConfigError for an objective, an attack, one of its settings, or a protocol that nobody knows."""
+    if stage.verb == "immunize":
+        from hf_immunize.training.core.registry import terms_of
+
+        terms_of(held[2].objective)
+    elif stage.verb == "attack":
+        from hf_immunize.stages.attack import AttackPlan
+
+        AttackPlan.of(held[1], family).count()
+    elif stage.verb == "certify" and held[1].protocol is not None:
+        from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
+
+        find_protocol(held[1].protocol, PROTOCOLS if family.kind == "classifier" else DIFFUSION_PROTOCOLS)
 
 
 def _located(told: str, where: str) -> str:

@@ -36,7 +36,8 @@ def _check_photos(task: Any) -> list[Finding]:
     from hf_immunize.data import parse_fractions
     from hf_immunize.diffusion.photos import read_photos
 
-    found, seen = [], {}
+    found: list[Finding] = []
+    seen: dict[str, set[bytes]] = {}
     for side in _SIDES:
         named = getattr(task, f"{side}_images")
         if named is None:

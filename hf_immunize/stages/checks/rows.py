@@ -126,8 +126,9 @@ def _counts(side: Side, arguments: TaskArguments) -> list[Finding]:
     """How many images each class has, and whether they are enough."""
     counts = Counter(side.labels)
     least = min(counts.values())
+    different = _different(side, [label for label, count in counts.items() if count < _FEW])
     part, splits = f"{side.name} data", len(side.fractions)
-    few = [side.names[label] for label, count in counts.items() if count < splits]
+    few = [side.names[label] for label, count in counts.items() if different.get(label, count) < splits]
     if few and not arguments.drop_rare_classes:
         return [Finding(part, "fails", f"expected at least {splits} different images in every class, one for each "
                                        "split, "
@@ -138,6 +139,16 @@ def _counts(side: Side, arguments: TaskArguments) -> list[Finding]:
     if least < _FEW:
         told += f"; with fewer than {_FEW} images in a class, figures will be noise"
     return [Finding(part, "note" if least < _FEW else "ok", told)]
+
+
+def _different(side: Side, labels: Sequence[int]) -> dict[int, int]:
+    """How many different files each of some classes has: an image that is there five times lies in one split."""
+    found: dict[int, set[bytes]] = {label: set() for label in labels}
+    if found:
+        for (data, path), label in zip(_encoded(side), side.labels, strict=True):
+            if label in found and (data is not None or (path and Path(path).is_file())):
+                found[label].add(hashlib.blake2b(Path(path or "").read_bytes() if data is None else data).digest())
+    return {label: len(contents) for label, contents in found.items()}
 
 
 def _files(side: Side) -> list[Finding]:

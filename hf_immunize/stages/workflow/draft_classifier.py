@@ -126,12 +126,12 @@ def _base(draft: Draft, source: str, seen: Seen, primary: Side, revision: str | 
             draft.say(f"{MARK}: its outputs have no names; they are taken as {list(primary.names)[:8]}, in this order.")
             draft.checks += 1
         return
-    about = ["The model has no head for the classes of the primary data: one is trained on frozen features."]
+    reason = ["The model has no head for the classes of the primary data: one is trained on frozen features."]
     if unknown:
-        about = [f"{MARK}: the model's own head does not fit ({unknown}), so a new one is trained. If it is the one",
-                 f"you mean, name the classes as it does and write 'base: {source}' in place of this section."]
+        reason = [f"{MARK}: the model's own head does not fit ({unknown}), so a new one is trained. If it is the one",
+                  f"you mean, name the classes as it does and write 'base: {source}' in place of this section."]
         draft.checks += 1
-    draft.section("pretrain", *about)
+    draft.section("pretrain", *reason)
     for name, (value, about) in head_options(source, seen).items():
         draft.option(name, value, about)
 

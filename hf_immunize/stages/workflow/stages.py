@@ -76,8 +76,8 @@ def make_stages(run: RunFile) -> dict[str, Stage]:
 
 def _stages(run: RunFile) -> Iterator[Stage]:
     out, base = run.output_dir, base_folder(run)
-    for name, section in run.sections.items():
-        _refuse_places(run, name, _VERBS.get(name, name), section)
+    for name, asked in run.sections.items():
+        _refuse_places(run, name, _VERBS.get(name, name), asked)
     ready: tuple[str, ...] = (BASE,)
     if "pretrain" in run.sections:
         start: dict[str, Any] = {}
@@ -90,11 +90,11 @@ def _stages(run: RunFile) -> Iterator[Stage]:
     elif base == out / BASE and Path(run.base or "").resolve() != base.resolve():
         told = {"source": run.base, "output_dir": str(base)}
         told |= {"revision": run.base_revision} if run.base_revision else {}
-        trusted = any(section and section.options.get("trust_remote_code") for section in run.models.values())
+        trusted = any(one is not None and one.options.get("trust_remote_code") for one in run.models.values())
         yield Stage(BASE, "fetch", told | ({"trust_remote_code": True} if trusted else {}), (), base, "fetch")
     else:
         ready = ()
-    judge: Mapping[str, Any] = {}
+    judge: dict[str, Any] = {}
     if "judge" in run.sections:
         judge = {"judge_path": str(out / "judge")}
         told = run.sections["judge"].options | {"output_dir": str(out / "judge")}
@@ -112,8 +112,8 @@ def _stages(run: RunFile) -> Iterator[Stage]:
         attacks = list(_attacks(run, name, out / name, made))
         yield from attacks
         same = {key: value for key, value in _options(run, "attack").items() if key == "protocol"}
-        asked = run.sections.get("certify", Section({}, {}))
-        told = run.task | same | asked.inherited | judge | asked.own
+        judging = run.sections.get("certify", Section({}, {}))
+        told = run.task | same | judging.inherited | judge | judging.own
         told |= {"model_path": str(out / name), "base_path": str(base)}
         needs = (*ready, *made, *(["judge"] if judge else []), *(stage.name for stage in (*of_base, *attacks)))
         certified.append(f"certify-{name}")
