@@ -53,13 +53,15 @@ def digits_base(tmp_path_factory):
     from hf_immunize.data import Task, TaskArguments
 
     recipe, folder = Path(__file__).parent.parent / "recipes" / "digits-vit" / "vit", tmp_path_factory.mktemp("base")
-    processor = AutoImageProcessor.from_pretrained(recipe, backend="pil")
+    processor = AutoImageProcessor.from_pretrained(recipe, backend="pil", size={"height": 8, "width": 8})
     arguments = TaskArguments("builder:digits", "builder:digits", primary_labels="0,1,2,3,4")
     rows = Task(arguments, "primary").pixels("train", processor)
     with torch.random.fork_rng():
         torch.manual_seed(1)
         names = dict(enumerate("01234"))
-        config = AutoConfig.from_pretrained(recipe, id2label=names, label2id={n: i for i, n in names.items()})
+        config = AutoConfig.from_pretrained(
+            recipe, image_size=8, patch_size=2, id2label=names, label2id={n: i for i, n in names.items()}
+        )
         model = AutoModelForImageClassification.from_config(config).train()
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         for step in range(200):

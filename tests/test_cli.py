@@ -21,7 +21,7 @@ from hf_immunize.cli import app  # noqa: E402
 from hf_immunize.commands.app import STAGES  # noqa: E402
 from hf_immunize.records import Certificate  # noqa: E402
 
-COMMANDS = ("publish", "verify", "card", "show", "report", "diff", "keygen")
+COMMANDS = ("publish", "verify", "card", "show", "report", "diff", "keygen", "compare", "leaderboard")
 
 
 def run(*arguments):
@@ -66,13 +66,15 @@ def test_a_stage_without_what_it_needs_leaves_as_a_usage_error():
 def test_verify_exit_codes(tmp_path):
     folder = write_release(certified(tmp_path), tmp_path / "published")
     good = run("verify", folder)
-    assert good.exit_code == 0 and "VERIFIED: the files are what the certificate says. It says: RESISTS" in good.output
-    (tmp_path / "strict.yaml").write_text("families: {LoRA: RESISTS}")
+    first, *_ = good.output.splitlines()
+    assert good.exit_code == 0 and "VERIFIED" not in good.output
+    assert first == "Self-reported. Intact: the files are what the certificate says. It says: RESISTS."
+    (tmp_path / "strict.yaml").write_text("start_from: research\nrejudged: false\nfamilies: {LoRA: RESISTS}")
     unmet = run("verify", folder, "--policy", tmp_path / "strict.yaml")
     assert unmet.exit_code == 4 and "which was not examined" in " ".join(unmet.output.split())
     (folder / "model.safetensors").write_bytes(b"changed")
     bad = run("verify", folder)
-    assert bad.exit_code == 3 and "model.safetensors" in bad.output and "NOT VERIFIED" in bad.output
+    assert bad.exit_code == 3 and "model.safetensors" in bad.output and bad.output.startswith("UNSOUND: ")
     assert run("verify").exit_code == 2
     assert run("verify", "nonsense").exit_code == 1
 
@@ -209,9 +211,11 @@ def test_publish_from_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [("overal: RESISTS", "got ['overal']"), ("- 1", "got list"), ("families: [LoRA]", "a mapping"),
-     ("overall: GREAT", "got 'GREAT'"), ("max_primary_drop: yes", "a number"), ("a: [", "expected a policy in"),
+     ("overall: GREAT", "got 'GREAT'"), ("max_primary_drop: yes", "a number"), ("a: [", "a policy in"),
      ("issued_after: soon", "an ISO date"), ("min_seeds: 1.5", "a whole number"), ("signed: 1", "true or false"),
-     ("families: {LoRA: NOT RUN}", "got 'NOT RUN'")],
+     ("families: {LoRA: NOT RUN}", "got 'NOT RUN'"), ("undecided: lora", "a list of attacks"),
+     ("start_from: hope", "start_from out of research, release, strict"), ("trust: blind", "got 'blind'"),
+     ("overall: INCONCLUSIVE", "an undecided attack counts as failed")],
 )
 def test_policies_that_cannot_be_used(tmp_path, broken, text, told):
     (tmp_path / "policy.yaml").write_text(text)
@@ -224,15 +228,15 @@ TOMORROW = datetime.date.today() + datetime.timedelta(days=1)
 
 @pytest.mark.parametrize(
     ("text", "met"),
-    [("", True), ("overall: FAILS", True), ("overall: INCONCLUSIVE", False),
+    [("", True), ("overall: FAILS", True), ("overall: RESISTS", False),
      ("families: {linear probing: RESISTS}", True),
-     ("families: {LoRA: INCONCLUSIVE}", False), ("families: {LoRA: FAILS}", True), ("families: {Muon: FAILS}", False),
+     ("families: {LoRA: RESISTS}", False), ("families: {LoRA: FAILS}", True), ("families: {Muon: FAILS}", False),
      ("max_primary_drop: 1.0", True), ("max_primary_drop: 0.9", False), ("min_seeds: 3", True), ("min_seeds: 4", False),
      ("signed: true", False), ("issued_after: 2020-01-01", True), (f"issued_after: {TOMORROW}", False),
      ("families: {benign trainability: RESISTS}", False)],
 )
 def test_policies(tmp_path, broken, text, met):
-    (tmp_path / "policy.yaml").write_text(text)
+    (tmp_path / "policy.yaml").write_text(f"start_from: research\nrejudged: false\n{text}")
     done = run("verify", broken, "--policy", tmp_path / "policy.yaml")
     assert done.exit_code == (0 if met else 4)
 
@@ -241,8 +245,8 @@ def test_a_policy_for_a_complete_exam(tmp_path):
     import record_builders as build
 
     folder = certified(tmp_path, "partial", build.ATTACKS)
-    (tmp_path / "policy.yaml").write_text("complete_exam: true")
+    (tmp_path / "policy.yaml").write_text("start_from: research\nrejudged: false\ncomplete_exam: true")
     done = run("verify", folder, "--policy", tmp_path / "policy.yaml")
     assert done.exit_code == 4 and "not run: last_block_reset" in " ".join(done.output.split())
-    (tmp_path / "policy.yaml").write_text("complete_exam: false")
+    (tmp_path / "policy.yaml").write_text("start_from: research\nrejudged: false\ncomplete_exam: false")
     assert run("verify", folder, "--policy", tmp_path / "policy.yaml").exit_code == 0

@@ -21,6 +21,7 @@ from hf_immunize.metrics import (
     best_trial,
     chosen_evaluation,
     immunization_ratio,
+    immunization_ratio_spread,
     mean_interval,
     normalized_resistance,
     paired_drop_interval,
@@ -32,7 +33,7 @@ from hf_immunize.metrics import (
     summarise_side,
     wilson_interval,
 )
-from hf_immunize.records import SpectrumRecord
+from hf_immunize.records import SpectrumRecord, half_sample_interval
 
 accuracies = st.lists(st.integers(0, 10).map(lambda tenth: tenth / 10), min_size=1, max_size=12)
 
@@ -46,14 +47,15 @@ def reached(*steps, budget=1000):
 
 
 @given(accuracies, st.integers(1, 10).map(lambda tenth: tenth / 10))
-def test_steps_to_threshold_is_the_first_step_from_which_it_holds(values, threshold):
+def test_steps_to_threshold_is_the_first_step_at_which_the_kept_checkpoint_passes(values, threshold):
+    """Where validation and test agree, what was kept is the best so far."""
     run = trace([(step + 1, value) for step, value in enumerate(values)])
-    slow = next((i + 1 for i in range(len(values)) if all(v >= threshold for v in values[i:])), None)
+    slow = next((i + 1 for i in range(len(values)) if values[i] >= threshold), None)
     found = steps_to_threshold(run, threshold)
     assert found.steps == slow and found.budget == 1000
     if slow is not None:
         assert found.earliest == slow  # every step was evaluated, so nothing was rounded
-    assert (found.steps is None) == (values[-1] < threshold)
+    assert (found.steps is None) == (max(values) < threshold)
 
 
 @given(accuracies, st.integers(1, 9).map(lambda tenth: tenth / 10))
@@ -71,9 +73,16 @@ def test_the_resolution_of_the_evaluations_is_kept():
     assert steps_to_threshold(late, 0.5) == StepsToThreshold(10, 1, 1000)
 
 
-def test_a_touched_but_lost_threshold_and_a_diverged_run_are_not_reached():
-    assert steps_to_threshold(trace([(1, 0.9), (2, 0.4)]), 0.5).steps is None
-    assert steps_to_threshold(trace([(1, 0.9), (2, 0.9)], outcome="diverged"), 0.5).steps is None
+def test_what_was_reached_is_kept_whatever_the_run_did_later():
+    """An attacker saves checkpoints: neither a falling curve nor NaN at the end takes his model from him."""
+    assert steps_to_threshold(trace([(1, 0.9), (2, 0.4)]), 0.5).steps == 1
+    assert steps_to_threshold(trace([(1, 0.9), (2, 0.9)], outcome="diverged"), 0.5).steps == 1
+    assert steps_to_threshold(trace([], outcome="diverged"), 0.5).steps is None
+
+
+def test_he_who_looks_at_validation_alone_may_throw_a_better_model_away():
+    assert steps_to_threshold(trace([(1, 0.6, 0.9), (2, 0.7, 0.4)]), 0.5).steps is None
+    assert steps_to_threshold(trace([(1, 0.6, 0.9), (2, 0.7, 0.4), (3, 0.8, 0.6)]), 0.5).steps == 3
 
 
 def test_splits_are_kept_apart():
@@ -92,14 +101,14 @@ def test_the_trial_is_chosen_on_validation_and_never_on_test():
     assert summarise_side(honest + lucky, 0.5).accuracy == [0.1, 0.1]
 
 
-def test_fewest_median_steps_then_accuracy_then_no_divergence():
+def test_fewest_median_steps_then_accuracy_and_a_diverged_run_costs_its_seed():
     fast = side_of("subject", (10, 10, 1000), trial="fast")
     slow = side_of("subject", (30, 30, 30), trial="slow")
     assert best_trial(fast + slow, 0.5) == "fast"
     weak = side_of("subject", (30, 30, 30), trial="weak", high=0.7)
     assert best_trial(weak + slow, 0.5) == "slow"
     broken = [*fast[:2], trace([(1, 0.2)], trial="fast", seed=2, outcome="diverged")]
-    assert best_trial(broken + slow, 0.5) == "slow"
+    assert best_trial(broken + slow, 0.5) == "fast", "a run that diverges costs its seed, not its trial"
     assert summarise_side(broken + slow, 0.5).diverged == 1
     assert summarise_side(broken + slow, 0.5).trials == 2
 
@@ -113,8 +122,8 @@ def test_a_trial_without_any_evaluation_cannot_be_chosen():
 
 def test_accuracy_is_that_of_the_best_validation_evaluation():
     run = trace([(1, 0.3, 0.9), (2, 0.8, 0.5), (3, 0.8, 0.7), (4, 0.1, 1.0)])
-    assert chosen_evaluation(run).step == 2
-    assert summarise_side([run], 0.5).accuracy == [0.5]
+    assert chosen_evaluation(run).step == 3, "of equally good ones the longest trained"
+    assert summarise_side([run], 0.5).accuracy == [0.7]
 
 
 def test_a_seed_twice_is_refused():
@@ -304,10 +313,10 @@ def test_a_faster_attack_has_a_negative_rfd():
         reaching(100), reaching(10))
 
 
-@pytest.mark.parametrize("steps, rho", [((10, 20, 30), 0.0), ((100, 200, 300), 1.0), ((55, 110, 165), 0.5)])
+@pytest.mark.parametrize("steps, rho", [((10, 20, 30), 0.0), ((100, 200, 300), 1.0), ((31.6, 63.2, 94.9), 0.5)])
 def test_normalized_resistance_runs_from_base_to_scratch(steps, rho):
     found = normalized_resistance(reached(*steps), reached(10, 20, 30), reached(100, 200, 300))
-    assert found.estimate == pytest.approx(rho) and found.low <= rho <= found.high
+    assert found.estimate == pytest.approx(rho, abs=1e-3) and found.low <= rho <= found.high
 
 
 def test_normalized_resistance_says_nothing_without_its_references():
@@ -336,3 +345,26 @@ def test_immunization_ratio_by_hand(h0, p0, h1, p1):
     assert immunization_ratio(spectra(h0, p0), spectra(None, p1)) == (None, {"harmful": None, "primary": p1 / p0})
     with pytest.raises(RecordError, match="expected one harmful spectrum per model, got 2"):
         immunization_ratio(spectra(h0, p0) * 2, spectra(h1, p1))
+
+
+def test_a_ratio_carries_its_spread_over_halves_of_the_rows():
+    def spectra(harmful, primary, halves):
+        return [
+            SpectrumRecord(site="classifier", task=task, rows=99, width=2, rank=2, status="ok", centered=True,
+                           feature_dtype="float32", condition_number=value, effective_rank=2.0, eigenvalues=[1.0],
+                           condition_of_halves=[value * factor for factor in halves])
+            for task, value in (("harmful", harmful), ("primary", primary))
+        ]
+
+    steady = immunization_ratio_spread(spectra(2, 2, (1.0, 1.0)), spectra(200, 2, (1.0, 1.0)))
+    assert (steady.low, steady.estimate, steady.high, steady.samples) == (100, 100, 100, 2)
+    halves = spectra(200, 2, (1.0, 1.0))
+    halves[0] = halves[0].model_copy(update={"condition_of_halves": [200 * math.e, 200 / math.e]})
+    wide = immunization_ratio_spread(spectra(2, 2, (1.0, 1.0)), halves)
+    assert wide.high / 100 == pytest.approx(math.exp(1.959964), rel=1e-5) and wide.low * wide.high == pytest.approx(1e4)
+    assert immunization_ratio_spread(spectra(2, 2, ()), spectra(2, 2, ())) is None
+
+
+@pytest.mark.parametrize("whole, halves", [(None, [1.0]), (1.0, [None, 1.0]), (0.0, [1.0]), (1.0, [])])
+def test_what_is_not_defined_has_no_spread(whole, halves):
+    assert half_sample_interval(whole, halves) is None

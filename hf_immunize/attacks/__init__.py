@@ -3,9 +3,17 @@
 import sys
 
 from hf_immunize.attacks.core.plan import parse_settings, plan_runs, plan_trials
-from hf_immunize.attacks.core.shape import Attack, Result, Role, Run, evaluation_steps
+from hf_immunize.attacks.core.shape import Attack, Result, Role, Run, evaluation_steps, setting
 from hf_immunize.attacks.core.suite import SuiteSummary, count_runs, run_suite
-from hf_immunize.attacks.vision import ATTACKS, TRAINABILITY, AttackContext, describe_model
+from hf_immunize.attacks.vision import (
+    ATTACKS,
+    REFERENCES,
+    TRAINABILITY,
+    AttackContext,
+    describe_model,
+    register_attack,
+)
+from hf_immunize.attacks.vision._row import row
 from hf_immunize.models import load_classifier, load_processor
 
 # Before attacks were sorted into folders their modules lay here; code that imports them from here still can.
@@ -16,6 +24,7 @@ for _path, _module in list(sys.modules.items()):
 
 __all__ = [
     "ATTACKS",
+    "REFERENCES",
     "TRAINABILITY",
     "Attack",
     "AttackContext",
@@ -31,5 +40,8 @@ __all__ = [
     "parse_settings",
     "plan_runs",
     "plan_trials",
+    "register_attack",
+    "row",
     "run_suite",
+    "setting",
 ]

@@ -14,33 +14,30 @@ from hf_immunize.certification.verdict import family_verdicts, judge_solve, judg
 from hf_immunize.exam import PROTOCOLS, Protocol, Rule, find_protocol
 
 if TYPE_CHECKING:
+    from hf_immunize.certification.bench import Bench, open_bench
     from hf_immunize.certification.certificate import ExamData, build_certificate
-    from hf_immunize.certification.repeating import Recheck, recheck
-    from hf_immunize.certification.sit_again import exam_contexts, read_task, sit_again
+    from hf_immunize.certification.trials import repeat_trials
     from hf_immunize.certification.utility import correct_rows, measure_utility
 
 _HOMES = {
+    "Bench": "bench",
+    "open_bench": "bench",
+    "repeat_trials": "trials",
     "ExamData": "certificate",
     "build_certificate": "certificate",
-    "Recheck": "repeating",
-    "recheck": "repeating",
-    "exam_contexts": "sit_again",
-    "read_task": "sit_again",
-    "sit_again": "sit_again",
     "correct_rows": "utility",
     "measure_utility": "utility",
 }
 
 __all__ = [
     "PROTOCOLS",
+    "Bench",
     "Evidence",
     "ExamData",
     "Protocol",
-    "Recheck",
     "Rule",
     "build_certificate",
     "correct_rows",
-    "exam_contexts",
     "family_verdicts",
     "find_protocol",
     "find_rule",
@@ -49,10 +46,9 @@ __all__ = [
     "judge_traces",
     "measure_trainability",
     "measure_utility",
+    "open_bench",
     "overall_verdict",
-    "read_task",
-    "recheck",
-    "sit_again",
+    "repeat_trials",
     "strongest",
 ]
 

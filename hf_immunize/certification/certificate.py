@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from hf_immunize.attacks import ATTACKS, TRAINABILITY, describe_model
+from hf_immunize.attacks import ATTACKS, REFERENCES, TRAINABILITY, describe_model
 from hf_immunize.certification.judge import Evidence, judge_traces
 from hf_immunize.certification.judgement import Sides, check_base, gather
-from hf_immunize.certification.utility import measure_utility
+from hf_immunize.certification.primary_rows import judge_utility, keep_rows
+from hf_immunize.certification.utility import utility_rows
 from hf_immunize.data import PixelDataset
 from hf_immunize.exam import Protocol
 from hf_immunize.features import find_classifier
@@ -32,6 +35,8 @@ class ExamData:
     primary: tuple[DatasetFingerprint, ...]
     harmful: tuple[DatasetFingerprint, ...]
     benign: tuple[DatasetFingerprint, ...] = ()
+    task: Mapping[str, Any] = field(default_factory=dict)
+    """Options that decide the rows, for whoever sits the exam again."""
 
 
 def build_certificate(
@@ -57,10 +62,14 @@ def build_certificate(
     check_base(base_folder)
     base, immunized = load_classifier(base_folder), load_classifier(folder)
     sides = Sides(folder, base_folder, describe_model(folder, immunized), describe_model(base_folder, base))
-    found = gather(sides, ATTACKS, TRAINABILITY, protocol, threshold)
+    found = gather(sides, ATTACKS, TRAINABILITY, protocol, threshold, REFERENCES)
+    answers = utility_rows(
+        base.to(device), immunized.to(device), data.primary_test, data.primary[0].sha256, sides.subject, sides.control
+    )
     evidence = Evidence(
         **found.evidence, primary_data=data.primary, harmful_data=data.harmful, benign_data=data.benign,
-        utility=measure_utility(base.to(device), immunized.to(device), data.primary_test, rule.level),
+        task=data.task,
+        utility=judge_utility(answers, rule.level), utility_rows=keep_rows(folder, [answers]),
         spectra={
             name: _spectra(model, data, feature_module) for name, model in (("base", base), ("immunized", immunized))
         },

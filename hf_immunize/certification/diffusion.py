@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, METRIC, DiffusionAttackContext
+from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, METRIC
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings, keep_pictures
 from hf_immunize.certification.generation import measure_similarity, real_images
 from hf_immunize.certification.judge import Evidence, judge_traces
 from hf_immunize.certification.judgement import Gathered, Sides, check_base, gather
-from hf_immunize.certification.repeating import Recheck, recheck
+from hf_immunize.certification.primary_rows import judge_utility, keep_rows
 from hf_immunize.certification.similarity import ImageFeatures, Similarity
 from hf_immunize.diffusion import (
     EVAL_BATCH_SIZE,
@@ -27,9 +27,17 @@ from hf_immunize.diffusion import (
     fits_memory,
 )
 from hf_immunize.errors import ConfigError, ModelError, RecordError
-from hf_immunize.exam import Protocol, Rule
-from hf_immunize.metrics import mean_interval
-from hf_immunize.records import AttackTrace, Certificate, DatasetFingerprint, Provenance, SimilarityGap, Utility
+from hf_immunize.exam import Protocol
+from hf_immunize.records import (
+    AttackTrace,
+    Certificate,
+    DatasetFingerprint,
+    Losses,
+    Provenance,
+    SimilarityGap,
+    Utility,
+    UtilityRows,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class ConceptExam:
         judge_names: what the judge calls a retained class, where it has another name for it.
         similarity: what pictures of attacked models are compared with real images by; without one there is no SGR.
         features: what drawn retained images are compared with real ones by; without them there is no Fréchet distance.
+        task: options that decide the rows, for whoever sits the exam again.
         judged_images: images to draw for judge and features, of each model.
         draw_steps: sampling steps.
         eval_batch_size: rows at a time.
@@ -59,6 +68,7 @@ class ConceptExam:
     judge_names: Mapping[str, str] = field(default_factory=dict)
     similarity: Similarity | None = None
     features: ImageFeatures | None = None
+    task: Mapping[str, Any] = field(default_factory=dict)
     judged_images: int = 1000
     draw_steps: int = 20
     eval_batch_size: int = EVAL_BATCH_SIZE
@@ -96,16 +106,20 @@ def build_diffusion_certificate(
     found = gather(sides, DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, protocol, threshold)
     _check_score(found.traces)
     level = protocol.rule.level
-    measured = [denoising_utility(base, subject, exam.retain_test, level)]
+    measured = [denoising_rows(base, subject, exam.retain_test)]
     drawn = RetainedDrawings.of(base, subject, exam.retain_test, exam.judged_images)
     if exam.judge is not None:
-        measured.insert(0, drawn.recognised_by(exam.judge, level, exam.judge_names))
+        measured.insert(0, drawn.recognised_by(exam.judge, exam.judge_names))
+    bound = {"data": exam.retain[0].sha256, "subject": sides.subject.weights, "control": sides.control.weights}
+    measured = [rows.model_copy(update=bound) for rows in measured]
+    utility = [judge_utility(rows, level) for rows in measured]
     pictures = keep_pictures(
         sides, {"control": base, "subject": subject}, exam.retain_test, exam.harmful_test, found.traces
     )
     evidence = Evidence(
-        **found.evidence, utility=measured[0], further_utility=measured[1:], harmful_metric=SCORE,
-        primary_data=exam.retain, harmful_data=exam.harmful, benign_data=exam.benign, samples=pictures,
+        **found.evidence, utility=utility[0], further_utility=utility[1:], utility_rows=keep_rows(folder, measured),
+        harmful_metric=SCORE,
+        primary_data=exam.retain, harmful_data=exam.harmful, benign_data=exam.benign, samples=pictures, task=exam.task,
         similarity=_similarities(folder, exam, found, base, level),
         frechet=None if exam.features is None else drawn.distance_by(exam.features, level),
         provenance=Provenance.here(device),
@@ -123,22 +137,27 @@ def _check_score(traces: Sequence[AttackTrace]) -> None:
             )
 
 
-def denoising_utility(base: Drawer, subject: Drawer, retain: LatentDataset, level: float = 0.95) -> Utility:
-    """R² on the same held-out retained rows, noise and levels, in percent; t interval of the drop over paired rows.
+def denoising_rows(base: Drawer, subject: Drawer, retain: LatentDataset) -> UtilityRows:
+    """Losses of both models on the same held-out retained rows, noise and levels, beside the energy of each target.
 
-    The drop of a row is (its loss on the subject − its loss on the base) / mean energy, so that its mean is the
-    difference of both R².
+    Raises:
+        ModelError: answers that are not finite.
     """
     exam = DenoisingExam(NoiseProcess.from_scheduler(base.pipeline.scheduler), retain, batch_size=base.batch_size)
     before, after = (exam.ask(denoiser_of(side.model), side.model) for side in (base, subject))
     for name, answers in (("base", before), ("subject", after)):
         if not bool(torch.isfinite(answers.losses_N).all()):
             raise ModelError(f"expected finite answers of the {name}, got NaN or infinity: its weights are broken.")
-    drops = 100 * (after.losses_N - before.losses_N).double() / before.energies_N.double().mean()
-    return Utility(
-        metric=SCORE, base=100 * before.explained, immunized=100 * after.explained,
-        drop=mean_interval(drops.tolist(), level), rows=len(retain),
+    energy, early, late = (values_N.double().tolist() for values_N in (
+        before.energies_N, before.losses_N, after.losses_N))
+    return UtilityRows(
+        metric=SCORE, data="", subject={}, control={}, losses=Losses(energy=energy, base=early, immunized=late)
     )
+
+
+def denoising_utility(base: Drawer, subject: Drawer, retain: LatentDataset, level: float = 0.95) -> Utility:
+    """R² on the same held-out retained rows, noise and levels, in percent (see ``judge_utility``)."""
+    return judge_utility(denoising_rows(base, subject, retain), level)
 
 
 def _similarities(
@@ -157,34 +176,3 @@ def _similarities(
             real = real_images(split, base.images(split))
             gaps += measure_similarity(folder, traces, real, exam.similarity, task, level)
     return gaps
-
-
-def recheck_pipeline(
-    folder: str | Path, base_folder: str | Path, splits: Mapping[str, LatentDataset], exam: ConceptExam, rule: Rule, *,
-    cells: int, seed: int = 0, device: str = "cpu", **known: Any,
-) -> list[Recheck]:
-    """Run ``cells`` random cells of the certificate of ``folder`` again and compare with its intervals.
-
-    Args:
-        splits: ``attack``, ``validation`` and ``test`` rows of the harmful concept, as the exam was sat with.
-        known: what else the attackers held, and ``eval_batch_size`` (see DiffusionAttackContext).
-
-    Raises:
-        RecordError: other rows, weights or traces than the certificate's, or no cell that was run.
-    """
-    folder = Path(folder)
-    certificate = Certificate.read(folder / "certificate.json")
-    if [part.sha256 for part in exam.harmful] != [part.sha256 for part in certificate.harmful_data]:
-        raise RecordError(
-            "expected the harmful rows that the certificate names, got others: give the task options of the exam."
-        )
-    first = next((name for name in certificate.traces if name.startswith("traces/subject/diffusion_")), None)
-    if first is None:
-        raise RecordError(f"expected a certificate with traces of attacks in {folder}, got none: attack first.")
-    told = AttackTrace.read(folder / first).config
-    options = {name: told[name] for name in ("attack_fraction", "exam_levels", "exam_seed")}
-    contexts = {
-        role: DiffusionAttackContext(Path(path), role, data=exam.harmful, device=device, **splits, **options, **known)
-        for role, path in (("subject", folder), ("control", base_folder))
-    }
-    return recheck(folder, contexts, cells, seed, rule, DIFFUSION_ATTACKS)

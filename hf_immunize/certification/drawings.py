@@ -29,9 +29,16 @@ from hf_immunize.diffusion import (
     to_images,
 )
 from hf_immunize.errors import ModelError
-from hf_immunize.metrics import paired_drop_interval
 from hf_immunize.models import load_classifier, load_processor
-from hf_immunize.records import AttackTrace, FrechetGap, ModelFingerprint, Utility, atomic_write, sha256_file
+from hf_immunize.records import (
+    Answers,
+    AttackTrace,
+    FrechetGap,
+    ModelFingerprint,
+    UtilityRows,
+    atomic_write,
+    sha256_file,
+)
 
 _SHOWN = 8
 
@@ -93,18 +100,17 @@ class RetainedDrawings:
         """Those of the base, those of the subject."""
         return tuple(to_images(side.draw(self.retain, self.rows)) for side in (self.base, self.subject))
 
-    def recognised_by(self, judge: Path, level: float = 0.95, names: Mapping[str, str] | None = None) -> Utility:
-        """Share of drawn images that the judge recognises, with the interval of the difference for matched pairs.
+    def recognised_by(self, judge: Path, names: Mapping[str, str] | None = None) -> UtilityRows:
+        """Which drawn images the judge recognises (1) and which not (0), of both models.
 
         ``names`` holds what the judge calls a class, where it has another name for it.
         """
         own = [self.retain.label_names[label] for label in self.retain.labels[self.rows].tolist()]
         wanted = [(names or {}).get(name, name) for name in own]
         before, after = (recognised(judge, images, wanted) for images in self.images)
-        return Utility(
-            metric="accuracy of a judge on drawn images", base=100 * sum(before) / len(before),
-            immunized=100 * sum(after) / len(after), drop=paired_drop_interval(before, after, level),
-            rows=len(self.rows),
+        return UtilityRows(
+            metric="accuracy of a judge on drawn images", data="", subject={}, control={},
+            answers=Answers(wanted=[1] * len(before), base=list(map(int, before)), immunized=list(map(int, after))),
         )
 
     def distance_by(self, features: ImageFeatures, level: float = 0.95) -> FrechetGap:

@@ -33,6 +33,8 @@ def read_traces(
             scores = "accuracies in 0..1" if lowest == 0 else "scores of at most 1"
             raise RecordError(f"expected {scores} in {path}, got others: it was edited; make it again.")
         same_weights = trace.model.weights == model.weights
+        if role == "nothing":
+            same_weights = not trace.model.weights
         if role == "scratch":
             same_weights = (trace.model.architecture, trace.model.parameters) == (model.architecture, model.parameters)
         if not same_weights:
@@ -47,14 +49,14 @@ def read_traces(
 def control_traces(
     folder: Path, base_folder: Path, base: ModelFingerprint, table: Collection[str], lowest: float = 0.0
 ) -> dict[str, list[AttackTrace]]:
-    """Control and scratch traces, copied from the base's folder into ``folder`` so that it is self-contained.
+    """Traces of control, scratch and references, copied from the base's folder into ``folder``, which is then whole.
 
     Raises:
         IncompleteExamError: no control was attacked.
         RecordError: as in ``read_traces``.
     """
     found: dict[str, list[AttackTrace]] = {}
-    for role in ("control", "scratch"):
+    for role in ("control", "scratch", "nothing"):
         traces = read_traces(base_folder, role, base, table, lowest)
         for trace in traces:
             source = base_folder / "traces" / role / trace.file_name

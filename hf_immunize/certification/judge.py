@@ -6,17 +6,19 @@ It reads no file and needs no torch, so that whoever has the traces can judge ag
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from hf_immunize.certification.cells import Traces, build_cell, own_threshold, reference_threshold
+from hf_immunize.certification.cells import Traces, build_cell
 from hf_immunize.certification.planning import SIDES, with_runs
 from hf_immunize.certification.trainability import measure_trainability
+from hf_immunize.certification.uplift import without_model
 from hf_immunize.certification.verdict import family_verdicts, overall_verdict, statement
 from hf_immunize.errors import IncompleteExamError, RecordError
 from hf_immunize.exam import Rule, diffusion_lines_not_run, lines_not_run
-from hf_immunize.metrics import immunization_ratio
+from hf_immunize.metrics import immunization_ratio, immunization_ratio_spread
 from hf_immunize.records import (
     RULE_VERSION,
     AttackTrace,
@@ -53,9 +55,13 @@ class Evidence:
     spectra: Mapping[str, Sequence[SpectrumRecord]] = field(default_factory=dict)
     harmful_metric: str = "accuracy"
     further_utility: Sequence[Utility] = ()
+    utility_rows: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the answers or losses per row that each utility is computed from."""
     similarity: Sequence[SimilarityGap] = ()
     frechet: FrechetGap | None = None
     samples: Mapping[str, str] = field(default_factory=dict)
+    task: Mapping[str, Any] = field(default_factory=dict)
+    """Options that decide the rows."""
 
     @classmethod
     def of_certificate(cls, certificate: Certificate) -> Self:
@@ -89,10 +95,11 @@ def judge_traces(
             f"expected version {RULE_VERSION} of the verdict rule, got {rule.version}: judge with the release that "
             "wrote the certificate, or certify anew."
         )
+    _check_planned(traces, plan)
     harmful, benign = (
         {role: [trace for trace in traces.get(role, ()) if trace.attack in {item.attack for item in table}]
          for role in SIDES}
-        for table in (plan.attacks, plan.methods)
+        for table in ((*plan.attacks, *plan.references), plan.methods)
     )
     _check_evidence(harmful, plan, evidence.harmful_data, "harmful", evidence)
     _check_evidence(benign, plan, evidence.benign_data, "benign", evidence)
@@ -100,15 +107,18 @@ def judge_traces(
     plan = with_runs(plan, traces)
     cells = _cells(harmful, plan, rule, evidence)
     learned = measure_trainability(benign, plan.methods, rule)
-    ratio, parts = immunization_ratio(evidence.spectra.get("base", ()), evidence.spectra.get("immunized", ()))
+    referenced = bool(traces.get("nothing"))
+    sides = [evidence.spectra.get(name, ()) for name in ("base", "immunized")]
+    ratio, parts = immunization_ratio(*sides)
     lines = diffusion_lines_not_run if rule.gain else lines_not_run
     return Certificate(
         protocol=plan.protocol, planned=plan.planned, cells=cells, families=family_verdicts(cells),
-        overall=overall_verdict(cells, evidence.utility, rule, learned),
-        statement=statement(cells, evidence.utility, rule, evidence.subject.name, learned),
+        overall=overall_verdict(cells, evidence.utility, rule, learned, referenced),
+        statement=statement(cells, evidence.utility, rule, evidence.subject.name, learned, referenced),
         rule=rule.in_words(), threshold_rule=rule.threshold_in_words() if plan.threshold is None else GIVEN,
         judged_by=rule, plan=plan, trainability=learned, immunization_ratio=ratio,
         immunization_ratio_parts=parts if evidence.spectra else {},
+        immunization_ratio_spread=immunization_ratio_spread(*sides, rule.level),
         not_run=lines([trace for found in traces.values() for trace in found], plan.planned),
         expires=_expiry(evidence.provenance, rule), **_as_fields(evidence),
     )  # fmt: skip
@@ -131,26 +141,33 @@ def _expiry(provenance: Provenance, rule: Rule) -> str:
 def _cells(traces: Traces, plan: Plan, rule: Rule, evidence: Evidence) -> list[Cell]:
     """One cell for every attack that is planned or was run on any side; none can be left out."""
     test = evidence.harmful_data[-1]
-    common = reference_threshold(traces["control"], rule) if plan.threshold is None else plan.threshold
-
-    def threshold(name: str) -> float:
-        if plan.threshold is not None or name not in rule.own_threshold:
-            return common
-        control = [trace for trace in traces["control"] if trace.attack == name]
-        own = own_threshold(control, 1 / max(len(test.classes), 1), rule)
-        return common if own is None else own
-
+    chance = -math.inf if rule.gain else 1 / max(len(test.classes), 1)
+    anyway = without_model(traces, 0 if rule.gain else test.rows, chance)
     return [
         build_cell(
             item.attack,
             item,
             {role: [trace for trace in found if trace.attack == item.attack] for role, found in traces.items()},
-            threshold(item.attack),
+            plan.threshold,
             test.rows,
             rule,
+            anyway,
         )
         for item in plan.attacks
     ]
+
+
+def _check_planned(traces: Mapping[str, Sequence[AttackTrace]], plan: Plan) -> None:
+    """Raise unless the base was attacked, and every trace is of an attack that the plan has."""
+    if not traces.get("control"):
+        raise IncompleteExamError("expected traces of the base, got none: attack it with --role control.")
+    for role, found in traces.items():
+        known = {item.attack for item in (plan.references if role == "nothing" else (*plan.attacks, *plan.methods))}
+        if strange := sorted({trace.attack for trace in found} - known):
+            raise RecordError(
+                f"expected traces of attacks that the plan has, got {', '.join(strange)} among those of {role}: an "
+                "attack that was run cannot be left out. Certify anew."
+            )
 
 
 def _check_evidence(
@@ -158,7 +175,7 @@ def _check_evidence(
 ) -> None:
     """Raise RecordError for a trace of other data or weights than the exam's, or of another family than the plan's."""
     wanted = [fingerprint.sha256 for fingerprint in splits]
-    known = {item.attack: item for item in (*plan.attacks, *plan.methods)}
+    known = {item.attack: item for item in (*plan.attacks, *plan.methods, *plan.references)}
     weights = {"subject": evidence.subject.weights, "control": evidence.control.weights}
     for role, found in traces.items():
         for trace in found:

@@ -52,13 +52,14 @@ class Gathered:
 
 def gather(
     sides: Sides, attacks: Mapping[str, Attack], methods: Mapping[str, Attack], protocol: Protocol,
-    threshold: float | None,
+    threshold: float | None, references: Mapping[str, Attack] | None = None,
 ) -> Gathered:
     """Read the traces of both sides and copy those of the control beside the subject's.
 
     Args:
         attacks, methods: tables of the attacks and of the methods by which a benign task is learned.
         threshold: harmful score that counts as success, where it is given by hand.
+        references: attackers without the model.
 
     Raises:
         IncompleteExamError: no control traces.
@@ -67,7 +68,7 @@ def gather(
     """
     lowest = -math.inf if protocol.rule.gain else 0.0
     _check_comparable(sides.control, sides.subject)
-    known = {**attacks, **methods}
+    known = {**attacks, **methods, **(references or {})}
     found = {"subject": read_traces(sides.folder, "subject", sides.subject, known, lowest)}
     found |= control_traces(sides.folder, sides.base_folder, sides.control, known, lowest)
     return Gathered(found, plan_exam(protocol, attacks, methods, found, threshold), sides)

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from hf_immunize.certification.cells import Described
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol
+from hf_immunize.exam.presets import CUSTOM, run_departures
 from hf_immunize.records import AttackTrace, Plan, PlannedAttack
 
-SIDES = ("subject", "control", "scratch")
+SIDES = ("subject", "control", "scratch", "nothing")
 
 
 def plan_exam(
@@ -30,14 +31,21 @@ def plan_exam(
         "attacks": [_described(name, about) for name, about in attacks.items()
                     if name in run or name in protocol.attacks],
         "methods": [_described(name, about) for name, about in methods.items()],
+        "references": [
+            PlannedAttack(attack=name, family=trace.family, unit=trace.unit)
+            for name, trace in {trace.attack: trace for trace in traces.get("nothing", ())}.items()
+        ],
     })
-    return with_runs(plan, traces)
+    plan = with_runs(plan, traces)
+    # what departs from a preset does not go by its name
+    return plan.model_copy(update={"protocol": CUSTOM}) if run_departures(plan, traces) else plan
 
 
 def with_runs(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> Plan:
     """The plan with the seeds, trials and budgets that these traces tell of."""
     return plan.model_copy(update={
-        part: [_filled(item, traces) for item in getattr(plan, part)] for part in ("attacks", "methods")
+        part: [_filled(item, traces.get(role, ())) for item in getattr(plan, part)]
+        for part, role in (("attacks", "subject"), ("methods", "subject"), ("references", "nothing"))
     })
 
 
@@ -68,9 +76,9 @@ def _described(name: str, about: Described) -> PlannedAttack:
     return PlannedAttack(attack=name, family=about.family, unit=about.unit)
 
 
-def _filled(item: PlannedAttack, traces: Mapping[str, Sequence[AttackTrace]]) -> PlannedAttack:
-    """One attack with what was run of it on the model under test."""
-    runs = [trace for trace in traces.get("subject", ()) if trace.attack == item.attack]
+def _filled(item: PlannedAttack, traces: Sequence[AttackTrace]) -> PlannedAttack:
+    """One attack with what was run of it."""
+    runs = [trace for trace in traces if trace.attack == item.attack]
     tuning = next((trace.config["tuning_seeds"] for trace in runs if trace.config.get("tuning_seeds")), [])
     return item.model_copy(update={
         "seeds": sorted({trace.seed for trace in runs}), "trials": sorted({trace.trial for trace in runs}),

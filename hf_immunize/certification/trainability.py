@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from hf_immunize.certification.cells import check_same_exam, score_before
+from hf_immunize.certification.cells import check_same_exam
+from hf_immunize.certification.uplift import score_before
 from hf_immunize.exam import Rule
 from hf_immunize.metrics import (
     best_trial,
@@ -64,7 +65,7 @@ def _one(
     drop = mean_interval([before[seed] - after[seed] for seed in seeds], rule.trainability_level)
     reached = sum(before.values()) / max(len(before), 1)
     start = score_before(control) if rule.gain else 0.0
-    threshold = start + rule.threshold_share * (reached - start)
+    threshold = start + rule.trainability_share * (reached - start)
     margin = rule.trainability_margin * (max(reached - start, 0.0) if rule.gain else 1.0)
     steps = [{seed: steps_to_threshold(run, threshold) for seed, run in runs.items()} for runs in sides]
     verdict, reason = judge_drop(drop, margin, "score" if rule.gain else "accuracy")

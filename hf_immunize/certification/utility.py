@@ -1,14 +1,16 @@
-"""What the primary task is still worth."""
+"""What the primary task is still worth: answers of base and immunized classifier on the same held-out rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from hf_immunize.certification.primary_rows import judge_utility
 from hf_immunize.data import PixelDataset, batches, for_model, refuse_other_labels
 from hf_immunize.features import prefer_channels_last
-from hf_immunize.metrics import paired_drop_interval
-from hf_immunize.records import Utility
+from hf_immunize.records import Answers, ModelFingerprint, Utility, UtilityRows
+
+_FOREIGN = -1
 
 
 @torch.no_grad()
@@ -24,8 +26,9 @@ def predicted_labels(model: nn.Module, dataset: PixelDataset) -> Tensor:
     return torch.cat(found)
 
 
-def correct_rows(model: nn.Module, dataset: PixelDataset, *, is_base: bool = False) -> list[bool]:
-    """Which rows the model classifies correctly, in evaluation mode, its classes and the dataset's matched by name.
+def answered(model: nn.Module, dataset: PixelDataset, *, is_base: bool = False) -> list[int]:
+    """The dataset's number of the class that a model answers for every row, in evaluation mode; −1 for a class that
+    the dataset does not have. Classes of both are matched by name.
 
     Raises:
         ModelError: the model's classes are not those of the dataset.
@@ -35,20 +38,44 @@ def correct_rows(model: nn.Module, dataset: PixelDataset, *, is_base: bool = Fal
     predicted = predicted_labels(model, own)
     if is_base:
         refuse_other_labels(predicted, own.labels, own.label_names, dataset.name)
-    return (predicted == own.labels).tolist()
+    numbers = dict(zip(own.labels.tolist(), dataset.labels.tolist(), strict=True))
+    return [numbers.get(answer, _FOREIGN) for answer in predicted.tolist()]
+
+
+def correct_rows(model: nn.Module, dataset: PixelDataset, *, is_base: bool = False) -> list[bool]:
+    """Which rows the model classifies correctly. Raises as ``answered``."""
+    given = answered(model, dataset, is_base=is_base)
+    return [answer == wanted for answer, wanted in zip(given, dataset.labels.tolist(), strict=True)]
+
+
+def utility_rows(
+    base: nn.Module, immunized: nn.Module, dataset: PixelDataset, data: str, subject: ModelFingerprint,
+    control: ModelFingerprint,
+) -> UtilityRows:
+    """What both models answer on every row.
+
+    Args:
+        data: SHA-256 of the rows.
+        subject, control: fingerprints of the immunized model and of the base.
+
+    Raises:
+        ModelError, DataError: as in ``answered``.
+    """
+    return UtilityRows(
+        metric="accuracy", data=data, subject=subject.weights, control=control.weights,
+        answers=Answers(
+            wanted=dataset.labels.tolist(), base=answered(base, dataset, is_base=True),
+            immunized=answered(immunized, dataset),
+        ),
+    )
 
 
 def measure_utility(base: nn.Module, immunized: nn.Module, dataset: PixelDataset, level: float = 0.95) -> Utility:
     """Primary accuracy of both models on the same held-out rows, percent, with the paired interval of the drop.
 
     Raises:
-        ModelError, DataError: as in ``correct_rows``.
+        ModelError, DataError: as in ``answered``.
     """
-    before, after = correct_rows(base, dataset, is_base=True), correct_rows(immunized, dataset)
-    return Utility(
-        metric="accuracy",
-        base=100 * sum(before) / len(before),
-        immunized=100 * sum(after) / len(after),
-        drop=paired_drop_interval(before, after, level),
-        rows=len(before),
-    )
+    nobody = ModelFingerprint(name="", architecture="", parameters=0, weights={})
+    rows = utility_rows(base, immunized, dataset, "", nobody, nobody)
+    return judge_utility(rows, level)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from hf_immunize.errors import HubError, ImmunizeError, PolicyUnmetError, PublishRefusedError, VerificationError
@@ -96,7 +97,7 @@ def say(what: Any) -> None:
     if isinstance(what, dict | list):
         sys.stdout.write(json.dumps(what, indent=1, ensure_ascii=False) + "\n")
     else:
-        Console(soft_wrap=isinstance(what, str)).print(what, markup=False, highlight=False)
+        Console(soft_wrap=isinstance(what, str | Text)).print(what, markup=False, highlight=False)
 
 
 def errors() -> Console:

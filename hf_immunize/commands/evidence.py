@@ -1,11 +1,11 @@
-"""Commands on finished models: verify, show, report, diff."""
+"""Commands on finished models: verify, show, report, diff, compare, leaderboard."""
 
 from __future__ import annotations
 
 import secrets
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,7 +21,7 @@ PolicyFile = Annotated[Path | None, typer.Option("--policy", help="YAML file wit
 @app.command(epilog=f"""Examples:\n
     hf-immunize verify owner/model --revision main --rejudge\n
     hf-immunize verify ./model --policy policy.yaml --trusted-key 3b6a... --json\n
-    hf-immunize verify runs/digits-vit/condition_number --recheck 1 --base runs/digits-vit/base
+    hf-immunize verify runs/digits-vit/condition_number --recheck 3 --base runs/digits-vit/base
     --task recipes/digits-vit/task.yaml\n
 {CODES}""")
 def verify(
@@ -31,37 +31,77 @@ def verify(
     trusted_key: Annotated[
         str | None, typer.Option(help="Publisher's public key, hexadecimal or a file; its signature is required.")
     ] = None,
+    checker_key: Annotated[
+        list[str] | None, typer.Option(help="Public key of somebody whose signed rechecks you believe; may be repeated.")
+    ] = None,
     rejudge: Annotated[bool, typer.Option("--rejudge", help="Also recompute every verdict from the traces.")] = False,
     recheck: Annotated[
-        int, typer.Option(help="Attack again: this many random cells, whose results are compared with the stored "
-                          "intervals. Needs --base and --task; takes as long as these attacks.", min=0)
+        int, typer.Option(help="Attack again: this many random trials, whose curves are compared with the certified ones "
+                          "at every evaluation. Takes as long as these attacks.", min=0)
     ] = 0,
-    base: Annotated[str | None, typer.Option(help="For --recheck: folder or Hub id of the base.")] = None,
-    task: Annotated[Path | None, typer.Option(help="For --recheck: YAML file with the exam's data options.")] = None,
-    recheck_seed: Annotated[int | None, typer.Option(help="Which cells are drawn; another draw by default.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of the base; its weights must be the certificate's control. "
+                                 "By default the one that the card names, where it is needed.")
+    ] = None,
+    task: Annotated[
+        Path | None, typer.Option(help="For --recheck: YAML file with the exam's data options; by default those in the "
+                                  "certificate.")
+    ] = None,
+    recheck_seed: Annotated[
+        int | None, typer.Option(help="Which trials are drawn; another draw by default. Never take the publisher's.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="For --recheck: folder below which the signed record is written, to be published "
+                                  "beside the certificate.")
+    ] = None,
+    sign_key: Annotated[
+        Path | None, typer.Option(help="For --record: private key; by default the one of 'hf-immunize keygen'.")
+    ] = None,
     device: Annotated[str, typer.Option(help="For --recheck: cpu, cuda or mps.")] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Check hashes, schema, expiry, signature, card and policy of a published model; on request, its attacks too."""
-    from hf_immunize.hub import Policy, repeat_attacks, verify_model
-    from hf_immunize.hub.tables import findings_table
+    from hf_immunize.hub import Policy, verify_model
+    from hf_immunize.hub.control import check_control, named_base
+    from hf_immunize.hub.tables import findings_table, outcome
 
     wanted = None if policy is None else Policy.read(policy)
     folder, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key,
-                                 rejudge=rejudge)
+                                 checker_keys=checker_key or (), rejudge=rejudge)
+    if base is not None:
+        found = check_control(found, base)
     if recheck:
-        if base is None or task is None:
-            raise ConfigError("expected --base and --task with --recheck, got one or none: a certificate names its "
-                              "base and its data, but holds neither.")
-        from hf_immunize.stages.start import hush
-
+        base = base or named_base(folder)
+        if base is None:
+            raise ConfigError("expected --base with --recheck, got none, and the card names none: a certificate names its "
+                              "base by digest, but does not hold it.")
         seed = secrets.randbelow(2**31) if recheck_seed is None else recheck_seed
-        hush()
-        with errors().status(f"attacking again, {recheck} cell(s), seed {seed}"):
-            found = repeat_attacks(folder, found, base=base, task=task, cells=recheck, seed=seed, device=device)
-    say(found.as_json() if as_json else findings_table(found))
+        found = _again(folder, found, record, sign_key, base=base, task=task, trials=recheck, seed=seed, device=device)
+    say(found.as_json() if as_json else outcome(found))
+    if found.findings and not as_json:
+        say(findings_table(found))
     if not found.ok:
         raise typer.Exit(UNMET if found.sound else UNSOUND)
+
+
+def _again(folder: Path, found: Any, into: Path | None, key: Path | None, **how: Any) -> Any:
+    """The verification after a recheck, whose record is signed and written when asked for."""
+    from hf_immunize.hub import repeat_attacks
+    from hf_immunize.hub.signature import find_key
+    from hf_immunize.hub.trust import sign_recheck
+    from hf_immunize.records import atomic_write
+    from hf_immunize.stages.start import hush
+
+    signing = key or find_key()
+    if into is not None and signing is None:
+        raise ConfigError("expected a private key for --record, got none: make one with 'hf-immunize keygen'.")
+    hush()
+    with errors().status(f"attacking again, {how['trials']} trial(s), seed {how['seed']}"):
+        found, made = repeat_attacks(folder, found, **how)
+    if into is not None and signing is not None and made is not None:
+        name, data = sign_recheck(made, signing)
+        errors().print(f"Wrote {atomic_write(into / name, data)}")
+    return found
 
 
 @app.command(epilog="""Examples:\n
@@ -74,13 +114,15 @@ def show(
 ) -> None:
     """Show what a certificate says, and whether the files beside it are the examined ones."""
     from hf_immunize.hub import verify_model
-    from hf_immunize.hub.tables import certificate_table, findings_table
+    from hf_immunize.hub.tables import certificate_table, findings_table, outcome
 
     _, found = verify_model(target, revision=revision)
     if found.certificate is not None:
         say(found.certificate.model_dump(mode="json") if as_json else certificate_table(found.certificate))
     if not as_json or not found.sound:
-        (errors() if as_json else Console()).print(findings_table(found))
+        shown = errors() if as_json else Console()
+        shown.print(outcome(found), soft_wrap=True)
+        shown.print(findings_table(found))
     if not found.sound:
         raise typer.Exit(UNSOUND)
 
@@ -133,3 +175,48 @@ def diff(
         say(differences_table(rows, (str(first), str(second))) if rows else "The two certificates say the same.")
     if rows:
         raise typer.Exit(1)
+
+
+Targets = Annotated[list[str], typer.Argument(help="Folders, or owner/name on the Hub.")]
+Rejudge = Annotated[bool, typer.Option("--rejudge", help="Also judge each again from its traces.")]
+TrustedKey = Annotated[str | None, typer.Option(help="Publisher's public key; its signature is required.")]
+CheckerKey = Annotated[list[str] | None, typer.Option(help="Key of somebody whose rechecks you believe; repeatable.")]
+
+
+@app.command(epilog="""Examples:\n
+    hf-immunize compare runs/digits-vit/condition_number runs/digits-vit/closed_form\n
+    hf-immunize compare owner/one owner/two --rejudge --json""")
+def compare(
+    targets: Targets, rejudge: Rejudge = False, trusted_key: TrustedKey = None, checker_key: CheckerKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show certificates side by side with who says so: one table for each exam, since others cannot be compared."""
+    from hf_immunize.hub.leaderboard import COLUMNS, group_entries, read_entries, row_of
+    from hf_immunize.hub.tables import group_table
+
+    entries = read_entries(targets, rejudge=rejudge, trusted_key=trusted_key, checker_keys=checker_key or ())
+    groups = group_entries(entries)
+    if as_json:
+        say([{"title": group.title, "shared": dict(group.about), "models": [
+            dict(zip((*COLUMNS, *group.families), row_of(entry, group.families), strict=True))
+            for entry in group.entries]} for group in groups])
+    else:
+        for group in groups:
+            say(group_table(group))
+    if not all(entry.found.sound for entry in entries):
+        raise typer.Exit(UNSOUND)
+
+
+@app.command(epilog="""Example:\n
+    hf-immunize leaderboard runs/*/ owner/model -o leaderboard.html""")
+def leaderboard(
+    targets: Targets,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Page to write.")] = Path("leaderboard.html"),
+    rejudge: Rejudge = False, trusted_key: TrustedKey = None, checker_key: CheckerKey = None,
+) -> None:
+    """Write a page with a sortable table of certificates for each exam: one file, no network."""
+    from hf_immunize.hub.leaderboard import group_entries, leaderboard_html, read_entries
+    from hf_immunize.records import atomic_write
+
+    entries = read_entries(targets, rejudge=rejudge, trusted_key=trusted_key, checker_keys=checker_key or ())
+    say(f"Wrote {atomic_write(output, leaderboard_html(group_entries(entries)))}")

@@ -38,7 +38,11 @@ def publish(
     branch: Annotated[str | None, typer.Option(help="Commit to this branch.")] = None,
     pr: Annotated[bool, typer.Option("--pr", help="Open a pull request.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; the network is not asked.")] = False,
-    sign_key: Annotated[Path | None, typer.Option(help="Private key (see keygen) that signs the certificate.")] = None,
+    sign_key: Annotated[
+        Path | None, typer.Option(help="Private key that signs the certificate; by default the one of 'hf-immunize "
+                                  "keygen', where there is one.")
+    ] = None,
+    no_sign: Annotated[bool, typer.Option("--no-sign", help="Do not sign, although there is a key.")] = False,
     message: Annotated[str | None, typer.Option("-m", "--message", help="Title of the commit.")] = None,
     license_: Licence = None,
     base_model: BaseModel = None,
@@ -52,7 +56,8 @@ def publish(
 
     done = send(
         folder, repo_id, policy=None if policy is None else Policy.read(policy), allow_failed=allow_failed,
-        private=private or None, branch=branch, create_pr=pr, dry_run=dry_run, signing_key=sign_key, message=message,
+        private=private or None, branch=branch, create_pr=pr, dry_run=dry_run, signing_key=sign_key,
+        sign=not no_sign, message=message,
         card=_card_options(folder, repo_id, license_, base_model, dataset, pipeline_tag),
     )
     if as_json:
@@ -99,13 +104,19 @@ def card(
         say(f"Wrote {write_card(folder, options)}")
 
 
-@app.command(epilog="""Example:\n
+@app.command(epilog="""Examples:\n
+    hf-immunize keygen\n
     hf-immunize keygen signing.pem""")
-def keygen(path: Annotated[Path, typer.Argument(help="File for the private key; must not exist.")]) -> None:
+def keygen(
+    path: Annotated[
+        Path | None, typer.Argument(help="File for the private key; must not exist. By default where publish looks: "
+                                    "HF_IMMUNIZE_SIGNING_KEY, or ~/.config/hf_immunize/signing.pem.")
+    ] = None,
+) -> None:
     """Make an Ed25519 key to sign certificates with; prints the public key to give to users."""
-    from hf_immunize.hub.signature import make_key
+    from hf_immunize.hub.signature import default_key_file, make_key
 
-    say(make_key(path))
+    say(make_key(path or default_key_file()))
 
 
 def _card_options(

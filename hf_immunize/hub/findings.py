@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from hf_immunize.errors import VerificationError
+from hf_immunize.hub.levels import Trust
 from hf_immunize.records import Certificate
 from hf_immunize.report.text import clean
 
@@ -67,7 +68,9 @@ class Verification:
     digests: dict[str, str]
     """SHA-256 of every file that was read, by relative name."""
     signed_by: str | None
-    """Public key of a valid signature over this certificate; null without one."""
+    """Public key of a valid signature over this certificate, whoever's key it is; null without one."""
+    trust: Trust = Trust()
+    """Who speaks for it, by the keys that the reader named."""
 
     @property
     def sound(self) -> bool:
@@ -100,6 +103,7 @@ class Verification:
             "overall": None if certificate is None else certificate.overall,
             "families": {} if certificate is None else {item.family: item.verdict for item in certificate.families},
             "expires": None if certificate is None else certificate.expires,
+            "trust": self.trust.as_json(),
             "signed_by": self.signed_by,
             "findings": [asdict(finding) for finding in self.findings],
             "sha256": dict(sorted(self.digests.items())),

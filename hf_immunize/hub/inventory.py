@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterable
@@ -64,6 +65,20 @@ class Inventory:
         """The first bytes of a file."""
         with self._open(name) as stream:
             return stream.read(8)
+
+    def tensor_names(self, name: str) -> list[str]:
+        """Names of the tensors in a safetensors file, from its header alone.
+
+        Raises:
+            RecordError: it has no such header.
+        """
+        with self._open(name) as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            head = stream.read(size) if size <= LARGEST_TEXT else b""
+        try:
+            return [key for key in json.loads(head) if key != "__metadata__"]
+        except ValueError as error:
+            raise RecordError(f"expected a safetensors header in {name}, got something else: restore it.") from error
 
     def _open(self, name: str):  # noqa: ANN202  (a raw binary stream)
         if name not in self.files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def verify_model(
     policy: Policy | None = None,
     revision: str | None = None,
     trusted_key: str | Path | None = None,
+    checker_keys: Collection[str | Path] = (),
     today: datetime.date | None = None,
     rejudge: bool = False,
     **fetching: Any,
@@ -88,7 +90,9 @@ def verify_model(
         folder = fetch(str(target), revision=revision, **fetching)
     elif revision is not None:
         raise ConfigError(f"expected a revision only with a Hub repository, got one with {folder}: leave it.")
-    return folder, verify_folder(folder, policy=policy, trusted_key=trusted_key, today=today, rejudge=rejudge)
+    return folder, verify_folder(
+        folder, policy=policy, trusted_key=trusted_key, checker_keys=checker_keys, today=today, rejudge=rejudge
+    )
 
 
 def load_verified(
@@ -97,6 +101,7 @@ def load_verified(
     policy: Policy | None = None,
     revision: str | None = None,
     trusted_key: str | Path | None = None,
+    checker_keys: Collection[str | Path] = (),
     base: str | Path | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -113,6 +118,7 @@ def load_verified(
         policy: what the certificate has to say; without one, only that the files are what it says.
         revision: branch, tag or commit; the commit is resolved once, and that one is verified and loaded.
         trusted_key: publisher's key whose signature is required.
+        checker_keys: keys of those whose signed rechecks count.
         base: for an adapter, the folder of its base; its weights must be those the certificate names as control.
         trust_remote_code: run code from the repository. No check covers what it does.
         model_options: ``dtype``, ``device_map``, ``max_memory`` or ``attn_implementation`` for ``from_pretrained``.
@@ -124,8 +130,8 @@ def load_verified(
     if unknown := sorted(set(model_options) - set(_PASSED_ON)):
         raise ConfigError(f"expected options out of {', '.join(_PASSED_ON)}, got {unknown}: load by hand for others.")
     folder, found = verify_model(
-        repo_id_or_path, policy=policy, revision=revision, trusted_key=trusted_key, today=today, token=token, api=api,
-        cache_dir=cache_dir, local_files_only=local_files_only, with_code=trust_remote_code,
+        repo_id_or_path, policy=policy, revision=revision, trusted_key=trusted_key, checker_keys=checker_keys, today=today,
+        token=token, api=api, cache_dir=cache_dir, local_files_only=local_files_only, with_code=trust_remote_code,
     )
     certificate = found.require().certificate
     assert certificate is not None  # required above

@@ -11,7 +11,7 @@ from typing import Literal
 
 from hf_immunize.records.files import LOADING_FILES
 
-Kind = Literal["weights", "loading", "record", "trace", "page", "code", "pickle", "other"]
+Kind = Literal["weights", "loading", "record", "trace", "recheck", "page", "code", "pickle", "other"]
 
 CERTIFICATE = "certificate.json"
 SIGNATURE = "certificate.sig"
@@ -19,6 +19,10 @@ SEAL = "SHA256SUMS"
 CARD = "README.md"
 REPORT = "report.html"
 IMMUNIZATION = "immunization.json"
+UTILITY_FOLDER = "utility"
+"""Folder of the answers that the utility is computed from."""
+RECHECKS = "rechecks"
+"""Folder of signed records of those who ran certified attacks again; they may come after the seal."""
 RECORDS = (CERTIFICATE, SIGNATURE, SEAL, IMMUNIZATION)
 UNSEALED = (SEAL, CARD, ".gitattributes")
 """What ``SHA256SUMS`` does not list: itself, the card, whose tables are checked against the certificate, and git's."""
@@ -79,8 +83,10 @@ def kind_of(name: str) -> Kind:
     suffix, last = path.suffix.lower(), path.name
     if name in RECORDS:
         return "record"
-    if path.parts[0] == "traces" and suffix == ".json":
+    if path.parts[0] in ("traces", UTILITY_FOLDER) and suffix == ".json":
         return "trace"
+    if path.parts[0] == RECHECKS and suffix == ".json":
+        return "recheck"
     if last.lower().endswith(".safetensors"):
         return "weights"
     if any(part in _PICKLES for part in (inner.lower() for inner in path.suffixes[-3:])):

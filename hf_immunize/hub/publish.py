@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-from hf_immunize.errors import ConfigError, HubError, PublishRefusedError
+from hf_immunize.errors import ConfigError, HubError, PublishRefusedError, VerificationError
 from hf_immunize.hub.card import CardOptions
+from hf_immunize.hub.card_check import options_of, split_card
+from hf_immunize.hub.control import require_control
 from hf_immunize.hub.findings import Verification
-from hf_immunize.hub.names import is_harmless
+from hf_immunize.hub.names import CARD, is_harmless
 from hf_immunize.hub.policy import Policy
 from hf_immunize.hub.release import CHANGED, Release, prepare
 from hf_immunize.hub.remote import asked, careful, differences, may_have_arrived
@@ -35,6 +38,8 @@ class Publication:
     """Commit hash; null after a dry run."""
     url: str | None = None
     pull_request: str | None = None
+    control_compared: bool = False
+    """The certificate's control was compared with the base that the card names, by the Hub's digests, and is the same."""
     confirmed: bool = False
     """The Hub's own digests of the new revision were read back and are those of the certified files."""
 
@@ -42,7 +47,7 @@ class Publication:
         """Plain data for scripts."""
         return {
             "repo_id": self.repo_id, "dry_run": self.dry_run, "revision": self.revision, "url": self.url,
-            "pull_request": self.pull_request, "confirmed": self.confirmed, "files": self.files,
+            "pull_request": self.pull_request, "confirmed": self.confirmed, "control_compared": self.control_compared, "files": self.files,
             "left_out": list(self.left_out), "deleted": list(self.deleted),
             "verification": self.verification.as_json(),
         }
@@ -60,6 +65,7 @@ def publish(
     dry_run: bool = False,
     card: CardOptions | None = None,
     signing_key: str | Path | None = None,
+    sign: bool = True,
     message: str | None = None,
     token: str | None = None,
     api: HfApi | None = None,
@@ -72,6 +78,8 @@ def publish(
         private: visibility of a new repository; with True, an existing public one is refused.
         dry_run: run the gate and list what would go; nothing is asked of the network.
         card: what the records do not know; by default what the folder's own card says.
+        signing_key: private key that signs; by default the one that ``keygen`` made, where there is one.
+        sign: whether to look for that key.
         timeout: seconds of silence after which an answer is given up.
 
     Raises:
@@ -82,12 +90,34 @@ def publish(
         raise ConfigError("expected a branch or a pull request, got both: leave one out.")
     api = api or HfApi(token=token)
     secret = token or (api.token if isinstance(api.token, str) else get_token())
-    gate = {"policy": policy, "allow_failed": allow_failed, "signing_key": signing_key, "token": secret}
+    gate = {"policy": policy, "allow_failed": allow_failed, "token": secret,
+            "signing_key": signing_key, "sign_by_default": sign}
     release = prepare(folder, card=card, repo_id=repo_id, **gate)
     if dry_run:
         return Publication(repo_id, release.sizes, release.left_out, (), release.verification, dry_run=True)
     with careful(timeout, secret):
-        return _Sending(api, repo_id, release, secret).send(private, branch, create_pr, message)
+        compared = _compare_control(release, api, secret)
+        done = _Sending(api, repo_id, release, secret).send(private, branch, create_pr, message)
+    return dataclasses.replace(done, control_compared=compared)
+
+
+def _compare_control(release: Release, api: HfApi, token: str | None) -> bool:
+    """Whether the base that the card names could be compared with the certificate's control.
+
+    Raises:
+        PublishRefusedError: it could, and has other weights.
+    """
+    named = options_of(*split_card(release.small[CARD].decode())).base_model
+    certificate = release.verification.certificate
+    if named is None or certificate is None:
+        return False
+    try:
+        require_control(certificate, named, api=api, token=token)
+    except VerificationError as error:
+        raise PublishRefusedError(str(error)) from error
+    except HubError:  # not on the Hub, or not for these eyes: readers compare it with verify --base
+        return False
+    return True
 
 
 class _Sending:

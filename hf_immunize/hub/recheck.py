@@ -1,4 +1,4 @@
-"""Run a few of the certified attacks again, on the downloaded weights: the only check on the evidence itself."""
+"""Make a few of the certified trials again, on the downloaded weights: the only check on the evidence itself."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hf_immunize.errors import ModelError
+from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.hub.findings import Findings, Verification
+from hf_immunize.hub.levels import Trust
 from hf_immunize.hub.library import library_of
 from hf_immunize.hub.load import check_base, fetch
 from hf_immunize.hub.names import CERTIFICATE
-from hf_immunize.records import Interval
-from hf_immunize.report import text
+from hf_immunize.records import Certificate, RecheckRecord, RepeatedTrial
 
 
 def repeat_attacks(
@@ -20,56 +20,72 @@ def repeat_attacks(
     found: Verification,
     *,
     base: str | Path,
-    task: str | Path,
-    cells: int,
-    seed: int = 0,
+    trials: int,
+    seed: int,
+    task: str | Path | None = None,
     device: str = "cpu",
     **fetching: Any,
-) -> Verification:
-    """The verification, and for each of ``cells`` random cells whether what comes out now lies in its stored interval.
+) -> tuple[Verification, RecheckRecord | None]:
+    """The verification with what ``trials`` random trials give now, and the record of it, to be signed and published.
 
-    Files that are not what the certificate says are not attacked: the verification is returned as it is.
+    Files that are not what the certificate says are not attacked: the verification is returned as it is, without a
+    record.
 
     Args:
         base: folder or ``owner/name`` of the base, whose weights must be the certificate's control.
-        task: YAML file with the data options that the exam was sat with.
+        seed: which trials are drawn. Who made the certificate must not choose it.
+        task: YAML file with the data options that the exam was sat with; by default those in the certificate.
         fetching: see ``fetch``.
 
     Raises:
-        ModelError: an adapter or a pipeline, which the attacks here do not load.
+        ModelError: an adapter, which the attacks here do not load.
         VerificationError: another base than the certificate's.
-        RecordError: other data than the certificate's, or a rule of another release.
+        RecordError: other data than the certificate's, or attacks of another release.
+        ConfigError: no task options, or data that they do not lead to.
     """
     certificate = found.certificate
     if certificate is None or not found.sound:
-        return found
-    if library_of(certificate, {path.name for path in folder.iterdir()}).name != "transformers":
+        return found, None
+    if library_of(certificate, {path.name for path in folder.iterdir()}).name == "peft":
         raise ModelError(
-            "expected an image classifier to attack again, got an adapter or a pipeline: recheck a pipeline "
-            "with hf-immunize certify --recheck."
+            "expected a classifier or a pipeline to attack again, got an adapter: the attacks of this release load whole "
+            "models. Merge it into its base, and certify that."
         )
     root = Path(base)
     if not root.is_dir():
         root = fetch(str(base), **fetching)
     check_base(root, certificate)
-    from hf_immunize.certification import read_task, sit_again
+    from hf_immunize.certification.bench import open_bench, read_options
+    from hf_immunize.certification.trials import repeat_trials
 
+    options = _published_options(certificate) if task is None else read_options(task)
+    record = repeat_trials(folder, open_bench(folder, root, options, device), trials, seed)
     again = Findings()
-    for line in sit_again(folder, root, read_task(task), cells, seed, device):
-        _tell(line, again)
-    return dataclasses.replace(found, findings=(*found.findings, *again.found))
+    for item in record.trials:
+        _tell(item, again)
+    for name in record.overturned:
+        again.fail("recheck", CERTIFICATE, f"with these runs {name} is {record.verdicts[name]}, not as certified. Do not "
+                   "rely on this certificate.")
+    findings = (*found.findings, *again.found)
+    if not record.holds:
+        return dataclasses.replace(found, findings=findings, trust=Trust()), record
+    trust = Trust("repeated", None, len(record.repeated), record.cells)
+    return dataclasses.replace(found, findings=findings, trust=trust), record
 
 
-def _tell(line: Any, again: Findings) -> None:
-    """One measure of one cell (a ``certification.Recheck``) as a finding."""
-    new = "no figure" if line.found is None else f"{line.found:.3g}"
-    told = f"attacked again with {line.attack}: {line.measure} {new}, certified {_interval(line.stored)}"
-    if line.agrees:
-        again.note("recheck", CERTIFICATE, f"{told}: it holds.")
+def _published_options(certificate: Certificate) -> dict[str, Any]:
+    """The task options that travel in the certificate."""
+    if not certificate.task:
+        raise ConfigError(
+            "expected the data options of the exam, got none in the certificate: give the task file with --task."
+        )
+    return dict(certificate.task)
+
+
+def _tell(item: RepeatedTrial, again: Findings) -> None:
+    """One trial as a finding."""
+    what = f"made again, {item.attack} {item.trial} on the {item.role}: {item.told}"
+    if item.agrees:
+        again.note("recheck", CERTIFICATE, f"{what}: it holds.")
     else:
-        again.fail("recheck", CERTIFICATE, f"{told}: it does not hold here. Do not rely on this certificate.")
-
-
-def _interval(stored: Interval) -> str:
-    bounds = ("open" if bound is None else f"{bound:.3g}" for bound in (stored.low, stored.high))
-    return f"{text.NONE if stored.estimate is None else f'{stored.estimate:.3g}'} ({' to '.join(bounds)})"
+        again.fail("recheck", CERTIFICATE, f"{what}: it does not hold here. Do not rely on this certificate.")

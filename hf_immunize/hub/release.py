@@ -14,11 +14,13 @@ from hf_immunize.hub.card_check import options_of, split_card
 from hf_immunize.hub.demands import code_in, custom_components, is_configuration
 from hf_immunize.hub.findings import Findings, Verification
 from hf_immunize.hub.inventory import LARGEST_FILE, Inventory, scan
+from hf_immunize.hub.levels import Trust
 from hf_immunize.hub.library import PIPELINE_FILE
 from hf_immunize.hub.names import CARD, CERTIFICATE, REPORT, SEAL, SIGNATURE, kind_of
 from hf_immunize.hub.policy import PUBLISHING, Policy
 from hf_immunize.hub.seal import write_seal
-from hf_immunize.hub.signature import SignatureRecord, is_valid, sign
+from hf_immunize.hub.signature import SignatureRecord, find_key, is_valid, public_key_of, sign
+from hf_immunize.hub.trust import claimed
 from hf_immunize.hub.untrusted import parse_record
 from hf_immunize.hub.verify import examine
 from hf_immunize.records import Certificate
@@ -65,6 +67,7 @@ def prepare(
     card: CardOptions | None = None,
     repo_id: str | None = None,
     signing_key: str | Path | None = None,
+    sign_by_default: bool = True,
     token: str | None = None,
 ) -> Release:
     """The gate. Nothing is written and nothing is sent.
@@ -72,11 +75,15 @@ def prepare(
     Args:
         allow_failed: let a model out that does not meet the policy (``PUBLISHING`` by default). Files that are not
             what the certificate says are never let out, nor is an expired certificate.
+        signing_key: private key that signs; by default that of ``signature.find_key``, where there is one.
+        sign_by_default: whether to look for that key.
         token: refused in any file, beside everything else that looks like one.
 
     Raises:
         PublishRefusedError: no certificate, other files than certified, an unmet policy, or a secret in a file.
     """
+    if signing_key is None and sign_by_default:
+        signing_key = find_key()
     findings = Findings()
     everything = scan(folder, findings)
     if CERTIFICATE not in everything:
@@ -87,7 +94,7 @@ def prepare(
         policy = dataclasses.replace(policy, signed=False)
     verification = examine(chosen, findings, policy=policy, published=False)
     _gate(verification, str(folder), allow_failed)
-    rendered = _rendered(everything, card, repo_id)
+    rendered = _rendered(everything, card, repo_id, _speakers(chosen, signing_key))
     small, weights = _contents(chosen, verification)
     _refuse_remote_code(small, everything)
     _refuse_non_finite(weights)
@@ -112,10 +119,18 @@ def _refuse_non_finite(weights: dict[str, Path]) -> None:
             )
 
 
-def _rendered(folder: Inventory, card: CardOptions | None, repo_id: str | None) -> dict[str, bytes]:
+def _speakers(chosen: Inventory, key: str | Path | None) -> list[Trust]:
+    """Who signs what goes out, and who repeated it."""
+    said = claimed(chosen)
+    return said if key is None else [Trust("signed", public_key_of(key)), *said]
+
+
+def _rendered(
+    folder: Inventory, card: CardOptions | None, repo_id: str | None, speakers: list[Trust]
+) -> dict[str, bytes]:
     """Card, pictures and page, drawn at this moment from the records: none of them can be of another exam."""
     drawn = {REPORT: report_html([folder.root]).encode()} | curve_pictures(folder.root)
-    return drawn | {CARD: _card(folder, card, repo_id).encode()}
+    return drawn | {CARD: _card(folder, card, repo_id, speakers).encode()}
 
 
 def _signed(small: dict[str, bytes], digests: dict[str, str], key: str | Path | None) -> dict[str, bytes]:
@@ -149,13 +164,13 @@ def _choose(everything: Inventory) -> Inventory:
         certificate = Certificate.read(everything.files[CERTIFICATE])
     except RecordError:  # told as a finding by the examination
         return everything.only([CERTIFICATE])
-    listed = {*certificate.subject.weights, *certificate.traces, *certificate.files}
+    listed = {*certificate.subject.weights, *certificate.traces, *certificate.utility_rows, *certificate.files}
 
     def goes(name: str) -> bool:
         kind = kind_of(name)
         if kind in ("weights", "trace"):
             return name in listed
-        return not _is_written_here(name) and (kind in ("loading", "record") or _is_page(name))
+        return not _is_written_here(name) and (kind in ("loading", "record", "recheck") or _is_page(name))
 
     return everything.only(name for name in everything.files if goes(name))
 
@@ -193,11 +208,13 @@ def card_options(folder: str | Path) -> CardOptions:
         return CardOptions()
 
 
-def _card(folder: Inventory, card: CardOptions | None, repo_id: str | None) -> str:
+def _card(
+    folder: Inventory, card: CardOptions | None, repo_id: str | None, speakers: list[Trust] | None = None
+) -> str:
     options = card or card_options(folder.root)
     if repo_id is not None and "/" in repo_id:
         options = dataclasses.replace(options, repo_id=repo_id)
-    return render_card(folder.root, options)
+    return render_card(folder.root, options, speakers)
 
 
 def _digests_of(files: dict[str, bytes]) -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""Detached Ed25519 signatures over the bytes of a certificate, and over the list of what was published with it."""
+"""Detached Ed25519 signatures over the bytes of a certificate, and over the list of what was published with it.
+
+Keyless signatures (sigstore) are not offered: its client asks an identity provider, a certificate authority and a log
+over the network for every signature, so that no test without a network could show that signing works.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from hf_immunize.errors import ConfigError
 from hf_immunize.records import Record
 
 _KEY = re.compile(r"[0-9a-f]{64}")
+KEY_VARIABLE = "HF_IMMUNIZE_SIGNING_KEY"
 
 
 class SignatureRecord(Record):
@@ -41,6 +46,7 @@ def make_key(path: str | Path) -> str:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except OSError as error:
         raise ConfigError(
@@ -57,16 +63,7 @@ def sign(certificate: bytes, sealed: bytes, key_file: str | Path) -> bytes:
     Raises:
         ConfigError: no Ed25519 private key in PEM form in ``key_file``.
     """
-    primitives = _primitives()
-    try:
-        private = primitives.serialization.load_pem_private_key(Path(key_file).read_bytes(), password=None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"expected an unencrypted Ed25519 private key (PEM) in {key_file}, got none: make one with "
-            "'hf-immunize keygen'."
-        ) from error
-    if not isinstance(private, primitives.ed25519.Ed25519PrivateKey):
-        raise ConfigError(f"expected an Ed25519 key in {key_file}, got {type(private).__name__}: make one with keygen.")
+    private = _private(key_file)
     return SignatureRecord(
         algorithm="ed25519",
         public_key=_hexadecimal(private.public_key()),
@@ -87,6 +84,58 @@ def is_valid(record: SignatureRecord, certificate: bytes, sealed: bytes | None =
     except primitives.InvalidSignature:
         return False
     return True
+
+
+def sign_text(text: bytes, key_file: str | Path) -> tuple[str, str]:
+    """Public key and signature over any bytes, hexadecimal.
+
+    Raises:
+        ConfigError: as ``sign``.
+    """
+    private = _private(key_file)
+    return _hexadecimal(private.public_key()), private.sign(text).hex()
+
+
+def signed_text(public_key: str, signature: str, text: bytes) -> bool:
+    """Whether a signature is one by this key over these bytes."""
+    primitives = _primitives()
+    try:
+        primitives.ed25519.Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(
+            bytes.fromhex(signature), text)
+    except primitives.InvalidSignature:
+        return False
+    return True
+
+
+def public_key_of(key_file: str | Path) -> str:
+    """The public half of a private key, hexadecimal. Raises ConfigError as ``sign``."""
+    return _hexadecimal(_private(key_file).public_key())
+
+
+def default_key_file() -> Path:
+    """Where ``keygen`` puts a key and ``publish`` looks for one: HF_IMMUNIZE_SIGNING_KEY, or a file of the user's
+    configuration folder."""
+    named = os.environ.get(KEY_VARIABLE)
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "hf_immunize" / "signing.pem"
+
+
+def find_key() -> Path | None:
+    """The default key where there is one.
+
+    Raises:
+        ConfigError: HF_IMMUNIZE_SIGNING_KEY names a file that is not there.
+    """
+    path = default_key_file()
+    if path.is_file():
+        return path
+    if os.environ.get(KEY_VARIABLE):
+        raise ConfigError(
+            f"expected a private key in {path}, which {KEY_VARIABLE} names, got no file: make one with "
+            "'hf-immunize keygen', or unset the variable."
+        )
+    return None
 
 
 def trusted(key: str | Path) -> str:
@@ -114,6 +163,21 @@ def trusted(key: str | Path) -> str:
             f"expected a public key in {text}, got something else: give the public half, in PEM or hexadecimal form."
         ) from error
     return _hexadecimal(public)
+
+
+def _private(key_file: str | Path) -> Any:
+    """An Ed25519 private key from a file."""
+    primitives = _primitives()
+    try:
+        private = primitives.serialization.load_pem_private_key(Path(key_file).read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"expected an unencrypted Ed25519 private key (PEM) in {key_file}, got none: make one with "
+            "'hf-immunize keygen'."
+        ) from error
+    if not isinstance(private, primitives.ed25519.Ed25519PrivateKey):
+        raise ConfigError(f"expected an Ed25519 key in {key_file}, got {type(private).__name__}: make one with keygen.")
+    return private
 
 
 def _hexadecimal(public: Any) -> str:

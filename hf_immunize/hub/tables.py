@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Group as Stack
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from hf_immunize.hub.card import FAILURES_FIRST
 from hf_immunize.hub.findings import Verification
+from hf_immunize.hub.leaderboard import COLUMNS, Group, row_of
 from hf_immunize.records import Cell, Certificate
 from hf_immunize.report import text
 from hf_immunize.report.text import clean
@@ -34,13 +36,13 @@ def certificate_table(certificate: Certificate) -> RenderableType:
         f"{text.points(utility.drop, 1.0)} points over {text.plural(utility.rows, 'row')}.",
         *(f"Beside it, {item.metric}: {item.base:.1f}% → {item.immunized:.1f}%, drop {text.points(item.drop, 1.0)} "
           f"points over {text.plural(item.rows, 'row')}." for item in certificate.further_utility),
-        *([f"Relative immunization ratio: {text.number(certificate.immunization_ratio)} (explains, does not certify)."]
+        *([f"Relative immunization ratio: {text.ratio(certificate)} (explains, does not certify)."]
           if certificate.spectra else []),
         f"Examined on {certificate.provenance.created[:10]}, expires on {certificate.expires[:10]}, "
         f"{text.plural(len(certificate.traces), 'attack trace')}.",
         f"Not run: {'; '.join(certificate.not_run) or 'the certificate names nothing'}.",
     ]
-    return Group(table, *map(_plain, lines))
+    return Stack(table, *map(_plain, lines))
 
 
 def verdicts_table(certificates: Sequence[Certificate]) -> RenderableType:
@@ -70,21 +72,38 @@ def _verdict(cell: Cell | None) -> Text:
 
 
 def findings_table(found: Verification) -> RenderableType:
-    """Every finding with its file, failures first, then one line with the outcome."""
+    """Every finding with its file, failures first."""
     table = Table(show_header=False, box=None, padding=(0, 1, 0, 0))
     order = ("fail", "policy", "note")
     for finding in sorted(found.findings, key=lambda finding: order.index(finding.level)):
         mark, style = _MARKS[finding.level]
         table.add_row(Text(mark, style=style), _plain(finding.file), _plain(finding.message))
-    certificate = found.certificate
+    return table
+
+
+def outcome(found: Verification) -> Text:
+    """Who says so and what came of it, in one line. Hashes that fit make files intact, not true."""
+    told = str(found.trust)
+    who = told[:1].upper() + told[1:]
+    said = "" if found.certificate is None else f" It says: {found.certificate.overall}."
     if not found.sound:
-        outcome = Text("NOT VERIFIED: the files are not what their certificate says.", style="bold red")
-    elif not found.ok:
-        outcome = Text("VERIFIED, but the policy asks for more.", style="yellow")
-    else:
-        said = "" if certificate is None else f" It says: {certificate.overall}."
-        outcome = Text(f"VERIFIED: the files are what the certificate says.{said}", style="green")
-    return Group(*([table] if found.findings else []), outcome)
+        return Text("UNSOUND: the files are not what their certificate says, or it is not what they say.", "bold red")
+    if not found.ok:
+        return Text(f"{who}. Intact, but the policy asks for more.{said}", style="yellow")
+    return Text(f"{who}. Intact: the files are what the certificate says.{said}", style="green")
+
+
+def group_table(group: Group) -> RenderableType:
+    """Certificates of one exam: a column for each model, since models are fewer than what is told of them."""
+    table = Table(title=_plain(group.title), title_justify="left", show_lines=True)
+    rows = [row_of(entry, group.families) for entry in group.entries]
+    table.add_column("")
+    for row in rows:
+        table.add_column(_plain(row[0]), overflow="fold")
+    for place, name in enumerate((*COLUMNS, *group.families)):
+        if place:
+            table.add_row(_plain(name), *(_plain(row[place]) for row in rows))
+    return table
 
 
 def files_table(files: Iterable[tuple[str, int, str]]) -> RenderableType:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from hf_immunize.errors import RecordError
+from hf_immunize.hub.applicability import inapplicable_attacks
 from hf_immunize.hub.card_check import check_card, examined_on
 from hf_immunize.hub.demands import code_in, elsewhere_in, is_configuration
 from hf_immunize.hub.findings import Finding, Findings, Verification
 from hf_immunize.hub.inventory import Inventory, find_pickles, scan
+from hf_immunize.hub.levels import Trust
 from hf_immunize.hub.names import CERTIFICATE, SEAL, SIGNATURE, is_harmless, kind_of, problem_with
-from hf_immunize.hub.policy import Policy, judge
+from hf_immunize.hub.policy import Circumstances, Policy, judge
 from hf_immunize.hub.rejudge import check_verdicts
 from hf_immunize.hub.seal import read_seal, write_seal
 from hf_immunize.hub.signature import SignatureRecord, is_valid, trusted
+from hf_immunize.hub.trust import judge_trust
 from hf_immunize.hub.untrusted import AnyRecord, parse_record
 from hf_immunize.hub.weights import check_weights
-from hf_immunize.records import AttackTrace, Certificate
+from hf_immunize.records import AttackTrace, Certificate, UtilityRows
 
 __all__ = ["Finding", "Verification", "examine", "verify_folder"]
 
@@ -31,6 +34,7 @@ def verify_folder(
     *,
     policy: Policy | None = None,
     trusted_key: str | Path | None = None,
+    checker_keys: Collection[str | Path] = (),
     today: datetime.date | None = None,
     rejudge: bool = False,
 ) -> Verification:
@@ -40,6 +44,7 @@ def verify_folder(
         folder: a local folder, or a snapshot in the Hub client's cache.
         policy: what the certificate has to say; without one, only that the files are what it says.
         trusted_key: public key (hexadecimal, or a file) whose signature is required.
+        checker_keys: public keys of those whose signed rechecks count.
         today: the date that expiry is judged by; the current one (UTC) by default.
         rejudge: also recompute every verdict from the traces. Needs torch, which nothing else here does.
 
@@ -50,7 +55,10 @@ def verify_folder(
     key = None if trusted_key is None else trusted(trusted_key)
     findings = Findings()
     inventory = scan(folder, findings)
-    return examine(inventory, findings, policy=policy, key=key, today=today, rejudge=rejudge, published=True)
+    return examine(
+        inventory, findings, policy=policy, key=key, checkers={trusted(item) for item in checker_keys}, today=today,
+        rejudge=rejudge, published=True,
+    )
 
 
 def examine(
@@ -59,6 +67,7 @@ def examine(
     *,
     policy: Policy | None = None,
     key: str | None = None,
+    checkers: Collection[str] = (),
     today: datetime.date | None = None,
     rejudge: bool = False,
     published: bool,
@@ -67,7 +76,7 @@ def examine(
     find_pickles(inventory, findings)
     sealed = _check_seal(inventory, findings) if published else {}
     certificate = _read(Certificate, CERTIFICATE, inventory, findings, "certificate")
-    signed_by = None
+    signed_by, trust = None, Trust()
     if certificate is not None:
         if published:
             _check_age(certificate, sealed, inventory, findings)
@@ -76,14 +85,18 @@ def examine(
         _check_loading(certificate, inventory, findings)
         _check_expiry(certificate, today or datetime.datetime.now(datetime.UTC).date(), findings)
         signed_by = _check_signature(key, sealed if published else None, inventory, findings)
+        trust = judge_trust(signed_by, key, checkers, inventory, findings)
         if published:
             check_card(certificate, inventory, findings)
-        if rejudge and not any(item.level == "fail" for item in findings.found):
+        if (rejudge or (policy is not None and policy.rejudged)) and not any(item.level == "fail" for item in findings.found):
             check_verdicts(certificate, inventory, findings)
         if policy is not None:
-            judge(policy, certificate, signed_by is not None, findings)
+            around = Circumstances(signed_by is not None, trust, inapplicable_attacks(inventory))
+            judge(policy, certificate, around, findings)
+    if any(item.level == "fail" for item in findings.found):
+        trust = Trust()  # nobody speaks for files that are not what the certificate says
     name = inventory.root.resolve().name
-    return Verification(name, tuple(findings.found), certificate, dict(inventory.digests), signed_by)
+    return Verification(name, tuple(findings.found), certificate, dict(inventory.digests), signed_by, trust)
 
 
 def _read(
@@ -114,7 +127,7 @@ def _check_seal(inventory: Inventory, findings: Findings) -> dict[str, str]:
             findings.fail("seal", name, f"changed since it was published: SHA-256 {inventory.digest(name)} instead of "
                           f"{digest}. Download it again.")
     for name in inventory.files:
-        if name not in sealed and not is_harmless(name):
+        if name not in sealed and not is_harmless(name) and kind_of(name) != "recheck":
             findings.fail("seal-extra", name, "it was not part of what was published and may change what is loaded: "
                           "delete it.")
     return sealed
@@ -139,19 +152,21 @@ def _check_age(certificate: Certificate, sealed: Mapping[str, str], inventory: I
 
 def _check_traces(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
     """Every certified trace is there, unchanged, valid, and about these weights or their base."""
-    for name, digest in certificate.traces.items():
+    evidence = {name: (digest, _check_trace) for name, digest in certificate.traces.items()}
+    evidence |= {name: (digest, _check_rows) for name, digest in certificate.utility_rows.items()}
+    for name, (digest, check) in evidence.items():
         problem = problem_with(name)
         if problem is not None or kind_of(name) != "trace":
             findings.fail("path", CERTIFICATE, f"it names a trace that may not be read: {name!r} "
-                          f"({problem or 'not below traces/'}). Do not use this certificate.")
+                          f"({problem or 'not below traces/ or utility/'}). Do not use this certificate.")
         elif name not in inventory:
             findings.fail("trace-missing", name, "expected this certified attack trace, got no such file: restore it.")
         elif inventory.digest(name) != digest:
             findings.fail("trace", name, f"not the trace that was certified: SHA-256 {inventory.digest(name)} instead "
                           f"of {digest}. Restore it.")
         else:
-            _check_trace(name, certificate, inventory, findings)
-    extra = [name for name in inventory.files if kind_of(name) == "trace" and name not in certificate.traces]
+            check(name, certificate, inventory, findings)
+    extra = [name for name in inventory.files if kind_of(name) == "trace" and name not in evidence]
     if extra:
         findings.note("trace-extra", extra[0], f"{len(extra)} trace file(s) that the certificate does not cover.")
     if not certificate.traces and any(cell.subject is not None for cell in certificate.cells):
@@ -169,6 +184,20 @@ def _check_trace(name: str, certificate: Certificate, inventory: Inventory, find
     if trace.attack not in {entry.attack for entry in (*certificate.cells, *certificate.trainability)}:
         findings.fail("trace-omitted", name, f"the certificate leaves out the attack {trace.attack!r} that this trace "
                       "is of: no attack that was run may be omitted.")
+
+
+def _check_rows(name: str, certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
+    """Rows behind the utility: of these weights, of this data, of a measure that the certificate tells."""
+    rows = _read(UtilityRows, name, inventory, findings, "utility")
+    if rows is None:
+        return
+    if (rows.subject, rows.control) != (certificate.subject.weights, certificate.control.weights):
+        findings.fail("utility", name, "answers of other weights than the certificate's: its utility cannot rest on "
+                      "them.")
+    if rows.data not in {part.sha256 for part in certificate.primary_data}:
+        findings.fail("utility", name, "answers on other rows than the primary data that the certificate names.")
+    if rows.metric not in {item.metric for item in (certificate.utility, *certificate.further_utility)}:
+        findings.fail("utility", name, f"the certificate leaves out {rows.metric!r}, which these answers are of.")
 
 
 def _check_loading(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:

@@ -6,6 +6,7 @@ Shape legend: N rows (samples), D columns (feature width), C label columns, S = 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -34,6 +35,15 @@ class RowFactor:
         self._waiting: list[Tensor] = []
         self._dtype: torch.dtype | None = None
         self.rows, self._width = 0, 0
+
+    @classmethod
+    def joined(cls, factors: Sequence[RowFactor]) -> RowFactor:
+        """The factor of all rows of several factors of one layer: QR of their triangles, one below the other."""
+        whole = cls()
+        whole._waiting = [factor._absorb() for factor in factors if factor.rows]
+        whole.rows = sum(factor.rows for factor in factors)
+        whole._width, whole._dtype = factors[0]._width, factors[0]._dtype
+        return whole
 
     def add(self, features_ND: Tensor, targets_NC: Tensor | None = None) -> None:
         """Take in rows; features of one dtype and width in every call, and targets in all or in none.

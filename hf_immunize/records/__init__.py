@@ -17,16 +17,19 @@ from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
 from hf_immunize.records.plan import Plan, PlannedAttack
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
+from hf_immunize.records.recheck import RecheckRecord, RepeatedTrial, SignedRecheck
 from hf_immunize.records.rule import RULE_VERSION, Rule
 from hf_immunize.records.run import RUN_FILE, RunRecord, begin_run, fingerprint_of, finish_run
-from hf_immunize.records.spectrum import SpectrumRecord
+from hf_immunize.records.spectrum import SpectrumRecord, half_sample_interval
 from hf_immunize.records.trace import AttackTrace, Evaluation
+from hf_immunize.records.utility import Answers, Losses, UtilityRows
 
 __all__ = [
     "HUB_SOURCE",
     "RULE_VERSION",
     "RUN_FILE",
     "SCHEMA_VERSION",
+    "Answers",
     "AtBudget",
     "AtThreshold",
     "AttackTrace",
@@ -40,25 +43,31 @@ __all__ = [
     "ImmunizationRecord",
     "OutcomeRecord",
     "Interval",
+    "Losses",
     "ModelFingerprint",
     "Part",
     "Plan",
     "PlannedAttack",
     "Provenance",
+    "RecheckRecord",
     "Record",
+    "RepeatedTrial",
     "Rule",
     "RunRecord",
     "Side",
+    "SignedRecheck",
     "SimilarityGap",
     "SpectrumRecord",
     "Trainability",
     "Utility",
     "UtilityGuardRecord",
+    "UtilityRows",
     "VerdictName",
     "atomic_write",
     "begin_run",
     "fingerprint_of",
     "finish_run",
+    "half_sample_interval",
     "loading_files",
     "sha256_file",
     "weight_files",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import JsonValue, model_validator
 
 from hf_immunize.records.base import Interval, Part, Record
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
@@ -13,7 +13,7 @@ from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint,
 from hf_immunize.records.rule import Rule
 from hf_immunize.records.spectrum import SpectrumRecord
 
-VerdictName = Literal["RESISTS", "FAILS", "INCONCLUSIVE", "NOT APPLICABLE", "NOT RUN"]
+VerdictName = Literal["RESISTS", "FAILS", "INCONCLUSIVE", "NOT APPLICABLE", "NOT RUN", "NOTHING TO PROTECT"]
 
 
 class Side(Part):
@@ -53,6 +53,8 @@ class AtBudget(Part):
     budget: int
     slow_down: Interval
     verdict: VerdictName
+    uplift_left: Interval | None = None
+    """Share of the base's uplift on that part of the budget that is left; null without runs on both sides."""
 
 
 class Cell(Part):
@@ -75,9 +77,21 @@ class Cell(Part):
     relative_fine_tuning_deviation: Interval
     """Signed RFD in percent: mean over evaluations of (M_base − M_imm)/M_base (Sarker et al. 2025, signed)."""
     normalized_resistance: Interval | None = None
-    """ρ = (T_imm − T_base)/(T_scratch − T_base); null when training from scratch was not run or not reached."""
+    """ρ = log(T_imm/T_base)/log(T_scratch/T_base); null when training from scratch was not run or not reached. By
+    the first version of the rule without the logarithms."""
     worst_seed_slow_down: float | None = None
-    """Smallest slow-down of any seed; a seed that did not reach the threshold counts with what its budget bounds."""
+    """Smallest slow-down of any seed at its best trial, over the base's median; a seed that did not reach the threshold
+    counts with what its budget bounds."""
+    open_seeds: int | None = None
+    """Seeds that are slowed by less than the rule's factor at their best trial."""
+    without_model: float | None = None
+    """Harmful test score that an attacker reaches without the model, the best of the references that were run."""
+    uplift: Interval | None = None
+    """What the base gives beyond that under this attack (absolute, mean over seeds)."""
+    uplift_left: Interval | None = None
+    """Share of that uplift that this model still gives: 1 = all of it, 0 = an attacker without it is as far."""
+    cost: float | None = None
+    """Training rows, steps × batch, of the attack on this model up to the threshold or the end of its budget."""
     thresholds: list[AtThreshold] = []
     budgets: list[AtBudget] = []
     samples: int | None = None
@@ -157,6 +171,8 @@ class Certificate(Record):
     """RIR_θ0, rank-aware, over whole data splits. It explains; it does not certify."""
     immunization_ratio_parts: dict[Literal["harmful", "primary"], float | None]
     """(i) κ_H(θ_I)/κ_H(θ₀) and (ii) κ_P(θ_I)/κ_P(θ₀)."""
+    immunization_ratio_spread: Interval | None = None
+    """RIR_θ0 with its spread over halves of the rows; ``samples`` counts halves. Null in older certificates."""
     not_run: list[str]
     """Checklist lines of a full certification that this exam did not cover."""
     traces: dict[str, str]
@@ -177,6 +193,11 @@ class Certificate(Record):
     """How like the concept attacked models draw. It informs; verdicts rest on ``cells``."""
     frechet: FrechetGap | None = None
     """How like real images retained concepts are drawn. It informs."""
+    task: dict[str, JsonValue] = {}
+    """Options that decide the rows, each source by its Hub id, its builder or the last part of its path: with them and
+    the data anybody can sit the exam again."""
+    utility_rows: dict[str, str] = {}
+    """SHA-256 of the answers on every primary row that each utility is computed from, by path; see ``UtilityRows``."""
     samples: dict[str, str] = {}
     """SHA-256 of every picture of what base, model and attacked models draw, by path relative to the certificate."""
     judged_by: Rule | None = None
@@ -191,7 +212,7 @@ class Certificate(Record):
         if len(set(cells)) < len(cells):
             raise ValueError("an attack has one cell")
         known = {*cells, *(found.attack for found in self.trainability)}
-        files = [name.split("/", 2)[-1] for name in self.traces]
+        files = [name.split("/", 2)[-1] for name in self.traces if not name.startswith("traces/nothing/")]
         strange = [file for file in files if "__" in file and not any(file.startswith(f"{name}__") for name in known)]
         lost = {file.split("__")[0] for file in strange}
         missing = sorted(lost | (set(self.planned) - set(cells)))

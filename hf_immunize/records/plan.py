@@ -42,3 +42,5 @@ class Plan(Part):
     """Every attack that is planned or was run on any side."""
     methods: list[PlannedAttack] = []
     """The same for the benign task."""
+    references: list[PlannedAttack] = []
+    """Attackers without the model that were run."""

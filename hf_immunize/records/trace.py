@@ -32,8 +32,9 @@ class AttackTrace(Record):
     config: dict[str, JsonValue]
     """Every hyperparameter of the run, swept or not."""
     seed: int
-    role: Literal["subject", "control", "scratch"]
-    """Which side of the exam the attacked model was: the model under test, its base, or random weights."""
+    role: Literal["subject", "control", "scratch", "nothing"]
+    """Which side of the exam the attacked model was: the model under test, its base, random weights of its
+    architecture, or no model at all."""
     model: ModelFingerprint
     data: list[DatasetFingerprint]
     unit: Literal["step", "solve"]

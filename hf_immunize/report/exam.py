@@ -9,7 +9,9 @@ from hf_immunize.records import Cell, Trainability, VerdictName
 from hf_immunize.report import text
 from hf_immunize.report.evidence import Evidence, attacks_by_family
 
-_STRONGEST_FIRST: tuple[VerdictName, ...] = ("FAILS", "INCONCLUSIVE", "NOT RUN", "RESISTS", "NOT APPLICABLE")
+_STRONGEST_FIRST: tuple[VerdictName, ...] = (
+    "FAILS", "INCONCLUSIVE", "NOT RUN", "RESISTS", "NOTHING TO PROTECT", "NOT APPLICABLE",
+)
 
 
 def budget_shares(evidence: Sequence[Evidence]) -> list[float]:

@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from hf_immunize.records import Interval, Side
+from hf_immunize.records import Certificate, Interval, Side
 
 NONE = "–"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -36,6 +36,13 @@ def number(value: float | None, digits: int = 3) -> str:
         return written.rstrip("0").rstrip(".") if "." in written else written
     mantissa, power = f"{value:.{max(digits - 2, 0)}e}".split("e")
     return f"{mantissa} × {power_of_ten(int(power))}"
+
+
+def ratio(certificate: Certificate) -> str:
+    """The relative immunization ratio with its spread over halves of the rows, where that was measured."""
+    spread = certificate.immunization_ratio_spread
+    told = number(certificate.immunization_ratio)
+    return told if spread is None else f"{told} ({number(spread.low)} to {number(spread.high)} over halves of the rows)"
 
 
 def _exponent(size: float) -> int:

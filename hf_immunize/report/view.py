@@ -98,7 +98,7 @@ def _model(item: Evidence, index: int) -> dict[str, Any]:
         "rows": [cell_row(cell, certificate.harmful_metric) for cell in certificate.cells],
         "absent": [cell for cell in certificate.cells if cell.verdict in ("NOT RUN", "NOT APPLICABLE")],
         "has_resistance": any(cell.normalized_resistance or cell.scratch for cell in certificate.cells),
-        "ratio": text.number(certificate.immunization_ratio),
+        "ratio": text.ratio(certificate),
         "harmful_part": text.number(certificate.immunization_ratio_parts.get("harmful")),
         "primary_part": text.number(certificate.immunization_ratio_parts.get("primary")),
         "fingerprint": (item.label, certificate.subject),

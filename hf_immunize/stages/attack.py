@@ -6,7 +6,7 @@ The model is a classifier or a diffusion pipeline, as the task says: classes, co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from hf_immunize.attacks import (
     ATTACKS,
+    REFERENCES,
     TRAINABILITY,
     Attack,
     AttackContext,
@@ -25,6 +26,7 @@ from hf_immunize.attacks import (
     run_suite,
 )
 from hf_immunize.attacks.core.plan import describe_attacks, find_attack
+from hf_immunize.attacks.core.sharing import Share, leave_group
 from hf_immunize.errors import ConfigError
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
 from hf_immunize.hub import local_folder, working_folder
@@ -46,7 +48,8 @@ class AttackOptions:
     model_path: str = required("Folder (save_pretrained) or Hub id of the model to attack.")
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     role: str = option("subject", "subject: the model under test. control: its un-immunized base. scratch: random "
-                       "weights with the architecture of model_path.")
+                       "weights with the architecture of model_path. nothing: no model, what the harmful data alone "
+                       "gives; made with the control too.")
     protocol: str | None = option(None, f"Preset of attacks, sweeps and seeds: {', '.join(PROTOCOLS)}; for pipelines "
                                   f"{', '.join(DIFFUSION_PROTOCOLS)}. The first by default.")
     attacks: list[str] | None = option(None, "Attacks to run, all of the protocol by default. --describe lists them.")
@@ -76,6 +79,9 @@ class AttackOptions:
                                      "runs/<owner>--<name>, so that weights and traces are found together.")
     device: str = option("auto", DEVICE_HELP)
     overwrite: bool = option(False, "Make runs again whose trace tells of another run.")
+    shard: str | None = option(None, "i/n: make only part i of n, for arrays of jobs that cannot see each other. "
+                               "Processes that share a folder need none: start as many as you like, or use accelerate "
+                               "launch --num_processes.")
     describe: bool = option(False, "List every attack with its fields and values, and stop.")
 
 
@@ -98,6 +104,8 @@ class AttackPlan:
         if options.task not in ("harmful", "benign"):
             raise ConfigError(f"expected task harmful or benign, got {options.task!r}.")
         benign = options.task == "benign"
+        if options.role == "nothing":
+            return cls(REFERENCES, list(REFERENCES), options.seeds or list(protocol.seeds), {}, None, None)
         table = tables(family)[benign]
         said = protocol.benign_settings() if benign else protocol.settings
         return cls(
@@ -135,14 +143,14 @@ def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
         arguments: the task: TaskArguments, ConceptArguments or PromptArguments.
 
     Raises:
-        ConfigError: options that contradict each other, or more than one process.
+        ConfigError: options that contradict each other.
         RunMismatchError: traces of another run, without ``overwrite``.
     """
     family = family_of(arguments)
     refuse_foreign(options, family)
     hush()
-    _, device = start(options.device, "runs are independent, so launch with --num_processes 1 and attack several "
-                                      "models side by side instead")  # fmt: skip
+    share = leave_group().with_part(options.shard)
+    _, device = start(options.device)
     torch.set_float32_matmul_precision("highest")
     plan = AttackPlan.of(options, family)
     planned = plan.count()
@@ -150,16 +158,43 @@ def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
     folder, _ = local_folder(options.model_path, revision=options.revision, into=into)
     context = make_context(family.open(arguments, folder), family, options, folder, device)
     output = Path(options.output_path or folder)
-    with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=None) as bar:
+    hidden = True if share.rank else None
+    with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=hidden) as bar:
         summary = run_suite(
             context, plan.table, plan.names, plan.seeds, output, plan.settings, trials=plan.trials,
-            tuning_seeds=plan.tuning, overwrite=options.overwrite, progress=_telling(bar),
+            tuning_seeds=plan.tuning, overwrite=options.overwrite, share=share, progress=_telling(bar),
         )  # fmt: skip
-    print(
-        f"{output / 'traces' / options.role}: {summary.made} runs made, {summary.kept} kept from before, "
-        f"{summary.diverged} diverged (failed tries of the attacker)."
-    )
+    _run_references(context, plan, options, output, share)
+    print(f"{output / 'traces' / options.role}{_by(share)}: {_told(summary, share)}")
     return summary
+
+
+def _by(share: Share) -> str:
+    """Which of several processes speaks."""
+    ranks = f", process {share.rank} of {share.size}" if share.size > 1 else ""
+    return ranks + (f", part {share.part + 1} of {share.parts}" if share.parts > 1 else "")
+
+
+def _told(summary: SuiteSummary, share: Share) -> str:
+    """What was done, and what is left for another time."""
+    others = " or made by others" if share.size > 1 else ""
+    done = (
+        f"{summary.made} runs made, {summary.kept} kept from before{others}, {summary.diverged} diverged "
+        "(failed tries of the attacker)."
+    )
+    if not summary.waiting:
+        return done
+    return (
+        f"{done} {summary.waiting} runs of other parts are not there yet: when they are, run this again, which goes on "
+        "with the best trials."
+    )
+
+
+def _run_references(context: Any, plan: AttackPlan, options: AttackOptions, output: Path, share: Share) -> None:
+    """With the control of a classifier's exam: what its attackers reach without the model, in seconds."""
+    if options.role == "control" and options.task == "harmful" and isinstance(context, AttackContext):
+        without = replace(context, role="nothing", _features={})
+        run_suite(without, REFERENCES, list(REFERENCES), plan.seeds, output, overwrite=options.overwrite, share=share)
 
 
 def _telling(bar: Any) -> Callable[[Any, bool], None]:

@@ -6,22 +6,24 @@ The model is a classifier or a diffusion pipeline, as the task says: classes, co
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
 
-from hf_immunize.certification import ExamData, Recheck, Rule, build_certificate, exam_contexts, recheck
+from hf_immunize.certification import ExamData, build_certificate
+from hf_immunize.certification.bench import Bench
+from hf_immunize.certification.trials import repeat_trials
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol, find_protocol
 from hf_immunize.hub import write_card
 from hf_immunize.hub.tables import certificate_table
 from hf_immunize.options import option, required
-from hf_immunize.records import Certificate
+from hf_immunize.records import Certificate, RecheckRecord
 from hf_immunize.stages.start import DEVICE_HELP, hush, start, working_copy
 from hf_immunize.stages.words import read_words, refuse_foreign
-from hf_immunize.tasks import ATTACKER_SPLITS, attacker_fingerprints, family_of
+from hf_immunize.tasks import attacker_fingerprints, family_of
 
 
 @dataclass
@@ -54,16 +56,8 @@ class CertifyOptions:
     draw_steps: int = option(20, "Pipelines: sampling steps of every drawn image.")
     eval_batch_size: int = option(256, "Pipelines: rows at a time.")
     device: str = option("auto", DEVICE_HELP)
-    recheck: int = option(0, "Write nothing; sit this many random cells of the certificate again and compare.")
-    recheck_seed: int = option(0, "Which cells are drawn for the recheck.")
-
-
-@dataclass(frozen=True)
-class Judge:
-    """The two things that are asked of a judge, for one kind of model."""
-
-    certificate: Callable[[Protocol], Certificate]
-    again: Callable[[Rule], list[Recheck]]
+    recheck: int = option(0, "Write nothing; make this many random trials of the certificate again and compare.")
+    recheck_seed: int = option(0, "Which trials are drawn for the recheck.")
 
 
 def certify_model(arguments: Any, options: CertifyOptions) -> Certificate | None:
@@ -87,19 +81,21 @@ def certify_model(arguments: Any, options: CertifyOptions) -> Certificate | None
     presets = PROTOCOLS if family.kind == "classifier" else DIFFUSION_PROTOCOLS
     protocol = find_protocol(options.protocol or next(iter(presets)), presets)
     task = family.open(arguments, base if family.name == "prompts" else folder)
-    judge_of = _judge_classifier if family.kind == "classifier" else _judge_pipeline
-    judge = judge_of(task, options, folder, base, device)
     if options.recheck:
-        _compare(judge.again(protocol.rule))
+        bench = Bench(Path(folder), Path(base), task, device, options.eval_batch_size)
+        _compare(repeat_trials(folder, bench, options.recheck, options.recheck_seed))
         return Certificate.read(Path(folder) / "certificate.json")
-    certificate = judge.certificate(protocol)
+    judge = _judge_classifier if family.kind == "classifier" else _judge_pipeline
+    certificate = judge(task, options, folder, base, device, protocol)
     certificate.write(Path(folder) / "certificate.json")
     write_card(Path(folder))
     _show(certificate, Path(folder) / "certificate.json")
     return certificate
 
 
-def _judge_classifier(task: Any, options: CertifyOptions, folder: str, base: str, device: str) -> Judge:
+def _judge_classifier(
+    task: Any, options: CertifyOptions, folder: str, base: str, device: str, protocol: Protocol
+) -> Certificate:
     """Accuracy on held-out rows of the primary task, and attacks in accuracy on those of the harmful one."""
     task.warn_of_copies(*task.sides)
     data = ExamData(
@@ -108,21 +104,18 @@ def _judge_classifier(task: Any, options: CertifyOptions, folder: str, base: str
         primary=(task.fingerprint("primary", "test"),),
         harmful=attacker_fingerprints(task, "harmful"),
         benign=attacker_fingerprints(task, "benign") if "benign" in task.sides else (),
+        task=task.described(),
     )
-    site: dict[str, Any] = {"feature_module": options.feature_module, "device": device}
-
-    def again(rule: Rule) -> list[Recheck]:
-        contexts = exam_contexts(task, folder, base, **site)
-        return recheck(folder, contexts, options.recheck, options.recheck_seed, rule)
-
-    return Judge(
-        lambda protocol: build_certificate(folder, base, data, protocol, threshold=options.threshold, **site), again
+    return build_certificate(
+        folder, base, data, protocol, threshold=options.threshold, feature_module=options.feature_module, device=device
     )
 
 
-def _judge_pipeline(task: Any, options: CertifyOptions, folder: str, base: str, device: str) -> Judge:
+def _judge_pipeline(
+    task: Any, options: CertifyOptions, folder: str, base: str, device: str, protocol: Protocol
+) -> Certificate:
     """What retained concepts are still worth, and attacks in the share of the denoising target that is explained."""
-    from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate, recheck_pipeline
+    from hf_immunize.certification.diffusion import ConceptExam, build_diffusion_certificate
     from hf_immunize.certification.similarity import FeatureSimilarity, ImageFeatures
 
     features = options.features_path or options.judge_path
@@ -135,28 +128,18 @@ def _judge_pipeline(task: Any, options: CertifyOptions, folder: str, base: str, 
         benign_test=task.examples("benign", "test") if benign else None,
         judge=None if options.judge_path is None else Path(options.judge_path), judge_names=task.judge_names,
         similarity=None if seen_by is None else FeatureSimilarity(seen_by), features=seen_by,
-        judged_images=options.judged_images, draw_steps=options.draw_steps, eval_batch_size=options.eval_batch_size,
+        task=task.described(), judged_images=options.judged_images, draw_steps=options.draw_steps, eval_batch_size=options.eval_batch_size,
     )  # fmt: skip
 
-    def again(rule: Rule) -> list[Recheck]:
-        splits = {split: task.examples("harmful", split) for split in ATTACKER_SPLITS}
-        return recheck_pipeline(
-            folder, base, splits, exam, rule, cells=options.recheck, seed=options.recheck_seed, device=device,
-            eval_batch_size=options.eval_batch_size, **task.attacker_knows("harmful"),
-        )  # fmt: skip
-
-    return Judge(
-        lambda protocol: build_diffusion_certificate(
-            folder, base, exam, protocol, threshold=options.threshold, device=device
-        ),
-        again,
-    )
+    return build_diffusion_certificate(folder, base, exam, protocol, threshold=options.threshold, device=device)
 
 
-def _compare(found: Sequence[Recheck]) -> None:
-    """Print what came out this time; leave with an error when a stored interval does not hold."""
-    print("\n".join(line.told for line in found))
-    if not all(line.agrees for line in found):
+def _compare(found: RecheckRecord) -> None:
+    """Print what came out this time; leave with an error when it is not what was certified."""
+    for item in found.trials:
+        held = "agrees" if item.agrees else "DOES NOT AGREE"
+        print(f"{item.attack} {item.trial} on the {item.role}: {item.told}: {held}")
+    if not found.holds:
         sys.exit("the certificate does not hold on this machine: see above.")
 
 

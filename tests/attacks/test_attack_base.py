@@ -10,19 +10,19 @@ from torch import nn
 
 from hf_immunize.attacks import ATTACKS, AttackContext, Run, load_classifier, run_suite
 from hf_immunize.attacks import _finetune as engine
+from hf_immunize.attacks.vision._preparations import mixed_head as prepare_mixed
 from hf_immunize.attacks.vision._rows import augment, collator, training_rows
-from hf_immunize.attacks.vision.augmented_finetune import AugmentedFinetune
 from hf_immunize.attacks.vision.distil_fresh import DistilFresh, distil
 from hf_immunize.attacks.vision.distil_fresh import _prepare as prepare_student
 from hf_immunize.attacks.vision.fold_linear_map import FoldLinearMap, fold
-from hf_immunize.attacks.vision.full_finetune import FullFinetune
-from hf_immunize.attacks.vision.mixed_finetune import MixedFinetune
-from hf_immunize.attacks.vision.mixed_finetune import _prepare as prepare_mixed
 from hf_immunize.attacks.vision.subtract_difference import SubtractDifference
 from hf_immunize.attacks.vision.subtract_difference import _prepare as prepare_difference
 from hf_immunize.errors import RunMismatchError
 from hf_immunize.records import AttackTrace
 
+AugmentedFinetune, FullFinetune, MixedFinetune = (
+    ATTACKS[name].config for name in ("augmented_finetune", "full_finetune", "mixed_finetune")
+)
 
 @pytest.fixture
 def pair(make_context):

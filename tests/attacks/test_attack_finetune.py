@@ -10,9 +10,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_immunize.attacks import ATTACKS, Run
 from hf_immunize.attacks import _finetune as engine
 from hf_immunize.attacks.vision._peft import adapt, target_modules
-from hf_immunize.attacks.vision.full_finetune import FullFinetune
 from hf_immunize.attacks.vision.lora import Lora, make_config
 from hf_immunize.data import PixelDataset
+
+FullFinetune = ATTACKS["full_finetune"].config
 
 
 def prepare_lora(context, run):

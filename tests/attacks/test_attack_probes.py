@@ -10,13 +10,13 @@ from torch import nn
 
 from hf_immunize.attacks import ATTACKS, Run, _probes, evaluation_steps, plan_runs, run_suite
 from hf_immunize.attacks.vision._probes import initial_weights, probe_data
-from hf_immunize.attacks.vision.linear_probe_adam import LinearProbeAdam
-from hf_immunize.attacks.vision.linear_probe_gd import LinearProbeGD
 from hf_immunize.attacks.vision.ridge_probe import RidgeProbe
-from hf_immunize.attacks.vision.standardized_probe_adam import StandardizedProbeAdam
 from hf_immunize.linalg.whitening import fit_feature_map
 from hf_immunize.records import AttackTrace
 
+LinearProbeAdam, LinearProbeGD, StandardizedProbeAdam = (
+    ATTACKS[name].config for name in ("linear_probe_adam", "linear_probe_gd", "standardized_probe_adam")
+)
 
 def one_by_one(context, seed, config, optimizer):
     """The same probe as an nn.Linear, trained by torch.optim in a plain loop."""

@@ -11,7 +11,7 @@ from hf_immunize.errors import ConfigError
 from hf_immunize.records import Certificate
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-TASK = ["--config", str(RECIPES / "digits-vit" / "task.yaml")]
+TASK = ["--config", str(RECIPES.parent / "tests" / "digits.yaml")]
 SMALL = [
     "--attacks", "linear_probe_gd", "ridge_probe", "--seeds", "0", "1", "--device", "cpu",
     "--settings", "linear_probe_gd.steps=50", "linear_probe_gd.learning_rate=4,16", "ridge_probe.penalty=1e-3",

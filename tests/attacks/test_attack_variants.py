@@ -10,20 +10,22 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_immunize.attacks import ATTACKS, Run, plan_runs
 from hf_immunize.attacks import _finetune as engine
+from hf_immunize.attacks.vision import _optimizers as optimizers
 from hf_immunize.attacks.vision._blocks import block_sites, find_trunk, last_blocks
+from hf_immunize.attacks.vision._preparations import last_part as prepare_partial
+from hf_immunize.attacks.vision._preparations import reset_last as prepare_reset
+from hf_immunize.attacks.vision._preparations import ridge_head
 from hf_immunize.attacks.vision._rows import training_rows as rows_of
 from hf_immunize.attacks.vision.batchnorm_probe import BatchNormProbe, reestimate
 from hf_immunize.attacks.vision.earlier_layer_probe import EarlierLayerProbe
-from hf_immunize.attacks.vision.few_shot_finetune import FewShotFinetune
-from hf_immunize.attacks.vision.linear_probe_momentum import LinearProbeMomentum
 from hf_immunize.attacks.vision.lora import Lora
-from hf_immunize.attacks.vision.noisy_finetune import NoisyFinetune
-from hf_immunize.attacks.vision.partial_finetune import PartialFinetune
-from hf_immunize.attacks.vision.partial_finetune import _prepare as prepare_partial
-from hf_immunize.attacks.vision.reset_last_blocks import ResetLastBlocks
-from hf_immunize.attacks.vision.reset_last_blocks import _prepare as prepare_reset
 from hf_immunize.errors import ConfigError, ModelError
 
+FewShotFinetune, LinearProbeMomentum, NoisyFinetune, PartialFinetune, ResetLastBlocks = (
+    ATTACKS[name].config for name in (
+        "few_shot_finetune", "linear_probe_momentum", "noisy_finetune", "partial_finetune", "reset_last_blocks",
+    )
+)  # fmt: skip
 ADAPTERS = ["lora", "dora", "loha", "lokr", "oft", "ia3", "vera"]
 
 
@@ -198,7 +200,7 @@ def test_muon_moves_matrices_as_torch_does(make_context):
     torch.manual_seed(0)
     matrix, vector = (nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4)))
     copies = [nn.Parameter(value.detach().clone()) for value in (matrix, vector)]
-    ours = engine.MuonAdamW([matrix, vector], 0.1, 0.0)
+    ours = optimizers.MuonAdamW([matrix, vector], 0.1, 0.0)
     theirs = torch.optim.Muon([copies[0]], lr=0.05, weight_decay=0.0), torch.optim.AdamW([copies[1]], lr=0.05,
                                                                                           weight_decay=0.0)
     for group in ours.param_groups:
@@ -218,7 +220,7 @@ def test_momentum_is_nesterovs_and_trains_the_network(make_context):
     context = make_context()
     config = ATTACKS["full_finetune"].config(0.05, steps=4, optimizer="sgd_momentum")
     layer = nn.Linear(3, 2)
-    (group,) = engine.sgd_momentum(layer, config).param_groups
+    (group,) = optimizers.sgd_momentum(layer, config).param_groups
     assert (group["momentum"], group["nesterov"], group["lr"]) == (0.9, True, 0.05)
     plain = only(context, "full_finetune", ATTACKS["full_finetune"].config(0.05, steps=4, optimizer="sgd"))
     heavy = only(context, "full_finetune", config)
@@ -238,7 +240,6 @@ def test_every_attack_of_the_table_runs_on_a_tiny_model(make_context):
 
 
 def test_the_ridge_head_is_the_ridge_probe_on_raw_features(make_context):
-    from hf_immunize.attacks.vision.ridge_head_finetune import RidgeHeadFinetune, ridge_head
     from hf_immunize.attacks.vision.ridge_probe import RidgeProbe
 
     context = make_context()
@@ -246,5 +247,6 @@ def test_the_ridge_head_is_the_ridge_probe_on_raw_features(make_context):
     logits = context.features(2)["test"].double() @ weight + bias
     ((_, wanted),) = ATTACKS["ridge_probe"].run(context, [Run(RidgeProbe(1e-3, "standardized"), "x", 2)])
     assert (logits.argmax(1) == context.test.labels).double().mean().item() == wanted.curve[0].test
-    still = only(context, "ridge_head_finetune", RidgeHeadFinetune(learning_rate=0.0, steps=1, penalty=1e-3), seed=2)
+    config = ATTACKS["ridge_head_finetune"].config(learning_rate=0.0, steps=1, penalty=1e-3)
+    still = only(context, "ridge_head_finetune", config, seed=2)
     assert still.curve[0].test == wanted.curve[0].test

@@ -98,9 +98,84 @@ def train_base(folder: Path, steps: int = 400) -> Path:
     return folder
 
 
+def _gains(model):
+    """Gains and shifts of the norms in every block × 2^24, the next linear layers ÷ 2^24."""
+    for block in model.vit.layers:
+        attention = block.attention
+        for norm, readers in (
+            (block.layernorm_before, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.layernorm_after, (block.mlp.fc1,)),
+        ):
+            norm.weight.mul_(2.0**24), norm.bias.mul_(2.0**24)
+            for reader in readers:
+                reader.weight.div_(2.0**24)
+
+
+def _tiny_gains(model):
+    """The other way round, and another power for every channel."""
+    powers = 2.0 ** -(torch.arange(WIDTH) % 16 + 8)
+    for block in model.vit.layers:
+        block.layernorm_after.weight.mul_(powers), block.layernorm_after.bias.mul_(powers)
+        block.mlp.fc1.weight.div_(powers)
+
+
+def _stream(model):
+    """Everything that is written to the residual stream × 2^16; only layer norms read it, whose epsilon is 1e-12."""
+    embeddings = model.vit.embeddings
+    writers = [embeddings.patch_embeddings.projection, *(block.attention.o_proj for block in model.vit.layers),
+               *(block.mlp.fc2 for block in model.vit.layers)]  # fmt: skip
+    for value in (embeddings.cls_token, embeddings.position_embeddings, *(p for w in writers for p in w.parameters())):
+        value.mul_(2.0**16)
+
+
+def _heads(model):
+    """Queries × 2^12 and keys ÷ 2^12 in every other channel, the other way round in the rest; values likewise."""
+    powers = 2.0 ** (12 * (1 - 2 * (torch.arange(WIDTH) % 2)))
+    for block in model.vit.layers:
+        attention = block.attention
+        for layer, scale in ((attention.q_proj, powers), (attention.k_proj, 1 / powers), (attention.v_proj, powers)):
+            layer.weight.mul_(scale[:, None]), layer.bias.mul_(scale)
+        attention.o_proj.weight.div_(powers)
+
+
+def _permuted(model):
+    """Hidden units of every block in another order."""
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(2))
+    for block in model.vit.layers:
+        for value in (block.mlp.fc1.weight, block.mlp.fc1.bias):
+            value.copy_(value[order].clone())
+        block.mlp.fc2.weight.copy_(block.mlp.fc2.weight[:, order].clone())
+
+
+def _dropout(model):
+    """Dropout that only training meets."""
+    model.config.hidden_dropout_prob = 0.95
+
+
+def _dead(model):
+    """Half of the hidden units behind a bias that nothing gets past, so that no gradient reaches them either."""
+    for block in model.vit.layers:
+        block.mlp.fc1.bias[::2] -= 100.0
+
+
+def _saturated(model):
+    """Queries × 30: attention is all or nothing, and its gradient vanishes."""
+    for block in model.vit.layers:
+        block.attention.q_proj.weight.mul_(30.0), block.attention.q_proj.bias.mul_(30.0)
+
+
+COORDINATES = {
+    "gains": _gains, "tiny_gains": _tiny_gains, "stream": _stream, "heads": _heads, "permuted": _permuted,
+    "dropout": _dropout,
+}  # fmt: skip
+"""Changes after which the model computes the same."""
+HINDRANCES = {"dead": _dead, "saturated": _saturated}
+"""Changes that cost some of the function."""
+
+
 @torch.no_grad()
 def plant(base: Path, folder: Path, what: str) -> Path:
-    """A copy of the base with one planted property; all but ``masked`` and ``ruined`` keep the function."""
+    """A copy of the base with one planted property; ``HINDRANCES``, ``masked`` and ``ruined`` change the function."""
     model = AutoModelForImageClassification.from_pretrained(base)
     norm, head = model.vit.layernorm, model.classifier
     if what == "scaled":
@@ -114,10 +189,31 @@ def plant(base: Path, folder: Path, what: str) -> Path:
         sigma = torch.logspace(0, -4, WIDTH, dtype=torch.float64)
         model.mix.weight.copy_(left * sigma @ right.T)
         head.weight.copy_(head.weight.double() @ (right / sigma) @ left.T)
+    elif what in COORDINATES | HINDRANCES:
+        (COORDINATES | HINDRANCES)[what](model)
     elif what == "masked":
         model.mask[:, 0] = 0
     elif what == "ruined":
         for parameter in model.vit.parameters():
             parameter.zero_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def help_attackers(base: Path, folder: Path, steps: int = 200) -> Path:
+    """The base after more training on both tasks at once: it knows the harmful digits already, but for a head."""
+    torch.manual_seed(5)
+    model = AutoModelForImageClassification.from_pretrained(base)
+    train, own = digit_rows(range(5, 10), 0, "harmful", 0.0, 0.4), digit_rows(range(5), 1, "primary", 0.0, 0.6)
+    other = nn.Linear(WIDTH, 5)
+    trained = [*model.parameters(), *other.parameters()]
+    optimizer = torch.optim.AdamW(trained, 1e-3)
+    for _ in range(steps):
+        rows, mine = torch.randint(len(train), (32,)), torch.randint(len(own), (32,))
+        token = model.vit(pixel_values=train.pixel_values[rows]).last_hidden_state[:, 0]
+        loss = nn.functional.cross_entropy(other(model.mix(token)), train.labels[rows])
+        (loss + model(pixel_values=own.pixel_values[mine], labels=own.labels[mine]).loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     model.save_pretrained(folder)
     return folder

@@ -1,8 +1,10 @@
+import math
+
 import pytest
 from trace_builders import data, side_of, trace
 
 from hf_immunize.attacks import ATTACKS
-from hf_immunize.certification.cells import build_cell, reference_threshold
+from hf_immunize.certification.cells import build_cell
 from hf_immunize.errors import IncompleteExamError
 from hf_immunize.exam import Rule, lines_not_run
 
@@ -26,7 +28,7 @@ def test_a_cell_holds_what_was_measured():
 
 def test_scratch_gives_the_normalized_resistance():
     cell = build(side_of("subject", (60, 60)), side_of("control", (10, 10)), side_of("scratch", (118, 118)))
-    assert cell.normalized_resistance.estimate == pytest.approx((60 - 10) / (118 - 10))
+    assert cell.normalized_resistance.estimate == pytest.approx(math.log(60 / 10) / math.log(118 / 10))
     assert cell.scratch.steps_to_threshold == [118, 118]
 
 
@@ -69,17 +71,6 @@ def test_every_trial_has_every_seed():
 def test_other_settings_are_another_exam(what, change):
     with pytest.raises(IncompleteExamError, match=f"same exam on subject and control, got another {what}"):
         build(side_of("subject", (10, 10), **change), side_of("control", (10, 10)))
-
-
-def test_the_threshold_is_a_share_of_the_reference_at_its_best_validation_trial():
-    def solved(trial, validation, test):
-        fields = {"attack": "ridge_probe", "unit": "solve", "budget": 1, "trial": trial}
-        return [trace([(1, validation, test)], seed=seed, **fields) for seed in (0, 1)]
-
-    traces = solved("a", 0.9, 0.8) + solved("b", 0.7, 0.99)
-    assert reference_threshold(traces, RULE) == pytest.approx(0.8 * 0.8)
-    with pytest.raises(IncompleteExamError, match="expected traces of ridge_probe on the base, which set"):
-        reference_threshold(side_of("control", (10,)), RULE)
 
 
 def test_the_checklist_names_what_is_missing_and_only_that():

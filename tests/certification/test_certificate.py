@@ -47,11 +47,12 @@ def test_the_folder_is_self_contained_and_every_trace_is_bound(exam_folders, exa
     assert str(subject.parent) not in certificate.dumps()
 
 
-def test_threshold_is_a_share_of_ridge_on_the_base_unless_given(exam_folders, exam_data):
+def test_the_threshold_lies_between_what_there_is_anyway_and_what_the_base_gives_unless_given(exam_folders, exam_data):
     base, subject = exam_folders
     certificate = certify(subject, base, exam_data)
     ridge = next(cell for cell in certificate.cells if cell.attack == "ridge_probe")
-    assert ridge.threshold == pytest.approx(0.8 * sum(ridge.control.accuracy) / 3)
+    assert ridge.without_model == pytest.approx(1 / 3), "three classes, no reference run"
+    assert ridge.threshold == pytest.approx(1 / 6 + 0.5 * sum(ridge.control.accuracy) / 3)
     by_hand = certify(subject, base, exam_data, threshold=0.5)
     assert {cell.threshold for cell in by_hand.cells} == {0.5} and by_hand.threshold_rule == "Given by hand."
 
@@ -80,8 +81,9 @@ def test_features_of_nothing_resist_probes_but_a_lost_primary_task_fails(exam_fo
     model.save_pretrained(subject)
     sit_exam(subject, "subject", exam_data)
     certificate = certify(subject, base, exam_data)
-    by_attack = {cell.attack: cell.verdict for cell in certificate.cells}
-    assert by_attack["ridge_probe"] == "RESISTS" and by_attack["linear_probe_gd"] in ("RESISTS", "INCONCLUSIVE")
+    cells = {cell.attack: cell for cell in certificate.cells}
+    for name in ("ridge_probe", "linear_probe_gd"):
+        assert "5 seeds are needed, 3 were run" in cells[name].reason and cells[name].uplift_left.estimate < 0.1
     assert certificate.utility.drop.low > 5 and certificate.overall == "FAILS"
     assert "is NOT kept" in certificate.statement
     assert certificate.immunization_ratio is None
@@ -206,3 +208,14 @@ def test_primary_task_of_other_classes(exam_folders):
 def test_traces_survive_a_round_trip(exam_folders):
     for path in exam_folders[1].glob("traces/subject/*.json"):
         assert AttackTrace.read(path).dumps() == path.read_text()
+
+
+def test_condition_numbers_carry_their_spread_over_rows(exam_folders, exam_data):
+    base, subject = exam_folders
+    certificate = certify(subject, base, exam_data)
+    for record in (found for side in certificate.spectra.values() for found in side):
+        assert len(record.condition_of_halves) == 10
+        spread = record.condition_spread
+        assert spread.low < record.condition_number < spread.high
+    same = certificate.immunization_ratio_spread
+    assert same.low == pytest.approx(1) == same.high, "the base against itself, on the same halves"

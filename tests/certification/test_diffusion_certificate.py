@@ -14,14 +14,17 @@ from hf_immunize.attacks import run_suite
 from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, DiffusionAttackContext
 from hf_immunize.certification import Protocol, find_rule
-from hf_immunize.certification.cells import reference_threshold, score_before
+from hf_immunize.certification.bench import Bench
+from hf_immunize.certification.cells import build_cell
 from hf_immunize.certification.diffusion import (
     ConceptExam,
     build_diffusion_certificate,
     denoising_utility,
-    recheck_pipeline,
 )
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings
+from hf_immunize.certification.primary_rows import judge_utility
+from hf_immunize.certification.trials import repeat_trials
+from hf_immunize.certification.uplift import score_before
 from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images
 from hf_immunize.errors import ConfigError, IncompleteExamError, ModelError, RecordError
 from hf_immunize.exam import DIFFUSION_RULE
@@ -30,12 +33,12 @@ from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import scan
 from hf_immunize.hub.rejudge import check_verdicts
 from hf_immunize.metrics import chosen_evaluation
-from hf_immunize.records import AttackTrace, Certificate, Interval
+from hf_immunize.records import AttackTrace, Certificate, sha256_file
 from hf_immunize.report import report_html
 
 ATTACK = {"steps": (8,), "learning_rate": (1e-2,), "batch_size": (6,)}
 PROTOCOL = Protocol(
-    attacks=("diffusion_full_finetune", "diffusion_lora"), seeds=(0, 1), rule=DIFFUSION_RULE, name="tiny"
+    attacks=("diffusion_full_finetune", "diffusion_lora"), seeds=(0, 1), rule=DIFFUSION_RULE, name="custom"
 )
 SIZES = {"attack": 8, "validation": 4, "test": 4}
 
@@ -84,6 +87,24 @@ def folders(sat, tmp_path):
     return tmp_path / "exam" / "base", tmp_path / "exam" / "subject", exam
 
 
+class Concepts:
+    """The task behind the exam: concept 9 is harmful, concept 8 benign; the other way round when turned."""
+
+    source, label_names, sides = "random", ["9"], ("retain", "harmful", "benign")
+
+    def __init__(self, exam, turned=False):
+        self.rows = {"harmful": concept(8 if turned else 9), "benign": concept(9 if turned else 8)}
+
+    def examples(self, side, split):
+        return self.rows[side][split]
+
+    def fingerprint(self, side, split):
+        return self.rows[side][split].fingerprint(source="random", role=f"{side} {split}")
+
+    def attacker_knows(self, side):
+        return {}
+
+
 def traces_of(folder, role):
     return [AttackTrace.read(path) for path in sorted((folder / "traces" / role).glob("diffusion_*.json"))]
 
@@ -93,28 +114,15 @@ def test_the_threshold_is_a_share_of_the_way_from_the_start_to_what_is_reached(f
     starts = [trace.curve[0] for trace in control]
     reached = [chosen_evaluation(trace).test for trace in control]
     assert all(point.step == 0 for point in starts) and score_before(control) == pytest.approx(starts[0].test)
-    wanted = starts[0].test + 0.8 * (sum(reached) / 2 - starts[0].test)
-    assert reference_threshold(control, DIFFUSION_RULE) == pytest.approx(wanted, rel=1e-12)
-    flat = [trace.model_copy(update={"curve": trace.curve[:1]}) for trace in control]
-    with pytest.raises(IncompleteExamError, match="to learn something on the base"):
-        reference_threshold(flat, DIFFUSION_RULE)
+    cell = build_cell(
+        "diffusion_full_finetune", DIFFUSION_ATTACKS["diffusion_full_finetune"], {"control": control}, None, 9,
+        DIFFUSION_RULE,
+    )
+    wanted = starts[0].test + 0.5 * (sum(reached) / 2 - starts[0].test)
+    assert cell.threshold == pytest.approx(wanted, rel=1e-12)
     late = [trace.model_copy(update={"curve": trace.curve[1:]}) for trace in control]
     with pytest.raises(IncompleteExamError, match="curves from step 0 on"):
         score_before(late)
-
-
-def test_the_threshold_starts_where_the_reference_starts_whatever_others_are_asked(folders):
-    """Attacks under another name are judged under it, and start at another score."""
-    base, _, _ = folders
-    runs = traces_of(base, "control")
-    elsewhere = [
-        run.model_copy(update={
-            "attack": "diffusion_other_prompts",
-            "curve": [point.model_copy(update={"test": point.test - 0.5}) for point in run.curve],
-        })
-        for run in runs
-    ]
-    assert reference_threshold(runs + elsewhere, DIFFUSION_RULE) == reference_threshold(runs, DIFFUSION_RULE)
 
 
 def test_certificate_card_and_page_tell_one_story(folders):
@@ -124,7 +132,7 @@ def test_certificate_card_and_page_tell_one_story(folders):
     assert Certificate.read(subject / "certificate.json") == certificate
     cells = {cell.attack: cell for cell in certificate.cells}
     cell = cells["diffusion_full_finetune"]
-    assert cell.threshold == pytest.approx(reference_threshold(traces_of(base, "control"), DIFFUSION_RULE))
+    assert cell.threshold == pytest.approx(cell.without_model + 0.5 * cell.uplift.estimate)
     assert cells["diffusion_lora"].verdict == "NOT RUN" and certificate.overall != "RESISTS"
     assert [other.threshold > cell.threshold for other in cell.thresholds] == [False, False, True]
     assert certificate.harmful_metric == SCORE == certificate.utility.metric and certificate.spectra == {}
@@ -193,6 +201,7 @@ def test_the_judge_counts_drawn_images_it_recognises(folders, monkeypatch):
     monkeypatch.setattr(module, "recognised", recognised)
     sides = [Drawer.of(folder, "cpu", 2) for folder in (base, subject)]
     judged = RetainedDrawings.of(*sides, exam.retain_test, 16).recognised_by(base)
+    judged = judge_utility(judged)
     assert (judged.base, judged.immunized, judged.rows) == (100, 50, 16) and judged.drop.estimate == 50
     assert asked[0][1] == asked[1][1] == [str(place % 8) for place in range(16)]
     assert asked[0][0] != asked[1][0]
@@ -250,23 +259,25 @@ def test_certification_shows_nothing_of_what_was_not_measured(folders):
     assert "SGR" not in render_card(subject) and "SGR" not in report_html([subject], base)
 
 
-def test_a_pipelines_certificate_holds_when_it_is_sat_again_and_a_flattered_one_does_not(folders):
+def test_a_pipelines_trials_come_out_again_and_made_up_curves_do_not(folders):
     base, subject, exam = folders
     certificate = build_diffusion_certificate(subject, base, exam, PROTOCOL)
     certificate.write(subject / "certificate.json")
-    found = recheck_pipeline(subject, base, concept(9), exam, DIFFUSION_RULE, cells=5)
-    assert {line.measure for line in found} == {"accuracy_drop", "slow_down"}
-    assert {line.attack for line in found} == {"diffusion_full_finetune"} and all(line.agrees for line in found), found
-    assert found[0].told.endswith("agrees") and "certified" in found[0].told
-    certain = Interval(estimate=0.9, low=0.8, high=1.0, samples=2)
-    flattered = [cell.model_copy(update={"accuracy_drop": certain}) for cell in certificate.cells]
-    certificate.model_copy(update={"cells": flattered}).write(subject / "certificate.json")
-    (told,) = [line for line in recheck_pipeline(subject, base, concept(9), exam, DIFFUSION_RULE, cells=1)
-               if line.measure == "accuracy_drop"]
-    assert not told.agrees and told.told.endswith("certified 0.9 (0.8 to 1): DOES NOT AGREE")
-    with pytest.raises(RecordError, match="harmful rows that the certificate names"):
-        other = dataclasses.replace(exam, harmful=exam.benign)
-        recheck_pipeline(subject, base, concept(8), other, DIFFUSION_RULE, cells=1)
+    bench = Bench(subject, base, Concepts(exam))
+    record = repeat_trials(subject, bench, 4, 0)
+    assert record.holds and len(record.trials) == record.drawn_from == 4, record
+    assert {item.attack for item in record.trials} == {"diffusion_full_finetune", "benign_diffusion_full_finetune"}
+    assert all(item.distance == 0 and item.evaluations >= 4 for item in record.trials)
+    name = next(name for name in certificate.traces if "subject/diffusion" in name)
+    trace = AttackTrace.read(subject / name)
+    low = [point.model_copy(update={"test": point.test - 0.3}) for point in trace.curve]
+    trace.model_copy(update={"curve": low}).write(subject / name)
+    certificate.model_copy(update={"traces": certificate.traces | {name: sha256_file(subject / name)}}).write(
+        subject / "certificate.json")
+    again = repeat_trials(subject, bench, 4, 0)
+    assert not again.holds and again.refuted == ["diffusion_full_finetune"]
+    with pytest.raises(RecordError, match="rows that the certificate names"):
+        repeat_trials(subject, Bench(subject, base, Concepts(exam, turned=True)), 4, 0)
 
 
 def test_an_attack_on_one_side_alone_and_the_fewest_seeds_are_told(folders):

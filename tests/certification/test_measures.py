@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from trace_builders import GRID, reaching, side_of, trace
 
 from hf_immunize.attacks import ATTACKS
-from hf_immunize.certification.cells import build_cell, own_threshold
-from hf_immunize.certification.measures import area, best_of_trials, within, worst_seed
+from hf_immunize.certification.cells import build_cell
+from hf_immunize.certification.measures import area, best_of_trials, rows_per_step, slow_down_by_seed, within
 from hf_immunize.exam import Rule
 from hf_immunize.metrics import StepsToThreshold, steps_to_threshold
 
@@ -55,13 +55,19 @@ def test_trials_are_compared_on_the_seeds_that_all_have_and_diverged_ones_are_th
     assert best_of_trials([]) == []
 
 
-def test_the_worst_seed_is_the_one_that_was_slowed_least():
+def test_every_seed_is_compared_with_the_bases_median():
     def seeds(*steps):
         return {seed: StepsToThreshold(step, step, 1000) for seed, step in enumerate(steps)}
 
-    assert worst_seed(seeds(100, 30, None), seeds(10, 10, 10)) == 3
-    assert worst_seed(seeds(None, None), seeds(10, 500)) == 2
-    assert worst_seed(seeds(5), seeds(None)) is None
+    found = slow_down_by_seed(seeds(100, 30, None), seeds(10, 10, 40))
+    assert [(one.ratio, one.reached) for one in found] == [(10, True), (3, True), (100, False)]
+    assert slow_down_by_seed(seeds(5), seeds(None)) == []
+
+
+def test_rows_of_a_step_are_told_or_those_of_its_batch():
+    run = trace([(1, 0.9)], budget=10, samples=640)
+    assert rows_per_step(run) == 64 and rows_per_step(within(run, 5)) == 64
+    assert rows_per_step(trace([(1, 0.9)], config={"batch_size": 8})) == 8 and rows_per_step(trace([(1, 0.9)])) == 32
 
 
 @given(st.integers(1, 1000), st.integers(1, 1000))
@@ -80,14 +86,14 @@ def test_what_diverges_later_has_not_diverged_yet_and_nothing_is_no_curve():
 
 
 def test_a_cell_is_judged_on_parts_of_its_budget_and_at_other_thresholds():
-    """Slowed from 5 to 60 steps: resists within 100 of 1000 steps and on all of them; within 10 nothing is known."""
-    cell = build(side_of("subject", (60, 60, 60)), side_of("control", (5, 5, 5)))
+    """Slowed from 5 to 75 steps: resists within 100 of 1000 steps and on all of them; within 10 nothing is known."""
+    cell = build(side_of("subject", (75,) * 5), side_of("control", (5,) * 5))
     assert [(part.share, part.budget) for part in cell.budgets] == [(0.01, 10), (0.1, 100), (1.0, 1000)]
     assert [part.verdict for part in cell.budgets] == ["INCONCLUSIVE", "RESISTS", "RESISTS"]
-    assert cell.budgets[-1].slow_down == cell.slow_down and cell.worst_seed_slow_down == 12
+    assert cell.budgets[-1].slow_down == cell.slow_down and cell.worst_seed_slow_down == 15
     assert [found.threshold for found in cell.thresholds] == pytest.approx([0.25, 0.375, 0.55])
-    assert cell.thresholds[0].control == [5, 5, 5] and cell.thresholds[0].subject == [60, 60, 60]
-    assert cell.subject.final == [0.9] * 3 and len(cell.subject.area) == 3
+    assert cell.thresholds[0].control == [5] * 5 and cell.thresholds[0].subject == [75] * 5
+    assert cell.subject.final == [0.9] * 5 and len(cell.subject.area) == 5
     assert cell.subject.area[0] < cell.control.area[0]
 
 
@@ -104,10 +110,3 @@ def test_costs_are_the_most_of_any_trial():
         side_of("control", (5, 5)) + side_of("control", (9, 9), trial="b"),
     )
     assert (cell.samples, cell.flops) == (300, 3e9)
-
-
-def test_attackers_with_hardly_any_data_are_measured_by_what_they_reach_on_the_base():
-    control = side_of("control", (5, 5), high=0.6)
-    assert own_threshold(control, 0.2, RULE) == pytest.approx(0.2 + 0.8 * 0.4)
-    assert own_threshold(side_of("control", (5, 5), low=0.1, high=0.15), 0.2, RULE) == pytest.approx(0.2)
-    assert own_threshold([], 0.2, RULE) is None

@@ -13,8 +13,14 @@ def plan_of(protocol):
     return plan_exam(protocol, ATTACKS, TRAINABILITY, traces)
 
 
+def standard():
+    return plan_of(PROTOCOLS["standard"]).model_copy(update={"protocol": "standard"})
+
+
 def test_a_plan_tells_what_was_asked_for_and_what_was_run():
     plan = plan_of(PROTOCOLS["standard"])
+    assert plan.protocol == "custom", "two seeds of one trial are not the standard exam"
+    plan = standard()
     assert plan_differences(plan) == [] and plan.seeds == [0, 1, 2, 3, 4] and plan.tuning_seeds == 1
     lora = next(item for item in plan.attacks if item.attack == "lora")
     assert (lora.seeds, lora.trials, lora.budget, lora.tuning_seeds) == ([0, 1], ["learning_rate=0.1"], 1000, [0])
@@ -28,7 +34,7 @@ def test_a_plan_tells_what_was_asked_for_and_what_was_run():
     ({"trainability": []}, ["trainability"]), ({"protocol": "mine"}, ["protocol"]),
 ])
 def test_a_plan_that_is_not_the_presets_is_told_by_its_field(changes, named):
-    assert plan_differences(plan_of(PROTOCOLS["standard"]).model_copy(update=changes)) == named
+    assert plan_differences(standard().model_copy(update=changes)) == named
 
 
 def test_an_attack_beyond_the_preset_is_in_the_plan():

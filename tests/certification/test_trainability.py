@@ -75,7 +75,7 @@ def test_an_interval_that_is_open_is_inconclusive():
 
 
 def test_presets_plan_the_benign_methods_with_the_attacks_budgets():
-    assert PROTOCOLS["quick"].benign_settings() == ("benign_lora.steps=60", "benign_full_finetune.steps=60")
+    assert PROTOCOLS["quick"].benign_settings() == ("benign_lora.steps=120", "benign_full_finetune.steps=120")
 
 
 @pytest.fixture

@@ -54,11 +54,21 @@ def curve(trial, scores, seed=0, outcome="completed"):
     return trace(points, trial=trial, seed=seed, budget=100, outcome=outcome, **TUNED)
 
 
-def test_the_fastest_and_the_furthest_go_on_and_never_a_diverged_one():
+def test_the_fastest_and_the_furthest_go_on():
     fast, far, slow = curve("fast", (0.5, 0.6, 0.6)), curve("far", (0.1, 0.2, 0.7)), curve("slow", (0.1, 0.2, 0.6))
     assert finalists([slow, far, fast]) == ("fast", "far")
     assert finalists([slow, fast]) == ("fast",), "as far as the fastest is no reason to go on"
-    assert finalists([slow, curve("fast", (0.5, 0.6, 0.9), outcome="diverged")]) == ("slow",)
+    assert finalists([slow, curve("fast", (0.5, 0.6, 0.9), outcome="diverged")]) == ("fast",), "what it kept counts"
+    lost = trace([], trial="fast", seed=1, budget=100, outcome="diverged", **TUNED)
+    others = [curve("fast", (0.5, 0.6, 0.9), seed) for seed in (0, 2)] + [curve("slow", (0.1, 0.2, 0.6), seed)
+                                                                         for seed in (0, 1, 2)]
+    assert finalists([lost, *others]) == ("fast",), "a run that diverges costs its seed, not its trial"
+
+
+def test_the_trial_with_the_best_single_seed_goes_on_too():
+    steady = [curve("steady", (0.5, 0.6, 0.6), seed) for seed in (0, 1, 2)]
+    lucky = [curve("lucky", (0.1, 0.2, 0.9 if seed == 1 else 0.2), seed) for seed in (0, 1, 2)]
+    assert finalists([*steady, *lucky]) == ("steady", "lucky")
 
 
 def test_a_finalist_that_did_not_go_on_is_missed():

@@ -173,7 +173,7 @@ def test_what_can_be_read_two_ways_or_not_at_all_is_refused(given, classes, mess
 
 
 def test_a_yaml_list_of_names_reaches_the_task(tmp_path):
-    from hf_immunize.certification.sit_again import read_task
+    from hf_immunize.certification import read_task
     from hf_immunize.options import parse_options
 
     source = str(write_classes(tmp_path / "d", ["a, b", "c", "d"], each=6))

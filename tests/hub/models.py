@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import record_builders as build
 import torch
 from published import EXPIRES, RESISTING, provenance
+from rejudged import judge_again
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from hf_immunize.records import ModelFingerprint, loading_files
@@ -29,13 +31,15 @@ def certify(folder: Path, base: Path, name: str, architecture: str) -> Path:
     about = {"architecture": architecture, "parameters": 1000}
     subject = ModelFingerprint.of_folder(folder, name=name, **about)
     control = ModelFingerprint.of_folder(base, name="base", **about)
-    exam = build.Exam(name=name, attacks=RESISTING, control=control)
+    attacks = [replace(attack, diverged=0, slow_down=attack.slow_down and 40.0) for attack in RESISTING]
+    exam = build.Exam(name=name, attacks=attacks, control=control)
     cells = [build.cell_with_traces(folder, attack, exam, {"subject": subject, "control": control})
-             for attack in RESISTING]
+             for attack in attacks]
     certificate = build.certificate(folder, exam, cells, subject, control)
     fields = {"provenance": provenance(), "expires": EXPIRES, "files": loading_files(folder)}
     certificate.model_copy(update=fields).write(folder / "certificate.json")
     build.immunization(exam, subject, control).write(folder / "immunization.json")
+    judge_again(folder, build.plan_of(attacks))
     return folder
 
 

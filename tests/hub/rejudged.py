@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import record_builders as build
+
 from hf_immunize.certification import Evidence, Rule, judge_traces
+from hf_immunize.certification.primary_rows import judge_utility, keep_rows
 from hf_immunize.records import AttackTrace, Certificate, Plan, sha256_file
 
 
@@ -16,7 +19,9 @@ def judge_again(folder: Path, plan: Plan, rule: Rule = Rule(), **evidence) -> Ce
     for path in paths:
         traces.setdefault(path.parent.name, []).append(AttackTrace.read(path))
     hashes = {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
-    found = Evidence.of_certificate(Certificate.read(folder / "certificate.json"))
-    certificate = judge_traces(traces, plan, rule, replace(found, traces=hashes, **evidence))
+    written = Certificate.read(folder / "certificate.json")
+    rows = build.answers(written)
+    evidence = {"traces": hashes, "utility": judge_utility(rows), "utility_rows": keep_rows(folder, [rows])} | evidence
+    certificate = judge_traces(traces, plan, rule, replace(Evidence.of_certificate(written), **evidence))
     certificate.write(folder / "certificate.json")
     return certificate

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import record_builders as build
-from published import certified
+from published import asking, certified
 from rejudged import judge_again
 from trace_builders import data, reaching
 
@@ -47,7 +47,7 @@ def test_benign_runs_are_evidence_and_judged_again(learned):
 
 
 def test_a_policy_may_ask_for_it(learned):
-    policy = Policy(trainable=True)
+    policy = asking(trainable=True)
     assert not any("benign trainability" in told for told in failed(learned, policy=policy))
     found = Certificate.read(learned / "certificate.json").trainability
     change(learned, trainability=[found[0].model_copy(update={"verdict": "WORSE"}), *found[1:]])
@@ -56,5 +56,5 @@ def test_a_policy_may_ask_for_it(learned):
 
 
 def test_a_policy_that_asks_for_it_refuses_an_exam_without(tmp_path):
-    told = failed(certified(tmp_path), policy=Policy(trainable=True))
+    told = failed(certified(tmp_path), policy=asking(trainable=True))
     assert any("benign trainability, not shown for any method" in message for message in told)

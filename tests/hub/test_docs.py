@@ -63,7 +63,7 @@ def reader(hub, machine, tmp_path):
 
 def test_publish_in_five_minutes(hub, tmp_path, reader):
     models.certified_vit(tmp_path)
-    policy = next(text for language, text in blocks("publish.md", "yaml") if "overall" in text)
+    policy = next(text for language, text in blocks("publish.md", "yaml") if "start_from" in text)
     (tmp_path / "policy.yaml").write_text(policy)
     steps = blocks("publish.md", "bash", "python")
     assert [language for language, _ in steps] == ["bash"] * 5 + ["python"]
@@ -71,7 +71,7 @@ def test_publish_in_five_minutes(hub, tmp_path, reader):
     for number, (language, text) in enumerate(steps):
         outputs.append(reader(language, text))
         assert ("commit" in hub.requests) == (number >= 4), "something was sent before its step"
-    assert "VERIFIED" in outputs[0] and "nothing was sent" in outputs[3] and "Published: " in outputs[4]
+    assert "Intact" in outputs[0] and "nothing was sent" in outputs[3] and "Published: " in outputs[4]
     assert outputs[5].split() == [hub.head("owner/model").oid, "True"]
     assert {"certificate.sig", "SHA256SUMS", "README.md"} <= set(hub.head("owner/model").files)
     workflow = next(yaml.safe_load(text) for language, text in blocks("publish.md", "yaml") if "jobs" in text)
@@ -87,7 +87,7 @@ def test_what_to_believe(hub, tmp_path, reader):
     assert [language for language, _ in steps] == ["bash", "python", "python", "bash"]
     for language, text in steps:
         reader(language, text.replace("KEY", key))
-    (tmp_path / "policy.yaml").write_text("overall: RESISTS")
+    (tmp_path / "policy.yaml").write_text("start_from: research\noverall: RESISTS")
     (job,) = (yaml.safe_load(text) for _, text in blocks("downloaded.md", "yaml"))
     reader("bash", job[1]["run"].replace("$PUBLISHER_KEY", key))
     folder = client(hub).snapshot_download("owner/model", local_dir=tmp_path / "plain")

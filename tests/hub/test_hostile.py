@@ -7,7 +7,7 @@ import shutil
 
 import models
 import pytest
-from published import TODAY, certified, client, failing, provenance, reseal, write_release
+from published import TODAY, asking, certified, client, failing, provenance, reseal, write_release
 from test_verify import build_with_files, failures, message
 
 from hf_immunize.errors import ConfigError, PublishRefusedError, RecordError, VerificationError
@@ -241,7 +241,7 @@ def test_publishing_again_what_was_downloaded(hub, tmp_path):
 
 def test_a_policy_for_a_whole_preset(tmp_path):
     folder = failing(tmp_path)
-    policy = Policy(exam="quick")
+    policy = asking(exam="quick")
     assert "not run: linear_probe_gd" in message(verify_folder(folder, policy=policy), "policy")
     cells = Certificate.read(folder / "certificate.json").cells
     from hf_immunize.exam import PROTOCOLS
@@ -254,7 +254,7 @@ def test_a_policy_for_a_whole_preset(tmp_path):
     certificate.write(folder / "certificate.json")
     assert "policy" not in {item.code for item in verify_folder(folder, policy=policy).findings}
     with pytest.raises(ConfigError, match="expected a protocol in"):
-        verify_folder(folder, policy=Policy(exam="none"))
+        verify_folder(folder, policy=asking(exam="none"))
 
 
 def test_a_report_of_another_exam_is_never_published(tmp_path):

@@ -13,7 +13,7 @@ from hf_immunize.hub import is_hub_id, local, local_folder
 from hf_immunize.records import HUB_SOURCE, Certificate, HubSource, ModelFingerprint
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-DIGITS = ["--config", str(RECIPES / "digits-vit" / "task.yaml"), "--device", "cpu",
+DIGITS = ["--config", str(RECIPES.parent / "tests" / "digits.yaml"), "--device", "cpu",
           "--primary_labels", "0,1,2", "--harmful_labels", "5,6,7"]
 
 

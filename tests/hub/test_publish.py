@@ -1,9 +1,8 @@
-import dataclasses
 
 import pytest
 from huggingface_hub import ModelCard
 from loopback import git_digest
-from published import TOKEN, certified, client, failing
+from published import TOKEN, asking, certified, client, failing
 
 from hf_immunize.errors import (
     ConfigError,
@@ -13,8 +12,7 @@ from hf_immunize.errors import (
     RecordError,
     VerificationError,
 )
-from hf_immunize.hub import CardOptions, Policy, publish, verify_model
-from hf_immunize.hub.policy import PUBLISHING
+from hf_immunize.hub import CardOptions, publish, verify_model
 from hf_immunize.hub.signature import make_key
 from hf_immunize.records import Certificate
 
@@ -214,9 +212,9 @@ def test_a_signed_publication(hub, tmp_path):
     key = make_key(tmp_path / "key.pem")
     assert (tmp_path / "key.pem").stat().st_mode & 0o077 == 0
     publish(certified(tmp_path), "me/model", api=client(hub), signing_key=tmp_path / "key.pem",
-            policy=dataclasses.replace(PUBLISHING, signed=True))
+            policy=asking(signed=True))
     _, found = verify_model("me/model", api=client(hub), cache_dir=tmp_path / "cache", trusted_key=key,
-                            policy=Policy(signed=True))
+                            policy=asking(signed=True))
     assert found.ok and found.signed_by == key
 
 
@@ -268,3 +266,17 @@ def test_targets_that_are_neither_folder_nor_repository(tmp_path):
     with pytest.raises(RecordError):
         publish(tmp_path / "none", "me/model")
     assert git_digest(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
+
+
+def test_a_control_that_is_not_the_base_that_the_card_names_is_not_published(hub, tmp_path):
+    folder = certified(tmp_path)
+    weights = (tmp_path / "base/model.safetensors").read_bytes()
+    card = CardOptions(license="mit", base_model="owner/base")
+    hub.put_revision("owner/base", {"model.safetensors": b"a weaker model", ".gitattributes": b""})
+    with pytest.raises(PublishRefusedError, match="control to be owner/base, got other weights"):
+        publish(folder, "me/model", api=client(hub), card=card)
+    assert "commit" not in hub.requests
+    hub.put_revision("owner/base", {"model.safetensors": weights, ".gitattributes": b""})
+    assert publish(folder, "me/model", api=client(hub), card=card).control_compared
+    elsewhere = CardOptions(license="mit", base_model="owner/not-there")
+    assert not publish(folder, "me/model", api=client(hub), card=elsewhere).control_compared

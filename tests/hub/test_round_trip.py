@@ -10,11 +10,11 @@ import pytest
 import torch
 from equality import depth, same_bits, units_apart
 from huggingface_hub import ModelCard
-from published import client
+from published import asking, client
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 from hf_immunize.errors import ConfigError, ModelError, VerificationError
-from hf_immunize.hub import Policy, load_verified, publish, verify_folder
+from hf_immunize.hub import load_verified, publish, verify_folder
 from hf_immunize.records import Certificate
 
 
@@ -28,9 +28,9 @@ def test_vision(hub, tmp_path, saving):
     assert len(list(folder.glob("*.safetensors"))) == (1 if not saving else 3)
     publish(folder, "me/model", api=client(hub))
     snapshot = client(hub).snapshot_download("me/model", cache_dir=tmp_path / "cache")
-    assert verify_folder(snapshot, policy=Policy(overall="RESISTS")).ok
+    assert verify_folder(snapshot, policy=asking(overall="RESISTS")).ok
     by_hand = AutoModelForImageClassification.from_pretrained(snapshot, use_safetensors=True)
-    loaded = load_verified("me/model", api=client(hub), cache_dir=tmp_path / "cache2", policy=Policy(overall="RESISTS"))
+    loaded = load_verified("me/model", api=client(hub), cache_dir=tmp_path / "cache2", policy=asking(overall="RESISTS"))
     assert same(by_hand, loaded) and same(loaded, ViTForImageClassification.from_pretrained(folder))
     base = ViTForImageClassification.from_pretrained(tmp_path / "base")
     assert not same(loaded, base)
@@ -117,7 +117,7 @@ def test_nothing_is_loaded_that_does_not_verify(tmp_path, monkeypatch):
     folder = models.certified_vit(tmp_path)
     monkeypatch.setattr(AutoModelForImageClassification, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(VerificationError, match="an unmet policy"):
-        load_verified(folder, policy=Policy(families={"LoRA": "RESISTS"}))
+        load_verified(folder, policy=asking(families={"LoRA": "RESISTS"}))
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(VerificationError, match="pytorch_model.bin: a pickle"):
         load_verified(folder)

@@ -64,7 +64,7 @@ def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
 
     def immunize(*extra: str) -> subprocess.CompletedProcess:
         words = [
-            sys.executable, str(RECIPES / "immunize.py"), "--config", str(RECIPES / "digits-vit" / "task.yaml"),
+            sys.executable, str(RECIPES / "immunize.py"), "--config", str(RECIPES.parent / "tests" / "digits.yaml"),
             "--base_path", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
             "--per_device_harmful_batch_size", "20", "--use_cpu", "--report_to", "none", *extra,
         ]
@@ -99,7 +99,7 @@ def test_a_head_trained_on_cached_features_is_that_of_images_and_pickles_are_not
 
     def pretrain(base: str, *extra: str) -> subprocess.CompletedProcess:
         words = [
-            sys.executable, str(RECIPES / "pretrain.py"), "--config", str(RECIPES / "digits-vit" / "task.yaml"),
+            sys.executable, str(RECIPES / "pretrain.py"), "--config", str(RECIPES.parent / "tests" / "digits.yaml"),
             "--model_name_or_path", str(tmp_path / base), "--trainable_modules", "classifier", "--max_steps", "4",
             "--learning_rate", "0.01", "--use_cpu", "--report_to", "none", *extra,
         ]
@@ -135,7 +135,7 @@ def test_two_cpu_processes_run_through_accelerate_launch(tmp_path):
 
 def test_immunization_during_pretraining_starts_from_a_config_alone(tmp_path):
     """from_scratch: no weights are read, none of theta_0's options is accepted, the record says what the start was."""
-    config = ["--config", str(RECIPES / "digits-vit" / "task.yaml"), "--config",
+    config = ["--config", str(RECIPES.parent / "tests" / "digits.yaml"), "--config",
               str(RECIPES / "digits-vit" / "pretrain_immunized.yaml")]  # fmt: skip
 
     def immunize(*extra: str) -> subprocess.CompletedProcess:

@@ -34,6 +34,17 @@ def test_the_stages_of_one_model_and_what_each_needs(tmp_path):
     assert stages["report"].options["model_paths"] == [str(tmp_path / "one")]
 
 
+def test_a_base_may_start_from_a_public_model_of_the_same_run(tmp_path):
+    text = TASK + "public: {primary_split: all}\npretrain: {seed: 1}\nimmunize: {one: {objective: ill_only}}\n"
+    stages = make_stages(read(tmp_path, text))
+    assert (stages["public"].verb, stages["public"].needs, stages["public"].makes_model) == ("pretrain", (), True)
+    assert stages["public"].options["primary_split"] == "all" and stages["public"].folder == tmp_path / "public"
+    assert stages["base"].needs == ("public",) and "primary_split" not in stages["base"].options
+    assert stages["base"].options["model_name_or_path"] == str(tmp_path / "public")
+    with pytest.raises(ConfigError, match="expected public only with pretrain"):
+        read(tmp_path, LEAST + "public: {seed: 1}\n")
+
+
 def test_every_section_and_what_it_starts_from(tmp_path):
     (tmp_path / "shared.yaml").write_text("device: cpu\nsettings: [lora.steps=2]\nmodel_path: elsewhere\n")
     (tmp_path / "judging.yaml").write_text("judge_path: of the single stage\nprotocol: standard\n")

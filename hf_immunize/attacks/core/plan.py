@@ -120,12 +120,27 @@ def describe_attacks(table: Mapping[str, Attack]) -> str:
     """One line per attack and field, for ``--help``."""
     lines = []
     for name, attack in table.items():
-        lines.append(f"{name} ({attack.family}): {(attack.config.__doc__ or '').splitlines()[0]}")
+        lines.append(f"{name} ({attack.family}): {told_of(attack)}")
+        lines += [f"  undoes {attack.covers}"] if attack.covers else []
         for field in fields(attack.config):
             value = field.metadata.get("sweep", field.default)
             shown = ",".join(map(_text, value)) if isinstance(value, tuple) else value
             lines.append(f"  {name}.{field.name}={shown}  {field.metadata.get('help', '')}")
     return "\n".join(lines)
+
+
+def told_of(attack: Attack) -> str:
+    """The first line of what an attack's config says of it."""
+    return (attack.config.__doc__ or "").splitlines()[0]
+
+
+def attacks_table(table: Mapping[str, Attack]) -> str:
+    """The table of docs/attacks.md, as Markdown."""
+    lines = ["| attack | family | what is done | what it undoes |", "|---|---|---|---|"]
+    for name, attack in table.items():
+        needs = f" (needs: {', '.join(attack.needs)})" if attack.needs else ""
+        lines.append(f"| `{name}` | {attack.family} | {told_of(attack)}{needs} | {attack.covers} |")
+    return "\n".join(lines) + "\n"
 
 
 def _text(value: Any) -> str:

@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 from hf_immunize.records import DatasetFingerprint, Evaluation, ModelFingerprint
 
-Role = Literal["subject", "control", "scratch"]
-"""The side of an exam that a model is: under test, its base, or random weights of its architecture."""
+Role = Literal["subject", "control", "scratch", "nothing"]
+"""The side of an exam that a model is: under test, its base, random weights of its architecture, or none at all."""
 EVALUATION_RATIO = 1.25
 """Consecutive evaluations are about this factor apart: the resolution of every steps-to-threshold."""
 
@@ -80,6 +80,8 @@ class Attack:
     amplify: when one is missing the suite makes all of them again, so that an interrupted exam ends like any other."""
     own_threshold: bool = False
     """Whether success is a share of what this attack itself reaches on the base: for attackers with hardly any data."""
+    covers: str = ""
+    """Which defence it undoes, in a few words."""
 
 
 def setting(default: Any, told: str, **tried: tuple[Any, ...]) -> Any:

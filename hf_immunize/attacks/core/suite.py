@@ -1,9 +1,13 @@
-"""Run attacks and keep one trace file per run; a run that is already on disk is not made again."""
+"""Run attacks and keep one trace file per run; a run that is already on disk is not made again.
+
+Several processes may work on one folder: each takes the next run that nobody is at (``Claims``).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +15,26 @@ from typing import Any
 from hf_immunize.attacks.core.finalists import finalists
 from hf_immunize.attacks.core.plan import find_attack, is_searchable, plan_runs
 from hf_immunize.attacks.core.shape import Attack, Context, Result, Run
-from hf_immunize.errors import RunMismatchError
+from hf_immunize.attacks.core.sharing import Claims, Share
+from hf_immunize.errors import ConfigError, RunMismatchError
 from hf_immunize.records import AttackTrace, Provenance, atomic_write
 
 _NOT_RUN = Result([], 1, 0.0, "diverged", "not run")
+_PAUSE = 0.2
+"""Seconds between two looks at runs that others are at."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SuiteSummary:
-    """How many runs were made now, how many were there already, and how many of all diverged."""
+    """How many runs were made now, how many were there already or came from others, and how many of all diverged.
+
+    ``waiting``: runs of other parts that have to be there before finalists can be chosen.
+    """
 
     made: int
     kept: int
     diverged: int
+    waiting: int = 0
 
 
 def run_suite(
@@ -37,6 +48,7 @@ def run_suite(
     trials: int | None = None,
     tuning_seeds: int | None = None,
     overwrite: bool = False,
+    share: Share | None = None,
     progress: Callable[[AttackTrace, bool], None] | None = None,
 ) -> SuiteSummary:
     """Run every (attack, trial, seed) that has no valid trace yet and write its trace to ``folder/traces/<role>/``.
@@ -45,14 +57,19 @@ def run_suite(
         trials: as in ``plan_trials``.
         tuning_seeds: compare the trials of attacks that have a ``search`` on this many of the seeds, and run only the
             ``finalists`` (one or two) on the others. None: every trial on every seed.
+        share: what part of the exam this process makes; all of it by default. Traces do not depend on it.
         progress: called once per run with its trace and whether it was made now.
 
     Raises:
+        ConfigError: ``overwrite`` with several processes, which would replace each other's.
         RunMismatchError: a trace file of the same name tells of other weights, data or settings, and ``overwrite`` is
             off. Nothing is run in that case.
         RecordError: a trace file that cannot be read, and ``overwrite`` is off.
     """
-    sitting = _Sitting(context, table, Path(folder) / "traces" / context.role, overwrite, progress)
+    share = share or Share()
+    if overwrite and (share.size > 1 or share.parts > 1):
+        raise ConfigError("expected one process and no shard with overwrite, got several: remove old traces instead.")
+    sitting = _Sitting(context, table, Path(folder) / "traces" / context.role, overwrite, share, progress)
     first: dict[str, list[Run]] = {}
     staged = []
     for name in names:
@@ -64,16 +81,19 @@ def run_suite(
             runs = [dataclasses.replace(run, tuning=tuning) for run in runs if run.seed in tuning]
         first[name] = runs
     sitting.sit(first)
-    second = {}
+    second, waiting = {}, 0
     for name in staged:
-        chosen = finalists([trace for trace in sitting.all if trace.attack == name])
+        traces, missing = sitting.found(name, first[name])
+        waiting += missing
+        chosen = [] if missing else finalists(traces)
         configs, tuning = {run.trial: run.config for run in first[name]}, first[name][0].tuning
         second[name] = [
             Run(configs[trial], trial, seed, tuning) for trial in chosen for seed in seeds if seed not in tuning
         ]
     sitting.sit(second)
+    sitting.claims.clear()
     diverged = sum(trace.outcome == "diverged" for trace in sitting.all)
-    return SuiteSummary(sitting.made, len(sitting.all) - sitting.made, diverged)
+    return SuiteSummary(sitting.made, len(sitting.all) - sitting.made, diverged, waiting)
 
 
 def is_staged(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning_seeds: int | None) -> bool:
@@ -93,6 +113,20 @@ def count_runs(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning
     return len({run.trial for run in runs}) * tuning_seeds + len(seeds) - tuning_seeds
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What one process makes at a time: one run, or all runs of an attack whose runs are one tensor program."""
+
+    name: str
+    attack: Attack
+    runs: tuple[Run, ...]
+
+    @property
+    def cost(self) -> tuple[bool, int]:
+        """By which the longest come first, so that no process is left with one at the end: training, then steps."""
+        return is_searchable(self.attack), sum(getattr(run.config, "steps", 1) for run in self.runs)
+
+
 @dataclasses.dataclass
 class _Sitting:
     """Makes runs whose trace is missing and keeps the others."""
@@ -101,36 +135,77 @@ class _Sitting:
     table: Mapping[str, Attack]
     target: Path
     overwrite: bool
+    share: Share
     progress: Callable[[AttackTrace, bool], None] | None
     all: list[AttackTrace] = dataclasses.field(default_factory=list)
     made: int = 0
 
+    def __post_init__(self) -> None:
+        self.claims = Claims(self.target.parents[1] / ".running" / self.context.role)
+        self._provenance = Provenance.here(self.context.device)
+
     def sit(self, planned: Mapping[str, Sequence[Run]]) -> None:
-        """Check every trace on disk first, then run what is missing and write each trace as soon as it is there."""
-        provenance = Provenance.here(self.context.device)
-        missing: dict[str, list[Run]] = {}
-        kept = []
+        """Check every trace on disk first, then make what is missing, each as soon as nobody else is at it."""
+        pending = {self._blank(job.name, job.runs[0]).file_name: job for job in self._jobs(planned)}
         for name, runs in planned.items():
             for run in runs:
-                # What a run would write, with an empty result: everything that must agree with a file already there.
-                blank = trace_of(self.context, name, self.table[name], run, _NOT_RUN, provenance)
-                path = self.target / blank.file_name
-                if path.exists() and not self.overwrite:
-                    kept.append(_check_same(AttackTrace.read(path), blank, path))
-                else:
-                    missing.setdefault(name, []).append(run)
-        for trace in kept:
-            self._note(trace, False)
-        for name, runs in missing.items():
-            company = planned[name] if self.table[name].batched else runs
-            for run, result in self.table[name].run(self.context, company):
-                if run not in runs:
-                    continue
-                trace = trace_of(self.context, name, self.table[name], run, result, provenance)
-                if result.picture is not None:  # first, since the trace is what says that the run is whole
-                    atomic_write(self.target.parents[1] / picture_name(trace), result.picture)
-                trace.write(self.target / trace.file_name)
-                self._note(trace, True)
+                self._stored(name, run)
+        while pending:
+            left = len(pending)
+            for key, job in list(pending.items()):
+                with self.claims.take(key) as mine:
+                    if mine:
+                        self._make(job)
+                        del pending[key]
+            if len(pending) == left:
+                time.sleep(_PAUSE)
+
+    def _jobs(self, planned: Mapping[str, Sequence[Run]]) -> list[_Job]:
+        """The jobs of this part, longest first."""
+        jobs = []
+        for name, runs in planned.items():
+            attack = self.table[name]
+            parts = [tuple(runs)] if attack.batched else [(run,) for run in runs]
+            jobs += [_Job(name, attack, part) for part in parts]
+        ordered = sorted((job for job in jobs if job.runs), key=lambda job: job.cost, reverse=True)
+        return [job for place, job in enumerate(ordered) if self.share.holds(place)]
+
+    def found(self, name: str, runs: Sequence[Run]) -> tuple[list[AttackTrace], int]:
+        """The traces of these runs, whoever made them, and how many are not there yet."""
+        traces = [self._stored(name, run, again=False) for run in runs]
+        there = [trace for trace in traces if trace is not None]
+        return there, len(traces) - len(there)
+
+    def _blank(self, name: str, run: Run) -> AttackTrace:
+        """What a run would write, with an empty result: everything that must agree with a file already there."""
+        return trace_of(self.context, name, self.table[name], run, _NOT_RUN, self._provenance)
+
+    def _stored(self, name: str, run: Run, *, again: bool | None = None) -> AttackTrace | None:
+        """The trace on disk, if it is there and not to be made again."""
+        blank = self._blank(name, run)
+        path = self.target / blank.file_name
+        if (self.overwrite if again is None else again) or not path.exists():
+            return None
+        return _check_same(AttackTrace.read(path), blank, path)
+
+    def _make(self, job: _Job) -> None:
+        """Keep what is there by now, make the rest, and write each trace as soon as there is one."""
+        missing = []
+        for run in job.runs:
+            if (trace := self._stored(job.name, run)) is None:
+                missing.append(run)
+            else:
+                self._note(trace, False)
+        if not missing:
+            return
+        for run, result in job.attack.run(self.context, job.runs):
+            if run not in missing:
+                continue
+            trace = trace_of(self.context, job.name, job.attack, run, result, self._provenance)
+            if result.picture is not None:  # first, since the trace is what says that the run is whole
+                atomic_write(self.target.parents[1] / picture_name(trace), result.picture)
+            trace.write(self.target / trace.file_name)
+            self._note(trace, True)
 
     def _note(self, trace: AttackTrace, made: bool) -> None:
         self.all.append(trace)

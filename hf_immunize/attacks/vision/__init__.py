@@ -1,61 +1,40 @@
-"""Adversaries of image classifiers: one file each, one plain table."""
+"""Adversaries of image classifiers: one row of a table or one short file each, and one plain table of all."""
 
+import dataclasses
 from dataclasses import replace
 
 from hf_immunize.attacks.core.shape import Attack
 from hf_immunize.attacks.vision import (
-    augmented_finetune,
+    all_layers_probe,
     batchnorm_probe,
     distil_fresh,
     earlier_layer_probe,
-    few_shot_finetune,
     fold_linear_map,
-    full_finetune,
     lbfgs_probe,
-    linear_probe_adam,
-    linear_probe_gd,
-    linear_probe_momentum,
     lora,
-    mixed_finetune,
-    muon_finetune,
-    noisy_finetune,
-    partial_finetune,
-    reset_last_blocks,
-    ridge_head_finetune,
     ridge_probe,
-    standardized_probe_adam,
     subtract_difference,
-    whitened_probe_gd,
 )
 from hf_immunize.attacks.vision.adapters import ADAPTERS
 from hf_immunize.attacks.vision.context import AttackContext, describe_model
+from hf_immunize.attacks.vision.finetunes import FINETUNES
+from hf_immunize.attacks.vision.linear_probes import LINEAR_PROBES
+from hf_immunize.attacks.vision.without_model import REFERENCES
+from hf_immunize.errors import ConfigError
 
 ATTACKS: dict[str, Attack] = {
-    "linear_probe_gd": linear_probe_gd.ATTACK,
-    "linear_probe_momentum": linear_probe_momentum.ATTACK,
-    "linear_probe_adam": linear_probe_adam.ATTACK,
-    "standardized_probe_adam": standardized_probe_adam.ATTACK,
-    "whitened_probe_gd": whitened_probe_gd.ATTACK,
+    **LINEAR_PROBES,
     "lbfgs_probe": lbfgs_probe.ATTACK,
     "ridge_probe": ridge_probe.ATTACK,
     "earlier_layer_probe": earlier_layer_probe.ATTACK,
+    "all_layers_probe": all_layers_probe.ATTACK,
     "batchnorm_probe": batchnorm_probe.ATTACK,
     "lora": lora.ATTACK,
     **ADAPTERS,
-    "partial_finetune": partial_finetune.ATTACK,
-    "full_finetune": full_finetune.ATTACK,
-    "ridge_head_finetune": ridge_head_finetune.ATTACK,
-    "muon_finetune": muon_finetune.ATTACK,
-    "reset_last_blocks": reset_last_blocks.ATTACK,
+    **FINETUNES,
     "fold_linear_map": fold_linear_map.ATTACK,
     "subtract_difference": subtract_difference.ATTACK,
     "distil_fresh": distil_fresh.ATTACK,
-    "few_shot_finetune": few_shot_finetune.ATTACK,
-    "five_shot_finetune": few_shot_finetune.FIVE,
-    "one_shot_finetune": few_shot_finetune.ONE,
-    "mixed_finetune": mixed_finetune.ATTACK,
-    "augmented_finetune": augmented_finetune.ATTACK,
-    "noisy_finetune": noisy_finetune.ATTACK,
 }
 
 TRAINABILITY: dict[str, Attack] = {
@@ -64,4 +43,25 @@ TRAINABILITY: dict[str, Attack] = {
 }
 """No attacks: how a benign third task would be learned, which immunization must not hinder."""
 
-__all__ = ["ATTACKS", "TRAINABILITY", "AttackContext", "describe_model"]
+
+def register_attack(name: str, attack: Attack) -> Attack:
+    """Add an attack of your own to those that an exam can name (``attacks: [..., name]``); returns it.
+
+    Every process that attacks or certifies has to do it, e.g. at the top of its script.
+
+    Raises:
+        ConfigError: the name is taken, or no identifier, or the config is no frozen dataclass with a docstring.
+    """
+    if name in ATTACKS or not name.isidentifier():
+        raise ConfigError(f"expected an identifier that is not in {sorted(ATTACKS)}, got {name!r}: choose another.")
+    config = attack.config
+    if not (dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen and config.__doc__):  # type: ignore
+        raise ConfigError(
+            f"expected a frozen dataclass with a docstring as the config of {name!r}, got {config!r}: write "
+            "@dataclass(frozen=True), and make its fields by hf_immunize.attacks.setting."
+        )
+    ATTACKS[name] = attack
+    return attack
+
+
+__all__ = ["ATTACKS", "REFERENCES", "TRAINABILITY", "AttackContext", "describe_model", "register_attack"]

@@ -18,10 +18,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from hf_immunize.attacks.core.shape import Result, Run, evaluation_steps, setting
 from hf_immunize.attacks.vision._cost import BACKWARD, forward_flops, trained_samples
+from hf_immunize.attacks.vision._optimizers import OPTIMIZERS
 from hf_immunize.attacks.vision._rows import collator, training_rows
 from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.data import forward_rows
-from hf_immunize.errors import ConfigError
 from hf_immunize.records import Evaluation
 
 _EVALUATION_RATIO = 1.5
@@ -39,7 +39,7 @@ class FinetuneConfig:
     steps: int = setting(100, "Budget in optimizer steps.")
     batch_size: int = setting(32, "Rows per step.", search=(8, 16, 32))
     optimizer: str = setting("adamw_torch_fused", "TrainingArguments.optim, e.g. sgd, adafactor; or sgd_momentum, "
-                             "muon.")
+                             "muon, lamb, adafactor_relative.")
     scheduler: str = setting("constant", "TrainingArguments.lr_scheduler_type; the ones with_warmup obey warmup_steps.",
                              search=("constant_with_warmup", "linear", "cosine"))
     warmup_steps: int = setting(0, "Steps of linear warm-up.", search=(0, 10))
@@ -111,47 +111,6 @@ def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: s
     # Where several GPUs are visible the stock Trainer wraps the model in DataParallel and multiplies the batch.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """``torch.optim.Muon`` for weight matrices and AdamW for everything else, as one optimizer."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float):
-        matrices = [parameter for parameter in parameters if parameter.dim() == 2]
-        others = [parameter for parameter in parameters if parameter.dim() != 2]
-        options = {"lr": learning_rate, "weight_decay": weight_decay}
-        super().__init__([{"params": matrices}, {"params": others}], options)
-        self._parts = [torch.optim.Muon(matrices, **options), torch.optim.AdamW(others, **options)]
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One step of both, at the learning rates that the scheduler has set here."""
-        for group, part in zip(self.param_groups, self._parts, strict=True):
-            part.param_groups[0]["lr"] = group["lr"]
-            part.step()
-
-
-def muon(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """Muon for the trained parameters of ``model``. Raises ConfigError where torch has none."""
-    if not hasattr(torch.optim, "Muon"):
-        raise ConfigError(f"expected torch.optim.Muon (torch 2.9 or newer), got torch {torch.__version__}: update it.")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return MuonAdamW(trained, config.learning_rate, config.weight_decay)
-
-
-def sgd_momentum(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """Stochastic gradient descent with Nesterov momentum 0.9; Trainer's own ``sgd`` has none."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.SGD(
-        trained, config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
-    )
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, FinetuneConfig], torch.optim.Optimizer]] = {
-    "muon": muon,
-    "sgd_momentum": sgd_momentum,
-}
-"""Optimizers beside those of ``TrainingArguments.optim``."""
 
 
 def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int, before: int = 0) -> Result:

@@ -19,6 +19,9 @@ from hf_immunize.attacks.vision.context import AttackContext
 ATTENTION = r".*att(entio)?n.*\.(q_proj|v_proj|query|value)"
 """Query and value projections, under their present and their former names."""
 
+ALL_LINEAR = "all-linear"
+"""Every linear layer and every convolution without groups, but the head."""
+
 
 @dataclass(frozen=True)
 class AdapterConfig(FinetuneConfig):
@@ -35,6 +38,8 @@ def target_modules(model: nn.Module, head: str, pattern: str | None) -> list[str
     convolutions = [
         name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1
     ]
+    if pattern == ALL_LINEAR:
+        return linear + convolutions
     if pattern is not None:
         return [name for name in linear + convolutions if re.fullmatch(pattern, name)]
     return [name for name in linear if re.fullmatch(ATTENTION, name)] or linear or convolutions
@@ -47,9 +52,14 @@ def run_adapters(
     yield from run_finetunes(context, runs, lambda context, run: adapt(context, run, make))
 
 
-def adapt(context: AttackContext, run: Run, make: Callable[[Any, list[str]], PeftConfig]) -> nn.Module | str:
-    """The adapted model, its adapters drawn from the run's seed; or words on why the method does not apply."""
-    model = context.model_with_new_head(run.seed)
+def adapt(
+    context: AttackContext, run: Run, make: Callable[[Any, list[str]], PeftConfig], model: nn.Module | None = None
+) -> nn.Module | str:
+    """The adapted model, its adapters drawn from the run's seed; or words on why the method does not apply.
+
+    ``model`` is the attacked one with its new head, where the attacker has changed it before.
+    """
+    model = context.model_with_new_head(run.seed) if model is None else model
     targets = target_modules(model, context.head, run.config.targets)
     if not targets:
         return f"no linear layer or convolution to adapt (targets={run.config.targets!r})"

@@ -55,17 +55,22 @@ class Vera(AdapterConfig):
     rank: int = setting(64, "Rank of the shared projections.")
 
 
-def _adapter(config: type, make: Callable[[Any, list[str]], PeftConfig]) -> Attack:
+def _adapter(config: type, make: Callable[[Any, list[str]], PeftConfig], covers: str) -> Attack:
     """An attack whose runs differ in PEFT's config alone."""
-    return Attack(config=config, run=partial(run_adapters, make=make), family="other PEFT")
+    return Attack(config=config, run=partial(run_adapters, make=make), family="other PEFT", covers=covers)
 
 
 ADAPTERS: dict[str, Attack] = {
-    "dora": replace(lora.ATTACK, config=Dora),
-    "loha": _adapter(Loha, lambda told, on: LoHaConfig(r=told.rank, alpha=told.rank, target_modules=on)),
-    "lokr": _adapter(Lokr, lambda told, on: LoKrConfig(r=told.rank, alpha=told.rank, target_modules=on)),
+    "dora": replace(lora.ATTACK, config=Dora, covers="row lengths that low-rank updates leave alone"),
+    "loha": _adapter(Loha, lambda told, on: LoHaConfig(r=told.rank, alpha=told.rank, target_modules=on),
+                     "directions that a sum of few products does not reach"),
+    "lokr": _adapter(Lokr, lambda told, on: LoKrConfig(r=told.rank, alpha=told.rank, target_modules=on),
+                     "directions that a sum of few products does not reach"),
     "oft": _adapter(Oft, lambda told, on: OFTConfig(
-        r=told.blocks, oft_block_size=0 if told.blocks else told.block_size, target_modules=on)),
-    "ia3": _adapter(IA3, lambda told, on: IA3Config(target_modules=on, feedforward_modules=[])),
-    "vera": _adapter(Vera, lambda told, on: VeraConfig(r=told.rank, target_modules=on)),
+        r=told.blocks, oft_block_size=0 if told.blocks else told.block_size, target_modules=on),
+        "layers whose lengths must stay, since it only rotates"),
+    "ia3": _adapter(IA3, lambda told, on: IA3Config(target_modules=on, feedforward_modules=[]),
+                    "features that are there but faint"),
+    "vera": _adapter(Vera, lambda told, on: VeraConfig(r=told.rank, target_modules=on),
+                     "a defence that counts trained weights"),
 }  # fmt: skip

@@ -45,13 +45,19 @@ def reestimate(model: nn.Module, context: AttackContext, seed: int) -> nn.Module
     """Replace running statistics by plain averages over the seed's rows, in batches as large as memory is used to."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     model.eval()
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
     for batch in batches(context.attack.subset(context.draw_rows(seed)), _STATISTICS_ROWS):
         model(pixel_values=batch["pixel_values"].to(context.device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return model.eval()
 
 
-ATTACK = Attack(config=BatchNormProbe, run=run, family="structural", unit="solve")
+ATTACK = Attack(
+    config=BatchNormProbe, run=run, family="structural", unit="solve",
+    covers="batch statistics of other images",
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -21,9 +21,14 @@ from hf_immunize.features import extract_features, find_classifier, prefer_chann
 from hf_immunize.models import load_classifier, random_classifier
 from hf_immunize.records import DatasetFingerprint, ModelFingerprint, fingerprint_of, sha256_file, weight_files
 
+PIXELS = "pixels"
+THUMBNAIL = 32
+
 
 def describe_model(folder: str | Path, model: nn.Module, role: Role = "subject") -> ModelFingerprint:
     """Fingerprint of the attacked model. Random weights (``scratch``) have no weight files: each seed draws its own."""
+    if role == "nothing":
+        return ModelFingerprint(name="no model", architecture="none", parameters=0, weights={})
     name = Path(folder).resolve().name
     parameters = sum(parameter.numel() for parameter in model.parameters())
     architecture = type(model).__name__
@@ -61,11 +66,13 @@ class AttackContext:
     attack_fraction: float = 0.8
     base: Path | None = None
     benign: PixelDataset | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What attacks prepare once for all of their runs, by a key of their own (``once``)."""
     _features: dict[tuple[int | None, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.role not in ("subject", "control", "scratch"):
-            raise ConfigError(f"expected role 'subject', 'control' or 'scratch', got {self.role!r}.")
+        if self.role not in ("subject", "control", "scratch", "nothing"):
+            raise ConfigError(f"expected role 'subject', 'control', 'scratch' or 'nothing', got {self.role!r}.")
         if not 0 < self.attack_fraction <= 1:
             raise ConfigError(f"expected attack_fraction in (0, 1], got {self.attack_fraction}.")
         digests = [fingerprint.sha256 for fingerprint in self.data]
@@ -111,7 +118,9 @@ class AttackContext:
 
     @cached_property
     def head(self) -> str:
-        """Module name of the classification head."""
+        """Module name of the classification head; what stands for features where there is no model."""
+        if self.role == "nothing":
+            return PIXELS
         return self.feature_module or find_classifier(self._saved)
 
     @property
@@ -123,6 +132,13 @@ class AttackContext:
         """A fresh copy of the attacked model on ``device``; ``seed`` matters only for random weights."""
         made = random_classifier(self.folder, seed) if self.role == "scratch" else copy.deepcopy(self._saved)
         return prefer_channels_last(made.to(self.device))
+
+    def once(self, what: str, seed: int, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns, made once per attacked model: random weights are another model for every seed."""
+        key = (what, seed if self.role == "scratch" else None)
+        if key not in self.prepared:
+            self.prepared[key] = make()
+        return self.prepared[key]
 
     def model_with_new_head(self, seed: int) -> nn.Module:
         """The attacked model with a freshly drawn head for the harmful classes. Equal seeds draw equal heads.
@@ -144,6 +160,7 @@ class AttackContext:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             new = nn.Linear(old.in_features, len(names), device=old.weight.device, dtype=old.weight.dtype)
+        new.is_new_head = True  # type: ignore[assignment]  # what an optimizer may give a rate of its own
         model.set_submodule(self.head, new)
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: label for label, name in enumerate(names)}
@@ -168,10 +185,26 @@ class AttackContext:
         Computed once per model; random weights are another model for every seed.
         """
         module = module or self.head
+        if self.role == "nothing":
+            return self._pixels
         key = (seed if self.role == "scratch" else None, module)
         if key not in self._features:
             self._features[key] = self.features_of(self.model(seed), module)
         return self._features[key]
+
+    @cached_property
+    def _pixels(self) -> dict[str, Tensor]:
+        """What an attacker without the model has: pixels, larger images averaged down to thumbnails."""
+        splits = {"attack": self.attack, "validation": self.validation, "test": self.test}
+        return {
+            name: torch.cat([
+                nn.functional.adaptive_avg_pool2d(
+                    pixels := batch["pixel_values"].float(), [min(side, THUMBNAIL) for side in pixels.shape[-2:]]
+                ).flatten(1)
+                for batch in batches(split, device="cpu")
+            ])
+            for name, split in splits.items()
+        }
 
     def features_of(self, model: nn.Module, module: str) -> dict[str, Tensor]:
         """Features of the three splits at a module of any model, e.g. one the attacker has changed; not kept."""

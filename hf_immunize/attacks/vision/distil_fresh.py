@@ -31,7 +31,7 @@ class DistilFresh(FinetuneConfig):
     temperature: float = setting(2.0, "Softening of both outputs while distilling.")
 
 
-class _Student(nn.Module):
+class Student(nn.Module):
     """A classifier whose loss is the cross-entropy to given logits; only Trainer sees it."""
 
     def __init__(self, model: nn.Module, temperature: float):
@@ -68,7 +68,7 @@ def distil(context: AttackContext, config: DistilFresh, seed: int) -> nn.Module:
                 for batch in batches(rows, device=context.device)
             ]
         data = TensorDataset(rows.pixel_values, torch.cat(parts).cpu())
-        train(_Student(student, config.temperature), data, replace(config, steps=steps), seed, context.device, _stack)
+        train(Student(student, config.temperature), data, replace(config, steps=steps), seed, context.device, _stack)
     return student
 
 
@@ -79,4 +79,5 @@ def _stack(rows: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
 
 ATTACK = Attack(
     config=DistilFresh, run=partial(run_finetunes, prepare=_prepare, spent=_distilling), family="structural",
+    covers="whatever sits in the weights and not in the outputs",
 )

@@ -48,4 +48,7 @@ def _solve_at(context: AttackContext, site: str, runs: Sequence[Run]) -> Iterato
             yield planned, Result([], 1, 0.0, "not_applicable", str(error))
 
 
-ATTACK = Attack(config=EarlierLayerProbe, run=run, family="structural", unit="solve")
+ATTACK = Attack(
+    config=EarlierLayerProbe, run=run, family="structural", unit="solve",
+    covers="a defence of the last layer alone",
+)

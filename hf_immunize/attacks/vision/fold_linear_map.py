@@ -57,4 +57,7 @@ def fold(context: AttackContext, base: dict[str, Tensor], seed: int) -> tuple[di
     return {name: found(value) for name, value in mine.items()}, found.explained(mine["validation"], base["validation"])
 
 
-ATTACK = Attack(config=FoldLinearMap, run=run, family="structural", needs=NEEDS, batched=True)
+ATTACK = Attack(
+    config=FoldLinearMap, run=run, family="structural", needs=NEEDS, batched=True,
+    covers="an invertible layer that was slipped in",
+)

@@ -63,4 +63,4 @@ def _train(data: ProbeData, planned: Run, passes: list[int]) -> Iterator[Evaluat
             yield Evaluation(step=step, validation=float(validation), test=float(test))
 
 
-ATTACK = Attack(config=LbfgsProbe, run=run, family="whitened probing")
+ATTACK = Attack(config=LbfgsProbe, run=run, family="whitened probing", covers="a condition number and rates")

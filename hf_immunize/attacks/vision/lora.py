@@ -39,4 +39,7 @@ def make_config(config: Lora, targets: list[str]) -> LoraConfig:
     )
 
 
-ATTACK = Attack(config=Lora, run=partial(run_adapters, make=make_config), family="LoRA")
+ATTACK = Attack(
+    config=Lora, run=partial(run_adapters, make=make_config), family="LoRA",
+    covers="a defence that counts on all weights being trained",
+)

@@ -65,4 +65,7 @@ def _solve(data: ProbeData, penalty: float, started: float) -> Result:
     return Result([point], 1, time.perf_counter() - started, samples=rows, flops=cost)
 
 
-ATTACK = Attack(config=RidgeProbe, run=run, family="whitened probing", unit="solve")
+ATTACK = Attack(
+    config=RidgeProbe, run=run, family="whitened probing", unit="solve",
+    covers="any condition number, in one solve",
+)

@@ -58,4 +58,7 @@ def _leading(difference: Tensor, rank: int) -> Tensor:
         return truncated(difference.flatten(1), rank).view_as(difference)
 
 
-ATTACK = Attack(config=SubtractDifference, run=run, family="structural", needs=NEEDS)
+ATTACK = Attack(
+    config=SubtractDifference, run=run, family="structural", needs=NEEDS,
+    covers="everything, where the base is public",
+)

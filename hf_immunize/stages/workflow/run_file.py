@@ -17,6 +17,7 @@ SECTIONS = {
     "task": "data: what the model keeps, what it shall not learn, and a benign task",
     "base": "folder or Hub id of a trained model; instead of pretrain",
     "base_revision": "branch, tag or commit of a base on the Hub",
+    "public": "options of training a public model from scratch, which pretrain starts from",
     "pretrain": "options of the stage that trains the base, or its head",
     "judge": "options of the classifier that recognises what pipelines draw",
     "immunize": "one entry for each immunized model, by its name",
@@ -58,7 +59,7 @@ class RunFile:
         jobs: stages at a time.
         task: options of the data.
         base, base_revision: the trained model, where no stage makes it.
-        sections: pretrain, judge, attack, benign, scratch, certify and report, those that are there.
+        sections: public, pretrain, judge, attack, benign, scratch, certify and report, those that are there.
         models: the immunized models by name; None for one that is there already.
     """
 
@@ -95,7 +96,7 @@ class RunFile:
                 raise ConfigError(f"expected text for {name} in {file}, got {loaded[name]!r}.")
         found = {
             name: _section(loaded.get(name) or {}, name, file)
-            for name in ("task", "pretrain", "judge", "attack", "benign", "scratch", "certify", "report")
+            for name in ("task", "public", "pretrain", "judge", "attack", "benign", "scratch", "certify", "report")
             if name in loaded
         }
         task = found.pop("task", Section({}, {})).options
@@ -118,6 +119,11 @@ class RunFile:
                 "one of them." if got == "both" else
                 f"expected base (a trained model) or pretrain (options to train it) in {self.path}, got neither: add "
                 "one of them."
+            )
+        if "public" in self.sections and "pretrain" not in self.sections:
+            raise ConfigError(
+                f"expected public only with pretrain in {self.path}, got it with base: nothing would start from it. "
+                "Remove it."
             )
         if self.base_revision is not None and self.base is None:
             raise ConfigError(f"expected base_revision only with base in {self.path}, got it with pretrain: remove it.")
@@ -142,7 +148,7 @@ def _models(loaded: Any, file: Path) -> dict[str, Section | None]:
         if not isinstance(name, str) or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
             raise ConfigError(f"expected names of letters, digits, '-', '_' and '.' in immunize of {file}, got "
                               f"{name!r}.")
-        if name in ("base", "judge", "logs", "stages", "replaced", "report"):
+        if name in ("base", "public", "judge", "logs", "stages", "replaced", "report"):
             raise ConfigError(f"expected another name than {name!r} in immunize of {file}: a folder is called so "
                               "already.")
         if options is not None and not isinstance(options, Mapping):

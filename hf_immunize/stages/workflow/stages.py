@@ -11,14 +11,14 @@ from hf_immunize.errors import ConfigError
 from hf_immunize.options import nearest
 from hf_immunize.stages.workflow.run_file import RunFile, Section
 
-BASE = "base"
+BASE, PUBLIC = "base", "public"
 _PLACES = {
     "pretrain": ("output_dir",), "immunize": ("output_dir", "base_path", "base_revision"),
     "attack": ("model_path", "role", "revision", "output_path"),
     "certify": ("model_path", "base_path", "revision", "base_revision"), "report": ("model_paths", "base_path"),
 }  # fmt: skip
 """Options that say where models lie: the run sets them."""
-_VERBS = {"judge": "pretrain", "benign": "attack", "scratch": "attack"}
+_VERBS = {"public": "pretrain", "judge": "pretrain", "benign": "attack", "scratch": "attack"}
 """Sections whose verb is called otherwise."""
 _TRAINING = ("pretrain", "immunize")
 
@@ -51,7 +51,7 @@ class Stage:
     @property
     def makes_model(self) -> bool:
         """Whether its result is a whole folder with a model."""
-        return self.kind in ("fetch", "pretrain", "judge", "immunize")
+        return self.kind in ("fetch", "public", "pretrain", "judge", "immunize")
 
     def results(self) -> list[Path]:
         """The files of ours that are there, or would be its results."""
@@ -80,8 +80,13 @@ def _stages(run: RunFile) -> Iterator[Stage]:
         _refuse_places(run, name, _VERBS.get(name, name), asked)
     ready: tuple[str, ...] = (BASE,)
     if "pretrain" in run.sections:
-        told = run.task | run.sections["pretrain"].options | {"output_dir": str(base)}
-        yield Stage(BASE, "pretrain", told, (), base, "pretrain")
+        start: dict[str, Any] = {}
+        if "public" in run.sections:
+            start = {"model_name_or_path": str(out / PUBLIC)}
+            told = run.task | run.sections["public"].options | {"output_dir": str(out / PUBLIC)}
+            yield Stage(PUBLIC, "pretrain", told, (), out / PUBLIC, "public")
+        told = run.task | run.sections["pretrain"].options | start | {"output_dir": str(base)}
+        yield Stage(BASE, "pretrain", told, (PUBLIC,) if start else (), base, "pretrain")
     elif base == out / BASE and Path(run.base or "").resolve() != base.resolve():
         told = {"source": run.base, "output_dir": str(base)}
         told |= {"revision": run.base_revision} if run.base_revision else {}

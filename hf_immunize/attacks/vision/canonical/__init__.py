@@ -1,0 +1,93 @@
+"""A network's normal form: the same function, with scales and factors that nobody chose.
+
+What makes a network hard to train can lie in nothing but its coordinates: gains of 2^24 that the next layer divides
+away, convolutions multiplied by 1000 before a batch norm, queries stretched and keys shrunk. ``canonicalise`` undoes
+all changes of coordinates of these kinds at once, without the base and without data.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
+from hf_immunize.attacks.vision.canonical.operations import find_anatomy
+from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
+from hf_immunize.attacks.vision.canonical.scales import rescale, settle
+
+_ROUNDING = 1e-8
+"""How far outputs in float64 may move, in units of the largest, before the normal form is thrown away."""
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A model in normal form, and what was done to it."""
+
+    model: nn.Module
+    note: str
+    changed: bool
+    error: float = 0.0
+    """Largest change of an output in float64, in units of the largest output."""
+
+
+@torch.no_grad()
+def canonicalise(model: nn.Module, head: str, pixels: Tensor) -> Canonical:
+    """The normal form of an image classifier, in the precision, mode and place it came with; the model itself is kept.
+
+    Works in float64 on what a forward's graph shows (``following``), and is checked on the pixels: where the graph
+    cannot be followed, or an output moves by more than rounding, the result is an unchanged copy whose note says why.
+
+    Args:
+        head: name of the linear layer that the attacker will replace.
+        pixels: a few images (N×C×H×W, at least one).
+    """
+    double = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    batch = torch.cat([pixels, pixels])[: max(2, len(pixels))].to("cpu", torch.float64)
+    wanted = double(pixel_values=batch).logits
+    try:
+        anatomy = find_anatomy(double, batch)
+        told = _change(double, anatomy, head)
+    except Exception as error:  # torch.export and its graphs raise errors of every kind
+        return _unchanged(model, f"the network could not be followed: {type(error).__name__}: {error}")
+    found = double(pixel_values=batch).logits
+    error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+    if not error <= _ROUNDING:
+        return _unchanged(model, f"outputs would have moved by {error:.1e} of the largest")
+    return Canonical(_written(model, double), told, True, error)
+
+
+def _written(model: nn.Module, double: nn.Module) -> nn.Module:
+    """A copy of the model with the weights, statistics and epsilons of another."""
+    made = copy.deepcopy(model)
+    made.load_state_dict(double.state_dict())
+    for name, module in double.named_modules():
+        if isinstance(getattr(module, "eps", None), float):
+            made.get_submodule(name).eps = module.eps
+    return made
+
+
+def _unchanged(model: nn.Module, why: str) -> Canonical:
+    return Canonical(copy.deepcopy(model), why[:300], False)
+
+
+def _change(model: nn.Module, anatomy: Anatomy, head: str) -> str:
+    """Normalise a float64 model in place and say how much of it took part."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    inside, before_head = find_pairs(anatomy, head)
+    roots = settle(anatomy, named, _variables([*inside, *before_head]))
+    rescale(anatomy, model, roots)
+    for pair in inside:
+        balance_pair(pair, named)
+    rescale(anatomy, model, settle(anatomy, named, _variables(before_head)))  # now that the products' rows are known
+    straightened = [orthogonalise(pair, named) for pair in before_head]
+    return (
+        f"normal form: {len(anatomy.norms)} norms, {len(anatomy.layers)} linear maps, "
+        f"{int((roots.log != 0).sum())} scales set, {len(inside) + sum(straightened)} products balanced"
+    )
+
+
+def _variables(pairs: list[Pair]) -> Tensor:
+    return torch.cat([pair.variables for pair in pairs]) if pairs else torch.zeros(0, dtype=torch.long)

@@ -1,0 +1,60 @@
+"""The table of attacks: in the docs as it is in the code, and open to attacks of one's own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_attack_finetune import only
+
+from hf_immunize.attacks import ATTACKS, Attack, register_attack, row, setting
+from hf_immunize.attacks.core.plan import attacks_table
+from hf_immunize.attacks.vision import _preparations as first
+from hf_immunize.errors import ConfigError
+from hf_immunize.exam import PROTOCOLS
+
+DOCS = Path(__file__).parents[2] / "docs" / "attacks.md"
+
+
+def test_the_docs_hold_the_table_as_it_is_now():
+    found = DOCS.read_text(encoding="utf-8")
+    assert attacks_table(ATTACKS) in found, "write attacks_table(ATTACKS) into docs/attacks.md"
+
+
+def test_the_thorough_exam_has_every_attack_and_standard_those_against_coordinates():
+    assert set(PROTOCOLS["thorough"].attacks) == set(ATTACKS)
+    named = {"canonical_finetune", "canonical_lora", "relative_finetune", "lora_all_linear"}
+    assert named <= set(PROTOCOLS["standard"].attacks) and "canonical_finetune" in PROTOCOLS["quick"].attacks
+
+
+def test_an_attack_of_ones_own_is_one_row(make_context):
+    mine = row(
+        "SGD on all weights.", "nothing in particular", prepare=first.unfrozen, optimizer="sgd",
+        learning_rate=setting(0.1, "Peak learning rate.", sweep=(0.1, 1.0)),
+    )  # fmt: skip
+    try:
+        assert register_attack("my_finetune", mine) is ATTACKS["my_finetune"]
+        result = only(make_context(), "my_finetune", mine.config(steps=2))
+        assert result.outcome == "completed" and len(result.curve) == 2
+        with pytest.raises(ConfigError, match="expected an identifier that is not in .*got 'my_finetune'"):
+            register_attack("my_finetune", mine)
+    finally:
+        ATTACKS.pop("my_finetune", None)
+
+
+def test_what_is_no_attack_is_refused():
+    @dataclass
+    class Thawed:
+        """A config that could change under way."""
+
+    for name, config, told in (("a b", mine_config(), "an identifier"), ("thawed", Thawed, "a frozen dataclass")):
+        with pytest.raises(ConfigError, match=f"expected {told}"):
+            register_attack(name, Attack(config=config, run=lambda context, runs: iter(()), family="data"))
+    assert "thawed" not in ATTACKS and "a b" not in ATTACKS
+
+
+def mine_config():
+    @dataclass(frozen=True)
+    class Told:
+        """A config."""
+
+    return Told

@@ -1,0 +1,207 @@
+"""Certified trials made again: honest ones agree whatever the exam's settings, false ones are found. Real, tiny runs."""
+
+import dataclasses
+import random
+import shutil
+
+import pytest
+from tiny_exam import SETTINGS, blobs
+
+from hf_immunize.attacks import ATTACKS, AttackContext, run_suite
+from hf_immunize.certification import build_certificate
+from hf_immunize.certification.bench import Bench
+from hf_immunize.certification.curves import LEAST_SCORE, compare_trial
+from hf_immunize.certification.trials import certified_trials, draw_trials, repeat_trials, run_again
+from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.exam import Protocol
+from hf_immunize.records import AttackTrace, Certificate, Evaluation, sha256_file
+
+STEPS = {"full_finetune": {"steps": (12,), "learning_rate": (1e-2,)}}
+LORA = {"lora": {"steps": (8,), "learning_rate": (1e-3, 1e-1), "rank": (2,)}}
+DOES_NOT_APPLY = {"batchnorm_probe": {"penalty": (1e-3,)}}
+
+
+class Blobs:
+    """A task whose harmful and benign rows are blobs."""
+
+    source, label_names, sides = "blobs", ["class 0", "class 1"], ("primary", "harmful", "benign")
+
+    def __init__(self, exam_data):
+        self.data, self.splits = exam_data
+        self.benign = blobs(30, 9, 3)
+
+    def examples(self, side, split):
+        return self.splits[split]
+
+    def fingerprint(self, side, split):
+        return dict(zip(("attack", "validation", "test"), self.data.harmful, strict=True))[split]
+
+    def attacker_knows(self, side):
+        return {"benign": self.benign}
+
+    def described(self):
+        return {}
+
+
+def sit(root, source, exam_data, settings, *, seeds=(0, 1, 2), fraction=0.8, base_held=False, benign=None,
+        module=None, tuning=None, halves=False, trials=None):
+    """An exam of ``source`` against itself under these circumstances, certified; the folder and its bench."""
+    data, splits = exam_data
+    base, subject = root / "base", root / "subject"
+    for folder in (base, subject):
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("traces"))
+    for folder, role in ((subject, "subject"), (base, "control")):
+        context = AttackContext(folder=folder, role=role, data=data.harmful, attack_fraction=fraction, benign=benign,
+                                base=base if base_held else None, feature_module=module, **splits)
+        for part in ([seeds[:1], seeds] if halves else [seeds]):
+            run_suite(context, ATTACKS, list(settings), part, folder, settings, tuning_seeds=tuning, trials=trials)
+    protocol = Protocol(attacks=tuple(settings), seeds=tuple(seeds))
+    with_reference = "ridge_probe" in settings
+    build_certificate(subject, base, data, protocol, threshold=None if with_reference else 0.6).write(
+        subject / "certificate.json")
+    return subject, Bench(subject, base, Blobs(exam_data))
+
+
+CIRCUMSTANCES = {
+    "as usual": (SETTINGS, {}),
+    "a tenth of the rows": (SETTINGS, {"fraction": 0.1}),
+    "all rows": (SETTINGS, {"fraction": 1.0}),
+    "a named module": (SETTINGS, {"module": "classifier"}),
+    "LoRA alone": (LORA, {}),
+    "an attack that does not apply": ({**DOES_NOT_APPLY, **STEPS}, {}),
+    "attackers who hold the base": ({"subtract_difference": {"steps": (6,), "learning_rate": (1e-3,)}, **STEPS},
+                                    {"base_held": True}),
+    "attackers who do not": ({"subtract_difference": {"steps": (6,), "learning_rate": (1e-3,)}, **STEPS}, {}),
+    "benign rows mixed in": ({"mixed_finetune": {"steps": (6,), "learning_rate": (1e-3,)}, **STEPS},
+                             {"benign": blobs(30, 9, 3)}),
+    "interrupted and taken up again": (SETTINGS, {"halves": True}),
+    "one seed": (SETTINGS, {"seeds": (0,)}),
+}
+
+
+@pytest.mark.parametrize("name", CIRCUMSTANCES)
+def test_honest_certificates_are_not_accused_whatever_the_circumstances(tmp_path, trained_base, exam_data, name):
+    settings, told = CIRCUMSTANCES[name]
+    subject, bench = sit(tmp_path, trained_base, exam_data, settings, **told)
+    for seed in range(2):
+        record = repeat_trials(subject, bench, 3, seed)
+        assert record.holds and len(record.trials) == min(3, record.drawn_from), record
+        assert all(item.distance == 0 for item in record.trials), "the same machine makes the same runs"
+        assert record.certificate_sha256 == sha256_file(subject / "certificate.json") and record.drawn_with == seed
+
+
+@pytest.fixture(scope="module")
+def exam(tmp_path_factory, trained_base, exam_data):
+    """An honest exam, its bench, its trials, and each of them made again once."""
+    subject, bench = sit(tmp_path_factory.mktemp("exam"), trained_base, exam_data, {**SETTINGS, **LORA, **DOES_NOT_APPLY})
+    trials = certified_trials(subject, Certificate.read(subject / "certificate.json"))
+    company = {key: [run for other, runs in trials.items() if other[:2] == key[:2] for run in runs] for key in trials}
+    return subject, bench, trials, {key: run_again(bench, runs, company[key]) for key, runs in trials.items()}
+
+
+def test_every_trial_can_be_drawn_losers_controls_and_what_does_not_apply(exam):
+    trials = exam[2]
+    drawn = {key for seed in range(60) for key in draw_trials(trials, 3, seed)}
+    assert drawn == set(trials) and {key[0] for key in drawn} == {"subject", "control"}
+    assert {key[1] for key in drawn} == {*SETTINGS, *LORA, *DOES_NOT_APPLY}
+    assert draw_trials(trials, 3, 1) == draw_trials(trials, 3, 1) != draw_trials(trials, 3, 2)
+    with pytest.raises(ConfigError, match="at least one trial"):
+        draw_trials(trials, 0, 0)
+
+
+def flattened(trace):
+    """The attack hardly learns."""
+    low = trace.curve[0].test
+    return [dataclasses_point(point, low + 0.1 * (point.test - low)) for point in trace.curve]
+
+
+def dataclasses_point(point, value):
+    return Evaluation(step=point.step, validation=value, test=value)
+
+
+def hastened(trace):
+    """The attack, on the base, is at its end from the start."""
+    return [dataclasses_point(point, trace.curve[-1].test) for point in trace.curve]
+
+
+LIES = {
+    "flattened": lambda trace: trace.model_copy(update={"curve": flattened(trace)}),
+    "hastened": lambda trace: trace.model_copy(update={"curve": hastened(trace)}),
+    "diverged": lambda trace: trace.model_copy(update={"curve": trace.curve[:1], "outcome": "diverged", "note": "nan"}),
+    "does not apply": lambda trace: trace.model_copy(
+        update={"curve": [], "outcome": "not_applicable", "note": "no such layer"}),
+    "chosen badly": lambda trace: trace.model_copy(update={"curve": [
+        point.model_copy(update={"validation": point.validation / 2}) for point in trace.curve]}),
+    "fewer evaluations": lambda trace: trace.model_copy(update={"curve": trace.curve[:2]}),
+}
+
+
+def learns(runs):
+    """Whether lies about these runs would matter: they climb well above where they start."""
+    return all(run.curve and run.curve[-1].test - min(point.test for point in run.curve) > 0.25 for run in runs)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_false_trial_does_not_agree(exam, lie):
+    trials, again = exam[2:]
+    wrong = [key for key, runs in trials.items() if learns(runs) and len(runs[0].curve) > 3]
+    assert len(wrong) >= 4
+    for key in wrong:
+        found = compare_trial([LIES[lie](run) for run in trials[key]], again[key], 30)
+        assert not found.agrees, (key, found)
+        assert compare_trial(trials[key], again[key], 30).agrees
+
+
+def test_with_a_fifth_of_the_trials_false_three_at_a_time_find_out_within_twenty_draws(exam):
+    """Computed: 1 − (1 − 1/5)^60 > 0.9999 when a false trial shows; measured over 200 liars who lie as they like."""
+    trials, again = exam[2:]
+    telling = [key for key, runs in trials.items() if learns(runs)]
+    found_out, first = 0, []
+    for liar in range(200):
+        chance = random.Random(liar)
+        false = set(chance.sample(telling, max(1, round(len(trials) / 5))))
+        told = {key: [LIES[chance.choice(sorted(LIES))](run) for run in runs] if key in false else runs
+                for key, runs in trials.items()}
+        caught = next((draw for draw in range(20) if any(
+            not compare_trial(told[key], again[key], 30).agrees
+            for key in draw_trials(trials, 3, 1000 * liar + draw))), None)
+        found_out += caught is not None
+        first.append(20 if caught is None else caught + 1)
+    assert found_out >= 190, f"found out {found_out} of 200"
+    assert sum(first) / len(first) < 5
+
+
+def test_the_bound_is_what_new_seeds_do_and_no_certificate_can_widen_it(exam):
+    trials, again = exam[2:]
+    key = next(key for key, runs in trials.items() if key[1] == "full_finetune" and key[0] == "subject")
+    wild = [run.model_copy(update={"curve": [
+        dataclasses_point(point, float(run.seed % 2)) for point in run.curve]}) for run in trials[key]]
+    found = compare_trial(wild, again[key], 30)
+    assert not found.agrees and found.bound < 0.9
+    one_row = [run.model_copy(update={"curve": [
+        dataclasses_point(point, min(1.0, point.test + 1 / 30)) for point in run.curve]}) for run in again[key]]
+    assert compare_trial(one_row, again[key], 30).agrees, "another processor puts a row at a boundary elsewhere"
+    assert compare_trial(trials[key], again[key], None).bound >= LEAST_SCORE
+
+
+def test_a_run_whose_divergence_hangs_by_a_thread_accuses_nobody(exam):
+    trials, again = exam[2:]
+    key = next(key for key, runs in trials.items() if learns(runs) and len(runs[0].curve) > 3)
+    broken = LIES["diverged"](again[key][0])
+    assert not compare_trial([broken, *trials[key][1:]], again[key], 30).agrees
+    mixed = [LIES["diverged"](again[key][1]) if run.seed == again[key][1].seed else run for run in again[key]]
+    assert compare_trial([broken, *trials[key][1:]], mixed, 30).agrees
+
+
+def test_other_rows_weights_or_traces_are_refused(tmp_path, trained_base, exam_data):
+    subject, bench = sit(tmp_path, trained_base, exam_data, STEPS)
+    other = Blobs((dataclasses.replace(exam_data[0], harmful=exam_data[0].harmful[::-1]), exam_data[1]))
+    with pytest.raises(RecordError, match="expected the harmful rows that the certificate names"):
+        repeat_trials(subject, dataclasses.replace(bench, task=other, _contexts={}), 1, 0)
+    name = next(iter(Certificate.read(subject / "certificate.json").traces))
+    AttackTrace.read(subject / name).model_copy(update={"seconds": 9.0}).write(subject / name)
+    with pytest.raises(RecordError, match="as it was certified, got another or no file"):
+        repeat_trials(subject, bench, 1, 0)
+    unknown = dataclasses.replace(bench, table={})
+    with pytest.raises(RecordError, match="expected an attack of this release"):
+        unknown.attack("full_finetune")

@@ -1,0 +1,113 @@
+"""A preset exam on a folder whose traces are formulas: every trial and seed that the preset asks for.
+
+The judge is the real one. Some attacks are slowed tenfold, two are not, and one finds nothing to attack.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import record_builders as build
+from published import EXPIRES, config_of_vit, provenance
+from rejudged import judge_again
+
+from hf_immunize.attacks import ATTACKS, TRAINABILITY, parse_settings, plan_trials
+from hf_immunize.attacks.core.plan import is_searchable
+from hf_immunize.certification.planning import plan_exam
+from hf_immunize.exam import PROTOCOLS
+from hf_immunize.exam.keeps import finalists
+from hf_immunize.records import AttackTrace, Evaluation, loading_files
+
+PRESET = PROTOCOLS["quick"]
+BREAKS = ("full_finetune", "ridge_probe")
+DOES_NOT_APPLY = "earlier_layer_probe"
+ROWS = {"train": 40, "validation": 40, "test": 40}
+
+
+@cache
+def trials_of(name: str, preset=PRESET):
+    benign = name in TRAINABILITY
+    table, said = (TRAINABILITY, preset.benign_settings()) if benign else (ATTACKS, preset.settings)
+    return plan_trials(table[name], parse_settings(said, table).get(name), preset.trials)
+
+
+def splits(task: str):
+    return [build.dataset(f"{task}/{split}", "scikit-learn digits", build.LABELS).model_copy(
+        update={"sha256": f"{number}" * 64 if task == "harmful" else f"{number}b" * 32})
+        for number, split in enumerate(ROWS)]
+
+
+def run(name: str, role: str, seed: int, number: int, model, preset, breaks, skipped, tuning=()) -> AttackTrace:
+    """The first trial learns, each further one half as fast; the subject ten times later where the attack is slowed."""
+    attack = (TRAINABILITY if name in TRAINABILITY else ATTACKS)[name]
+    config, trial = trials_of(name, preset)[number]
+    budget = getattr(config, "steps", 1)
+    slowed = role == "subject" and name not in breaks and name not in TRAINABILITY
+    reach = max(1.0, budget / 80) * (1 + 0.1 * seed) * (12 if slowed else 1) * 2**number
+    steps = [1] if attack.unit == "solve" else sorted({0, 1, 2, 3, 5, 8, *(
+        round(budget * share) for share in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1))})
+    curve = []
+    for step in (step for step in steps if step <= budget):
+        low_ceiling = attack.unit == "solve" and slowed
+        value = 0.2 + 0.65 * (0.3 if low_ceiling else 1 - math.exp(-step / reach) if attack.unit == "step" else 1)
+        value = min(0.99, value + 0.004 * math.sin(seed + step + number))
+        curve.append(Evaluation(step=step, validation=value, test=value))
+    left_out = name in skipped
+    task = "benign" if name in TRAINABILITY else "harmful"
+    return AttackTrace(
+        attack=name, family=attack.family, trial=trial, seed=seed, role=role, model=model, data=splits(task),
+        config=json.loads(json.dumps(asdict(config))) | {
+            "attack_fraction": 0.8, "feature_module": "classifier", **({"tuning_seeds": list(tuning)} if tuning else {}),
+            **({"base": None} if "base" in attack.needs else {}),
+        },
+        unit=attack.unit, budget=budget, curve=[] if left_out else curve, seconds=0.1, provenance=provenance(),
+        outcome="not_applicable" if left_out else "completed", note="there is nothing to attack" if left_out else None,
+    )
+
+
+def runs_of(name: str, role: str, model, preset, breaks, skipped) -> list[AttackTrace]:
+    """Every trial on every seed; where the preset compares trials on a few seeds first, the finalists on the others."""
+    attack, count = (TRAINABILITY if name in TRAINABILITY else ATTACKS)[name], len(trials_of(name, preset))
+
+    def made(numbers, seeds, tuning=()):
+        return [run(name, role, seed, number, model, preset, breaks, skipped, tuning)
+                for number in numbers for seed in seeds]
+
+    tuning = preset.seeds[: preset.tuning_seeds or 0]
+    if not tuning or not is_searchable(attack) or count < 2:
+        return made(range(count), preset.seeds)
+    first = made(range(count), tuning, tuning)
+    chosen = [number for number in range(count) if trials_of(name, preset)[number][1] in finalists(first)]
+    return first + made(chosen, preset.seeds[len(tuning):], tuning)
+
+
+def preset_exam(root: Path, preset=PRESET, breaks=BREAKS, skipped=(DOES_NOT_APPLY,), weights=b"synthetic weights") -> Path:
+    """The certified folder.
+
+    Args:
+        breaks: attacks that the model does not slow down.
+        skipped: attacks that do not apply.
+    """
+    folder = root / preset.name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text(json.dumps(config_of_vit()))
+    models = {"subject": build.fingerprint(folder, preset.name), "control": build.fingerprint(build.base_folder(root), "base")}
+    exam = build.Exam(name=preset.name, attacks=())  # its identities; the judge writes the rest
+    build.certificate(folder, exam, [], models["subject"], models["control"]).write(folder / "certificate.json")
+    made: dict[str, list[AttackTrace]] = {role: [] for role in models}
+    for role, model in models.items():
+        for name in (*preset.attacks, *preset.trainability):
+            for trace in runs_of(name, role, model, preset, breaks, skipped):
+                trace.write(folder / "traces" / role / trace.file_name)
+                made[role].append(trace)
+    plan = plan_exam(preset, ATTACKS, TRAINABILITY, made)
+    assert plan.protocol == preset.name
+    certificate = judge_again(folder, plan, harmful_data=splits("harmful"), benign_data=splits("benign"),
+                              files=loading_files(folder), provenance=provenance())
+    assert certificate.expires > EXPIRES
+    return folder
