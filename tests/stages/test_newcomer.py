@@ -110,7 +110,7 @@ def whole_job(work, digits, kind, *, names=None, headless=False, benign=False):
     assert {cell.attack for cell in certificate.cells if cell.subject} == {"ridge_probe", "full_finetune"}
     assert bool(certificate.trainability) == benign
     assert (model.parent / "report.html").stat().st_size > 10_000 and (model / "README.md").is_file()
-    assert verify_folder(model).ok
+    assert verify_folder(model).sound
     return model, written
 
 
