@@ -45,9 +45,17 @@ class Result:
 class Context(Protocol):
     """What the queue of runs asks of any attack context."""
 
-    role: Role
-    device: str
-    data: tuple[DatasetFingerprint, ...]
+    @property
+    def role(self) -> Role:
+        """The side of the exam."""
+
+    @property
+    def device(self) -> str:
+        """Where runs are made."""
+
+    @property
+    def data(self) -> tuple[DatasetFingerprint, ...]:
+        """Fingerprints of the attacker's splits."""
 
     @property
     def fingerprint(self) -> ModelFingerprint:
