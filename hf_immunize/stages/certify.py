@@ -128,7 +128,8 @@ def _judge_pipeline(
         benign_test=task.examples("benign", "test") if benign else None,
         judge=None if options.judge_path is None else Path(options.judge_path), judge_names=task.judge_names,
         similarity=None if seen_by is None else FeatureSimilarity(seen_by), features=seen_by,
-        task=task.described(), judged_images=options.judged_images, draw_steps=options.draw_steps, eval_batch_size=options.eval_batch_size,
+        task=task.described(), judged_images=options.judged_images, draw_steps=options.draw_steps,
+        eval_batch_size=options.eval_batch_size,
     )  # fmt: skip
 
     return build_diffusion_certificate(folder, base, exam, protocol, threshold=options.threshold, device=device)

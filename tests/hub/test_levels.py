@@ -88,8 +88,8 @@ def sealed_anew(folder, key_file=None):
 def recheck(folder, key_file, agrees=True, attack="lora"):
     record = RecheckRecord(
         certificate_sha256=sha256_file(folder / "certificate.json"), drawn_with=3, drawn_from=9, cells=8,
-        trials=[RepeatedTrial(role="subject", attack=attack, trial="x", seeds=[0], evaluations=4, distance=0.0, bound=0.1,
-                              agrees=agrees, told="never made")],
+        trials=[RepeatedTrial(role="subject", attack=attack, trial="x", seeds=[0], evaluations=4, distance=0.0,
+                              bound=0.1, agrees=agrees, told="never made")],
         verdicts={}, overturned=[], provenance=build.PROVENANCE)
     name, data = sign_recheck(record, key_file)
     (folder / name).parent.mkdir(exist_ok=True)
