@@ -54,7 +54,7 @@ def main(work: Path) -> None:
     file.write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")
     call(work, "plan", "job/run.yaml")
     call(work, "run", "job/run.yaml")
-    call(work, "verify", "job/closed_form_adversary")
+    call(work, "show", "job/closed_form_adversary")
     call(work, "publish", "job/closed_form_adversary", "someone/model", "--dry-run", "--allow-failed")
     assert (work / "job" / "report.html").stat().st_size > 10_000, "report.html is missing or empty"
     call(work, "run", "job/run.yaml")

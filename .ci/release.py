@@ -28,6 +28,11 @@ def run(*words: str | Path, **options: object) -> None:
     subprocess.run([str(word) for word in words], check=True, **options)
 
 
+def clean() -> dict[str, str]:
+    """The environment without what would make packages of elsewhere pass for installed ones."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def version() -> str:
     """The version of the package, from its file."""
     text = (ROOT / "hf_immunize" / "version.py").read_text(encoding="utf-8")
@@ -58,14 +63,14 @@ def install(wheel: Path, place: Path, reuse: bool) -> Path:
     python = place / "bin" / "python"
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     if reuse:
-        run(*pip, "--no-deps", wheel)
+        run(*pip, "--no-deps", wheel, env=clean())
         code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        site = subprocess.check_output([python, "-c", code], text=True)
+        site = subprocess.check_output([python, "-c", code], text=True, env=clean())
         Path(site.strip(), "reused.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
     else:
         words = (ROOT / "Makefile").read_text(encoding="utf-8").split()
         torch = next(word for word in words if word.startswith("torch=="))
-        run(*pip, "-c", ROOT / "constraints.txt", torch, f"{wheel}[demo]")
+        run(*pip, "-c", ROOT / "constraints.txt", torch, f"{wheel}[demo]", env=clean())
     return python
 
 
@@ -82,8 +87,7 @@ def main() -> None:
         work = Path(folder)
         python = install(wheel, work / "venv", given.reuse)
         shutil.copy(ROOT / ".ci" / "newcomer.py", work)
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        run(python, work / "newcomer.py", work / "job", cwd=work, env=clean)
+        run(python, work / "newcomer.py", work / "job", cwd=work, env=clean())
     print("\n".join(f"{path.relative_to(ROOT)}  {path.stat().st_size:,} bytes" for path in sorted(DIST.iterdir())))
 
 

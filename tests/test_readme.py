@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 from sklearn.linear_model import RidgeClassifierCV
 from transformers import ViTForImageClassification
 
+import hf_immunize
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 
 
 def test_the_python_example_immunizes_as_printed(tmp_path, monkeypatch, digits_base):
     """Its own assertions say that the probe got worse and the metric held; another probe, in another way, agrees."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    block, _ = BLOCKS
     assert block.count("assert") == 2
     shutil.copytree(digits_base, tmp_path / "my-classifier")
     monkeypatch.chdir(tmp_path)
@@ -38,6 +45,29 @@ def test_the_python_example_immunizes_as_printed(tmp_path, monkeypatch, digits_b
     (before, kept_before), (after, kept_after) = found["my-classifier"], found["immunized"]
     assert before > 0.7 and after < before - 0.15, found  # rows that training never saw
     assert kept_after > kept_before - 0.02, found
+
+
+def test_the_short_example_runs_as_printed_with_fewer_steps(tmp_path, monkeypatch, digits_base, capsys):
+    """Folders of digits stand for the photos; how the result looks is what the page says."""
+    (_, block), held = BLOCKS, load_digits()
+    for label in range(8):
+        folder = tmp_path / "photos" / ("keep" if label < 5 else "harm") / str(label)
+        folder.mkdir(parents=True)
+        for number in np.flatnonzero(held.target == label)[:30]:
+            pixels = np.round(held.images[number] * 255 / 16).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    shutil.copytree(digits_base, tmp_path / "my-classifier")
+    monkeypatch.chdir(tmp_path)
+    small = {"seeds": [0, 1], "attacks": ["ridge_probe"]}
+    quick = {"immunize": partial(hf_immunize.immunize, max_steps=2, use_cpu=True),
+             "Exam": partial(hf_immunize.Exam, attack=small, device="cpu")}
+    for name, call in quick.items():
+        monkeypatch.setattr(hf_immunize, name, call, raising=False)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["made"].base == Path("job/original"), "its head knows the classes by name"
+    assert "ridge_probe" in capsys.readouterr().out and (names["made"].folder / "immunization.json").is_file()
+    assert (names["result"].folder / "report.html").is_file() and names["result"]._repr_html_().startswith("<table>")
 
 
 def test_every_command_names_files_and_targets_that_exist():

@@ -66,7 +66,7 @@ class _Quiet(TyperGroup):
                 raise
             errors().print(f"{type(error).__name__}: {error}", style="red")
             raise typer.Exit(_code_of(error)) from None
-        except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        except (ImportError, OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
             if ctx.params.get("debug"):
                 raise
             errors().print(f"Unexpected {type(error).__name__}: {error}. --debug shows where.", style="red")

@@ -193,7 +193,7 @@ def _told(summary: SuiteSummary, share: Share) -> str:
 def _run_references(context: Any, plan: AttackPlan, options: AttackOptions, output: Path, share: Share) -> None:
     """With the control of a classifier's exam: what its attackers reach without the model, in seconds."""
     if options.role == "control" and options.task == "harmful" and isinstance(context, AttackContext):
-        without = replace(context, role="nothing", _features={})
+        without: Any = replace(context, role="nothing", _features={})
         run_suite(without, REFERENCES, list(REFERENCES), plan.seeds, output, overwrite=options.overwrite, share=share)
 
 

@@ -9,12 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_immunize.diffusion import hollow_denoiser
 from hf_immunize.models import load_processor
 from hf_immunize.stages.base import ImmunizeOptions
 from hf_immunize.training.core.memory import Memory, told
-from hf_immunize.training.diffusion import DiffusionImmunizationConfig
-from hf_immunize.training.diffusion.planning import plan_memory as plan_denoiser
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.planning import plan_memory as plan_classifier
 
@@ -39,8 +36,10 @@ def image_shape(processor: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def pipeline_memory(folder: Path, options: ImmunizeOptions, args: DiffusionImmunizationConfig) -> str:
+def pipeline_memory(folder: Path, options: ImmunizeOptions, args: Any) -> str:
     """Memory of immunizing a pipeline's denoiser by purpose, on 1, 2 and 8 devices."""
+    from hf_immunize.diffusion import hollow_denoiser
+    from hf_immunize.training.diffusion.planning import plan_memory as plan_denoiser
 
     def plan(**devices: Any) -> Memory:
         return plan_denoiser(hollow_denoiser(folder, options.denoiser_dtype), args, **devices)

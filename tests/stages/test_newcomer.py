@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from pipeline_builders import build_text_pipeline
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 from transformers import AutoModel, ViTImageProcessorPil
@@ -110,7 +111,7 @@ def whole_job(work, digits, kind, *, names=None, headless=False, benign=False):
     assert {cell.attack for cell in certificate.cells if cell.subject} == {"ridge_probe", "full_finetune"}
     assert bool(certificate.trainability) == benign
     assert (model.parent / "report.html").stat().st_size > 10_000 and (model / "README.md").is_file()
-    assert verify_folder(model).ok
+    assert verify_folder(model).sound
     return model, written
 
 
@@ -134,10 +135,46 @@ def test_a_convolutional_network_whose_head_knows_other_classes(tmp_path, digits
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "headless"), [("convnext", False), ("swin", False), ("mobilenet_v2", False),
-                                                ("dinov2", True), ("efficientnet", False)])
+                                                ("dinov2", True)])
 def test_other_backbones(tmp_path, digits, kind, headless):
     _, written = whole_job(tmp_path, digits, kind, headless=headless)
     assert ("The model has no head" in written) == headless
+
+
+@pytest.mark.slow
+def test_a_diffusers_pipeline_and_folders_of_photos(tmp_path):
+    build_text_pipeline("StableDiffusionPipeline").save_pretrained(tmp_path / "model")
+    for place, (name, count) in enumerate({"keep": 10, "harm": 12, "harmless": 9}.items()):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            pixels = np.random.default_rng(100 * place + number).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    told = call(tmp_path, "init", "job", "--model", "model", "--primary", "keep", "--harmful", "harm",
+                "--benign", "harmless", "--harmful_prompt", "a photo of sks dog")
+    assert "told by prompts" in told and "2 lines marked CHECK" in told
+    path = tmp_path / "job" / "run.yaml"
+    run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert run["task"]["harmful_prompt"] == "a photo of sks dog" and run["task"]["resolution"] % 16 == 0
+    run["task"]["resolution"] = 16
+    run["immunize"]["simulated_attack"] |= {"max_steps": 1, "attacker_steps": 1, "use_cpu": True, "eval_steps": 1,
+                                            "gradient_accumulation_steps": 1, "max_primary_drop": 1e6,
+                                            "gradient_checkpointing": False}
+    small = {"steps": 2, "learning_rate": "1e-3", "batch_size": 3}
+    tried = {"attack": "diffusion_full_finetune", "benign": "benign_diffusion_full_finetune"}
+    for section, name in tried.items():
+        run[section] |= {"attacks": [name], "settings": [f"{name}.{key}={value}" for key, value in small.items()],
+                         "seeds": [0, 1], "trials": 0, "tuning_seeds": 0, "exam_levels": 2, "pictures": 0,
+                         "device": "cpu"}
+    run["certify"] |= {"judged_images": 4, "draw_steps": 2, "device": "cpu"}
+    path.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
+    plan = json.loads(call(tmp_path, "plan", "job/run.yaml", "--json"))
+    assert {"retain photos", "harmful photos", "benign photos", "memory simulated_attack"} <= {
+        line["part"] for line in plan} and not [line for line in plan if line["level"] == "fails"], plan
+    call(tmp_path, "run", "job/run.yaml")
+    model = tmp_path / "job" / "simulated_attack"
+    certificate = Certificate.read(model / "certificate.json")
+    assert certificate.trainability and [cell for cell in certificate.cells if cell.subject is not None]
+    assert (model.parent / "report.html").is_file() and verify_folder(model).sound
 
 
 def test_what_init_refuses(tmp_path, digits):

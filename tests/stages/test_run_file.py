@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from hf_immunize.errors import ConfigError
@@ -130,3 +133,23 @@ def test_a_folder_in_the_place_of_a_run_file(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ConfigError, match="expected a readable YAML file, got .*binary.yaml: UnicodeDecodeError"):
         RunFile.read(tmp_path / "binary.yaml")
+
+
+def test_classifiers_need_no_diffusers(tmp_path):
+    """The plain install has none: every module of the way from init to a result is imported without it."""
+    code = ("import sys; sys.modules['diffusers'] = None\nfrom importlib import import_module\n"
+            f"for name in {WAY}: import_module('hf_immunize.stages.' + name)\n"
+            "import hf_immunize; hf_immunize.Exam, hf_immunize.immunize, hf_immunize.ImmunizationTrainer\n"
+            "from hf_immunize.tasks import find_family; from hf_immunize.stages.checks.options import kinds_of\n"
+            "from hf_immunize.stages.workflow.run_file import RunFile\n"
+            "from hf_immunize.stages.workflow.stages import make_stages\n"
+            "stages = make_stages(RunFile.read(sys.argv[1]))\n"
+            "print([len(kinds_of(stage, find_family(stage.options))) for stage in stages.values()])")
+    (tmp_path / "run.yaml").write_text(LEAST)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "[1, 3, 2, 2, 2, 1]", done.stderr
+
+
+WAY = ["init", "plan", "run", "fetch", "immunize", "pretrain", "pretrain_classifier", "immunize_classifier", "attack",
+       "certify", "report", "cards", "checks.model", "checks.rows", "checks.options", "workflow.draft_classifier",
+       "workflow.draft_pipeline", "api.exam", "api.immunizing", "api.trainer", "api.result"]

@@ -20,7 +20,7 @@ _PLACES = {
 """Options that say where models lie: the run sets them."""
 _VERBS = {"public": "pretrain", "judge": "pretrain", "benign": "attack", "scratch": "attack"}
 """Sections whose verb is called otherwise."""
-_TRAINING = ("pretrain", "immunize")
+_SHARED = ("pretrain", "immunize", "attack")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Stage:
     kind: str
 
     @property
-    def trains(self) -> bool:
-        """Whether several processes can share it."""
-        return self.verb in _TRAINING
+    def is_shared(self) -> bool:
+        """Whether several processes can share it: by batches where one model is trained, by runs in an exam."""
+        return self.verb in _SHARED
 
     @property
     def makes_model(self) -> bool:
@@ -61,8 +61,14 @@ class Stage:
             return [self.folder / "certificate.json", self.folder / "README.md"]
         if self.makes_model:
             return [self.folder / "run.json"]
-        traces = sorted((self.folder / "traces" / self.options["role"]).glob("*.json"))
+        roles = [self.options["role"], *(["nothing"] if self.kind == "attack" and self._of_base else [])]
+        traces = [path for role in roles for path in sorted((self.folder / "traces" / role).glob("*.json"))]
         return [path for path in traces if path.name.startswith("benign_") == (self.kind == "benign")]
+
+    @property
+    def _of_base(self) -> bool:
+        """Whether the stage attacks the base: what is reached without any model is found out with it."""
+        return bool(self.options.get("role") == "control")
 
 
 def make_stages(run: RunFile) -> dict[str, Stage]:
