@@ -87,7 +87,7 @@ def verify(
             raise ConfigError("expected --base with --recheck, got none, and the card names none: a certificate names "
                               "its base by digest, but does not hold it.")
         seed = secrets.randbelow(2**31) if recheck_seed is None else recheck_seed
-        how = {"base": base, "task": task, "seed": seed, "device": device}
+        how: dict[str, Any] = {"base": base, "task": task, "seed": seed, "device": device}
         if recheck:
             found = _again(folder, found, record, sign_key, trials=recheck, **how)
         if reattack:

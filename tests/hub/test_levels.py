@@ -66,7 +66,8 @@ def invent(folder, plan=None, keep=lambda trace: True):
             continue
         if trace.role == "subject" and not trace.attack.startswith("benign_") and trace.curve:
             trace = trace.model_copy(update={"curve": [
-                point.model_copy(update={"test": 0.2, "validation": 0.2}) for point in trace.curve]})
+                point.model_copy(update={"test": 0.2 + 0.05 * point.test, "validation": 0.2 + 0.05 * point.validation})
+                for point in trace.curve]})
             trace.write(folder / name)
         by_role.setdefault(trace.role, []).append(trace)
         hashes[name] = sha256_file(folder / name)
