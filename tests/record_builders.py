@@ -336,11 +336,27 @@ def answers(certificate: Certificate, lost: int = 3) -> UtilityRows:
     )
 
 
-def plan_of(attacks: Sequence[Attack], methods: Sequence[str] = (), threshold: float | None = THRESHOLD) -> Plan:
+def write_references(folder: Path, seeds: Sequence[int]) -> list[PlannedAttack]:
+    """Runs of an attacker without the model, who gets a quarter of the rows right; and what a plan says of him."""
+    about = PlannedAttack(attack="pixel_ridge", family="without the model", unit="solve")
+    nobody = ModelFingerprint(name="no model", architecture="none", parameters=0, weights={})
+    for seed in seeds:
+        run = trace(Attack(about.attack, about.family, "FAILS", None, unit="solve", budget=1), "nothing", seed,
+                    "ridge=auto", nobody)
+        point = Evaluation(step=1, validation=0.25, test=0.25)
+        run = run.model_copy(update={"curve": [point]})
+        run.write(folder / "traces" / "nothing" / run.file_name)
+    return [about]
+
+
+def plan_of(
+    attacks: Sequence[Attack], methods: Sequence[str] = (), threshold: float | None = THRESHOLD,
+    references: Sequence[PlannedAttack] = (),
+) -> Plan:
     """The plan of a synthetic exam, its threshold given by hand."""
     return Plan(
         protocol="custom", planned=[attack.name for attack in attacks], seeds=[0, 1, 2], settings=[],
-        threshold=threshold,
+        threshold=threshold, references=list(references),
         attacks=[PlannedAttack(attack=one.name, family=one.family, unit=one.unit) for one in attacks],
         methods=[PlannedAttack(attack=name, family="benign trainability", unit="step") for name in methods],
     )

@@ -32,14 +32,14 @@ def certify(folder: Path, base: Path, name: str, architecture: str) -> Path:
     subject = ModelFingerprint.of_folder(folder, name=name, **about)
     control = ModelFingerprint.of_folder(base, name="base", **about)
     attacks = [replace(attack, diverged=0, slow_down=attack.slow_down and 40.0) for attack in RESISTING]
-    exam = build.Exam(name=name, attacks=attacks, control=control)
+    exam = build.Exam(name=name, attacks=attacks, control=control, seeds=range(5))
     cells = [build.cell_with_traces(folder, attack, exam, {"subject": subject, "control": control})
              for attack in attacks]
     certificate = build.certificate(folder, exam, cells, subject, control)
     fields = {"provenance": provenance(), "expires": EXPIRES, "files": loading_files(folder)}
     certificate.model_copy(update=fields).write(folder / "certificate.json")
     build.immunization(exam, subject, control).write(folder / "immunization.json")
-    judge_again(folder, build.plan_of(attacks))
+    judge_again(folder, build.plan_of(attacks, references=build.write_references(folder, exam.seeds)))
     return folder
 
 
