@@ -4,8 +4,8 @@
     python benchmarks/verdict_errors.py --exams 100
 
 An exam is three trials (a good rate, one four times slower, one that diverges on half of its seeds) on each seed and
-side. Curves rise from what there is without the model to a ceiling, a0 + (a1 - a0)(1 - exp(-step/tau)); tau of a seed is
-log-normal around the side's own, and a model that is slowed by f has f times the base's. Scores are counted on 100
+side. Curves rise from what there is without the model to a ceiling, a0 + (a1 - a0)(1 - exp(-step/tau)); tau of a seed
+is log-normal around the side's own, and a model that is slowed by f has f times the base's. Scores are counted on 100
 validation and 200 test rows; 80 % of their variance is that of the rows, which all seeds of a side share (models that
 were fine-tuned from the same weights err on the same rows), the rest is each evaluation's own.
 """

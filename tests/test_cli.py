@@ -189,13 +189,15 @@ def test_publish_from_the_command_line(tmp_path):
         def run_apart(*arguments):
             return zygote.run(["hf-immunize", *map(str, arguments)], tmp_path)
 
-        dry = run_apart("publish", folder, "me/model", "--dry-run", "--allow-failed")
+        (tmp_path / "policy.yaml").write_text("rejudged: false")
+        asked = ("--policy", tmp_path / "policy.yaml")
+        dry = run_apart("publish", folder, "me/model", "--dry-run", "--allow-failed", *asked)
         assert dry.returncode == 0 and "nothing was sent" in dry.stdout and hub.requests == []
-        refused = run_apart("publish", folder, "me/model")
+        refused = run_apart("publish", folder, "me/model", *asked)
         assert refused.returncode == 4 and "the policy asks for RESISTS overall" in refused.stderr
         assert hub.requests == []
         done = run_apart("publish", folder, "me/model", "--allow-failed", "--private", "--license", "mit",
-                         "--json")
+                         "--json", *asked)
         data = json.loads(done.stdout)
         assert done.returncode == 0 and data["confirmed"] and data["revision"] == hub.head("me/model").oid
         assert hub.repositories["me/model"].private

@@ -14,13 +14,13 @@ from hf_immunize.attacks import ATTACKS, TRAINABILITY, Attack, AttackContext
 from hf_immunize.attacks.core.suite import holdings
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.records import AttackTrace
-from hf_immunize.tasks import ExamTask, attacker_fingerprints, attacker_holds, find_family
+from hf_immunize.tasks import ExamTask, Family, attacker_fingerprints, attacker_holds, find_family
 
 _DRAWN = ("exam_levels", "exam_seed")
 
 
 def attack_tables() -> Mapping[str, Attack]:
-    """Every attack and every way of learning a benign task, of classifiers and of pipelines where diffusers is there."""
+    """Every attack and way of learning a benign task, of classifiers, and of pipelines where diffusers is there."""
     known: dict[str, Attack] = {**ATTACKS, **TRAINABILITY}
     try:
         from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
@@ -47,6 +47,13 @@ def open_bench(folder: str | Path, base: str | Path, options: Mapping[str, Any],
         ConfigError: options of no task, of several, or without a dataset.
         DataError: data that is not there.
     """
+    family, arguments = task_arguments(options)
+    task = family.open(arguments, base if family.name == "prompts" else folder)
+    return Bench(Path(folder), Path(base), task, device)
+
+
+def task_arguments(options: Mapping[str, Any]) -> tuple[Family, Any]:
+    """The family of a task and its options as their dataclass. Raises ConfigError as ``open_bench``."""
     family = find_family(options)
     kind = family.arguments()
     known = {item.name: item for item in dataclasses.fields(kind)}
@@ -58,8 +65,7 @@ def open_bench(folder: str | Path, base: str | Path, options: Mapping[str, Any],
         raise ConfigError(f"expected {' and '.join(missing)} among the task options, got neither path nor Hub id: name "
                           "the data.")
     kept = {name: _as_option(value) for name, value in options.items()} if family.kind == "classifier" else options
-    task = family.open(kind(**kept), base if family.name == "prompts" else folder)
-    return Bench(Path(folder), Path(base), task, device)
+    return family, kind(**kept)
 
 
 def _as_option(value: Any) -> Any:
@@ -134,8 +140,8 @@ class Bench:
             )
         if trace.role != "scratch" and context.fingerprint.weights != trace.model.weights:
             raise RecordError(
-                f"expected the {trace.role}'s weights to be those of the certificate, got others: certify these weights "
-                "anew."
+                f"expected the {trace.role}'s weights to be those of the certificate, got others: certify these "
+                "weights anew."
             )
         here = holdings(context, attack)
         if other := sorted(need for need in attack.needs if here[need] != trace.config.get(need)):

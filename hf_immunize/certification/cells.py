@@ -197,7 +197,7 @@ def _judged(traces: Traces, lines: _Lines) -> _Judged:
     mine, base = (reach_of(traces[role], lines.counted) for role in ("subject", "control"))
     uplift = None if base is None else difference(base, lines.anyway, rule.level)
     left = None if base is None or mine is None else share_left(mine, base, lines.anyway, rule.level)
-    unprotected = _nothing_to_protect(traces, lines, mine, uplift)
+    unprotected = _nothing_to_protect(traces, lines, mine, base, uplift)
     if unprotected is not None:
         verdict, reason = unprotected
     elif takes_steps:
@@ -248,10 +248,10 @@ def _spread(
 
 
 def _nothing_to_protect(
-    traces: Traces, lines: _Lines, subject: Reach | None, uplift: Interval | None
+    traces: Traces, lines: _Lines, subject: Reach | None, base: Reach | None, uplift: Interval | None
 ) -> tuple[VerdictName, str] | None:
     """Verdict and reason where the base gives no certain uplift; None where it does."""
-    if uplift is None or uplift.estimate is None or certain(uplift):
+    if base is None or uplift is None or uplift.estimate is None or certain(uplift):
         return None
     low = "?" if uplift.low is None else f"{uplift.low:.3f}"
     told = (
@@ -260,7 +260,8 @@ def _nothing_to_protect(
     )
     if uplift.low is None:
         return "INCONCLUSIVE", f"{told}: at least two seeds are needed"
-    if subject is not None and certain(difference(subject, lines.anyway, lines.rule.level)):
+    if subject is not None and all(certain(difference(subject, other, lines.rule.level))
+                                   for other in (lines.anyway, base)):
         return "FAILS", f"{told}, but this model certainly gives more"
     if lines.unit == "step" and still_learning(traces["control"]):
         return "INCONCLUSIVE", f"{told}, and was still learning when the budget ended: raise the budget"

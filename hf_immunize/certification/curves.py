@@ -46,8 +46,8 @@ def compare_trial(
         if run.outcome != new.outcome:
             if len(outcomes) > 1:  # whether it diverges hangs by a thread here, which no certificate can know
                 continue
-            return Comparison(False, count, None, None, f"seed {run.seed} was certified as {run.outcome}, it {new.outcome}"
-                              " here")
+            told = f"seed {run.seed} was certified as {run.outcome}, here it is {new.outcome}"
+            return Comparison(False, count, None, None, told)
         if [point.step for point in run.curve] != [point.step for point in new.curve] and run.outcome == "completed":
             return Comparison(False, count, None, None, f"seed {run.seed} was certified at other steps than it is "
                               "evaluated at here")

@@ -41,8 +41,13 @@ class Reach:
 
 
 def reach_of(traces: Sequence[AttackTrace], rows: int, told: str = "") -> Reach | None:
-    """What one attack reaches; None where no run has an evaluation."""
-    runs = runs_of_trial(traces, best_trial(traces)).items() if traces else ()
+    """What one attack reaches; None where no run has an evaluation.
+
+    A run that diverged costs its seed: where most of the trial's runs did not, it is left out.
+    """
+    found = runs_of_trial(traces, best_trial(traces)) if traces else {}
+    sound = {seed: run for seed, run in found.items() if run.outcome != "diverged"}
+    runs = (sound if 2 * len(sound) > len(found) else found).items()
     scores = {seed: point.test for seed, run in runs if (point := chosen_evaluation(run)) is not None}
     return Reach(scores, rows, told) if scores else None
 

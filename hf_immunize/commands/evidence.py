@@ -15,53 +15,64 @@ from hf_immunize.errors import ConfigError
 
 Target = Annotated[str, typer.Argument(help="A folder, or owner/name on the Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data for scripts.")]
-PolicyFile = Annotated[Path | None, typer.Option("--policy", help="YAML file with what the certificate has to say.")]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", help="A ready policy (research, release, strict) or a YAML file.")
+]
+
+
+Targets = Annotated[list[str], typer.Argument(help="Folders, or owner/name on the Hub.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+Rejudge = Annotated[bool, typer.Option("--rejudge", help="Also judge again from the traces, and compare every field.")]
+TrustedKey = Annotated[
+    str | None, typer.Option(help="Publisher's public key, hexadecimal or a file; its signature is required.")
+]
+CheckerKey = Annotated[
+    list[str] | None, typer.Option(help="Public key of somebody whose signed rechecks you believe; repeatable.")
+]
+RecheckCount = Annotated[
+    int, typer.Option(help="Attack again: this many random trials, whose curves are compared with the certified ones "
+                      "at every evaluation. Takes as long as these attacks.", min=0)
+]
+ReattackCount = Annotated[
+    int, typer.Option(help="Search afresh: this many attacks with settings and seeds of your own draw, on the model "
+                      "and on its base; the strongest is told.", min=0)
+]
+Base = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of the base; its weights must be the certificate's control. By "
+                             "default the one that the card names, where it is needed.")
+]
+TaskFile = Annotated[
+    Path | None, typer.Option(help="For both: YAML file with the exam's data options; by default those in the "
+                              "certificate.")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Which trials and settings are drawn; others each time by default. Never take the "
+                             "publisher's.")
+]
+RecordFolder = Annotated[
+    Path | None, typer.Option(help="For --recheck: folder below which the signed record is written, to be published "
+                              "beside the certificate.")
+]
+SignKey = Annotated[
+    Path | None, typer.Option(help="For --record: private key; by default the one of 'hf-immunize keygen'.")
+]
+Device = Annotated[str, typer.Option(help="For attacks: cpu, cuda or mps.")]
 
 
 @app.command(epilog=f"""Examples:\n
     hf-immunize verify owner/model --revision main --rejudge\n
-    hf-immunize verify ./model --policy policy.yaml --trusted-key 3b6a... --json\n
+    hf-immunize verify ./model --policy release --trusted-key 3b6a... --json\n
     hf-immunize verify runs/digits-vit/condition_number --recheck 3 --base runs/digits-vit/base
     --task recipes/digits-vit/task.yaml\n
 {CODES}""")
 def verify(
-    target: Target,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
-    policy: PolicyFile = None,
-    trusted_key: Annotated[
-        str | None, typer.Option(help="Publisher's public key, hexadecimal or a file; its signature is required.")
-    ] = None,
-    checker_key: Annotated[
-        list[str] | None, typer.Option(help="Public key of somebody whose signed rechecks you believe; may be repeated.")
-    ] = None,
-    rejudge: Annotated[bool, typer.Option("--rejudge", help="Also recompute every verdict from the traces.")] = False,
-    recheck: Annotated[
-        int, typer.Option(help="Attack again: this many random trials, whose curves are compared with the certified ones "
-                          "at every evaluation. Takes as long as these attacks.", min=0)
-    ] = 0,
-    base: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of the base; its weights must be the certificate's control. "
-                                 "By default the one that the card names, where it is needed.")
-    ] = None,
-    task: Annotated[
-        Path | None, typer.Option(help="For --recheck: YAML file with the exam's data options; by default those in the "
-                                  "certificate.")
-    ] = None,
-    recheck_seed: Annotated[
-        int | None, typer.Option(help="Which trials are drawn; another draw by default. Never take the publisher's.")
-    ] = None,
-    record: Annotated[
-        Path | None, typer.Option(help="For --recheck: folder below which the signed record is written, to be published "
-                                  "beside the certificate.")
-    ] = None,
-    sign_key: Annotated[
-        Path | None, typer.Option(help="For --record: private key; by default the one of 'hf-immunize keygen'.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="For --recheck: cpu, cuda or mps.")] = "cpu",
-    as_json: Json = False,
+    target: Target, revision: Revision = None, policy: PolicyFile = None, trusted_key: TrustedKey = None,
+    checker_key: CheckerKey = None, rejudge: Rejudge = False, recheck: RecheckCount = 0, reattack: ReattackCount = 0,
+    base: Base = None, task: TaskFile = None, recheck_seed: Seed = None, record: RecordFolder = None,
+    sign_key: SignKey = None, device: Device = "cpu", as_json: Json = False,
 ) -> None:
     """Check hashes, schema, expiry, signature, card and policy of a published model; on request, its attacks too."""
-    from hf_immunize.hub import Policy, verify_model
+    from hf_immunize.hub import Policy, search_attacks, verify_model
     from hf_immunize.hub.control import check_control, named_base
     from hf_immunize.hub.tables import findings_table, outcome
 
@@ -70,13 +81,17 @@ def verify(
                                  checker_keys=checker_key or (), rejudge=rejudge)
     if base is not None:
         found = check_control(found, base)
-    if recheck:
+    if recheck or reattack:
         base = base or named_base(folder)
         if base is None:
-            raise ConfigError("expected --base with --recheck, got none, and the card names none: a certificate names its "
-                              "base by digest, but does not hold it.")
+            raise ConfigError("expected --base with --recheck, got none, and the card names none: a certificate names "
+                              "its base by digest, but does not hold it.")
         seed = secrets.randbelow(2**31) if recheck_seed is None else recheck_seed
-        found = _again(folder, found, record, sign_key, base=base, task=task, trials=recheck, seed=seed, device=device)
+        how: dict[str, Any] = {"base": base, "task": task, "seed": seed, "device": device}
+        if recheck:
+            found = _again(folder, found, record, sign_key, trials=recheck, **how)
+        if reattack:
+            found = search_attacks(folder, found, budget=reattack, **how)
     say(found.as_json() if as_json else outcome(found))
     if found.findings and not as_json:
         say(findings_table(found))
@@ -175,12 +190,6 @@ def diff(
         say(differences_table(rows, (str(first), str(second))) if rows else "The two certificates say the same.")
     if rows:
         raise typer.Exit(1)
-
-
-Targets = Annotated[list[str], typer.Argument(help="Folders, or owner/name on the Hub.")]
-Rejudge = Annotated[bool, typer.Option("--rejudge", help="Also judge each again from its traces.")]
-TrustedKey = Annotated[str | None, typer.Option(help="Publisher's public key; its signature is required.")]
-CheckerKey = Annotated[list[str] | None, typer.Option(help="Key of somebody whose rechecks you believe; repeatable.")]
 
 
 @app.command(epilog="""Examples:\n

@@ -12,7 +12,10 @@ import typer
 from hf_immunize.commands.app import CODES, app, say
 
 Folder = Annotated[Path, typer.Argument(help="Folder with certificate.json.", exists=True, file_okay=False)]
-PolicyFile = Annotated[Path | None, typer.Option("--policy", help="YAML file with what the certificate has to say.")]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", help="A ready policy (research, release, strict) or a YAML file; release by "
+                              "default.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print plain data for scripts.")]
 Licence = Annotated[str | None, typer.Option("--license", help="Licence identifier of the Hub, e.g. apache-2.0.")]
 BaseModel = Annotated[str | None, typer.Option("--base-model", help="Hub id of the base.")]

@@ -56,7 +56,7 @@ def run_departures(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> l
 def _departures_of(
     item: PlannedAttack, runs: Sequence[AttackTrace], asked: Mapping[str, Any], seeds: Sequence[int]
 ) -> list[str]:
-    """Missing trials and seeds of one attack on either side, and trials with other settings than their name stands for."""
+    """Missing trials and seeds of one attack on either side, and trials with other settings than the preset's."""
     found = []
     for role in ("subject", "control"):
         mine = [trace for trace in runs if trace.role == role]

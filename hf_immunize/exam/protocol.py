@@ -54,12 +54,12 @@ _PROBES = (
 _TRAINED = (
     "lora", "dora", "partial_finetune", "full_finetune", "ridge_head_finetune", "muon_finetune",
     "reset_last_blocks", "subtract_difference", "distil_fresh", "few_shot_finetune", "mixed_finetune",
-    "augmented_finetune", "lora_all_linear", "canonical_finetune", "canonical_lora", "relative_finetune",
-    "heal_finetune",
+    "augmented_finetune", "lora_all_linear", "canonical_finetune", "relative_finetune",
 )
 _ALL_TRAINED = (
     *_TRAINED, "loha", "lokr", "oft", "ia3", "vera", "five_shot_finetune", "one_shot_finetune", "noisy_finetune",
-    "probe_then_lora", "head_rate_finetune", "reset_norms_finetune", "large_batch_finetune", "layerwise_finetune",
+    "canonical_lora", "heal_finetune", "probe_then_lora", "head_rate_finetune", "reset_norms_finetune",
+    "large_batch_finetune", "layerwise_finetune",
 )
 
 

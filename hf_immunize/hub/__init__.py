@@ -6,7 +6,7 @@ from hf_immunize.hub.load import load_verified, verify_model
 from hf_immunize.hub.local import is_hub_id, local_folder, working_folder
 from hf_immunize.hub.policy import Policy
 from hf_immunize.hub.publish import Publication, publish
-from hf_immunize.hub.recheck import repeat_attacks
+from hf_immunize.hub.recheck import repeat_attacks, search_attacks
 from hf_immunize.hub.verify import verify_folder
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "publish",
     "render_card",
     "repeat_attacks",
+    "search_attacks",
     "verify_folder",
     "verify_model",
     "working_folder",

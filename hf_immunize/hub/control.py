@@ -57,8 +57,9 @@ def require_control(certificate: Certificate, base: str | Path, **hub: Any) -> N
     if not control or any(held.get(name) != digest for name, digest in control.items()):
         wrong = sorted(name for name, digest in control.items() if held.get(name) != digest)
         raise VerificationError(
-            f"expected the certificate's control to be {_name(base)}, got other weights ({', '.join(wrong[:3]) or 'none'}): "
-            "the control must be the public model that the subject was made from. Certify against that one."
+            f"expected the certificate's control to be {_name(base)}, got other weights "
+            f"({', '.join(wrong[:3]) or 'none'}): the control must be the public "
+            "model that the subject was made from. Certify against that one."
         )
 
 

@@ -130,8 +130,9 @@ def load_verified(
     if unknown := sorted(set(model_options) - set(_PASSED_ON)):
         raise ConfigError(f"expected options out of {', '.join(_PASSED_ON)}, got {unknown}: load by hand for others.")
     folder, found = verify_model(
-        repo_id_or_path, policy=policy, revision=revision, trusted_key=trusted_key, checker_keys=checker_keys, today=today,
-        token=token, api=api, cache_dir=cache_dir, local_files_only=local_files_only, with_code=trust_remote_code,
+        repo_id_or_path, policy=policy, revision=revision, trusted_key=trusted_key, checker_keys=checker_keys,
+        today=today, token=token, api=api,
+        cache_dir=cache_dir, local_files_only=local_files_only, with_code=trust_remote_code,
     )
     certificate = found.require().certificate
     assert certificate is not None  # required above

@@ -73,8 +73,8 @@ class Policy:
         for where, verdict in [("overall", self.overall), *self.families.items()]:
             if verdict not in MINIMA:
                 raise ConfigError(
-                    f"expected {' or '.join(MINIMA)} for {where}, got {verdict!r}: an undecided attack counts as failed "
-                    "unless 'undecided' names it."
+                    f"expected {' or '.join(MINIMA)} for {where}, got {verdict!r}: an undecided attack counts as "
+                    "failed unless 'undecided' names it."
                 )
         if self.trust not in LEVELS:
             raise ConfigError(f"expected trust out of {', '.join(LEVELS)}, got {self.trust!r}.")
@@ -100,8 +100,8 @@ class Policy:
 
     @classmethod
     def parse(cls, loaded: Any) -> Policy:
-        """A policy from plain data, every key and type checked; what is left out is as in the policy that ``start_from``
-        names, ``release`` by default. Raises ConfigError."""
+        """A policy from plain data, every key and type checked; what is left out is as in the policy that
+        ``start_from`` names, ``release`` by default. Raises ConfigError."""
         known = {START, *(item.name for item in dataclasses.fields(cls))}
         if not isinstance(loaded, dict) or not set(loaded) <= known:
             got = sorted(map(str, set(loaded) - known)) if isinstance(loaded, dict) else type(loaded).__name__
@@ -168,8 +168,8 @@ POLICIES: dict[str, Policy] = {
         attacker_holds_base=True, max_primary_drop=1.0, exam="thorough", min_seeds=10, signed=True,
     ),
 }
-"""``research``: everything is shown, nothing is promised. ``release``: the gate's default. ``strict``: the largest exam,
-with attackers who hold the base."""
+"""``research``: everything is shown, nothing is promised. ``release``: the gate's default. ``strict``: the largest
+exam, with attackers who hold the base."""
 PUBLISHING = POLICIES["release"]
 
 
@@ -266,7 +266,7 @@ def _beside(policy: Policy, certificate: Certificate, around: Circumstances) -> 
     if policy.signed and not around.signed:
         yield "the policy asks for a signature, there is no valid one."
     if not around.trust.reaches(policy.trust):
-        yield f"the policy asks for a certificate that is {policy.trust} by a key you named, this one is {around.trust}."
+        yield f"the policy asks for a certificate {policy.trust} by a key you named, this one is {around.trust}."
 
 
 _SIZES = ("quick", "standard", "thorough")

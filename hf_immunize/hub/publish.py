@@ -39,7 +39,7 @@ class Publication:
     url: str | None = None
     pull_request: str | None = None
     control_compared: bool = False
-    """The certificate's control was compared with the base that the card names, by the Hub's digests, and is the same."""
+    """The certificate's control was compared with the base that the card names, and is the same."""
     confirmed: bool = False
     """The Hub's own digests of the new revision were read back and are those of the certified files."""
 
@@ -47,7 +47,8 @@ class Publication:
         """Plain data for scripts."""
         return {
             "repo_id": self.repo_id, "dry_run": self.dry_run, "revision": self.revision, "url": self.url,
-            "pull_request": self.pull_request, "confirmed": self.confirmed, "control_compared": self.control_compared, "files": self.files,
+            "pull_request": self.pull_request, "confirmed": self.confirmed, "control_compared": self.control_compared,
+            "files": self.files,
             "left_out": list(self.left_out), "deleted": list(self.deleted),
             "verification": self.verification.as_json(),
         }

@@ -43,34 +43,63 @@ def repeat_attacks(
         RecordError: other data than the certificate's, or attacks of another release.
         ConfigError: no task options, or data that they do not lead to.
     """
-    certificate = found.certificate
-    if certificate is None or not found.sound:
+    if found.certificate is None or not found.sound:
         return found, None
+    from hf_immunize.certification.trials import repeat_trials
+
+    bench = _bench(folder, found.certificate, base, task, device, fetching)
+    record = repeat_trials(folder, bench, trials, seed)
+    again = Findings()
+    for item in record.trials:
+        _tell(item, again)
+    for name in record.overturned:
+        again.fail("recheck", CERTIFICATE, f"with these runs {name} is {record.verdicts[name]}, not as certified. Do "
+                   "not rely on this certificate.")
+    findings = (*found.findings, *again.found)
+    if not record.holds:
+        return dataclasses.replace(found, findings=findings, trust=Trust()), record
+    trust = Trust("repeated", None, len(record.repeated), record.cells)
+    return dataclasses.replace(found, findings=findings, trust=trust), record
+
+
+def search_attacks(
+    folder: Path, found: Verification, *, base: str | Path, budget: int, seed: int, task: str | Path | None = None,
+    device: str = "cpu", **fetching: Any,
+) -> Verification:
+    """The verification with the strongest of ``budget`` attacks with settings and seeds of one's own.
+
+    It informs: a certificate speaks of the attacks that it lists. Arguments and errors as in ``repeat_attacks``.
+    """
+    if found.certificate is None or not found.sound:
+        return found
+    from hf_immunize.certification.search import search_afresh
+
+    bench = _bench(folder, found.certificate, base, task, device, fetching)
+    made = search_afresh(folder, bench, budget, seed)
+    again = Findings()
+    again.note("reattack", CERTIFICATE, f"the strongest of {len(made)} attacks with other settings and seeds: "
+               f"{made[0].told}.")
+    return dataclasses.replace(found, findings=(*found.findings, *again.found))
+
+
+def _bench(
+    folder: Path, certificate: Certificate, base: str | Path, task: str | Path | None, device: str,
+    fetching: dict[str, Any],
+) -> Any:
+    """The exam set up again, after the base was compared with the certificate's control."""
     if library_of(certificate, {path.name for path in folder.iterdir()}).name == "peft":
         raise ModelError(
-            "expected a classifier or a pipeline to attack again, got an adapter: the attacks of this release load whole "
-            "models. Merge it into its base, and certify that."
+            "expected a classifier or a pipeline to attack again, got an adapter: the attacks of this release load "
+            "whole models. Merge it into its base, and certify that."
         )
     root = Path(base)
     if not root.is_dir():
         root = fetch(str(base), **fetching)
     check_base(root, certificate)
     from hf_immunize.certification.bench import open_bench, read_options
-    from hf_immunize.certification.trials import repeat_trials
 
     options = _published_options(certificate) if task is None else read_options(task)
-    record = repeat_trials(folder, open_bench(folder, root, options, device), trials, seed)
-    again = Findings()
-    for item in record.trials:
-        _tell(item, again)
-    for name in record.overturned:
-        again.fail("recheck", CERTIFICATE, f"with these runs {name} is {record.verdicts[name]}, not as certified. Do not "
-                   "rely on this certificate.")
-    findings = (*found.findings, *again.found)
-    if not record.holds:
-        return dataclasses.replace(found, findings=findings, trust=Trust()), record
-    trust = Trust("repeated", None, len(record.repeated), record.cells)
-    return dataclasses.replace(found, findings=findings, trust=trust), record
+    return open_bench(folder, root, options, device)
 
 
 def _published_options(certificate: Certificate) -> dict[str, Any]:

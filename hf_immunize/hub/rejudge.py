@@ -28,7 +28,7 @@ def check_verdicts(certificate: Certificate, inventory: Inventory, findings: Fin
     rule, plan = certificate.judged_by, certificate.plan
     if rule is None or plan is None:
         findings.fail("rejudge", CERTIFICATE, f"its field {'judged_by' if rule is None else 'plan'!r} is missing: "
-                      "without rule and plan in data nothing follows from traces. Ask for a certificate of this release.")
+                      "without rule and plan in data nothing follows from traces. Certify with this release.")
         return
     traces = _traces(certificate, inventory)
     _check_premises(certificate, rule, plan, traces, findings)
@@ -68,8 +68,8 @@ def _check_premises(
     elif rule not in known:
         wrong("judged_by", "is not the rule of this exam: its constants were chosen otherwise.")
     if plan.protocol == CUSTOM:
-        findings.note("custom", CERTIFICATE, "an exam of its examiner's own making: which attacks, trials and thresholds "
-                      "it has was free to choose.")
+        findings.note("custom", CERTIFICATE, "an exam of its examiner's own making: which attacks, trials and "
+                      "thresholds it has was free to choose.")
     else:
         for name in plan_differences(plan):
             wrong(f"plan.{name}", f"is not what the exam {plan.protocol!r} asks for.")
@@ -133,7 +133,7 @@ def _utilities(
     for written in (certificate.utility, *certificate.further_utility):
         behind = by_metric.get(written.metric)
         if behind is None:
-            findings.fail("rejudge", CERTIFICATE, f"its field 'utility_rows' names no answers behind {written.metric!r}.")
+            findings.fail("rejudge", CERTIFICATE, f"its field 'utility_rows' has no answers behind {written.metric!r}.")
             again.append(written)
             continue
         again.append(judge_utility(behind, rule.level))

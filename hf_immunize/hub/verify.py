@@ -88,7 +88,8 @@ def examine(
         trust = judge_trust(signed_by, key, checkers, inventory, findings)
         if published:
             check_card(certificate, inventory, findings)
-        if (rejudge or (policy is not None and policy.rejudged)) and not any(item.level == "fail" for item in findings.found):
+        wanted = rejudge or (policy is not None and policy.rejudged)
+        if wanted and not any(item.level == "fail" for item in findings.found):
             check_verdicts(certificate, inventory, findings)
         if policy is not None:
             around = Circumstances(signed_by is not None, trust, inapplicable_attacks(inventory))

@@ -22,7 +22,7 @@ def test_the_docs_hold_the_table_as_it_is_now():
 
 def test_the_thorough_exam_has_every_attack_and_standard_those_against_coordinates():
     assert set(PROTOCOLS["thorough"].attacks) == set(ATTACKS)
-    named = {"canonical_finetune", "canonical_lora", "relative_finetune", "lora_all_linear"}
+    named = {"canonical_finetune", "relative_finetune", "lora_all_linear", "all_layers_probe"}
     assert named <= set(PROTOCOLS["standard"].attacks) and "canonical_finetune" in PROTOCOLS["quick"].attacks
 
 

@@ -154,6 +154,63 @@ def test_the_known_tricks_leave_nothing_behind(name, change):
         assert gap(one, other) < 1e-8
 
 
+@torch.no_grad()
+def offsets(model, size=1e3):
+    """Constants that norms, values and keys add and the next biases take away."""
+    generator = torch.Generator().manual_seed(4)
+    for block in model.vit.layers:
+        attention = block.attention
+        for norm, readers in (
+            (block.layernorm_before, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (block.layernorm_after, (block.mlp.fc1,)),
+        ):
+            constant = size * torch.randn(len(norm.bias), generator=generator).double()
+            norm.bias.add_(constant)
+            for reader in readers:
+                reader.bias.sub_(reader.weight @ constant)
+        constant = size * torch.randn(len(norm.bias), generator=generator).double()
+        attention.v_proj.bias.add_(constant), attention.o_proj.bias.sub_(attention.o_proj.weight @ constant)
+        attention.k_proj.bias.add_(constant)
+    return model
+
+
+def test_constants_that_the_next_layer_takes_away_are_gone():
+    model, images = build_classifier("vit", dtype=torch.float64), pixels("vit")
+    planted = offsets(copy.deepcopy(model))
+    assert torch.allclose(logits(planted, images), logits(model, images), atol=1e-8)
+    one, other = (canonicalise(found, find_classifier(model), images) for found in (model, planted))
+    assert gap(one.model, other.model) < 1e-6 < 1e2 < gap(model, planted)
+    block = one.model.vit.layers[0]
+    for layer in (block.layernorm_before, block.layernorm_after, block.attention.v_proj):
+        assert not layer.bias.any() and "constants moved" in one.note
+    assert block.attention.o_proj.bias.any() and block.mlp.fc1.bias.any()
+
+
+class Unnormalised(nn.Module):
+    """Attention whose weights do not sum to 1: the bias of its values is no constant of the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(4, 4) for _ in range(4))
+        self.classifier = nn.Linear(4, 2)
+
+    def forward(self, pixel_values=None):
+        tokens = pixel_values.flatten(2).transpose(1, 2)[..., :3]
+        tokens = torch.cat([tokens, tokens[..., :1]], dim=-1)
+        query, key, value = (
+            layer(tokens).view(len(tokens), -1, 2, 2).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        mixed = ((query @ key.mT).sigmoid() @ value).transpose(1, 2).flatten(2)
+        return ImageClassifierOutput(logits=self.classifier(self.o(mixed)[:, 0]))
+
+
+def test_constants_stay_where_they_are_none():
+    model, images = Unnormalised().double().eval(), torch.randn(3, 3, 2, 2).double()
+    found = canonicalise(model, "classifier", images)
+    assert found.changed and torch.allclose(logits(found.model, images), logits(model, images))
+    assert found.model.v.bias.any() and "0 constants moved" in found.note and "2 products" not in found.note
+
+
 @pytest.mark.parametrize("shape", [(7, 9, 4), (3, 9, 4)])
 def test_balanced_factors_have_the_product_and_equal_singular_values(shape):
     rows, others, width = shape

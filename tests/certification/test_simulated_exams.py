@@ -1,4 +1,4 @@
-"""Verdicts on exams whose truth is known, drawn by ``benchmarks/verdict_errors.py``, whose tables docs/exam.md prints."""
+"""Verdicts on exams whose truth is known, drawn by ``benchmarks/verdict_errors.py`` (tables in docs/exam.md)."""
 
 import importlib.util
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Certified trials made again: honest ones agree whatever the exam's settings, false ones are found. Real, tiny runs."""
+"""Certified trials made again: honest ones agree whatever the settings, false ones are found. Real, tiny runs."""
 
 import dataclasses
 import random
@@ -11,6 +11,7 @@ from hf_immunize.attacks import ATTACKS, AttackContext, run_suite
 from hf_immunize.certification import build_certificate
 from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.curves import LEAST_SCORE, compare_trial
+from hf_immunize.certification.search import search_afresh
 from hf_immunize.certification.trials import certified_trials, draw_trials, repeat_trials, run_again
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.exam import Protocol
@@ -93,7 +94,8 @@ def test_honest_certificates_are_not_accused_whatever_the_circumstances(tmp_path
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory, trained_base, exam_data):
     """An honest exam, its bench, its trials, and each of them made again once."""
-    subject, bench = sit(tmp_path_factory.mktemp("exam"), trained_base, exam_data, {**SETTINGS, **LORA, **DOES_NOT_APPLY})
+    told = {**SETTINGS, **LORA, **DOES_NOT_APPLY}
+    subject, bench = sit(tmp_path_factory.mktemp("exam"), trained_base, exam_data, told)
     trials = certified_trials(subject, Certificate.read(subject / "certificate.json"))
     company = {key: [run for other, runs in trials.items() if other[:2] == key[:2] for run in runs] for key in trials}
     return subject, bench, trials, {key: run_again(bench, runs, company[key]) for key, runs in trials.items()}
@@ -205,3 +207,15 @@ def test_other_rows_weights_or_traces_are_refused(tmp_path, trained_base, exam_d
     unknown = dataclasses.replace(bench, table={})
     with pytest.raises(RecordError, match="expected an attack of this release"):
         unknown.attack("full_finetune")
+
+
+def test_a_search_afresh_ignores_stored_curves_and_finds_what_they_hide(exam):
+    subject, bench = exam[:2]
+    found = search_afresh(subject, bench, 6, 1)
+    assert len(found) == 6 and found == search_afresh(subject, bench, 6, 1)
+    assert all(item.seed >= 10_000 for item in found)
+    ratios = [item.ratio for item in found if item.ratio is not None]
+    assert ratios == sorted(ratios) and ratios[0] == 1, "the model is its own base: nothing is slowed"
+    assert "reaches in" in found[0].told and {item.attack for item in found} <= {*SETTINGS, *LORA}
+    with pytest.raises(ConfigError, match="at least one attack"):
+        search_afresh(subject, bench, 0, 1)

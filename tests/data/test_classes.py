@@ -173,7 +173,7 @@ def test_what_can_be_read_two_ways_or_not_at_all_is_refused(given, classes, mess
 
 
 def test_a_yaml_list_of_names_reaches_the_task(tmp_path):
-    from hf_immunize.certification import read_task
+    from hf_immunize.certification.bench import read_options, task_arguments
     from hf_immunize.options import parse_options
 
     source = str(write_classes(tmp_path / "d", ["a, b", "c", "d"], each=6))
@@ -182,7 +182,7 @@ def test_a_yaml_list_of_names_reaches_the_task(tmp_path):
         "harmful_splits: attack=0.5,test=0.5\nsplit_seed: 1\ndrop_rare_classes: false\n"
     )
     (arguments,) = parse_options((TaskArguments,), ["--config", str(tmp_path / "task.yaml")])
-    assert arguments == read_task(tmp_path / "task.yaml")
+    assert arguments == task_arguments(read_options(tmp_path / "task.yaml"))[1]
     assert Task(arguments, "harmful").label_names == ["a, b", "d"]
 
 

@@ -17,15 +17,16 @@ NAME, PRESET = "full_finetune", PROTOCOLS["quick"]
 
 def runs(**changes):
     configs = plan_trials(ATTACKS[NAME], parse_settings(PRESET.settings, ATTACKS).get(NAME), PRESET.trials)
-    return {role: [trace([(1, 0.2), (60, 0.9)], attack=NAME, family=ATTACKS[NAME].family, role=role, seed=seed, trial=trial,
-                         budget=60, config=json.loads(json.dumps(asdict(config))) | {"attack_fraction": 0.5} | changes)
+    return {role: [trace([(1, 0.2), (60, 0.9)], attack=NAME, family=ATTACKS[NAME].family, role=role, seed=seed,
+                         trial=trial, budget=60,
+                         config=json.loads(json.dumps(asdict(config))) | {"attack_fraction": 0.5} | changes)
                    for config, trial in configs for seed in PRESET.seeds] for role in ("subject", "control")}
 
 
 def plan(**changes):
     about = PlannedAttack(attack=NAME, family=ATTACKS[NAME].family, unit=ATTACKS[NAME].unit)
-    return Plan(protocol="quick", planned=list(PRESET.attacks), seeds=list(PRESET.seeds), settings=list(PRESET.settings),
-                attacks=[about]).model_copy(update=changes)
+    return Plan(protocol="quick", planned=list(PRESET.attacks), seeds=list(PRESET.seeds),
+                settings=list(PRESET.settings), attacks=[about]).model_copy(update=changes)
 
 
 def test_the_shipped_table_is_that_of_the_attacks():

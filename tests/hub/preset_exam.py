@@ -61,10 +61,11 @@ def run(name: str, role: str, seed: int, number: int, model, preset, breaks, ski
     return AttackTrace(
         attack=name, family=attack.family, trial=trial, seed=seed, role=role, model=model, data=splits(task),
         config=json.loads(json.dumps(asdict(config))) | {
-            "attack_fraction": 0.8, "feature_module": "classifier", **({"tuning_seeds": list(tuning)} if tuning else {}),
+            "attack_fraction": 0.8, "feature_module": "classifier",
+            **({"tuning_seeds": list(tuning)} if tuning else {}),
             **({"base": None} if "base" in attack.needs else {}),
         },
-        unit=attack.unit, budget=budget, curve=[] if left_out else curve, seconds=0.1, provenance=provenance(),
+        unit=attack.unit, budget=budget, samples=400 * budget, curve=[] if left_out else curve, seconds=0.1, provenance=provenance(),
         outcome="not_applicable" if left_out else "completed", note="there is nothing to attack" if left_out else None,
     )
 
@@ -85,7 +86,9 @@ def runs_of(name: str, role: str, model, preset, breaks, skipped) -> list[Attack
     return first + made(chosen, preset.seeds[len(tuning):], tuning)
 
 
-def preset_exam(root: Path, preset=PRESET, breaks=BREAKS, skipped=(DOES_NOT_APPLY,), weights=b"synthetic weights") -> Path:
+def preset_exam(
+    root: Path, preset=PRESET, breaks=BREAKS, skipped=(DOES_NOT_APPLY,), weights=b"synthetic weights"
+) -> Path:
     """The certified folder.
 
     Args:
@@ -96,7 +99,8 @@ def preset_exam(root: Path, preset=PRESET, breaks=BREAKS, skipped=(DOES_NOT_APPL
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(weights)
     (folder / "config.json").write_text(json.dumps(config_of_vit()))
-    models = {"subject": build.fingerprint(folder, preset.name), "control": build.fingerprint(build.base_folder(root), "base")}
+    base = build.base_folder(root)
+    models = {"subject": build.fingerprint(folder, preset.name), "control": build.fingerprint(base, "base")}
     exam = build.Exam(name=preset.name, attacks=())  # its identities; the judge writes the rest
     build.certificate(folder, exam, [], models["subject"], models["control"]).write(folder / "certificate.json")
     made: dict[str, list[AttackTrace]] = {role: [] for role in models}

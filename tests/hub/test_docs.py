@@ -84,7 +84,7 @@ def test_what_to_believe(hub, tmp_path, reader):
     key = make_key(tmp_path / "key.pem")
     publish(models.certified_vit(tmp_path), "owner/model", api=client(hub), signing_key=tmp_path / "key.pem")
     steps = [step for step in blocks("downloaded.md", "bash", "python") if "--recheck" not in step[1]]
-    assert [language for language, _ in steps] == ["bash", "python", "python", "bash"]
+    assert [language for language, _ in steps] == ["bash", "python", "python", "bash", "bash"]
     for language, text in steps:
         reader(language, text.replace("KEY", key))
     (tmp_path / "policy.yaml").write_text("start_from: research\noverall: RESISTS")

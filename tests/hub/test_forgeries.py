@@ -183,7 +183,8 @@ WRITTEN = {
     "other rows": writing("f" * 64, "harmful_data", 2, "sha256"),
     "more primary rows": writing(9999, "primary_data", 0, "rows"),
     "the base as subject": lambda forged: forged["subject"].update(weights=forged["control"]["weights"]),
-    "another size": writing(7, "subject", "parameters"), "another architecture": writing("X", "control", "architecture"),
+    "another size": writing(7, "subject", "parameters"),
+    "another architecture": writing("X", "control", "architecture"),
     "fewer attacks in the plan": lambda forged: forged["plan"]["attacks"].pop(),
     "fewer planned": lambda forged: forged["plan"]["planned"].pop(),
     "other seeds": writing([0], "plan", "seeds"), "other settings": writing([], "plan", "settings"),
@@ -281,7 +282,8 @@ def base_as_subject(exam):
     control = exam.certificate.control
     subject = exam.certificate.subject.model_copy(update={"weights": control.weights})
     made, files = exam.judged(
-        lambda trace: trace if trace.role == "control" else trace.model_copy(update={"model": subject}), subject=subject)
+        lambda trace: trace if trace.role == "control" else trace.model_copy(update={"model": subject}),
+        subject=subject)
     return made | {"overall": "RESISTS"}, files
 
 

@@ -40,7 +40,8 @@ def test_models_of_one_exam_stand_in_one_table_with_who_says_so(folders, tmp_pat
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"rule": "another rule"}, "rule"), ({"protocol": "standard"}, "exam"), ({"threshold_rule": "by hand"}, "threshold"),
+    ({"rule": "another rule"}, "rule"), ({"protocol": "standard"}, "exam"),
+    ({"threshold_rule": "by hand"}, "threshold"),
     ({"harmful_data": [build.dataset("harmful/test", "cars", ("a", "b"))]}, "harmful data"),
     ({"primary_data": [build.dataset("primary/test", "birds", ("a", "b"))]}, "primary data"),
 ])

@@ -66,7 +66,8 @@ def invent(folder, plan=None, keep=lambda trace: True):
             continue
         if trace.role == "subject" and not trace.attack.startswith("benign_") and trace.curve:
             trace = trace.model_copy(update={"curve": [
-                point.model_copy(update={"test": 0.2, "validation": 0.2}) for point in trace.curve]})
+                point.model_copy(update={"test": 0.2 + 0.05 * point.test, "validation": 0.2 + 0.05 * point.validation})
+                for point in trace.curve]})
             trace.write(folder / name)
         by_role.setdefault(trace.role, []).append(trace)
         hashes[name] = sha256_file(folder / name)
@@ -88,8 +89,8 @@ def sealed_anew(folder, key_file=None):
 def recheck(folder, key_file, agrees=True, attack="lora"):
     record = RecheckRecord(
         certificate_sha256=sha256_file(folder / "certificate.json"), drawn_with=3, drawn_from=9, cells=8,
-        trials=[RepeatedTrial(role="subject", attack=attack, trial="x", seeds=[0], evaluations=4, distance=0.0, bound=0.1,
-                              agrees=agrees, told="never made")],
+        trials=[RepeatedTrial(role="subject", attack=attack, trial="x", seeds=[0], evaluations=4, distance=0.0,
+                              bound=0.1, agrees=agrees, told="never made")],
         verdicts={}, overturned=[], provenance=build.PROVENANCE)
     name, data = sign_recheck(record, key_file)
     (folder / name).parent.mkdir(exist_ok=True)

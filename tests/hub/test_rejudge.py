@@ -111,3 +111,13 @@ def test_the_judge_needs_no_torch():
     code = "import sys, hf_immunize.certification; print({'torch', 'transformers'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("words", [[], ["--rejudge"]])
+def test_verifying_and_judging_again_need_no_torch_and_little_time(judged, words):
+    code = ("import sys, time\nfrom hf_immunize.cli import app\n"
+            "try:\n    app(sys.argv[1:])\nexcept SystemExit as done:\n"
+            "    print(done.code, {'torch', 'transformers'} & {*sys.modules}, time.process_time() < 1.5)")
+    done = subprocess.run([sys.executable, "-c", code, "verify", str(judged), *words], capture_output=True, text=True,
+                          check=True)
+    assert done.stdout.splitlines()[-1] == "0 set() True", done.stdout

@@ -109,6 +109,17 @@ def test_a_record_needs_a_key(root):
     assert done.exit_code == 1 and "expected a private key for --record" in told
 
 
+def test_an_attack_of_ones_own_is_searched_for_and_the_strongest_told(root):
+    done = CliRunner().invoke(app, [
+        "verify", str(root / "model"), "--reattack", "3", "--base", str(root / "base"), "--recheck-seed", "2",
+        "--json"])
+    found = json.loads(done.stdout)
+    (told,) = [item["message"] for item in found["findings"] if item["code"] == "reattack"]
+    assert done.exit_code == 0 and told.startswith("the strongest of 3 attacks with other settings and seeds: ")
+    assert re.search(r"(linear_probe_gd|ridge_probe) \(.+, seed \d{5,}\)", told) and "on the base" in told
+    assert found["trust"]["level"] == "self-reported", "a search repeats nothing"
+
+
 def lie(root, change):
     """Traces that were made up, every hash and verdict rebuilt: what passes --rejudge."""
     path = root / "model/certificate.json"

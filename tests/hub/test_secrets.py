@@ -58,7 +58,9 @@ def test_the_command_line_with_every_log_turned_on(hub, tmp_path, arguments):
         "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1",
         "HF_HUB_VERBOSITY": "debug", "HF_HOME": str(tmp_path / "home"),
     }
-    done = subprocess.run([sys.executable, "-m", "hf_immunize.cli", *arguments, str(folder), "me/model", "--allow-failed"],
+    (tmp_path / "policy.yaml").write_text("start_from: research\nrejudged: false")
+    policy = ["--policy", str(tmp_path / "policy.yaml")]
+    done = subprocess.run([sys.executable, "-m", "hf_immunize.cli", *arguments, str(folder), "me/model", *policy],
                           env=environment, capture_output=True, text=True, timeout=120)
     assert "HTTP 500" in done.stderr and TOKEN not in done.stdout + done.stderr
     assert ("Traceback" in done.stderr) == ("--debug" in arguments)

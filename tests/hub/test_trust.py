@@ -1,4 +1,4 @@
-"""Who says so: three levels, in ``verify``, in its JSON and in the card. Keys and rechecks are real, exams synthetic."""
+"""Who says so: three levels, in ``verify``, in its JSON and in the card. Keys are real, exams synthetic."""
 
 import json
 import re
@@ -38,7 +38,8 @@ def folder(made, tmp_path):
 def rechecked(folder, key, *, agrees=True, attack="adam_probe", certificate=None):
     """A recheck of one run, signed, put beside the certificate after it was sealed."""
     record = RecheckRecord(
-        certificate_sha256=certificate or sha256_file(folder / "certificate.json"), drawn_with=7, drawn_from=12, cells=2,
+        certificate_sha256=certificate or sha256_file(folder / "certificate.json"), drawn_with=7, drawn_from=12,
+        cells=2,
         trials=[RepeatedTrial(attack=attack, role="subject", trial="rate=1", seeds=[0], evaluations=9, distance=0.1,
                               bound=0.2, agrees=agrees, told="synthetic")],
         verdicts={attack: "RESISTS"}, overturned=[], provenance=build.PROVENANCE,

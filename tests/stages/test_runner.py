@@ -195,7 +195,10 @@ def test_words_of_stages_alone_and_through_accelerate(tmp_path):
     assert several.words(stages["one"], Path("o.yaml")) == [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", "gpu.yaml", "--num_processes", "2",
         "--module", "hf_immunize.cli", "immunize", "--config", "o.yaml"]
-    assert several.words(stages["attack-one"], Path("o.yaml"))[1:4] == ["-m", "hf_immunize.cli", "attack"]
+    attack = several.words(stages["attack-one"], Path("o.yaml"))
+    assert attack[-4:] == ["hf_immunize.cli", "attack", "--config", "o.yaml"]
+    assert "accelerate.commands.launch" in attack, "runs are shared"
+    assert several.words(stages["certify-one"], Path("o.yaml"))[1:4] == ["-m", "hf_immunize.cli", "certify"]
 
 
 def test_a_hardware_file_that_is_not_there(job):

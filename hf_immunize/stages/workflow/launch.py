@@ -32,9 +32,9 @@ class Launcher:
     threads: int = 1
 
     def words(self, stage: Stage, options: Path) -> list[str]:
-        """The command of a stage. Those that train share the work of several processes; the others are one."""
+        """The command of a stage. Training and exams are shared by several processes; the others are one."""
         verb = ["hf_immunize.cli", stage.verb, "--config", str(options)]
-        if not stage.trains or (self.hardware is None and self.num_processes is None):
+        if not stage.is_shared or (self.hardware is None and self.num_processes is None):
             return [sys.executable, "-m", *verb]
         told = [] if self.hardware is None else ["--config_file", self.hardware]
         told += [] if self.num_processes is None else ["--num_processes", str(self.num_processes)]

@@ -20,7 +20,7 @@ _PLACES = {
 """Options that say where models lie: the run sets them."""
 _VERBS = {"public": "pretrain", "judge": "pretrain", "benign": "attack", "scratch": "attack"}
 """Sections whose verb is called otherwise."""
-_TRAINING = ("pretrain", "immunize")
+_SHARED = ("pretrain", "immunize", "attack")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class Stage:
     kind: str
 
     @property
-    def trains(self) -> bool:
-        """Whether several processes can share it."""
-        return self.verb in _TRAINING
+    def is_shared(self) -> bool:
+        """Whether several processes can share it: by batches where one model is trained, by runs in an exam."""
+        return self.verb in _SHARED
 
     @property
     def makes_model(self) -> bool:

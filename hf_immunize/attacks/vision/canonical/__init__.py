@@ -17,6 +17,7 @@ from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
 from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
 from hf_immunize.attacks.vision.canonical.scales import rescale, settle
+from hf_immunize.attacks.vision.canonical.shifts import unshift
 
 _ROUNDING = 1e-8
 """How far outputs in float64 may move, in units of the largest, before the normal form is thrown away."""
@@ -49,14 +50,31 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor) -> Canonical:
     wanted = double(pixel_values=batch).logits
     try:
         anatomy = find_anatomy(double, batch)
-        told = _change(double, anatomy, head)
+        moved = _without_shifts(double, anatomy, head, batch, wanted)
+        told = f"{_change(double, anatomy, head)}, {moved} constants moved"
     except Exception as error:  # torch.export and its graphs raise errors of every kind
         return _unchanged(model, f"the network could not be followed: {type(error).__name__}: {error}")
-    found = double(pixel_values=batch).logits
-    error = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+    error = _apart(double, batch, wanted)
     if not error <= _ROUNDING:
         return _unchanged(model, f"outputs would have moved by {error:.1e} of the largest")
     return Canonical(_written(model, double), told, True, error)
+
+
+def _apart(double: nn.Module, batch: Tensor, wanted: Tensor) -> float:
+    """How far outputs are from the wanted ones, in units of the largest."""
+    found = double(pixel_values=batch).logits
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _without_shifts(double: nn.Module, anatomy: Anatomy, head: str, batch: Tensor, wanted: Tensor) -> int:
+    """Move constants in place; put everything back where an output tells that they may not be."""
+    before = copy.deepcopy(double.state_dict())
+    named = dict(double.named_parameters()) | dict(double.named_buffers())
+    moved = unshift(anatomy, find_pairs(anatomy, head)[0], named)
+    if _apart(double, batch, wanted) <= _ROUNDING:
+        return moved
+    double.load_state_dict(before)
+    return 0
 
 
 def _written(model: nn.Module, double: nn.Module) -> nn.Module:

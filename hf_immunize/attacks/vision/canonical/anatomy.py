@@ -18,6 +18,8 @@ class Layer:
     inputs: Tensor
     outputs: Tensor
     diagonal: bool = False
+    kernel: int = 1
+    """Positions that a convolution's kernel covers."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,8 @@ class Anatomy:
     """Queries and keys that meet in a product: variables of heads × width each."""
     values: list[Tensor] = field(default_factory=list)
     """What attention averages over tokens: variables of heads × width."""
+
+    @property
+    def mixed_or_stored(self) -> set[int]:
+        """Variables that something beside linear maps meets, and those of ``tables``."""
+        return self.links.mixed | {variable for table in self.tables.values() for variable in table.flatten().tolist()}

@@ -181,14 +181,17 @@ def _linear(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
 
 def _convolve(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
     weight, bias = args[1], args[2] if len(args) > 2 else options.get("bias")
+    padding = args[4] if len(args) > 4 else options.get("padding", 0)
     groups = args[6] if len(args) > 6 else options.get("groups", 1)
     if not isinstance(weight, Weight) or not at.own(weight, bias):
         return None
     links, scales, ones = at.found.links, at.scales(args[0]).of, (1,) * (len(weight.shape) - 2)
     inputs, outputs = links.new(groups, weight.shape[1]), links.new(groups, weight.shape[0] // groups)
     links.tie(scales, inputs.view(-1, *ones))
-    links.mix(scales)
-    at.found.layers.append(Layer(weight.name, bias.name if bias else None, inputs, outputs))
+    if groups > 1 or padding not in (0, [0, 0], [0], "valid"):
+        links.mix(scales)
+    kernel = weight.shape[2:].numel()
+    at.found.layers.append(Layer(weight.name, bias.name if bias else None, inputs, outputs, kernel=kernel))
     links.mix(outputs)
     return Scales(outputs.view(-1, *ones).expand(_shape(node)))
 

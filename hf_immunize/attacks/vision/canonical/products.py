@@ -56,7 +56,8 @@ def _owners(anatomy: Anatomy) -> Mapping[int, list[tuple[str, Layer | None, int]
     """What ends or begins at every root: a layer's row ("out") or column ("in"), or something else."""
     found: dict[int, list[tuple[str, Layer | None, int]]] = defaultdict(list)
     for layer in anatomy.layers:
-        kind = ("other", "other") if layer.diagonal or len(layer.inputs) > 1 else ("out", "in")
+        plain = not layer.diagonal and len(layer.inputs) == 1 and layer.kernel == 1
+        kind = ("out", "in") if plain else ("other", "other")
         for name, variables in zip(kind, (layer.outputs, layer.inputs), strict=True):
             for place, variable in enumerate(variables.flatten().tolist()):
                 found[anatomy.links.root(variable)[0]].append((name, layer, place))
