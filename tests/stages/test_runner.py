@@ -131,7 +131,8 @@ def test_a_stage_that_leaves_nothing_is_no_success(job):
 def test_a_run_that_is_killed_goes_on_where_it_stopped(job, number):
     """The killed run's stage is waited for, or told about; what was interrupted is continued in what it left."""
     (job / "slow").write_text("attack-base")
-    code = (f"import sys; sys.path.insert(0, {str(FAKE.parent)!r}); import fake_stage, pathlib; "
+    code = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # in a background job it is off
+            f"import sys; sys.path.insert(0, {str(FAKE.parent)!r}); import fake_stage, pathlib; "
             f"fake_stage.run_fakes(pathlib.Path({str(job / 'run.yaml')!r}))")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(job / "at-work")
