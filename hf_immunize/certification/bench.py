@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from hf_immunize.attacks import ATTACKS, TRAINABILITY, Attack, AttackContext
+from hf_immunize.attacks import ATTACKS, REFERENCES, TRAINABILITY, Attack, AttackContext
 from hf_immunize.attacks.core.suite import holdings
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.records import AttackTrace
@@ -20,8 +20,8 @@ _DRAWN = ("exam_levels", "exam_seed")
 
 
 def attack_tables() -> Mapping[str, Attack]:
-    """Every attack and way of learning a benign task, of classifiers, and of pipelines where diffusers is there."""
-    known: dict[str, Attack] = {**ATTACKS, **TRAINABILITY}
+    """Every attack, reference and way of learning a benign task, of pipelines too where diffusers is there."""
+    known: dict[str, Attack] = {**ATTACKS, **REFERENCES, **TRAINABILITY}
     try:
         from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
     except ImportError:
