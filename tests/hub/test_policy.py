@@ -28,14 +28,17 @@ def change(folder, **fields):
 
 
 @pytest.mark.parametrize("normalised", [True, False], ids=["CNN", "ViT"])
-def test_the_default_is_release_and_a_network_with_or_without_batch_norm_can_meet_it(tmp_path, normalised):
+def test_the_default_is_release_and_of_a_network_with_or_without_batch_norm_it_asks_the_same(tmp_path, normalised):
     weights = save({"weight": torch.ones(2)} | ({"norm.running_mean": torch.zeros(2)} if normalised else {}))
     skipped = [*NEEDS_BASE, *(() if normalised else ("batchnorm_probe",))]
     folder = preset_exam(tmp_path, PROTOCOLS["standard"], breaks=(), skipped=skipped, weights=weights)
     assert Policy() == POLICIES["release"] == PUBLISHING
-    assert prepare(folder).verification.ok
-    change(folder, overall="NOT RUN")
-    with pytest.raises(PublishRefusedError, match="its overall verdict is written NOT RUN, judged RESISTS"):
+    with pytest.raises(PolicyUnmetError) as told:  # the synthetic exam has no attackers without the model
+        prepare(folder)
+    lines = [line for line in str(told.value).splitlines() if line.startswith("  ")]
+    assert len(lines) == 1 and "attackers without the model are missing" in lines[0]
+    change(folder, overall="RESISTS")
+    with pytest.raises(PublishRefusedError, match="its overall verdict is written RESISTS, judged NOT RUN"):
         prepare(folder)
 
 
