@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from hf_immunize.errors import ConfigError
 from hf_immunize.exam.rule import Rule
 
-STANDARD_STEPS = 50
+STANDARD_STEPS = 64
 STANDARD_TRIALS = 4
-"""Steps and trials of ``standard``: what two cores manage in three hours on a network of two million parameters at 128
-pixels (docs/exam.md). Four trials are four rates over three decades."""
+"""Steps and trials of ``standard``. With 50 steps two cores took three hours on a network of two million parameters at
+128 pixels (docs/exam.md); 64 steps of 32 rows are the first that the rule's floor of cost lets resist. Four trials are
+four rates over three decades."""
 
 BENIGN = ("benign_probe", "benign_lora", "benign_full_finetune")
 """Methods by which a classifier learns a benign task: keys of ``TRAINABILITY``."""
