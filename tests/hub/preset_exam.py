@@ -88,13 +88,14 @@ def runs_of(name: str, role: str, model, preset, breaks, skipped) -> list[Attack
 
 
 def preset_exam(
-    root: Path, preset=PRESET, breaks=BREAKS, skipped=(DOES_NOT_APPLY,), weights=b"synthetic weights"
+    root: Path, preset=PRESET, breaks=BREAKS, skipped=(DOES_NOT_APPLY,), weights=b"synthetic weights", references=True
 ) -> Path:
     """The certified folder.
 
     Args:
         breaks: attacks that the model does not slow down.
         skipped: attacks that do not apply.
+        references: whether attackers without the model were run.
     """
     folder = root / preset.name
     folder.mkdir(parents=True)
@@ -110,6 +111,13 @@ def preset_exam(
             for trace in runs_of(name, role, model, preset, breaks, skipped):
                 trace.write(folder / "traces" / role / trace.file_name)
                 made[role].append(trace)
+    if references:
+        build.write_references(folder, preset.seeds)
+        made["nothing"] = []
+        for path in sorted((folder / "traces" / "nothing").glob("*.json")):
+            trace = AttackTrace.read(path).model_copy(update={"data": splits("harmful")})
+            trace.write(path)
+            made["nothing"].append(trace)
     plan = plan_exam(preset, ATTACKS, TRAINABILITY, made)
     assert plan.protocol == preset.name
     certificate = judge_again(folder, plan, harmful_data=splits("harmful"), benign_data=splits("benign"),

@@ -191,6 +191,8 @@ WRITTEN = {
     "fewer trials": writing(1, "plan", "trials"), "other tuning seeds": writing(7, "plan", "tuning_seeds"),
     "a threshold in the plan": writing(0.99, "plan", "threshold"),
     "no benign methods": writing([], "plan", "trainability"),
+    "no references": writing([], "plan", "references"),
+    "a reference's family": writing("linear probing", "plan", "references", 0, "family"),
     "a smaller budget": writing(1, "plan", "attacks", 0, "budget"),
     "a family of its own": writing("unheard of", "plan", "attacks", 0, "family"),
     **{f"rule.{name}": writing(0.123, "judged_by", name) for name in RULE},
