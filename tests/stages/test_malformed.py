@@ -364,7 +364,7 @@ def half_a_save_to_disk(root):
     return root / "saved"
 
 
-@source(r"expected builder:NAME, NAME in \['digits', 'mnist'\].*got 'digit'")
+@source(r"expected builder:NAME, NAME in \['digits', 'mnist', 'scattered_digits'\].*got 'digit'")
 def a_builder_nobody_knows(root):
     return "builder:digit"
 

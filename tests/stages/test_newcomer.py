@@ -128,6 +128,7 @@ def test_a_vision_transformer_that_knows_the_classes(tmp_path, digits):
             assert sorted(copy.keys()) == sorted(own.keys())
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_whose_head_knows_other_classes(tmp_path, digits):
     _, written = whole_job(tmp_path, digits, "resnet")
     assert "CHECK: the model's own head does not fit (3 outputs for 5 classes)" in written
