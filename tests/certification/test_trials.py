@@ -80,7 +80,12 @@ CIRCUMSTANCES = {
 }
 
 
-@pytest.mark.parametrize("name", CIRCUMSTANCES)
+QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CIRCUMSTANCES]
+)
 def test_honest_certificates_are_not_accused_whatever_the_circumstances(tmp_path, trained_base, exam_data, name):
     settings, told = CIRCUMSTANCES[name]
     subject, bench = sit(tmp_path, trained_base, exam_data, settings, **told)
