@@ -12,7 +12,8 @@
 set -euo pipefail
 export CONFIG=${1:?"which configuration file"}
 shift
-MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# sed reads all names; head would leave after the first, and end the job if scontrol was still writing.
+MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MAIN PORT=$((20000 + SLURM_JOB_ID % 20000)) PROCESSES=$((8 * SLURM_JOB_NUM_NODES))
 # SLURM_NODEID differs from node to node, so it is read there.
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file "$CONFIG" \

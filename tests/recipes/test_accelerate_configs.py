@@ -70,7 +70,7 @@ def test_the_trainers_accept_what_the_launcher_tells_their_processes(name, monke
 def test_the_slurm_script_starts_one_launcher_per_node(name, tmp_path, monkeypatch):
     """SLURM's commands and accelerate's are replaced by ones that tell how they were called."""
     commands = {
-        "scontrol": 'printf "node-a\\nnode-b\\n"',
+        "scontrol": "echo node-a; seq -f node-b%g 100000",  # more than a pipe holds
         "srun": 'shift; for node in 0 1; do SLURM_NODEID=$node "$@"; done',
         "accelerate": 'printf "%s\\n" "$@" --',
     }
