@@ -8,18 +8,11 @@ import time
 
 import pytest
 import torch
+from test_sharing import RUNS, SEEDS, SETTINGS
 
 from hf_immunize.attacks import ATTACKS, run_suite
 from hf_immunize.records import AttackTrace
 
-SETTINGS = {
-    "linear_probe_gd": {"steps": (400,), "learning_rate": (1.0, 4.0)},
-    "ridge_probe": {"penalty": (1e-3, 1e-6), "features": ("centered",)},
-    "full_finetune": {"steps": (6,)},
-    "lora": {"steps": (6,)},
-}
-SEEDS = (0, 1, 2)
-RUNS = 3 * 2 + 3 * 2 + 2 * (3 + 2)
 pytestmark = pytest.mark.slow
 
 
