@@ -35,6 +35,8 @@ def read_traces(
         same_weights = trace.model.weights == model.weights
         if role == "nothing":
             same_weights = not trace.model.weights
+        if role == "alternative":  # any model but the base itself, whose uplift it would take away
+            same_weights = bool(trace.model.weights) and trace.model.weights != model.weights
         if role == "scratch":
             same_weights = (trace.model.architecture, trace.model.parameters) == (model.architecture, model.parameters)
         if not same_weights:
@@ -49,14 +51,14 @@ def read_traces(
 def control_traces(
     folder: Path, base_folder: Path, base: ModelFingerprint, table: Collection[str], lowest: float = 0.0
 ) -> dict[str, list[AttackTrace]]:
-    """Traces of control, scratch and references, copied from the base's folder into ``folder``, which is then whole.
+    """Traces of control and what stands beside it, copied from the base's folder into ``folder``, which is then whole.
 
     Raises:
         IncompleteExamError: no control was attacked.
         RecordError: as in ``read_traces``.
     """
     found: dict[str, list[AttackTrace]] = {}
-    for role in ("control", "scratch", "nothing"):
+    for role in ("control", "scratch", "nothing", "alternative"):
         traces = read_traces(base_folder, role, base, table, lowest)
         for trace in traces:
             source = base_folder / "traces" / role / trace.file_name

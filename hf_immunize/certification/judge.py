@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from hf_immunize.certification.adapting import follow_base
 from hf_immunize.certification.cells import Traces, build_cell
 from hf_immunize.certification.planning import SIDES, with_runs
 from hf_immunize.certification.trainability import measure_trainability
@@ -87,7 +88,8 @@ def judge_traces(
         evidence: what does not follow from traces.
 
     Raises:
-        IncompleteExamError: no control traces, or sides that were not given the same exam.
+        IncompleteExamError: no control traces, sides that were not given the same exam, or effort that does not follow
+            the base where the plan says that it does.
         RecordError: a rule of another release, or traces of other data, families or weights than the certificate's.
     """
     if rule.version != RULE_VERSION:
@@ -104,7 +106,7 @@ def judge_traces(
     _check_evidence(harmful, plan, evidence.harmful_data, "harmful", evidence)
     _check_evidence(benign, plan, evidence.benign_data, "benign", evidence)
     _check_base_held(harmful)
-    plan = with_runs(plan, traces)
+    harmful, plan = follow_base(harmful, with_runs(plan, traces), rule)
     cells = _cells(harmful, plan, rule, evidence)
     learned = measure_trainability(benign, plan.methods, rule)
     referenced = bool(traces.get("nothing"))
@@ -189,6 +191,11 @@ def _check_evidence(
                 raise RecordError(
                     f"expected {trace.attack} to be of {about.family!r} in units of {about.unit}, got {trace.family!r} "
                     f"and {trace.unit} in {role}/{trace.file_name}: attack again with this release."
+                )
+            if role == "alternative" and trace.model.weights in weights.values():
+                raise RecordError(
+                    f"expected another public model as alternative, got the model or its base in {role}/"
+                    f"{trace.file_name}: its attackers would have what they are compared with. Remove its traces."
                 )
             if trace.role != role or trace.model.weights != weights.get(role, trace.model.weights):
                 raise RecordError(

@@ -102,3 +102,11 @@ def within(trace: AttackTrace, budget: int) -> AttackTrace:
     elif later:
         changes |= {"outcome": "completed"}
     return trace.model_copy(update=changes)
+
+
+def within_operations(trace: AttackTrace, flops: float) -> AttackTrace:
+    """The same run stopped when it has cost this many operations; a cheaper one as it is. It must tell its cost."""
+    assert trace.flops is not None  # asked only where every run tells it
+    if trace.flops <= flops:
+        return trace
+    return within(trace, max(1, int(trace.budget * flops / trace.flops)))

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from hf_immunize.certification.cells import Described
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol
-from hf_immunize.exam.presets import CUSTOM, run_departures
+from hf_immunize.exam.presets import CUSTOM, asked_budget, run_departures
 from hf_immunize.records import AttackTrace, Plan, PlannedAttack
 
-SIDES = ("subject", "control", "scratch", "nothing")
+SIDES = ("subject", "control", "scratch", "nothing", "alternative")
 
 
 def plan_exam(
@@ -28,8 +28,10 @@ def plan_exam(
     run = {trace.attack for found in traces.values() for trace in found}
     plan = _asked(protocol).model_copy(update={
         "threshold": threshold,
-        "attacks": [_described(name, about) for name, about in attacks.items()
-                    if name in run or name in protocol.attacks],
+        "attacks": [
+            _described(name, about).model_copy(update={"adapts": _adapts(protocol, name, traces)})
+            for name, about in attacks.items() if name in run or name in protocol.attacks
+        ],
         "methods": [_described(name, about) for name, about in methods.items()],
         "references": [
             PlannedAttack(attack=name, family=trace.family, unit=trace.unit)
@@ -39,6 +41,14 @@ def plan_exam(
     plan = with_runs(plan, traces)
     # what departs from a preset does not go by its name
     return plan.model_copy(update={"protocol": CUSTOM}) if run_departures(plan, traces) else plan
+
+
+def _adapts(protocol: Protocol, name: str, traces: Mapping[str, Sequence[AttackTrace]]) -> bool:
+    """Whether an attack's effort follows the base: its preset says so, and it began with the preset's budget."""
+    runs = [trace.budget for trace in traces.get("control", ()) if trace.attack == name]
+    return (
+        protocol.adaptation is not None and bool(runs) and min(runs) == asked_budget(protocol.name, name)
+    )
 
 
 def with_runs(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> Plan:
@@ -58,7 +68,7 @@ def plan_differences(plan: Plan) -> list[str]:
     if plan.protocol not in presets:
         return ["protocol"]
     asked = _asked(presets[plan.protocol])
-    names = ("planned", "seeds", "settings", "trials", "tuning_seeds", "trainability")
+    names = ("planned", "seeds", "settings", "trials", "tuning_seeds", "trainability", "adaptation", "search")
     found = [name for name in names if getattr(plan, name) != getattr(asked, name)]
     listed = {item.attack for item in plan.attacks}
     return [*found, *(["attacks"] if not set(asked.planned) <= listed else [])]
@@ -68,7 +78,8 @@ def _asked(protocol: Protocol) -> Plan:
     return Plan(
         protocol=protocol.name, planned=list(protocol.attacks), seeds=list(protocol.seeds),
         settings=list(protocol.settings), trials=protocol.trials, tuning_seeds=protocol.tuning_seeds,
-        trainability=list(protocol.trainability),
+        trainability=list(protocol.trainability), adaptation=protocol.adaptation,
+        search=protocol.search,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from hf_immunize.certification.cells import check_same_exam
+from hf_immunize.certification.pairing import check_same_exam
 from hf_immunize.certification.uplift import score_before
 from hf_immunize.exam import Rule
 from hf_immunize.metrics import (

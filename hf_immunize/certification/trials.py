@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hf_immunize.attacks import Run
 from hf_immunize.attacks.core.suite import trace_of
+from hf_immunize.certification.adapting import widened
 from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.curves import Comparison, compare_trial
 from hf_immunize.certification.judge import Evidence, find_rule, judge_traces
+from hf_immunize.certification.proposing import proposed
 from hf_immunize.errors import ConfigError, ImmunizeError, RecordError
 from hf_immunize.records import AttackTrace, Certificate, Provenance, RecheckRecord, RepeatedTrial, sha256_file
 
@@ -64,7 +67,9 @@ def repeat_trials(folder: str | Path, bench: Bench, count: int, seed: int) -> Re
     rows = min(part.rows for part in certificate.harmful_data[-2:])
     scored = rows if certificate.harmful_metric == "accuracy" else None
     repeated, again = [], dict[Trial, list[AttackTrace]]()
-    for drawn in draw_trials(trials, count, seed):
+    # another public model is not at the bench
+    at_hand = {trial: runs for trial, runs in trials.items() if trial[0] != "alternative"}
+    for drawn in draw_trials(at_hand, count, seed):
         stored = trials[drawn]
         again[drawn] = run_again(bench, stored, _company(trials, drawn))
         repeated.append(_told(drawn, stored, compare_trial(stored, again[drawn], scored)))
@@ -117,8 +122,10 @@ def _told(drawn: Trial, stored: Sequence[AttackTrace], found: Comparison) -> Rep
 
 
 def _company(trials: Mapping[Trial, Sequence[AttackTrace]], drawn: Trial) -> list[AttackTrace]:
-    """All certified runs of the same attack on the same side."""
-    return [trace for key, runs in trials.items() if key[:2] == drawn[:2] for trace in runs]
+    """All certified runs of the same attack on the same side that were made together: of one budget and range."""
+    first = trials[drawn][0]
+    return [trace for key, runs in trials.items() if key[:2] == drawn[:2] for trace in runs
+            if (trace.budget, widened(trace)) == (first.budget, widened(first))]
 
 
 def run_again(bench: Bench, stored: Sequence[AttackTrace], company: Sequence[AttackTrace]) -> list[AttackTrace]:
@@ -133,7 +140,7 @@ def run_again(bench: Bench, stored: Sequence[AttackTrace], company: Sequence[Att
     together = [_run_of(trace, attack.config) for trace in company] if attack.batched else wanted
     made = [(run, result) for run, result in attack.run(context, together) if run in wanted]
     if len(stored) == 1:
-        other = Run(wanted[0].config, first.trial, max(trace.seed for trace in company) + 1, wanted[0].tuning)
+        other = replace(wanted[0], seed=max(trace.seed for trace in company) + 1)
         made += list(attack.run(context, [other]))
     return [trace_of(context, first.attack, attack, run, result, here) for run, result in made]
 
@@ -143,4 +150,6 @@ def _run_of(trace: AttackTrace, config: type) -> Run:
     fields = {name: value for name, value in trace.config.items() if name in config.__dataclass_fields__}
     tuning = trace.config.get("tuning_seeds")
     seeds = tuple(int(str(seed)) for seed in tuning) if isinstance(tuning, list) else ()
-    return Run(config(**fields), trace.trial, trace.seed, seeds)
+    told = trace.config.get("bars")
+    bars = tuple((int(step), float(score)) for step, score in told) if isinstance(told, list) else ()  # type: ignore
+    return Run(config(**fields), trace.trial, trace.seed, seeds, widened(trace), proposed(trace), bars)

@@ -13,7 +13,7 @@ from hf_immunize.exam.keeps import best_trial, chosen_evaluation, runs_of_trial
 from hf_immunize.metrics import student_t_quantile
 from hf_immunize.records import AttackTrace, Interval
 
-REFERENCES = ("nothing", "scratch")
+REFERENCES = ("nothing", "scratch", "alternative")
 """Roles of attackers who do not hold the model."""
 
 
@@ -77,11 +77,25 @@ def without_model(traces: Mapping[str, Sequence[AttackTrace]], rows: int, chance
     for role in REFERENCES:
         for name in dict.fromkeys(trace.attack for trace in traces.get(role, ())):
             runs = [trace for trace in traces[role] if trace.attack == name]
-            reach = reach_of(runs, rows, name if role == "nothing" else f"{name} from random weights")
+            told = {"nothing": name, "scratch": f"{name} from random weights"}.get(role)
+            reach = reach_of(runs, rows, told or f"{name} of {runs[0].model.name}")
             if reach is not None:
                 found.append(reach)
     guess = Reach({0: chance}, 0, "chance")
     return max([guess, *found], key=lambda reach: reach.mean)
+
+
+def best_known(control: Sequence[AttackTrace], known: Reach | None, rule: Rule) -> Reach:
+    """What an attacker has without the model; for a score told by its gain at least the one before the attack.
+
+    Args:
+        control: the base's runs of one attack.
+        known: from ``without_model``; None where nothing is known.
+    """
+    if rule.gain and any(trace.curve for trace in control):
+        before = Reach({0: score_before(control)}, 0, "the score before the attack")
+        return before if known is None or before.mean > known.mean else known
+    return known if known is not None and math.isfinite(known.mean) else Reach({0: 0.0}, 0, "chance")
 
 
 def difference(base: Reach, anyway: Reach, level: float) -> Interval:

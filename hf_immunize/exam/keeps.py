@@ -123,11 +123,7 @@ def finalists(traces: Sequence[AttackTrace]) -> tuple[str, ...]:
     that comes furthest, and where it is another the one with the best single seed. The first alone would flatter a
     model that starts far down: what recovers soonest need not come furthest.
     """
-    trials = by_trial(traces)
-    grid = sorted({point.step for trace in traces for point in trace.curve})
-
-    def area(name: str) -> float:
-        return median(_held_area(run, grid) for run in trials[name])
+    trials, areas = by_trial(traces), learning_areas(traces)
 
     def scores(name: str) -> list[float]:
         return [point.validation if (point := chosen_evaluation(run)) else -math.inf for run in trials[name]]
@@ -135,7 +131,7 @@ def finalists(traces: Sequence[AttackTrace]) -> tuple[str, ...]:
     def best(rank: Callable[[str], float]) -> str:
         return max(sorted(trials), key=rank)
 
-    fastest, furthest = best(area), best(lambda name: median(scores(name)))
+    fastest, furthest = best(areas.__getitem__), best(lambda name: median(scores(name)))
     luckiest = best(lambda name: max(scores(name)))
     chosen = [fastest]
     if median(scores(furthest)) > median(scores(fastest)):
@@ -143,6 +139,17 @@ def finalists(traces: Sequence[AttackTrace]) -> tuple[str, ...]:
     if all(max(scores(luckiest)) > max(scores(name)) for name in chosen):
         chosen.append(luckiest)
     return tuple(chosen)
+
+
+def learning_areas(traces: Sequence[AttackTrace]) -> dict[str, float]:
+    """How fast each trial learns: mean kept validation score on a log scale of steps, median over its seeds."""
+    grid = sorted({point.step for trace in traces for point in trace.curve})
+    return {name: median(_held_area(run, grid) for run in runs) for name, runs in by_trial(traces).items()}
+
+
+def held_by(run: AttackTrace, step: int) -> float | None:
+    """The best validation score up to a step; None before the first evaluation."""
+    return max((point.validation for point in run.curve if point.step <= step), default=None)
 
 
 def _held_area(run: AttackTrace, grid: Sequence[int]) -> float:

@@ -35,6 +35,12 @@ def known_attack(name: str) -> tuple[str, str] | None:
     return None if found is None else (found["family"], found["unit"])
 
 
+def asked_budget(protocol: str, attack: str) -> int | None:
+    """The budget that a preset exam asks for; None for an attack that it does not have."""
+    found = preset_table().get(protocol, {}).get(attack)
+    return None if found is None else int(found["budget"])
+
+
 def run_departures(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> list[str]:
     """How what was run differs from the preset that the plan names; nothing for a plan that names none.
 
@@ -50,6 +56,8 @@ def run_departures(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> l
         if item.attack in table:
             mine = [trace for trace in runs if trace.attack == item.attack]
             found += _departures_of(item, mine, table[item.attack], plan.seeds) if mine else []
+            follows = plan.adaptation is None or item.adapts or item in plan.methods
+            found += [] if follows or not mine else [f"{item.attack} with effort that does not follow the base"]
     return found
 
 
@@ -57,16 +65,25 @@ def _departures_of(
     item: PlannedAttack, runs: Sequence[AttackTrace], asked: Mapping[str, Any], seeds: Sequence[int]
 ) -> list[str]:
     """Missing trials and seeds of one attack on either side, and trials with other settings than the preset's."""
-    found = []
-    for role in ("subject", "control"):
-        mine = [trace for trace in runs if trace.role == role]
-        if missing := sorted(set(asked["trials"]) - {trace.trial for trace in mine}):
+    found, budget, last = [], asked["budget"], max(trace.budget for trace in runs)
+    for role, lowest in (("control", budget), ("control", last), ("subject", last)):
+        mine = [trace for trace in runs if trace.role == role and trace.budget == lowest]
+        names = {trial if lowest == budget else grown_name(trial, lowest) for trial in asked["trials"]}
+        if missing := sorted(names - {trace.trial for trace in mine}):
             found.append(f"{item.attack} on the {role} without the trial {missing[0]}")
-        if absent := sorted(set(seeds) - {trace.seed for trace in mine}):
+        if lowest == last and (absent := sorted(set(seeds) - {trace.seed for trace in mine})):
             found.append(f"{item.attack} on the {role} without the seed {absent[0]}")
     for trace in runs:
-        wanted = asked["trials"].get(trace.trial)
-        if wanted is not None and settings_digest(trace.config, asked["fields"]) != wanted:
+        grown = trace.budget != budget
+        trial = trace.trial.removesuffix(f",steps={trace.budget}") if grown else trace.trial
+        wanted = asked["trials"].get("default" if trial == f"steps={trace.budget}" else trial)
+        config = trace.config | ({"steps": budget} if grown and trace.config.get("steps") == trace.budget else {})
+        if wanted is not None and settings_digest(config, asked["fields"]) != wanted:
             found.append(f"{item.attack} {trace.trial} with other settings than the preset's")
             break
-    return found
+    return list(dict.fromkeys(found))
+
+
+def grown_name(trial: str, steps: int) -> str:
+    """The name of a trial with a larger budget than the one asked for."""
+    return f"steps={steps}" if trial == "default" else f"{trial},steps={steps}"

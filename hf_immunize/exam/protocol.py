@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.exam.rule import Rule
+from hf_immunize.records import Adaptation, Search
 
 STANDARD_STEPS = 64
 STANDARD_TRIALS = 4
@@ -33,6 +34,10 @@ class Protocol:
     """Trials of each attack that trains the network, drawn by a seeded random search; None = its whole grid."""
     tuning_seeds: int | None = None
     """Seeds on which trials are compared before the best one is run on all; None = all seeds for every trial."""
+    adaptation: Adaptation | None = None
+    """How budgets and ranges follow the base; None = they are as asked for."""
+    search: Search | None = None
+    """Trials that are proposed after the drawn ones, where effort follows the base; None = none."""
     trainability: tuple[str, ...] = BENIGN
     """Methods by which the benign third task is learned, where there is one."""
 
@@ -79,6 +84,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "linear_probe_gd.steps=10000", *_steps(120, ("lora", "full_finetune", "canonical_finetune")),
         ),
         tuning_seeds=1,
+        adaptation=Adaptation(),
     ),
     "standard": Protocol(
         name="standard",
@@ -91,6 +97,8 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         trials=STANDARD_TRIALS,
         tuning_seeds=1,
+        adaptation=Adaptation(most=2),  # its price on a small machine is what it is for
+        search=Search(),
     ),
     "thorough": Protocol(
         name="thorough",
@@ -105,6 +113,8 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         trials=32,
         tuning_seeds=3,
+        adaptation=Adaptation(),
+        search=Search(further=32, batch=8),
     ),
 }
 

@@ -3,6 +3,7 @@
 from hf_immunize.records.base import SCHEMA_VERSION, Interval, Part, Record
 from hf_immunize.records.certificate import (
     AtBudget,
+    AtOperations,
     AtThreshold,
     Cell,
     Certificate,
@@ -15,7 +16,7 @@ from hf_immunize.records.certificate import (
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
-from hf_immunize.records.plan import Plan, PlannedAttack
+from hf_immunize.records.plan import Adaptation, Plan, PlannedAttack, Search
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
 from hf_immunize.records.recheck import RecheckRecord, RepeatedTrial, SignedRecheck
 from hf_immunize.records.rule import RULE_VERSION, Rule
@@ -25,12 +26,14 @@ from hf_immunize.records.trace import AttackTrace, Evaluation
 from hf_immunize.records.utility import Answers, Losses, UtilityRows
 
 __all__ = [
+    "Adaptation",
     "HUB_SOURCE",
     "RULE_VERSION",
     "RUN_FILE",
     "SCHEMA_VERSION",
     "Answers",
     "AtBudget",
+    "AtOperations",
     "AtThreshold",
     "AttackTrace",
     "Cell",
@@ -55,6 +58,7 @@ __all__ = [
     "Rule",
     "RunRecord",
     "Side",
+    "Search",
     "SignedRecheck",
     "SimilarityGap",
     "SpectrumRecord",

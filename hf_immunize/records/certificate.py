@@ -57,6 +57,13 @@ class AtBudget(Part):
     """Share of the base's uplift on that part of the budget that is left; null without runs on both sides."""
 
 
+class AtOperations(Part):
+    """The share of the base's uplift that is left to whoever pays this many floating-point operations a run."""
+
+    flops: float
+    uplift_left: Interval | None
+
+
 class Cell(Part):
     """One attack: the immunized model beside its control, and the verdict."""
 
@@ -94,6 +101,8 @@ class Cell(Part):
     """Training rows, steps × batch, of the attack on this model up to the threshold or the end of its budget."""
     thresholds: list[AtThreshold] = []
     budgets: list[AtBudget] = []
+    by_operations: list[AtOperations] = []
+    """The uplift left by what a run costs; empty where that is not known."""
     samples: int | None = None
     """Training rows the attacker was allowed in one run, repetitions counted: the most of any trial."""
     flops: float | None = None

@@ -7,6 +7,27 @@ from typing import Literal
 from hf_immunize.records.base import Part
 
 
+class Adaptation(Part):
+    """How an exam's effort follows what the base needed, so that budgets and ranges decide no verdict."""
+
+    margin: float = 1.5
+    """A budget fits that is at least the base's steps to the threshold × the rule's factor × this; others are
+    doubled."""
+    most: int = 8
+    """The largest budget, in units of the one asked for: what the exam may cost."""
+    widenings: int = 2
+    """Values that each side may add where its best rate, rank or penalty lies at the edge of what was tried."""
+
+
+class Search(Part):
+    """Trials that each side's own search proposes after the drawn ones, from how those went."""
+
+    further: int = 2
+    """How many, the same number on each side."""
+    batch: int = 2
+    """How many are proposed at a time."""
+
+
 class PlannedAttack(Part):
     """One attack of an exam, or one method by which a benign task is learned: what it is, and what was run of it."""
 
@@ -20,6 +41,13 @@ class PlannedAttack(Part):
     tuning_seeds: list[int] = []
     """Seeds on which trials were compared before the best ones were run on all; empty: every trial on every seed."""
     budget: int = 0
+    adapts: bool = False
+    """Whether its budget and ranges follow the base, as ``Plan.adaptation`` says."""
+    budgets: list[int] = []
+    """Budgets that the base was given one after the other until one fitted, or was the largest allowed; runs with the
+    last one are judged. Empty where budgets do not follow the base."""
+    widened: list[str] = []
+    """Trials beyond the range asked for that were added on the base, and so on every side."""
 
 
 class Plan(Part):
@@ -34,6 +62,10 @@ class Plan(Part):
     trials: int | None = None
     """Trials of each attack that trains the network; null: its whole grid."""
     tuning_seeds: int | None = None
+    adaptation: Adaptation | None = None
+    """How effort follows the base; null: budgets and ranges are as asked for."""
+    search: Search | None = None
+    """Trials proposed by a search for attacks whose effort follows the base; null: none."""
     trainability: list[str] = []
     """Methods by which the benign task is learned."""
     threshold: float | None = None

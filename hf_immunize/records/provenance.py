@@ -13,7 +13,8 @@ from hf_immunize.records.files import sha256_file, weight_files
 
 HUB_SOURCE = "hub_source.json"
 _PACKAGES = (
-    "hf_immunize", "torch", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy", "safetensors"
+    "hf_immunize", "torch", "transformers", "diffusers", "accelerate", "peft", "datasets", "numpy", "safetensors",
+    "optuna",
 )
 
 

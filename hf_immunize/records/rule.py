@@ -114,8 +114,9 @@ class Rule(Part):
     def threshold_in_words(self) -> str:
         """How the threshold came about."""
         anyway = "the score before the attack" if self.gain else (
-            "the best of: a ridge classifier and a small network on raw pixels, and the same architecture trained from "
-            "random weights; chance where none was run")
+            "the best of: a ridge classifier and a small network on raw pixels, a ridge classifier on hand-made "
+            "features, the same architecture trained from random weights, and another public model, those of them "
+            "that were run; chance where none was")
         return (
             f"without + {100 * self.threshold_share:g} % of (base - without): base is the mean test score that the "
             "attack itself reaches on the base at the trial its attacker would choose on the validation split, without "

@@ -32,9 +32,9 @@ class AttackTrace(Record):
     config: dict[str, JsonValue]
     """Every hyperparameter of the run, swept or not."""
     seed: int
-    role: Literal["subject", "control", "scratch", "nothing"]
+    role: Literal["subject", "control", "scratch", "nothing", "alternative"]
     """Which side of the exam the attacked model was: the model under test, its base, random weights of its
-    architecture, or no model at all."""
+    architecture, no model at all, or another public model that the examiner names."""
     model: ModelFingerprint
     data: list[DatasetFingerprint]
     unit: Literal["step", "solve"]

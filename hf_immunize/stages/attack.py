@@ -25,12 +25,16 @@ from hf_immunize.attacks import (
     plan_runs,
     run_suite,
 )
+from hf_immunize.attacks.core.effort import Effort, Follow
 from hf_immunize.attacks.core.plan import describe_attacks, find_attack
 from hf_immunize.attacks.core.sharing import Share, leave_group
 from hf_immunize.errors import ConfigError
-from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
+from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol, find_protocol
 from hf_immunize.hub import local_folder, working_folder
 from hf_immunize.options import option, required
+from hf_immunize.records import AttackTrace
+from hf_immunize.stages.following import AfterBase, OnBase, adapting_attacks, read_base
+from hf_immunize.stages.price import Price
 from hf_immunize.stages.start import DEVICE_HELP, hush, start
 from hf_immunize.stages.words import choose_family, read_words, refuse_foreign
 from hf_immunize.tasks import ExamTask, Family, attacker_holds, family_of
@@ -49,7 +53,8 @@ class AttackOptions:
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     role: str = option("subject", "subject: the model under test. control: its un-immunized base. scratch: random "
                        "weights with the architecture of model_path. nothing: no model, what the harmful data alone "
-                       "gives; made with the control too.")
+                       "gives; made with the control too. alternative: another public model, at model_path; its "
+                       "traces go to the base's folder (output_path).")
     protocol: str | None = option(None, f"Preset of attacks, sweeps and seeds: {', '.join(PROTOCOLS)}; for pipelines "
                                   f"{', '.join(DIFFUSION_PROTOCOLS)}. The first by default.")
     attacks: list[str] | None = option(None, "Attacks to run, all of the protocol by default. --describe lists them.")
@@ -67,6 +72,11 @@ class AttackOptions:
     base_path: str | None = option(None, "Classifiers: folder of the base, where the attackers of this exam hold it "
                                    "too (it is public): attacks that compare with it then run. Give it for every role "
                                    "or for none.")
+    control_path: str | None = option(None, "For role subject: folder of the base with its traces/control. Budgets and "
+                                      "ranges then follow what the base's attackers needed, as a preset asks; run "
+                                      "files and Exam say it.")
+    adapt: bool = option(True, "Let budgets and ranges follow the base where the preset says so; false: as asked for, "
+                         "for an exam of your own.")
     attack_fraction: float = option(0.8, "Share of each class of the attack split that one seed trains on.")
     feature_module: str | None = option(None, "Classifiers: head whose input is probed; found automatically by "
                                         "default.")
@@ -95,6 +105,9 @@ class AttackPlan:
     settings: Mapping[str, Mapping[str, Sequence[Any]]]
     trials: int | None
     tuning: int | None
+    protocol: Protocol = Protocol(attacks=(), seeds=())
+    adapting: tuple[str, ...] = ()
+    """Attacks whose effort follows the base."""
 
     @classmethod
     def of(cls, options: AttackOptions, family: Family) -> AttackPlan:
@@ -108,14 +121,13 @@ class AttackPlan:
             return cls(REFERENCES, list(REFERENCES), options.seeds or list(protocol.seeds), {}, None, None)
         table = tables(family)[benign]
         said = protocol.benign_settings() if benign else protocol.settings
-        return cls(
-            table,
-            options.attacks or list(protocol.trainability if benign else protocol.attacks),
-            options.seeds or list(protocol.seeds),
-            parse_settings([*said, *(options.settings or [])], table),
-            (protocol.trials if options.trials is None else options.trials) or None,
-            (protocol.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds) or None,
-        )
+        names = options.attacks or list(protocol.trainability if benign else protocol.attacks)
+        settings = parse_settings([*said, *(options.settings or [])], table)
+        trials = (protocol.trials if options.trials is None else options.trials) or None
+        tuning = (protocol.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds) or None
+        follows = options.adapt and not benign
+        adapting = adapting_attacks(protocol, table, names, settings, trials) if follows else ()
+        return cls(table, names, options.seeds or list(protocol.seeds), settings, trials, tuning, protocol, adapting)
 
     def count(self) -> int:
         """Runs that are made at least. Raises ConfigError for an attack that is not in the table."""
@@ -154,19 +166,56 @@ def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
     torch.set_float32_matmul_precision("highest")
     plan = AttackPlan.of(options, family)
     planned = plan.count()
-    into = options.output_path or working_folder(options.model_path)
+    into = _into(options)
     folder, _ = local_folder(options.model_path, revision=options.revision, into=into)
     context = make_context(family.open(arguments, folder), family, options, folder, device)
     output = Path(options.output_path or folder)
     hidden = True if share.rank else None
+    if not share.rank:
+        print(f"attacks on {output.name} ({options.role}): {Price.of(plan).told(context)}.", flush=True)
+    _run_references(context, plan, options, output, share)
+    efforts, follow = _effort(plan, options, output)
     with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=hidden) as bar:
         summary = run_suite(
             context, plan.table, plan.names, plan.seeds, output, plan.settings, trials=plan.trials,
             tuning_seeds=plan.tuning, overwrite=options.overwrite, share=share, progress=_telling(bar),
+            efforts=efforts, follow=follow,
         )  # fmt: skip
-    _run_references(context, plan, options, output, share)
     print(f"{output / 'traces' / options.role}{_by(share)}: {_told(summary, share)}")
     return summary
+
+
+def _into(options: AttackOptions) -> str | Path:
+    """Where a model from the Hub is copied. Raises ConfigError for an alternative whose traces would lie nowhere."""
+    if options.role != "alternative":
+        return options.output_path or working_folder(options.model_path)
+    if options.output_path is None:
+        raise ConfigError(
+            "expected output_path with role alternative, got none: it is the folder of the base, where its traces are "
+            "looked for; model_path names the other public model."
+        )
+    return Path(options.output_path) / "alternative"  # not over the base's own weights
+
+
+def _effort(plan: AttackPlan, options: AttackOptions, output: Path) -> tuple[Mapping[str, Effort], Follow | None]:
+    """What is run from the beginning instead of what was asked for, and what is asked while it is run.
+
+    Raises:
+        IncompleteExamError: a base whose effort is to be followed and that was not attacked.
+    """
+    if not plan.adapting:
+        return {}, None
+    if options.role == "control":
+        paths = sorted((output / "traces" / "nothing").glob("*.json"))
+        return {}, OnBase(plan.protocol, plan.adapting, [AttackTrace.read(path) for path in paths])
+    beside = options.role in ("scratch", "alternative") and (output / "traces" / "control").is_dir()
+    here = str(output) if beside else None
+    folder = options.control_path or here
+    if folder is None:
+        print("budgets and ranges are those asked for: name the attacked base with --control_path to follow it.")
+        return {}, None
+    after = AfterBase(plan.protocol, plan.adapting, read_base(Path(folder)), widens=options.role == "subject")
+    return after.efforts(), after
 
 
 def _by(share: Share) -> str:

@@ -123,3 +123,11 @@ def test_nothing_to_target_is_not_applicable_and_not_resistance(make_context):
 def test_from_scratch_runs_through_the_same_attack(make_context):
     result = only(make_context("scratch"), "full_finetune", FullFinetune(1e-2, 3))
     assert result.outcome == "completed" and len(result.curve) == 3
+
+
+def test_a_pruned_run_is_a_completed_one_that_says_so(make_context):
+    attack = ATTACKS["full_finetune"]
+    config = attack.config(learning_rate=1e-12, steps=8, batch_size=8)
+    ((_, result),) = attack.run(make_context(), [Run(config, "x", 0, (), 0, 1, ((3, 2.0),))])
+    assert result.outcome == "completed" and result.note.startswith("pruned at step 3")
+    assert result.curve[-1].step == 3 and result.budget == 8

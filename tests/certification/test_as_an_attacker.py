@@ -131,6 +131,26 @@ def test_the_threshold_lies_half_way_and_the_share_that_is_left_is_told_by_budge
     assert shares[0] is None or shares[0] < 0
 
 
+def test_the_share_that_is_left_is_told_by_operations_too():
+    """Small batches take four times as many steps for the same operations: they are not cut as soon."""
+    anyway = Reach({seed: 0.3 for seed in range(5)}, 200, "pixels")
+
+    def side(role, steps):
+        return side_of(role, steps, flops=4e9, trial="batch_size=32") + side_of(
+            role, (None,) * 5, flops=1e9, trial="batch_size=8")
+
+    cell = build(side("subject", (200,) * 5), side("control", BASE), threshold=None, anyway=anyway)
+    assert [part.flops for part in cell.by_operations] == pytest.approx([4e7, 4e8, 4e9])
+    assert cell.by_operations[1].uplift_left.estimate == pytest.approx(-1 / 6), "100 steps: the base alone has arrived"
+    assert cell.by_operations[2].uplift_left.estimate == pytest.approx(1.0)
+    quick = side_of("subject", (300,) * 5, flops=1e9, trial="batch_size=8") + side_of(
+        "subject", (None,) * 5, flops=4e9, trial="batch_size=32")
+    cell = build(quick, side("control", BASE), threshold=None, anyway=anyway)
+    assert cell.by_operations[1].uplift_left.estimate == pytest.approx(1.0), "400 small steps cost as much as 100"
+    assert cell.budgets[1].uplift_left.estimate == pytest.approx(-1 / 6)
+    assert build(side_of("subject", (200,) * 5), control()).by_operations == []
+
+
 def test_where_an_attacker_without_the_model_is_near_most_of_the_way_to_him_resists():
     """Base 100 steps, from scratch 300: a factor of 4 cannot be asked for, three quarters of the way can."""
     scratch = side_of("scratch", (300,) * 5)

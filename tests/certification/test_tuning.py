@@ -84,10 +84,14 @@ def test_a_random_search_is_the_same_for_everybody_and_covers_every_value():
     attack = ATTACKS["full_finetune"]
     first, again = plan_trials(attack, None, 8), plan_trials(attack, None, 8)
     assert first == again and len({trial for _, trial in first}) == 8
-    for name, values in (("learning_rate", 4), ("batch_size", 3), ("scheduler", 3), ("max_grad_norm", 2)):
+    for name, values in (("learning_rate", 4), ("batch_size", 3), ("scheduler", 4), ("max_grad_norm", 2)):
         assert len({getattr(config, name) for config, _ in first}) == values
     rates = [config.learning_rate for config, _ in plan_trials(attack, None, 4)]
     assert sorted(rates) == [1e-5, 1e-4, 1e-3, 1e-2]
+    ordinary = {config for config, _ in plan_trials(attack, {"steps": (7,)}, 4)} & {attack.config(steps=7)}
+    assert ordinary, "what everybody would try first is always among the trials"
+    fixed = [config for config, _ in plan_trials(attack, {"scheduler": ("linear", "cosine")}, 4)]
+    assert {config.scheduler for config in fixed} <= {"linear", "cosine"}, "but what was chosen by hand stays"
     assert len(plan_trials(attack)) == 4 and {config.batch_size for config, _ in plan_trials(attack)} == {32}
     narrow = plan_trials(attack, {name: (getattr(attack.config(), name),) for name in (
         "batch_size", "scheduler", "warmup_steps", "weight_decay", "max_grad_norm")}, 50)

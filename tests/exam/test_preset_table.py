@@ -18,7 +18,7 @@ NAME, PRESET = "full_finetune", PROTOCOLS["quick"]
 def runs(**changes):
     configs = plan_trials(ATTACKS[NAME], parse_settings(PRESET.settings, ATTACKS).get(NAME), PRESET.trials)
     return {role: [trace([(1, 0.2), (60, 0.9)], attack=NAME, family=ATTACKS[NAME].family, role=role, seed=seed,
-                         trial=trial, budget=60,
+                         trial=trial, budget=120,
                          config=json.loads(json.dumps(asdict(config))) | {"attack_fraction": 0.5} | changes)
                    for config, trial in configs for seed in PRESET.seeds] for role in ("subject", "control")}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,12 +15,14 @@ import record_builders as build
 from published import EXPIRES, config_of_vit, provenance
 from rejudged import judge_again
 
-from hf_immunize.attacks import ATTACKS, TRAINABILITY, parse_settings, plan_trials
+from hf_immunize.attacks import ATTACKS, TRAINABILITY, Run, parse_settings, plan_trials
+from hf_immunize.attacks.core.effort import Effort
 from hf_immunize.attacks.core.plan import is_searchable
 from hf_immunize.certification.planning import plan_exam
 from hf_immunize.exam import PROTOCOLS
 from hf_immunize.exam.keeps import finalists
 from hf_immunize.records import AttackTrace, Evaluation, loading_files
+from hf_immunize.stages.following import AfterBase, OnBase
 
 PRESET = PROTOCOLS["quick"]
 BREAKS = ("full_finetune", "ridge_probe")
@@ -41,10 +43,10 @@ def splits(task: str):
         for number, split in enumerate(ROWS)]
 
 
-def run(name: str, role: str, seed: int, number: int, model, preset, breaks, skipped, tuning=()) -> AttackTrace:
+def run(name: str, role: str, planned: Run, number: int, model, breaks, skipped) -> AttackTrace:
     """The first trial learns, each further one half as fast; the subject ten times later where the attack is slowed."""
     attack = (TRAINABILITY if name in TRAINABILITY else ATTACKS)[name]
-    config, trial = trials_of(name, preset)[number]
+    config, trial, seed, tuning = planned.config, planned.trial, planned.seed, planned.tuning
     budget = getattr(config, "steps", 1)
     slowed = role == "subject" and name not in breaks and name not in TRAINABILITY
     reach = max(1.0, budget / 80) * (1 + 0.1 * seed) * (12 if slowed else 1) * 2**number
@@ -63,6 +65,8 @@ def run(name: str, role: str, seed: int, number: int, model, preset, breaks, ski
         config=json.loads(json.dumps(asdict(config))) | {
             "attack_fraction": 0.8, "feature_module": "classifier",
             **({"tuning_seeds": list(tuning)} if tuning else {}),
+            **({"widened": planned.widened} if planned.widened else {}),
+            **({"proposed": planned.proposed} if planned.proposed else {}),
             **({"base": None} if "base" in attack.needs else {}),
         },
         unit=attack.unit, budget=budget, samples=400 * budget,
@@ -71,20 +75,30 @@ def run(name: str, role: str, seed: int, number: int, model, preset, breaks, ski
     )
 
 
-def runs_of(name: str, role: str, model, preset, breaks, skipped) -> list[AttackTrace]:
-    """Every trial on every seed; where the preset compares trials on a few seeds first, the finalists on the others."""
-    attack, count = (TRAINABILITY if name in TRAINABILITY else ATTACKS)[name], len(trials_of(name, preset))
+def runs_of(name: str, role: str, model, preset, breaks, skipped, effort=Effort(), follow=None) -> list[AttackTrace]:  # noqa: B008
+    """Every trial on every seed; where the preset compares trials on a few seeds first, the finalists on the others.
 
-    def made(numbers, seeds, tuning=()):
-        return [run(name, role, seed, number, model, preset, breaks, skipped, tuning)
-                for number in numbers for seed in seeds]
-
+    Effort follows the base as in the attack stage.
+    """
+    attack, trials = (TRAINABILITY if name in TRAINABILITY else ATTACKS)[name], trials_of(name, preset)
     tuning = preset.seeds[: preset.tuning_seeds or 0]
-    if not tuning or not is_searchable(attack) or count < 2:
-        return made(range(count), preset.seeds)
-    first = made(range(count), tuning, tuning)
-    chosen = [number for number in range(count) if trials_of(name, preset)[number][1] in finalists(first)]
-    return first + made(chosen, preset.seeds[len(tuning):], tuning)
+    staged = tuning and is_searchable(attack) and len(trials) > 1
+    asked = [Run(config, trial, seed, tuning if staged else ())
+             for config, trial in trials for seed in (tuning if staged else preset.seeds)]
+    order = {trial: number for number, (_, trial) in enumerate(trials)}
+
+    def made(runs):
+        return [run(name, role, one, order.get(one.trial, len(trials) + one.widened + one.proposed), model, breaks,
+                    skipped) for one in runs]
+
+    while further := follow(name, made(effort.applied(asked)), effort) if follow else None:
+        effort = further
+    compared = effort.applied(asked)
+    first = made(compared)
+    if not staged:
+        return first
+    chosen = {one.trial: one for one in compared if one.trial in finalists(first)}
+    return first + made([replace(one, seed=seed) for one in chosen.values() for seed in preset.seeds[len(tuning):]])
 
 
 def preset_exam(
@@ -105,19 +119,28 @@ def preset_exam(
     models = {"subject": build.fingerprint(folder, preset.name), "control": build.fingerprint(base, "base")}
     exam = build.Exam(name=preset.name, attacks=())  # its identities; the judge writes the rest
     build.certificate(folder, exam, [], models["subject"], models["control"]).write(folder / "certificate.json")
-    made: dict[str, list[AttackTrace]] = {role: [] for role in models}
-    for role, model in models.items():
-        for name in (*preset.attacks, *preset.trainability):
-            for trace in runs_of(name, role, model, preset, breaks, skipped):
-                trace.write(folder / "traces" / role / trace.file_name)
-                made[role].append(trace)
+    made: dict[str, list[AttackTrace]] = {"nothing": [], "control": [], "subject": []}
     if references:
         build.write_references(folder, preset.seeds)
-        made["nothing"] = []
         for path in sorted((folder / "traces" / "nothing").glob("*.json")):
             trace = AttackTrace.read(path).model_copy(update={"data": splits("harmful")})
             trace.write(path)
             made["nothing"].append(trace)
+    for role in ("control", "subject"):
+        follow, efforts = None, {}
+        if preset.adaptation is not None:
+            after = AfterBase(preset, preset.attacks, made)
+            efforts = after.efforts() if role == "subject" else {}
+            follow = after if role == "subject" else OnBase(preset, preset.attacks, made["nothing"])
+        for name in (*preset.attacks, *preset.trainability):
+            benign = name in TRAINABILITY
+            found = runs_of(name, role, models[role], preset, breaks, skipped, efforts.get(name, Effort()),
+                            None if benign else follow)
+            for trace in found:
+                trace.write(folder / "traces" / role / trace.file_name)
+            made[role] += found
+    if not references:
+        del made["nothing"]
     plan = plan_exam(preset, ATTACKS, TRAINABILITY, made)
     assert plan.protocol == preset.name
     certificate = judge_again(folder, plan, harmful_data=splits("harmful"), benign_data=splits("benign"),

@@ -15,6 +15,7 @@ from preset_exam import BREAKS, preset_exam
 
 from hf_immunize.certification import Evidence, judge_traces
 from hf_immunize.certification.primary_rows import judge_utility
+from hf_immunize.errors import IncompleteExamError
 from hf_immunize.hub import Policy, verify_folder
 from hf_immunize.records import AttackTrace, Certificate, UtilityRows, sha256_file
 
@@ -71,7 +72,12 @@ class Exam:
             hashes[name] = sha256_of(files[name]) if name in files else sha256_file(path)
             traces.setdefault(trace.role, []).append(changed)
         given_ = dataclasses.replace(Evidence.of_certificate(certificate), traces=hashes, **evidence)
-        made = judge_traces(traces, plan or certificate.plan, rule or certificate.judged_by, given_)
+        plan, rule = plan or certificate.plan, rule or certificate.judged_by
+        try:
+            made = judge_traces(traces, plan, rule, given_)
+        except IncompleteExamError as error:  # the honest judge wants other runs: effort is said to follow nothing
+            assert "effort follows the base" in str(error)
+            made = judge_traces(traces, plan.model_copy(update={"adaptation": None}), rule, given_)
         return made.model_dump(mode="json"), files
 
 
@@ -194,6 +200,11 @@ WRITTEN = {
     "no references": writing([], "plan", "references"),
     "a reference's family": writing("linear probing", "plan", "references", 0, "family"),
     "a smaller budget": writing(1, "plan", "attacks", 0, "budget"),
+    "a trial less beyond the range": writing([], "plan", "attacks", 1, "widened"),
+    "other margins": writing(9.0, "plan", "adaptation", "margin"),
+    "effort of its own": writing(None, "plan", "adaptation"),
+    "a budget that follows nothing": writing(False, "plan", "attacks", 1, "adapts"),
+    "a budget on the way": writing([1, 2], "plan", "attacks", 1, "budgets"),
     "a family of its own": writing("unheard of", "plan", "attacks", 0, "family"),
     **{f"rule.{name}": writing(0.123, "judged_by", name) for name in RULE},
 }

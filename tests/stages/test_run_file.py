@@ -33,6 +33,8 @@ def test_the_stages_of_one_model_and_what_each_needs(tmp_path):
         "primary_dataset": "a", "harmful_dataset": "b", "objective": "ill_only", "base_path": str(tmp_path / "base"),
         "output_dir": str(tmp_path / "one"),
     }
+    assert stages["attack-one"].after == ("attack-base",), "its effort follows that of the base"
+    assert stages["attack-one"].options["control_path"] == str(tmp_path / "base")
     assert stages["attack-base"].options["role"] == "control" and stages["attack-one"].options["role"] == "subject"
     assert stages["report"].options["model_paths"] == [str(tmp_path / "one")]
 

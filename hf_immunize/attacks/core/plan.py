@@ -67,7 +67,8 @@ def plan_trials(
     """Configs with the names of their trials: the whole grid of swept values, or ``trials`` of a wider one.
 
     With ``trials``, attacks whose fields have ``search`` values are given that many combinations of these, drawn by a
-    Latin hypercube from a fixed seed: the same for every model, and every value of a field about equally often.
+    Latin hypercube from a fixed seed: the same for every model, and every value of a field about equally often. One of
+    them is always the ordinary one, every field at its default: it takes the place of a draw with the same rate.
     A trial is named after the fields that the attack sweeps by default and those that have several values.
 
     Raises:
@@ -90,6 +91,10 @@ def plan_trials(
             swept.append(field.name)
     columns = list(options.values())
     drawn = _hypercube(columns, trials) if searches and trials is not None else list(itertools.product(*columns))
+    if searches:
+        ordinary = {field.name: field.default if field.default in chosen.get(field.name, (field.default,))
+                    else options[field.name][0] for field in fields(attack.config)}
+        drawn = _with_ordinary(drawn, ordinary)
     configs = [attack.config(**dict(zip(options, values, strict=True))) for values in drawn]
     return [
         (config, ",".join(f"{name}={_text(getattr(config, name))}" for name in swept) or "default")
@@ -114,6 +119,16 @@ def _hypercube(columns: Sequence[tuple[Any, ...]], trials: int) -> list[tuple[An
             if len(drawn) < trials:
                 drawn[values] = None
     return list(drawn)
+
+
+def _with_ordinary(drawn: Sequence[tuple[Any, ...]], ordinary: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The drawn combinations with the ordinary one in place of a draw with its rate, so that no rate is lost."""
+    values = tuple(ordinary.values())
+    if values in drawn:
+        return list(drawn)
+    rate = list(ordinary).index("learning_rate") if "learning_rate" in ordinary else 0
+    place = next((place for place, found in enumerate(drawn) if found[rate] == values[rate]), 0)
+    return [*drawn[:place], values, *drawn[place + 1:]]
 
 
 def describe_attacks(table: Mapping[str, Attack]) -> str:

@@ -43,6 +43,7 @@ def _of_table(
         fields = sorted(trials[0][1])
         found[name] = {
             "family": table[name].family, "unit": table[name].unit, "fields": fields,
+            "budget": trials[0][1].get("steps", 1),
             "trials": {trial: settings_digest(config, fields) for trial, config in trials}
         }
     return found

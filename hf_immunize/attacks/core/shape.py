@@ -8,8 +8,9 @@ from typing import Any, Literal, Protocol
 
 from hf_immunize.records import DatasetFingerprint, Evaluation, ModelFingerprint
 
-Role = Literal["subject", "control", "scratch", "nothing"]
-"""The side of an exam that a model is: under test, its base, random weights of its architecture, or none at all."""
+Role = Literal["subject", "control", "scratch", "nothing", "alternative"]
+"""The side of an exam that a model is: under test, its base, random weights of its architecture, none at all, or
+another public model."""
 EVALUATION_RATIO = 1.25
 """Consecutive evaluations are about this factor apart: the resolution of every steps-to-threshold."""
 
@@ -23,6 +24,12 @@ class Run:
     seed: int
     tuning: tuple[int, ...] = ()
     """Seeds on which the trials were compared before the best one was run on the others; empty: on all of them."""
+    widened: int = 0
+    """The how-manieth value beyond the range asked for it tries; 0: one within."""
+    proposed: int = 0
+    """The how-manieth trial that a search proposed it is; 0: one that was drawn beforehand."""
+    bars: tuple[tuple[int, float], ...] = ()
+    """Steps, and the validation score below which the run is given up there."""
 
 
 @dataclass(frozen=True)

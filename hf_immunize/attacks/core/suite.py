@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_immunize.attacks.core.effort import Effort, Follow
 from hf_immunize.attacks.core.finalists import finalists
 from hf_immunize.attacks.core.plan import find_attack, is_searchable, plan_runs
 from hf_immunize.attacks.core.shape import Attack, Context, Result, Run
 from hf_immunize.attacks.core.sharing import Claims, Share
-from hf_immunize.errors import ConfigError, RunMismatchError
+from hf_immunize.attacks.core.stored import check_same
+from hf_immunize.errors import ConfigError
 from hf_immunize.records import AttackTrace, Provenance, atomic_write
 
 _NOT_RUN = Result([], 1, 0.0, "diverged", "not run")
@@ -50,6 +52,8 @@ def run_suite(
     overwrite: bool = False,
     share: Share | None = None,
     progress: Callable[[AttackTrace, bool], None] | None = None,
+    efforts: Mapping[str, Effort] | None = None,
+    follow: Follow | None = None,
 ) -> SuiteSummary:
     """Run every (attack, trial, seed) that has no valid trace yet and write its trace to ``folder/traces/<role>/``.
 
@@ -59,6 +63,8 @@ def run_suite(
             ``finalists`` (one or two) on the others. None: every trial on every seed.
         share: what part of the exam this process makes; all of it by default. Traces do not depend on it.
         progress: called once per run with its trace and whether it was made now.
+        efforts: by attack what is run instead of what the settings ask for.
+        follow: told the runs on which an attack's trials are compared, it says which effort to go on with.
 
     Raises:
         ConfigError: ``overwrite`` with several processes, which would replace each other's.
@@ -70,30 +76,64 @@ def run_suite(
     if overwrite and (share.size > 1 or share.parts > 1):
         raise ConfigError("expected one process and no shard with overwrite, got several: remove old traces instead.")
     sitting = _Sitting(context, table, Path(folder) / "traces" / context.role, overwrite, share, progress)
-    first: dict[str, list[Run]] = {}
-    staged = []
-    for name in names:
-        attack = find_attack(name, table)
-        runs = plan_runs(attack, seeds, (settings or {}).get(name), trials)
-        if is_staged(attack, runs, seeds, tuning_seeds):
-            staged.append(name)
-            tuning = tuple(seeds[:tuning_seeds])
-            runs = [dataclasses.replace(run, tuning=tuning) for run in runs if run.seed in tuning]
-        first[name] = runs
+    asked = {name: _compared_runs(find_attack(name, table), seeds, (settings or {}).get(name), trials, tuning_seeds)
+             for name in names}
+    reached = {name: (efforts or {}).get(name, Effort()) for name in names}
+    first = {name: reached[name].applied(runs) for name, runs in asked.items()}
     sitting.sit(first)
-    second, waiting = {}, 0
-    for name in staged:
+    waiting = _follow_on(sitting, asked, first, reached, follow) if follow else 0
+    second = {}
+    for name in (name for name in names if first[name] and first[name][0].tuning):
         traces, missing = sitting.found(name, first[name])
         waiting += missing
         chosen = [] if missing else finalists(traces)
-        configs, tuning = {run.trial: run.config for run in first[name]}, first[name][0].tuning
+        runs = {run.trial: run for run in first[name]}
         second[name] = [
-            Run(configs[trial], trial, seed, tuning) for trial in chosen for seed in seeds if seed not in tuning
+            dataclasses.replace(runs[trial], seed=seed, bars=())  # finals are run to the end
+            for trial in chosen for seed in seeds if seed not in runs[trial].tuning
         ]
     sitting.sit(second)
     sitting.claims.clear()
     diverged = sum(trace.outcome == "diverged" for trace in sitting.all)
     return SuiteSummary(sitting.made, len(sitting.all) - sitting.made, diverged, waiting)
+
+
+def _compared_runs(
+    attack: Attack, seeds: Sequence[int], chosen: Mapping[str, Sequence[Any]] | None, trials: int | None,
+    tuning_seeds: int | None,
+) -> list[Run]:
+    """The runs on which an attack's trials are compared: on the tuning seeds, or on all of them."""
+    runs = plan_runs(attack, seeds, chosen, trials)
+    if not is_staged(attack, runs, seeds, tuning_seeds):
+        return runs
+    tuning = tuple(seeds[:tuning_seeds])
+    return [dataclasses.replace(run, tuning=tuning) for run in runs if run.seed in tuning]
+
+
+def _follow_on(
+    sitting: _Sitting, asked: Mapping[str, Sequence[Run]], first: dict[str, list[Run]], reached: dict[str, Effort],
+    follow: Follow,
+) -> int:
+    """Make what the runs so far call for, round by round, until nothing is; how many runs of others that waits for.
+
+    ``first`` and ``reached`` are brought up to date. Every round is a function of finished traces alone, so that any
+    number of processes goes the same way.
+    """
+    waiting, going = 0, list(asked)
+    while going:
+        more: dict[str, list[Run]] = {}
+        for name in list(going):
+            traces, missing = sitting.found(name, first[name])
+            further = None if missing else follow(name, traces, reached[name])
+            waiting += missing
+            if further is None:
+                going.remove(name)
+                continue
+            known, reached[name] = first[name], further
+            first[name] = further.applied(asked[name])
+            more[name] = [run for run in first[name] if run not in known]
+        sitting.sit(more)
+    return waiting
 
 
 def is_staged(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning_seeds: int | None) -> bool:
@@ -165,7 +205,9 @@ class _Sitting:
         jobs = []
         for name, runs in planned.items():
             attack = self.table[name]
-            parts = [tuple(runs)] if attack.batched else [(run,) for run in runs]
+            rounds = [tuple(run for run in runs if run.widened == number)  # their company, whenever they are made
+                      for number in sorted({run.widened for run in runs})]
+            parts = rounds if attack.batched else [(run,) for run in runs]
             jobs += [_Job(name, attack, part) for part in parts]
         ordered = sorted((job for job in jobs if job.runs), key=lambda job: job.cost, reverse=True)
         return [job for place, job in enumerate(ordered) if self.share.holds(place)]
@@ -186,7 +228,7 @@ class _Sitting:
         path = self.target / blank.file_name
         if (self.overwrite if again is None else again) or not path.exists():
             return None
-        return _check_same(AttackTrace.read(path), blank, path)
+        return check_same(AttackTrace.read(path), blank, path)
 
     def _make(self, job: _Job) -> None:
         """Keep what is there by now, make the rest, and write each trace as soon as there is one."""
@@ -231,7 +273,10 @@ def trace_of(
         config=dataclasses.asdict(run.config)
         | context.described
         | holdings(context, attack)
-        | ({"tuning_seeds": list(run.tuning)} if run.tuning else {}),
+        | ({"tuning_seeds": list(run.tuning)} if run.tuning else {})
+        | ({"widened": run.widened} if run.widened else {})
+        | ({"proposed": run.proposed} if run.proposed else {})
+        | ({"bars": [list(bar) for bar in run.bars]} if run.bars else {}),
         seed=run.seed,
         role=context.role,
         model=context.fingerprint,
@@ -251,27 +296,3 @@ def trace_of(
 def holdings(context: Context, attack: Attack) -> dict[str, str | None]:
     """Digests of what the attacker needs beside model and harmful data, so that both sides are given the same."""
     return {need: context.holding(need) for need in attack.needs}
-
-
-def _check_same(found: AttackTrace, wanted: AttackTrace, path: Path) -> AttackTrace:
-    """The trace on disk, when it tells of the same run on the same weights and rows."""
-    for what in ("attack", "trial", "seed", "role", "config", "model", "data"):
-        here, there = _identity(found, what), _identity(wanted, what)
-        if here != there:
-            raise RunMismatchError(
-                f"expected the run on disk to be this one, got another {what} in {path}: {_short(here)} on disk, "
-                f"{_short(there)} asked for. Pass --overwrite to replace it, or choose another output folder."
-            )
-    return found
-
-
-def _identity(trace: AttackTrace, what: str) -> Any:
-    """What makes two runs the same: content, not the names of folders and sources."""
-    if what == "model":
-        return trace.model.model_dump(exclude={"name", "revision"})
-    return [split.sha256 for split in trace.data] if what == "data" else getattr(trace, what)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 300 else text[:300] + "…"

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from hf_immunize.attacks.core.shape import Result, Run, evaluation_steps, setting
 from hf_immunize.attacks.vision._cost import BACKWARD, forward_flops, trained_samples
 from hf_immunize.attacks.vision._optimizers import OPTIMIZERS
+from hf_immunize.attacks.vision._pruning import Pruner
 from hf_immunize.attacks.vision._rows import collator, training_rows
 from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.data import forward_rows
@@ -113,24 +114,30 @@ def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: s
     return arguments
 
 
-def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int, before: int = 0) -> Result:
+def finetune(
+    context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int, before: int = 0,
+    bars: Sequence[tuple[int, float]] = (),
+) -> Result:
     """Train ``model`` on this seed's rows and return its learning curve on both held-out splits.
 
-    ``before`` steps of the budget were spent on preparing the model: they come first in the curve.
+    ``before`` steps of the budget were spent on preparing the model: they come first in the curve. ``bars`` say where a
+    run is given up (``Pruner``).
     """
     started = time.perf_counter()
     steps = config.steps - before
     exam = _Exam(context, evaluation_steps(steps, config.evaluation_ratio))
+    pruner = Pruner(exam.curve, bars, before)
     data = training_rows(context, config, seed)
     cost = forward_flops(model, data.image_shape)
-    loss = train(model, data, replace(config, steps=steps), seed, context.device, collator(config, seed), [exam])
+    watching = [exam, pruner]
+    loss = train(model, data, replace(config, steps=steps), seed, context.device, collator(config, seed), watching)
     seconds = time.perf_counter() - started
     if exam.note is None and not math.isfinite(loss):
         exam.note = "the training loss was not finite"
     curve = [point.model_copy(update={"step": point.step + before}) for point in exam.curve]
     samples = trained_samples(len(data), config.batch_size, config.steps)
     return Result(
-        curve, config.steps, seconds, "diverged" if exam.note else "completed", exam.note,
+        curve, config.steps, seconds, "diverged" if exam.note else "completed", exam.note or pruner.note,
         samples, None if cost is None else BACKWARD * cost * samples,
     )
 
@@ -192,4 +199,4 @@ def run_finetunes(
             if isinstance(model, str):
                 yield run, Result([], run.config.steps, 0.0, "not_applicable", model)
             else:
-                yield run, finetune(context, model, run.config, run.seed, spent(run.config))
+                yield run, finetune(context, model, run.config, run.seed, spent(run.config), run.bars)

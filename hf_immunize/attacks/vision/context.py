@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,8 @@ class AttackContext:
     _features: dict[tuple[int | None, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.role not in ("subject", "control", "scratch", "nothing"):
-            raise ConfigError(f"expected role 'subject', 'control', 'scratch' or 'nothing', got {self.role!r}.")
+        if self.role not in get_args(Role):
+            raise ConfigError(f"expected a role out of {', '.join(get_args(Role))}, got {self.role!r}.")
         if not 0 < self.attack_fraction <= 1:
             raise ConfigError(f"expected attack_fraction in (0, 1], got {self.attack_fraction}.")
         digests = [fingerprint.sha256 for fingerprint in self.data]

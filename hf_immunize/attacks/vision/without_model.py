@@ -1,4 +1,7 @@
-"""Attackers without the model: what the harmful data alone gives, from raw pixels. They are references, not attacks."""
+"""Attackers without the model: what the harmful data alone gives, from raw pixels and from hand-made features.
+
+They are references, not attacks.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from torch import Tensor, nn
 from hf_immunize.attacks.core.shape import Attack, Result, Run, evaluation_steps, setting
 from hf_immunize.attacks.vision import ridge_probe
 from hf_immunize.attacks.vision.context import AttackContext
+from hf_immunize.attacks.vision.hand_made import colour_histograms, direction_histograms
+from hf_immunize.data import batches
 from hf_immunize.linalg.whitening import fit_feature_map
 from hf_immunize.records import Evaluation
 
@@ -67,8 +72,44 @@ def _accuracy(network: nn.Module, rows: Tensor, labels: Tensor) -> float:
     return float((network(rows).argmax(dim=1) == labels).double().mean())
 
 
+_SIDE = 64
+"""Larger images are averaged down to this side before their gradients are taken."""
+
+
+@dataclass(frozen=True)
+class HandMadeRidge(ridge_probe.RidgeProbe):
+    """Ridge regression on histograms of gradient directions and of colours."""
+
+
+def solve_hand_made(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
+    """Solve every run on features that no training made."""
+    features = context.once("hand-made features", 0, lambda: hand_made_features(context))
+    yield from ridge_probe.solve_runs(context, runs, lambda run: features)
+
+
+def hand_made_features(context: AttackContext) -> dict[str, Tensor]:
+    """Of the three splits; bins of colours span the values of the attacker's own images."""
+    splits = {"attack": context.attack, "validation": context.validation, "test": context.test}
+    lowest, highest = (
+        torch.stack([extreme(batch["pixel_values"].float().transpose(0, 1).flatten(1), dim=1)
+                     for batch in batches(context.attack, device="cpu")])
+        for extreme in (torch.amin, torch.amax)
+    )
+    made = {}
+    for name, split in splits.items():
+        parts = []
+        for batch in batches(split, device="cpu"):
+            pixels = batch["pixel_values"].float()
+            small = nn.functional.adaptive_avg_pool2d(pixels, [min(side, _SIDE) for side in pixels.shape[-2:]])
+            colours = colour_histograms(pixels, lowest.amin(dim=0), highest.amax(dim=0))
+            parts.append(torch.cat([direction_histograms(small), colours], dim=1))
+        made[name] = torch.cat(parts)
+    return made
+
+
 REFERENCES: dict[str, Attack] = {
     "pixel_ridge": replace(ridge_probe.ATTACK, family=FAMILY),
+    "hand_made_ridge": Attack(config=HandMadeRidge, run=solve_hand_made, family=FAMILY, unit="solve"),
     "pixel_network": Attack(config=PixelNetwork, run=train_network, family=FAMILY),
 }
 """Run in the role ``nothing``; their best is what an attacker has anyway."""

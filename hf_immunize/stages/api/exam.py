@@ -86,5 +86,6 @@ class Exam:
         }
         folder = self.base if role == "control" else self.model
         told = {**self._shared, **kept, "model_path": str(folder), "role": role, "task": task}
+        told |= {"control_path": str(self.base)} if role == "subject" else {}
         (options,) = make_options((AttackOptions,), told, "attack")
         return options

@@ -248,15 +248,17 @@ def _steps(args: Any, rows: Mapping[str, int]) -> float:
 def _attack_time(stage: Stage, held: tuple[Any, ...], both: float, everything: float) -> float:
     """Seconds of the attacks that train the network; probes cost their features, which are made once."""
     from hf_immunize.attacks.core.plan import find_attack, plan_runs
+    from hf_immunize.attacks.core.suite import count_runs
 
     plan = AttackPlan.of(held[1], find_family(stage.options))
     total = 0.0
     for name in plan.names:
         attack = find_attack(name, plan.table)
         runs = plan_runs(attack, plan.seeds, plan.settings.get(name), plan.trials)
+        made = count_runs(attack, runs, plan.seeds, plan.tuning) / max(len(runs), 1)
         for run in runs:
             steps, batch = getattr(run.config, "steps", 1), getattr(run.config, "batch_size", 0)
-            total += 0.5 if not batch else steps * batch * both + 8 * everything / 3
+            total += made * (0.5 if not batch else steps * batch * both + 8 * everything / 3)
     return total
 
 

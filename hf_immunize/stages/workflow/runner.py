@@ -60,7 +60,7 @@ class Runner:
     def _check_others(self, why: Mapping[str, str]) -> None:
         """Raise ConfigError where a chosen stage needs one that is neither chosen nor fresh."""
         for name in why:
-            for need in self.stages[name].needs:
+            for need in (*self.stages[name].needs, *self.stages[name].after):
                 if need in self.chosen:
                     continue
                 if (reason := self.state.why_stale(self.stages[need], self.stages)) is not None:
@@ -97,7 +97,7 @@ class Runner:
         """Start stages whose needs are met, up to ``jobs``; pass over those that are fresh."""
         for name in list(waiting):
             stage = self.stages[name]
-            if any(need in waiting or need in self.running for need in stage.needs):
+            if any(need in waiting or need in self.running for need in (*stage.needs, *stage.after)):
                 continue
             if name not in self.again and self.state.why_stale(stage, self.stages) is None:
                 waiting.remove(name)

@@ -14,7 +14,7 @@ from hf_immunize.stages.workflow.run_file import RunFile, Section
 BASE, PUBLIC = "base", "public"
 _PLACES = {
     "pretrain": ("output_dir",), "immunize": ("output_dir", "base_path", "base_revision"),
-    "attack": ("model_path", "role", "revision", "output_path"),
+    "attack": ("model_path", "role", "revision", "output_path", "control_path"),
     "certify": ("model_path", "base_path", "revision", "base_revision"), "report": ("model_paths", "base_path"),
 }  # fmt: skip
 """Options that say where models lie: the run sets them."""
@@ -34,6 +34,8 @@ class Stage:
         needs: stages whose results it reads.
         folder: the model's folder; for the report, that of the page.
         kind: the section of the run file it comes from.
+        after: stages that have to be done before, though a repetition of theirs leaves its results as they are: the
+            exam of the base, whose effort that of a model follows.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Stage:
     needs: tuple[str, ...]
     folder: Path
     kind: str
+    after: tuple[str, ...] = ()
 
     @property
     def is_shared(self) -> bool:
@@ -115,7 +118,7 @@ def _stages(run: RunFile) -> Iterator[Stage]:
     certified = []
     for name, section in run.models.items():
         made = () if section is None else (name,)
-        attacks = list(_attacks(run, name, out / name, made))
+        attacks = list(_attacks(run, name, out / name, made, base))
         yield from attacks
         same = {key: value for key, value in _options(run, "attack").items() if key == "protocol"}
         judging = run.sections.get("certify", Section({}, {}))
@@ -136,11 +139,19 @@ def base_folder(run: RunFile) -> Path:
     return run.output_dir / BASE
 
 
-def _attacks(run: RunFile, name: str, folder: Path, needs: tuple[str, ...]) -> Iterator[Stage]:
-    """The exam of one model: harmful attacks, the benign task, and for the base random weights too."""
+def _attacks(
+    run: RunFile, name: str, folder: Path, needs: tuple[str, ...], control: Path | None = None
+) -> Iterator[Stage]:
+    """The exam of one model: harmful attacks, the benign task, and for the base random weights too.
+
+    ``control``: the base's folder; the harmful attacks on a model follow those on its base.
+    """
     role = "control" if name == BASE else "subject"
     shared = run.task | _options(run, "attack")
-    yield Stage(f"attack-{name}", "attack", shared | {"model_path": str(folder), "role": role}, needs, folder, "attack")
+    told = shared | {"model_path": str(folder), "role": role}
+    told |= {} if control is None else {"control_path": str(control)}
+    follows = () if control is None else (f"attack-{BASE}",)
+    yield Stage(f"attack-{name}", "attack", told, needs, folder, "attack", follows)
     if "benign" in run.sections:
         # attacks and their settings are of the harmful task, and have other names here
         common = {key: value for key, value in shared.items() if key not in ("attacks", "settings")}
@@ -148,7 +159,7 @@ def _attacks(run: RunFile, name: str, folder: Path, needs: tuple[str, ...]) -> I
         yield Stage(f"benign-{name}", "attack", told, needs, folder, "benign")
     if "scratch" in run.sections and name == BASE:
         told = shared | _options(run, "scratch") | {"model_path": str(folder), "role": "scratch"}
-        yield Stage("attack-scratch", "attack", told, needs, folder, "scratch")
+        yield Stage("attack-scratch", "attack", told, needs, folder, "scratch", (f"attack-{BASE}",))
 
 
 def _options(run: RunFile, section: str) -> dict[str, Any]:

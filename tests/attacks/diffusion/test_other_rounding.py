@@ -16,7 +16,7 @@ from hf_immunize.attacks import Run
 from hf_immunize.attacks.core.shape import Result
 from hf_immunize.attacks.core.suite import trace_of
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DiffusionAttackContext
-from hf_immunize.certification.cells import check_same_exam
+from hf_immunize.certification.pairing import check_same_exam
 from hf_immunize.diffusion import differences, load_pipeline
 from hf_immunize.diffusion.encoding import encode, encode_prompt
 from hf_immunize.errors import IncompleteExamError
