@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hf_immunize.attacks import ATTACKS, REFERENCES, TRAINABILITY, Attack, AttackContext
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.attacks.core.suite import holdings
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.records import AttackTrace
@@ -107,6 +108,7 @@ class Bench:
         attack, told = self.attack(trace.attack), trace.config
         side = "benign" if trace.attack.startswith("benign_") else "harmful"
         options = {name: told[name] for name in ("attack_fraction", "feature_module", *_DRAWN) if name in told}
+        options["means"] = Means.of(told)
         held = tuple(need for need in attack.needs if told.get(need) is not None)
         key = (trace.role, side, tuple(sorted(options.items())), held, attack.needs)
         if key not in self._contexts:
