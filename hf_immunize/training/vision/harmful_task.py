@@ -59,8 +59,9 @@ class HarmfulTask:
         self.made = False
         """Whether a transform makes the labels, which were compared with a column's in a few rows only."""
         # A simulated attacker of an image model refits a head on the classes.
-        self._telling = [t.name for t in terms if t.tells_classes_apart or isinstance(t, WeightTerm)]
-        self._counting = [t.name for t in terms if t is IMMA or isinstance(t, WeightTerm)]
+        attacking = [t for t in terms if isinstance(t, WeightTerm) and t.sees_rows]
+        self._telling = [t.name for t in terms if t.tells_classes_apart or t in attacking]
+        self._counting = [t.name for t in terms if t is IMMA or t in attacking]
         if self.is_stream:
             self.key = label_key(self.first)
             self._start_stream()

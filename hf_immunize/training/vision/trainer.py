@@ -64,6 +64,7 @@ from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
 from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck, check_primary_labels
+from hf_immunize.training.vision.probing import Probing
 from hf_immunize.training.vision.rows_of_step import rows_of_step
 from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
 from hf_immunize.training.vision.sharded import resumable
@@ -179,6 +180,8 @@ class ImmunizationTrainer(StrictTrainer):
         self.trained_on = {"primary": self.train_dataset, "harmful": self.harmful_task.rows}
         self._streams = {name: self._stream(name) for name in ("harmful", "attack")}
         self._outcome_meter = self._make_outcome(held)
+        if args.probe_steps:
+            self.add_callback(Probing(args.probe_steps, self._outcome_meter, lambda: self.bare, self._judged, self.log))
 
     def _look_at(self, model: nn.Module, args: ImmunizationConfig, row: Mapping[str, Any]) -> None:
         """Sites with their weights, how an input there or at the head becomes one row per image, the frozen part."""
@@ -462,9 +465,13 @@ class ImmunizationTrainer(StrictTrainer):
             raise ConfigError(f"expected metric {self.guard.metric!r} in {sorted(metrics)}: set guard_metric.")
         return 100.0 * metrics[key]
 
+    def _judged(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the model has the weights that would be returned now: the moving average where there is one."""
+        return self.average.swapped(self.bare) if self.average else contextlib.nullcontext()
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """An evaluation during training, of the averaged weights where there are such: they are what is returned."""
-        with self.average.swapped(self.bare) if self.average else contextlib.nullcontext():
+        with self._judged():
             metrics = super()._evaluate(*args, **kwargs)
             if self.guarded.on:
                 self.log(self._checked(metrics))
