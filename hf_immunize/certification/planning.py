@@ -77,7 +77,7 @@ def _asked(protocol: Protocol) -> Plan:
 
 
 def _described(name: str, about: Described) -> PlannedAttack:
-    return PlannedAttack(attack=name, family=about.family, unit=about.unit)
+    return PlannedAttack(attack=name, family=about.family, unit=about.unit, plugin=about.plugin)
 
 
 def _filled(item: PlannedAttack, traces: Sequence[AttackTrace]) -> PlannedAttack:

@@ -9,6 +9,15 @@ from pydantic import JsonValue
 from hf_immunize.records.base import Part
 
 
+class Plugin(Part):
+    """Code that is no part of this package: who registered an attack, and what it was."""
+
+    name: str
+    """The distribution with its version, or the module or file where there is none."""
+    sha256: str
+    """Over its Python source."""
+
+
 class PlannedAttack(Part):
     """One attack of an exam, or one method by which a benign task is learned: what it is, and what was run of it."""
 
@@ -22,6 +31,8 @@ class PlannedAttack(Part):
     tuning_seeds: list[int] = []
     """Seeds on which trials were compared before the best ones were run on all; empty: every trial on every seed."""
     budget: int = 0
+    plugin: Plugin | None = None
+    """Where the attack is not one of this package: whose it is."""
 
 
 class Plan(Part):

@@ -62,7 +62,8 @@ class HarmfulTask:
         self.made = False
         """Whether a transform makes the labels, which were compared with a column's in a few rows only."""
         self._telling = [t.name for t in terms if t.tells_classes_apart]
-        self._counting = [t.name for t in terms if t is IMMA or isinstance(t, WeightTerm)]
+        attacking = [t for t in terms if isinstance(t, WeightTerm) and t.sees_rows]
+        self._counting = [t.name for t in terms if t is IMMA or t in attacking]
         if self.is_stream:
             self.key = label_key(self.first)
             self._start_stream()

@@ -58,6 +58,7 @@ from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
 from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck
+from hf_immunize.training.vision.probing import Probing
 from hf_immunize.training.vision.rows_of_step import rows_of_step
 from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
 from hf_immunize.training.vision.sharded import resumable
@@ -172,6 +173,8 @@ class ImmunizationTrainer(StrictTrainer):
             rows = {"train_dataset": self.train_dataset, "harmful_dataset": self.harmful_dataset}
             self._cache = cache_of(self.forwards, model, self.accelerator, collator, self._largest_batch, rows)
         self._draw_from(held)
+        if args.probe_steps:
+            self.add_callback(Probing(args.probe_steps, self._probe, lambda: self.bare, self._judged, self.log))
 
     def _draw_from(self, held: HarmfulTask | None) -> None:
         """Read the rows as they are now from here on: images, or cached activations in their place."""
@@ -461,9 +464,16 @@ class ImmunizationTrainer(StrictTrainer):
             raise ConfigError(f"expected metric {self.guard.metric!r} in {sorted(metrics)}: set guard_metric.")
         return 100.0 * metrics[key]
 
+    def _probe(self, model: nn.Module, rows: int) -> float | None:
+        return self._outcome_meter.probe(model, rows)  # of cached rows once there are such
+
+    def _judged(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the model has the weights that would be returned now: the moving average where there is one."""
+        return self.average.swapped(self.bare) if self.average else contextlib.nullcontext()
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """An evaluation during training, of the averaged weights where there are such: they are what is returned."""
-        with self.average.swapped(self.bare) if self.average else contextlib.nullcontext():
+        with self._judged():
             metrics = super()._evaluate(*args, **kwargs)
             if self.guarded.on:
                 self.log(self._checked(metrics))
