@@ -37,14 +37,14 @@ class Probing(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model before training, unless a run goes on."""
         if state.global_step == 0:
-            self._look()
+            self._look(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After every ``steps`` optimizer steps."""
         if state.global_step % self._steps == 0:
-            self._look()
+            self._look(control)
 
-    def _look(self) -> None:
+    def _look(self, control: Any) -> None:
         with self._judged():
             found = self._probe(self._model(), PROBE_ROWS)
         if found is None:
@@ -52,4 +52,6 @@ class Probing(TrainerCallback):
                 "expected harmful rows with labels of two classes or more for probe_steps, got others: a probe has "
                 "nothing to tell apart. Set probe_steps=0, or give the rows their labels."
             )
+        due = control.should_log  # which a log takes back
         self._log({PROBE: found})
+        control.should_log = due
