@@ -2,6 +2,7 @@
 
     python benchmarks/verdict_errors.py                 # the two tables of docs/exam.md, about four minutes
     python benchmarks/verdict_errors.py --exams 100
+    python benchmarks/verdict_errors.py --exams 100 --curtailed    # what leaving out seeds changes: nothing
 
 An exam is three trials (a good rate, one four times slower, one that diverges on half of its seeds) on each seed and
 side. Curves rise from what there is without the model to a ceiling, a0 + (a1 - a0)(1 - exp(-step/tau)); tau of a seed
@@ -19,7 +20,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hf_immunize.certification.cells import build_cell
+from hf_immunize.certification.curtailing import majority
 from hf_immunize.certification.uplift import Reach
+from hf_immunize.errors import IncompleteExamError
 from hf_immunize.exam import Rule
 from hf_immunize.records import AttackTrace, Cell, Evaluation, Interval, ModelFingerprint, PlannedAttack, Provenance
 
@@ -45,9 +48,12 @@ def grid(budget: int) -> list[int]:
 class Simulator:
     """Draws exams."""
 
-    def __init__(self, seed: int, seeds: int, spread: float = 0.25, budget: int = 2000, base_tau: float = 40.0) -> None:
+    def __init__(
+        self, seed: int, seeds: int, spread: float = 0.25, budget: int = 2000, base_tau: float = 40.0,
+        curtailed: bool = False,
+    ) -> None:
         self.random, self.seeds, self.spread = np.random.default_rng(seed), seeds, spread
-        self.budget, self.base_tau = budget, base_tau
+        self.budget, self.base_tau, self.curtailed, self.spent = budget, base_tau, curtailed, seeds
         self.steps = grid(budget)
 
     def side(self, role: str, slow_down: float = 1.0, ceiling: float = CEILING) -> list[AttackTrace]:
@@ -83,7 +89,22 @@ class Simulator:
     def cell(self, slow_down: float, ceiling: float = CEILING, base: float = CEILING) -> Cell:
         """The cell of an exam in which the model is slowed by this factor and ends at ``ceiling``."""
         traces = {"subject": self.side("subject", slow_down, ceiling), "control": self.side("control", 1.0, base)}
-        return build_cell(ABOUT.attack, ABOUT, traces, None, ROWS[1], RULE, self.anyway())
+        anyway = self.anyway()
+        self.spent = self.seeds
+        if self.curtailed and (cell := self._early(traces, anyway)) is not None:
+            return cell
+        return build_cell(ABOUT.attack, ABOUT, traces, None, ROWS[1], RULE, anyway)
+
+    def _early(self, traces: dict[str, list[AttackTrace]], anyway: Reach) -> Cell | None:
+        """The cell where the first seeds decide it."""
+        first = majority(range(self.seeds))
+        part = traces | {"subject": [trace for trace in traces["subject"] if trace.seed in first]}
+        try:
+            cell = build_cell(ABOUT.attack, ABOUT, part, None, ROWS[1], RULE, anyway)
+        except IncompleteExamError:
+            return None
+        self.spent = len(first)
+        return cell
 
 
 CASES: dict[str, tuple[str, Callable[[Simulator], Cell]]] = {
@@ -142,12 +163,30 @@ def coverage_table(exams: int, seeds: Sequence[int]) -> list[str]:
     return rows
 
 
+def curtailed_table(exams: int, seeds: Sequence[int]) -> list[str]:
+    """How often leaving out seeds that can change nothing changes a verdict, and how many seeds it saves."""
+    rows = ["| the model | seeds | verdicts that differ | seeds run |", "|---|---|---|---|"]
+    for case, (_, draw) in CASES.items():
+        for count in seeds:
+            differ, spent = 0, 0
+            for exam in range(exams):
+                whole, short = (Simulator(1000 * count + exam, count, curtailed=early) for early in (False, True))
+                differ += draw(whole).verdict != draw(short).verdict
+                spent += short.spent
+            rows.append(f"| {case} | {count} | {differ} of {exams} | {spent / exams:.1f} |")
+    return rows
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exams", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 5, 10])
+    parser.add_argument("--curtailed", action="store_true", help="The table of curtailed exams alone.")
     given = parser.parse_args()
+    if given.curtailed:
+        print("\n".join(curtailed_table(given.exams, [count for count in given.seeds if count >= 5])))
+        return
     print("\n".join([*verdict_table(given.exams, given.seeds), "", *coverage_table(given.exams, given.seeds)]))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal, Protocol
 
+from hf_immunize.certification.curtailing import check_curtailed
 from hf_immunize.certification.measures import (
     area,
     best_of_trials,
@@ -45,7 +46,17 @@ from hf_immunize.metrics import (
     slow_down,
     summarise_side,
 )
-from hf_immunize.records import AtBudget, AtOperations, AttackTrace, AtThreshold, Cell, Interval, Side, VerdictName
+from hf_immunize.records import (
+    AtBudget,
+    AtOperations,
+    AttackTrace,
+    AtThreshold,
+    Cell,
+    Interval,
+    Plugin,
+    Side,
+    VerdictName,
+)
 
 Traces = Mapping[str, Sequence[AttackTrace]]
 """Traces by role: subject, control, scratch."""
@@ -61,6 +72,10 @@ class Described(Protocol):
     @property
     def unit(self) -> Literal["step", "solve"]:
         """What its budget counts."""
+
+    @property
+    def plugin(self) -> Plugin | None:
+        """Whose it is, where it is not one of this package."""
 
 
 def unmeasured_cell(name: str, attack: Described, verdict: Any, reason: str, threshold: float) -> Cell:
@@ -103,7 +118,9 @@ def build_cell(
     if all(trace.outcome == "not_applicable" for trace in subject):
         return unmeasured_cell(name, attack, "NOT APPLICABLE", str(subject[0].note), threshold)
     sat = {role: found for role in ("subject", "control", "scratch") if (found := traces.get(role, ()))}
-    return _measured_cell(name, attack, sat, _Lines(threshold, rows or test_rows, rule, anyway, attack.unit))
+    return check_curtailed(
+        _measured_cell(name, attack, sat, _Lines(threshold, rows or test_rows, rule, anyway, attack.unit)), sat
+    )
 
 
 @dataclass(frozen=True)

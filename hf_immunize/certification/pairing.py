@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from hf_immunize.certification.adapting import widened
+from hf_immunize.certification.curtailing import is_curtailed, majority
 from hf_immunize.certification.proposing import proposed
 from hf_immunize.errors import IncompleteExamError
 from hf_immunize.exam.keeps import finalists
@@ -45,9 +46,10 @@ def check_same_exam(name: str, subject: Sequence[AttackTrace], other: Sequence[A
             )
     whole = {seed for found in (mine, theirs) for _, seed in found}
     for side, found in (("subject", mine), (role, theirs)):
-        _check_seeds(name, side, set(found), whole, tuning)
+        due = set(majority(whole)) if side == "subject" and is_curtailed(subject, other) else whole
+        _check_seeds(name, side, set(found), due, tuning)
         if tuning is not None and tuning != whole:
-            _check_finalists(name, side, found, whole, tuning)
+            _check_finalists(name, side, found, due, tuning)
     for key in sorted(set(mine) & set(theirs)):
         for what in ("config", "data", "budget", "unit", "family"):
             here, there = getattr(mine[key], what), getattr(theirs[key], what)

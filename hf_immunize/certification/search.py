@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_immunize.attacks import Run
-from hf_immunize.attacks.core.suite import trace_of
+from hf_immunize.attacks.core.stored import trace_of
 from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.trials import Trial, certified_trials
 from hf_immunize.errors import ConfigError, RecordError

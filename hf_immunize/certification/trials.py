@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_immunize.attacks import Run
-from hf_immunize.attacks.core.suite import trace_of
+from hf_immunize.attacks.core.stored import trace_of
 from hf_immunize.certification.adapting import widened
 from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.curves import Comparison, compare_trial

@@ -16,7 +16,7 @@ from hf_immunize.records.certificate import (
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
-from hf_immunize.records.plan import Adaptation, Plan, PlannedAttack, Search
+from hf_immunize.records.plan import Adaptation, Plan, PlannedAttack, Plugin, Search
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
 from hf_immunize.records.recheck import RecheckRecord, RepeatedTrial, SignedRecheck
 from hf_immunize.records.rule import RULE_VERSION, Rule
@@ -51,6 +51,7 @@ __all__ = [
     "Part",
     "Plan",
     "PlannedAttack",
+    "Plugin",
     "Provenance",
     "RecheckRecord",
     "Record",

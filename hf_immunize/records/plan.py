@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import JsonValue
+
 from hf_immunize.records.base import Part
+
+
+class Plugin(Part):
+    """Code that is no part of this package: who registered an attack, and what it was."""
+
+    name: str
+    """The distribution with its version, or the module or file where there is none."""
+    sha256: str
+    """Over its Python source."""
 
 
 class Adaptation(Part):
@@ -17,6 +28,8 @@ class Adaptation(Part):
     """The largest budget, in units of the one asked for: what the exam may cost."""
     widenings: int = 2
     """Values that each side may add where its best rate, rank or penalty lies at the edge of what was tried."""
+    curtailed: bool = True
+    """Whether the model's remaining seeds are left out once a majority of all of them is open and its cell FAILS."""
 
 
 class Search(Part):
@@ -48,6 +61,8 @@ class PlannedAttack(Part):
     last one are judged. Empty where budgets do not follow the base."""
     widened: list[str] = []
     """Trials beyond the range asked for that were added on the base, and so on every side."""
+    plugin: Plugin | None = None
+    """Where the attack is not one of this package: whose it is."""
 
 
 class Plan(Part):
@@ -74,5 +89,8 @@ class Plan(Part):
     """Every attack that is planned or was run on any side."""
     methods: list[PlannedAttack] = []
     """The same for the benign task."""
+    means: dict[str, JsonValue] = {}
+    """What attackers who train networks computed with, where it was not float32 in whole batches: precision,
+    micro_batch_size, gradient_checkpointing."""
     references: list[PlannedAttack] = []
     """Attackers without the model that were run."""

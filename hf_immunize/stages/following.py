@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +21,14 @@ from hf_immunize.certification.adapting import (
     widened,
     widenings_of,
 )
+from hf_immunize.certification.cells import build_cell
+from hf_immunize.certification.curtailing import is_decided
 from hf_immunize.certification.proposing import propose
+from hf_immunize.certification.uplift import REFERENCES, without_model
 from hf_immunize.errors import IncompleteExamError
 from hf_immunize.exam import Protocol
 from hf_immunize.exam.presets import asked_budget
-from hf_immunize.records import AttackTrace
+from hf_immunize.records import AttackTrace, PlannedAttack
 
 Settings = Mapping[str, Mapping[str, Sequence[object]]]
 
@@ -50,7 +54,7 @@ def read_base(folder: Path) -> dict[str, list[AttackTrace]]:
         IncompleteExamError: a base that was not attacked.
     """
     found = {role: [AttackTrace.read(path) for path in sorted((folder / "traces" / role).glob("*.json"))]
-             for role in ("control", "nothing")}
+             for role in ("control", *REFERENCES)}
     if not found["control"]:
         raise IncompleteExamError(
             f"expected attack traces of the base in {folder}/traces/control, whose effort this exam follows, got none: "
@@ -141,6 +145,24 @@ class AfterBase:
         lines = Lines.of(self.protocol.rule, self.protocol.adaptation, self.base)
         further = next_widening(traces, threshold, lines.beyond_base(given))
         return None if further is None else replace(effort, beyond=(*effort.beyond, _beyond(further)))
+
+
+    def decided(self, name: str, traces: Sequence[AttackTrace]) -> bool:
+        """Whether the first seeds of an attack on the model say that it FAILS, whatever the others will do."""
+        budget, rule = traces[0].budget, self.protocol.rule
+        if self.protocol.adaptation is None or not self.protocol.adaptation.curtailed or name not in self._thresholds:
+            return False
+        sides = {role: [trace for trace in found if trace.attack == name and trace.budget == budget]
+                 for role, found in self.base.items() if role in ("control", "scratch")}
+        test = traces[0].data[-1]
+        chance = -math.inf if rule.gain else 1 / len(test.classes) if test.classes else 0.0
+        anyway = without_model(self.base, 0 if rule.gain else test.rows, chance)
+        about = PlannedAttack(attack=name, family=traces[0].family, unit=traces[0].unit)
+        try:
+            cell = build_cell(name, about, {"subject": traces, **sides}, None, test.rows, rule, anyway)
+        except IncompleteExamError:  # undecided
+            return False
+        return is_decided(cell, len({trace.seed for trace in sides["control"]}))
 
 
 def _searched(traces: Sequence[AttackTrace], effort: Effort, protocol: Protocol) -> Effort | None:

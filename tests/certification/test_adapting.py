@@ -99,12 +99,13 @@ def sit(folder, role, after=None, share=None, **formula):
     names = adapting_attacks(QUICK, table, [NAME], SETTINGS, QUICK.trials)
     assert names == (NAME,)
     if role == "control":
-        efforts, follow = {}, OnBase(QUICK, names, [])
+        efforts, follow, decided = {}, OnBase(QUICK, names, []), None
     else:
         found = AfterBase(QUICK, names, read_base(after))
-        efforts, follow = found.efforts(), found
+        efforts, follow, decided = found.efforts(), found, found.decided
     run_suite(context, table, [NAME], QUICK.seeds, folder, SETTINGS, trials=QUICK.trials,
-              tuning_seeds=QUICK.tuning_seeds, efforts=efforts, follow=follow, share=share)
+              tuning_seeds=QUICK.tuning_seeds, efforts=efforts, follow=follow, decided=decided,
+              share=share)
     return [AttackTrace.read(path) for path in sorted((folder / "traces" / role).glob("*.json"))]
 
 

@@ -42,3 +42,12 @@ def test_three_seeds_never_resist(simulated):
 def test_slow_downs_are_covered_as_written(simulated):
     hits = [simulated.covers(simulated.Simulator(exam, 5).cell(6.0).slow_down, 6.0) for exam in range(80)]
     assert sum(hits) >= 0.9 * len(hits)
+
+
+@pytest.mark.parametrize("case", ["a copy of the base", "slowed 3 times", "slowed 6 times", "never learns"])
+def test_leaving_out_seeds_changes_no_verdict(simulated, case):
+    draw = simulated.CASES[case][1]
+    for exam in range(12):
+        whole, short = (simulated.Simulator(9000 + exam, 5, curtailed=early) for early in (False, True))
+        assert draw(whole).verdict == draw(short).verdict
+        assert short.spent in (3, 5)

@@ -34,7 +34,8 @@ def test_each_side_may_choose_its_own_trial():
 
 @pytest.mark.parametrize("drop, message", [
     (lambda run: run.trial == "a", "got 1 missing on the subject, first a with seed 0"),
-    (lambda run: run.seed == 2, "expected every seed in every trial of lora, got b without seeds .2. on the subject"),
+    # the last seed alone may be left out, where the others decide (test_curtailing.py)
+    (lambda run: run.seed == 1, "expected every seed in every trial of lora, got b without seeds .1. on the subject"),
     (lambda run: run.seed == 0 and run.trial == "b", "1 missing on the subject, first b with seed 0"),
     (lambda run: run.seed > 0, "expected a trial of lora with all of the seeds .* on the subject, got none"),
 ])

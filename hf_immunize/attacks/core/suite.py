@@ -6,7 +6,6 @@ Several processes may work on one folder: each takes the next run that nobody is
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from hf_immunize.attacks.core.finalists import finalists
 from hf_immunize.attacks.core.plan import find_attack, is_searchable, plan_runs
 from hf_immunize.attacks.core.shape import Attack, Context, Result, Run
 from hf_immunize.attacks.core.sharing import Claims, Share
-from hf_immunize.attacks.core.stored import check_same
+from hf_immunize.attacks.core.stored import check_same, trace_of
 from hf_immunize.errors import ConfigError
 from hf_immunize.records import AttackTrace, Provenance, atomic_write
 
@@ -54,6 +53,7 @@ def run_suite(
     progress: Callable[[AttackTrace, bool], None] | None = None,
     efforts: Mapping[str, Effort] | None = None,
     follow: Follow | None = None,
+    decided: Callable[[str, Sequence[AttackTrace]], bool] | None = None,
 ) -> SuiteSummary:
     """Run every (attack, trial, seed) that has no valid trace yet and write its trace to ``folder/traces/<role>/``.
 
@@ -65,6 +65,8 @@ def run_suite(
         progress: called once per run with its trace and whether it was made now.
         efforts: by attack what is run instead of what the settings ask for.
         follow: told the runs on which an attack's trials are compared, it says which effort to go on with.
+        decided: told an attack's runs on the first seeds, more than half of all, it says whether the others can be left
+            out because they change nothing.
 
     Raises:
         ConfigError: ``overwrite`` with several processes, which would replace each other's.
@@ -92,10 +94,27 @@ def run_suite(
             dataclasses.replace(runs[trial], seed=seed, bars=())  # finals are run to the end
             for trial in chosen for seed in seeds if seed not in runs[trial].tuning
         ]
-    sitting.sit(second)
+    _run_finals(sitting, first, second, seeds, decided)
     sitting.claims.clear()
     diverged = sum(trace.outcome == "diverged" for trace in sitting.all)
     return SuiteSummary(sitting.made, len(sitting.all) - sitting.made, diverged, waiting)
+
+
+def _run_finals(
+    sitting: _Sitting, first: Mapping[str, Sequence[Run]], second: Mapping[str, Sequence[Run]], seeds: Sequence[int],
+    decided: Callable[[str, Sequence[AttackTrace]], bool] | None,
+) -> None:
+    """Make the runs on the seeds that trials were not compared on; where these decide, those of the majority alone."""
+    early = set(sorted(seeds)[: len(seeds) // 2 + 1] if decided else seeds)
+    sitting.sit({name: [run for run in runs if run.seed in early] for name, runs in second.items()})
+    late = {}
+    for name, runs in second.items():
+        made = [*first[name], *(run for run in runs if run.seed in early)]
+        traces, missing = sitting.found(name, made)
+        if len(early) < len(seeds) and decided and not missing and decided(name, traces):
+            continue
+        late[name] = [run for run in runs if run.seed not in early]
+    sitting.sit(late)
 
 
 def _compared_runs(
@@ -259,40 +278,3 @@ class _Sitting:
 def picture_name(trace: AttackTrace) -> str:
     """Where the picture of a run lies, relative to the model's folder."""
     return f"samples/{trace.role}/{trace.file_name.removesuffix('.json')}.png"
-
-
-def trace_of(
-    context: Context, name: str, attack: Attack, run: Run, result: Result, provenance: Provenance
-) -> AttackTrace:
-    """The record of one run."""
-    now = datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat()
-    return AttackTrace(
-        attack=name,
-        family=attack.family,
-        trial=run.trial,
-        config=dataclasses.asdict(run.config)
-        | context.described
-        | holdings(context, attack)
-        | ({"tuning_seeds": list(run.tuning)} if run.tuning else {})
-        | ({"widened": run.widened} if run.widened else {})
-        | ({"proposed": run.proposed} if run.proposed else {})
-        | ({"bars": [list(bar) for bar in run.bars]} if run.bars else {}),
-        seed=run.seed,
-        role=context.role,
-        model=context.fingerprint,
-        data=list(context.data),
-        unit=attack.unit,
-        budget=result.budget,
-        curve=list(result.curve),
-        outcome=result.outcome,
-        note=result.note,
-        seconds=round(result.seconds, 4),
-        samples=result.samples,
-        flops=result.flops,
-        provenance=provenance.model_copy(update={"created": now}),
-    )
-
-
-def holdings(context: Context, attack: Attack) -> dict[str, str | None]:
-    """Digests of what the attacker needs beside model and harmful data, so that both sides are given the same."""
-    return {need: context.holding(need) for need in attack.needs}

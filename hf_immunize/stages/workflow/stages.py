@@ -150,7 +150,8 @@ def _attacks(
     shared = run.task | _options(run, "attack")
     told = shared | {"model_path": str(folder), "role": role}
     told |= {} if control is None else {"control_path": str(control)}
-    follows = () if control is None else (f"attack-{BASE}",)
+    scratch = ("attack-scratch",) if "scratch" in run.sections else ()
+    follows = () if control is None else (f"attack-{BASE}", *scratch)
     yield Stage(f"attack-{name}", "attack", told, needs, folder, "attack", follows)
     if "benign" in run.sections:
         # attacks and their settings are of the harmful task, and have other names here
