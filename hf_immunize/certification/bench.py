@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from hf_immunize.attacks import Attack, AttackContext
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.attacks.core.suite import holdings
 from hf_immunize.certification.plugins import attack_tables, refuse_other_code
 from hf_immunize.errors import ConfigError, RecordError
@@ -103,6 +104,7 @@ class Bench:
         refuse_other_code(trace, self.table, trace.file_name)
         side = "benign" if trace.attack.startswith("benign_") else "harmful"
         options = {name: told[name] for name in ("attack_fraction", "feature_module", *_DRAWN) if name in told}
+        options["means"] = Means.of(told)
         held = tuple(need for need in attack.needs if told.get(need) is not None)
         key = (trace.role, side, tuple(sorted(options.items())), held, attack.needs)
         if key not in self._contexts:

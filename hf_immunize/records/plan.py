@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import JsonValue
+
 from hf_immunize.records.base import Part
 
 
@@ -53,5 +55,8 @@ class Plan(Part):
     """Every attack that is planned or was run on any side."""
     methods: list[PlannedAttack] = []
     """The same for the benign task."""
+    means: dict[str, JsonValue] = {}
+    """What attackers who train networks computed with, where it was not float32 in whole batches: precision,
+    micro_batch_size, gradient_checkpointing."""
     references: list[PlannedAttack] = []
     """Attackers without the model that were run."""

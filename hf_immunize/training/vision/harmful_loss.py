@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hf_immunize.linalg import spectral_adversary, to_double
 from hf_immunize.regularizers import alternate_within_classes
 from hf_immunize.training.core.distributed import RowExchange, world
+from hf_immunize.training.vision.harmful_task import Asks, WithoutTargets
+
+_GRID = 4
+"""Rows and columns of the reduced image that a head answers where images have no labels to tell them apart."""
+
+
+class WithAnswers:
+    """Collates harmful rows for a simulated attacker: batches whose ``answers`` are what its head is to give.
+
+    Args:
+        collate: of rows.
+        asks: ``classes`` (batches stay as they are: their labels are the answers), ``numbers`` (the labels of a
+            regression or of several classes at once) or ``image``.
+        key: the column of the labels.
+    """
+
+    def __init__(self, collate: Any, asks: Asks, key: str | None):
+        self._collate = collate if asks == "classes" else WithoutTargets(collate)
+        self._asks, self._key = asks, key
+
+    def __call__(self, rows: Sequence[Any]) -> Any:
+        """One batch."""
+        batch = self._collate(rows)
+        if self._asks == "classes":
+            return batch
+        if self._asks == "numbers":
+            answers = torch.stack([torch.as_tensor(row[self._key]).float().reshape(-1) for row in rows])
+        else:
+            answers = torch.nn.functional.adaptive_avg_pool2d(batch["pixel_values"].float(), _GRID).flatten(1)
+        return batch | {"answers": answers}
 
 
 def refitted_head_loss(features_ND: Tensor, labels_N: Tensor, horizon: float, classes: int) -> Tensor:
@@ -30,12 +63,51 @@ def refitted_head_loss(features_ND: Tensor, labels_N: Tensor, horizon: float, cl
         SpectrumError: fewer than two classes with two rows each.
     """
     (everyone, mine), (labels, _) = RowExchange()([features_ND, labels_N])
-    leaf = to_double(everyone.detach()).requires_grad_()
+    one, other = alternate_within_classes(labels)
+    targets = torch.nn.functional.one_hot(labels.long(), classes)
+    return _held_out_error(features_ND, everyone, mine, targets, (one, other), horizon)
+
+
+def refitted_answers_loss(features_ND: Tensor, answers_NC: Tensor, horizon: float) -> Tensor:
+    """The same for a head that answers numbers: 1 − the held-out R² of its C answers together.
+
+    Rows are halved by turns. A batch whose answers do not differ within a half teaches nobody anything: its loss is
+    chance level, 1, without a gradient.
+
+    Args:
+        features_ND: this rank's rows, with a graph.
+        answers_NC: numbers, or 0 and 1 for several labels.
+        horizon: steps t of the probe that the head stands for.
+
+    Returns:
+        A scalar as that of ``refitted_head_loss``.
+
+    Raises:
+        SpectrumError: fewer than two rows in a half.
+    """
+    (everyone, mine), (answers, _) = RowExchange()([features_ND, answers_NC])
+    halves = torch.arange(0, len(answers), 2), torch.arange(1, len(answers), 2)
+    spreads = [to_double(answers[half]) - to_double(answers[rest]).mean(0) for half, rest in (halves, halves[::-1])]
+    if not all(bool(spread.any()) for spread in spreads):
+        return 1 + 0 * features_ND.sum()
+    return _held_out_error(features_ND, everyone, mine, answers, halves, horizon)
+
+
+def _held_out_error(
+    features_ND: Tensor,
+    everyone_MD: Tensor,
+    mine_N: Tensor,
+    targets_MC: Tensor,
+    halves: tuple[Tensor, Tensor],
+    horizon: float,
+) -> Tensor:
+    """1 − the mean held-out R² of both halves, of M rows of all ranks, with the gradient of this rank's rows."""
+    leaf = to_double(everyone_MD.detach()).requires_grad_()
     with torch.enable_grad():
-        halves = [half.to(leaf.device) for half in alternate_within_classes(labels)]
-        targets = torch.nn.functional.one_hot(labels.long(), classes).to(leaf.device)
+        one, other = (half.to(leaf.device) for half in halves)
+        targets = targets_MC.to(leaf.device)
         total = leaf.new_zeros(())
-        for learn, judge in (halves, halves[::-1]):
+        for learn, judge in ((one, other), (other, one)):
             held_out, _ = spectral_adversary(
                 leaf[learn], targets[learn], leaf[judge], targets[judge], horizon, features_ND.dtype
             )
@@ -43,5 +115,5 @@ def refitted_head_loss(features_ND: Tensor, labels_N: Tensor, horizon: float, cl
         loss = 1 - total
         (gradient,) = torch.autograd.grad(loss, leaf)
     # Ranks' gradients are averaged afterwards; each holds the part of its own rows.
-    surrogate = (features_ND * (world()[1] * gradient[mine]).to(features_ND)).sum()
+    surrogate = (features_ND * (world()[1] * gradient[mine_N]).to(features_ND)).sum()
     return surrogate + (loss.detach().to(surrogate) - surrogate).detach()

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_immunize.errors import DataError
-from hf_immunize.training.vision.outcome import OutcomeMeter
 
 PROBE_ROWS = 512
 """Rows a probe while training looks at; the verdict at the end takes more."""
@@ -23,17 +22,17 @@ class Probing(TrainerCallback):
 
     Args:
         steps: between two looks.
-        meter: knows the rows.
+        probe: given a model and how many rows at most, what a probe reaches; None where there is nothing to tell apart.
         model: the bare model.
         judged: inside, the model has the weights that would be returned now.
         log: takes what is to be logged.
     """
 
     def __init__(
-        self, steps: int, meter: OutcomeMeter, model: Callable[[], nn.Module],
+        self, steps: int, probe: Callable[[nn.Module, int], float | None], model: Callable[[], nn.Module],
         judged: Callable[[], AbstractContextManager[Any]], log: Callable[[dict[str, float]], None],
     ):
-        self._steps, self._meter, self._model, self._judged, self._log = steps, meter, model, judged, log
+        self._steps, self._probe, self._model, self._judged, self._log = steps, probe, model, judged, log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The model before training, unless a run goes on."""
@@ -47,7 +46,7 @@ class Probing(TrainerCallback):
 
     def _look(self, control: Any) -> None:
         with self._judged():
-            found = self._meter.probe(self._model(), PROBE_ROWS)
+            found = self._probe(self._model(), PROBE_ROWS)
         if found is None:
             raise DataError(
                 "expected harmful rows with labels of two classes or more for probe_steps, got others: a probe has "

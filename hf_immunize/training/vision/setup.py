@@ -21,7 +21,7 @@ from hf_immunize.training.core.terms import IMMA, Rows, TermSettings, imma_train
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.forwards import Forwards
-from hf_immunize.training.vision.harmful_loss import refitted_head_loss
+from hf_immunize.training.vision.harmful_loss import refitted_answers_loss, refitted_head_loss
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics
@@ -66,7 +66,7 @@ def build_step(
 def attacked_task(
     forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], task: HarmfulTask
 ) -> AttackedTask:
-    """The error of a refitted head on harmful rows, of any copy of the model."""
+    """The error of a refitted head on harmful rows, of any copy of the model; ``task.asks`` says what it answers."""
     args = forwards.args
     layers = linear_sites(model, "lora", forwards.head) if args.attacker_rank and args.objective != "imma" else []
 
@@ -75,10 +75,15 @@ def attacked_task(
         forwards.frozen.hold(attacked)
         with same_draws(args.device, args.seed, "attack", step, attack_step, args.process_index):
             features = forwards.at_head(attacked, rows)
-        classes = task.classes
-        assert classes is not None  # the harmful task was refused without classes
-        horizons = [refitted_head_loss(features, rows["labels"].cpu(), t, classes) for t in args.horizons]
+        horizons = [refitted_loss(features, rows, t) for t in args.horizons]
         return torch.stack(horizons).min()  # an attacker takes the head that generalises best
+
+    def refitted_loss(features: Tensor, rows: dict[str, Any], horizon: float) -> Tensor:
+        if "answers" in rows:
+            return refitted_answers_loss(features, rows["answers"].cpu(), horizon)
+        classes = task.classes
+        assert classes is not None  # else there are answers
+        return refitted_head_loss(features, rows["labels"].cpu(), horizon, classes)
 
     return AttackedTask(model, layers, loss, args.seed)
 
