@@ -23,12 +23,15 @@ class AttackedTask:
         loss: given a model, the optimizer step and the attacker's step, the mean harmful loss over this rank's rows;
             the same draws whenever it is asked for the same.
         seed: of whatever else is drawn.
+        features: given the same, features of this rank's rows at the head (with a graph), their labels and the number
+            of classes, for attackers with a head of their own; None for models without one.
     """
 
     model: nn.Module
     layers: Sequence[str]
     loss: Callable[[nn.Module, int, int], Tensor]
     seed: int
+    features: Callable[[nn.Module, int, int], tuple[Tensor, Tensor, int]] | None = None
 
 
 class WeightObjective(Protocol):

@@ -70,17 +70,21 @@ def attacked_task(
     args = forwards.args
     layers = linear_sites(model, "lora", forwards.head) if args.attacker_rank and args.objective != "imma" else []
 
-    def loss(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
+    def features(attacked: nn.Module, step: int, attack_step: int) -> tuple[Tensor, Tensor, int]:
         rows = batch(step * (args.attacker_steps + 1) + attack_step)
         forwards.frozen.hold(attacked)
         with same_draws(args.device, args.seed, "attack", step, attack_step, args.process_index):
-            features = forwards.at_head(attacked, rows)
+            found = forwards.at_head(attacked, rows)
         classes = task.classes
         assert classes is not None  # the harmful task was refused without classes
-        horizons = [refitted_head_loss(features, rows["labels"].cpu(), t, classes) for t in args.horizons]
+        return found, rows["labels"], classes
+
+    def loss(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
+        found, labels, classes = features(attacked, step, attack_step)
+        horizons = [refitted_head_loss(found, labels.cpu(), t, classes) for t in args.horizons]
         return torch.stack(horizons).min()  # an attacker takes the head that generalises best
 
-    return AttackedTask(model, layers, loss, args.seed)
+    return AttackedTask(model, layers, loss, args.seed, features)
 
 
 def learn_attack(
