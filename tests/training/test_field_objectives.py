@@ -11,7 +11,12 @@ from step_builders import relative_error
 
 from hf_immunize.training.core.draws import generator_of
 from hf_immunize.training.core.field_terms import noise_discrepancy, probe_trap
-from hf_immunize.training.core.headed import inverse_cross_entropy, missing_entropy, uniform_divergence
+from hf_immunize.training.core.headed import (
+    gain_below_chance,
+    inverse_cross_entropy,
+    missing_entropy,
+    uniform_divergence,
+)
 
 AIMS = {
     "sophon_ice": (inverse_cross_entropy, "harmful_inverse_cross_entropy"),
@@ -50,6 +55,14 @@ def test_an_aim_is_its_formula_is_never_negative_and_has_its_gradient(name):
     assert 0 <= float(aim(best, labels)) < 1e-12
     sure = 40 * torch.nn.functional.one_hot(labels, 4).double()
     assert math.isfinite(float(aim(sure, labels))) and float(aim(sure, labels)) > 1  # p_y = 1 up to rounding
+
+
+def test_a_fresh_heads_gain_ends_at_chance():
+    labels, sure = torch.tensor([0, 1, 2, 0]), torch.nn.functional.one_hot(torch.tensor([0, 1, 2, 0]), 3).double()
+    losses = [-math.log(math.e**2 / (math.e**2 + 2))] * 4
+    assert float(gain_below_chance(2 * sure, labels)) == pytest.approx(1 - sum(losses) / 4 / math.log(3))
+    assert float(gain_below_chance(-2 * sure, labels)) == 0
+    assert torch.autograd.gradcheck(lambda x: gain_below_chance(x, labels), (2 * sure).requires_grad_())
 
 
 def test_the_noise_term_is_the_mmd_of_drawn_noise_and_zero_at_noise_itself():

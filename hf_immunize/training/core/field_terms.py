@@ -22,7 +22,7 @@ TRAP_STEPS = 3
 def noise_discrepancy(features_ND: Tensor, bandwidths: tuple[float, ...] = BANDWIDTHS) -> Tensor:
     """MMD² between the rows and N(0, I), mean over Gaussian kernels of several widths; ≥ 0, 0 for N(0, I) itself.
 
-    RepNoise's noise loss (Rosati et al. 2024, Representation Noising, equation 3 and section 3.2): harmful rows'
+    The noise loss of RepNoise (Rosati et al. 2024, Representation Noising, NeurIPS): harmful rows'
     representations are made indistinguishable from Gaussian noise. With k(x, y) = exp(−‖x − y‖²/2s), s = b·D, the
     expectations over the noise have a closed form (Gretton et al. 2012, Lemma 6, with Gaussian integrals), so that none
     is drawn:

@@ -6,9 +6,9 @@ The attacker starts at θ_0 = θ with a fresh head w_0 and descends the cross-en
 
 and the defender lowers the mean of S(f(θ_k, w_k; B_{k+1})) over k, to first order (∂θ_k/∂θ = I). S is one of:
 
-    inverse cross-entropy   −log(1 − p_y)           SOPHON, for classifiers (Deng et al. 2024, section IV)
-    uniform                 KL(U ‖ p)               SOPHON, the same section
-    entropy                 log C − H(p)            TAR's tamper-resistance loss (Tamirisa et al. 2025, section 4)
+    inverse cross-entropy   −log(1 − p_y)           SOPHON, for classifiers (Deng et al. 2024, IEEE S&P)
+    uniform                 KL(U ‖ p)               SOPHON
+    entropy                 log C − H(p)            TAR's tamper-resistance loss (Tamirisa et al. 2025, ICLR)
 
 Each is at least 0, so none needs a ceiling. SOPHON takes turns between this and natural training; here both gradients
 are of one step.
@@ -27,6 +27,7 @@ from hf_immunize.errors import ConfigError
 from hf_immunize.training.core.attacker import Attacker
 from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
 from hf_immunize.training.core.draws import generator_of
+from hf_immunize.training.core.habits import Habits, habits_of
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerm
 
 Aim = Callable[[Tensor, Tensor], Tensor]
@@ -55,13 +56,20 @@ def missing_entropy(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     return (classes.log() + (log_p.exp() * log_p).sum(dim=1)).mean()
 
 
+def gain_below_chance(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """relu(1 − L/log C), L the cross-entropy: how far below chance an attacker is, and no more to gain beyond it."""
+    loss = torch.nn.functional.cross_entropy(logits_NC, labels_N)
+    return torch.relu(1 - loss / torch.tensor(float(logits_NC.shape[1])).to(logits_NC).log())
+
+
 class HeadedAttack:
     """The mean of an aim over an attacker's steps, and its first-order gradient.
 
     Args:
         task: gives features of harmful rows of any copy of the model, with their labels.
         aim: S above.
-        steps, learning_rate, rank: the attacker's; rank 0 trains all weights.
+        steps, rank: the attacker's; rank 0 trains all weights.
+        habits: his optimizer and rate.
 
     Raises:
         ConfigError: a task without features and labels, as that of a denoiser.
@@ -70,17 +78,17 @@ class HeadedAttack:
     ceiling = float("inf")
     """Not used: every aim is bounded below."""
 
-    def __init__(self, task: AttackedTask, aim: Aim, *, steps: int, learning_rate: float, rank: int):
+    def __init__(self, task: AttackedTask, aim: Aim, *, steps: int, habits: Habits, rank: int):
         if task.features is None:
             raise ConfigError("expected an image classifier for an objective whose attacker has a head, got another "
                               "model: choose simulated_attack.")
-        self._task, self._aim, self._steps, self._rate = task, aim, steps, learning_rate
+        self._task, self._aim, self._steps, self._habits = task, aim, steps, habits
         self._attacker = Attacker(task.model, task.layers if rank else (), rank)
 
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean aim and its gradient at the weights of ``model``, by parameter name; equal on every rank."""
         attacker = self._attacker
-        attacker.start(model)
+        attacker.start(model, self._task.fresh(step) if self._task.fresh else {})
         attacker.draw_factors(self._task.seed, "lora", step)
         weights = [attacker.weights[name] for name in attacker.wanted]
         total = {parameter: torch.zeros_like(parameter) for parameter in weights}
@@ -91,7 +99,7 @@ class HeadedAttack:
             with torch.enable_grad():
                 logits, labels = self._logits(step, attack_step, head)
             if optimizer is None:
-                optimizer = torch.optim.AdamW([*attacker.trained, *head], lr=self._rate, weight_decay=0.0)
+                optimizer = self._habits.optimizer([*attacker.trained, *head], self._task.seed, step)
             if attack_step > 0:
                 with torch.enable_grad():
                     aim = self._aim(logits, labels)
@@ -143,9 +151,7 @@ class HeadedAttack:
 
 def build_headed(aim: Aim, task: AttackedTask, args: Any) -> HeadedAttack:
     """The attack that the options describe."""
-    return HeadedAttack(
-        task, aim, steps=args.attacker_steps, learning_rate=args.attacker_learning_rate, rank=args.attacker_rank
-    )
+    return HeadedAttack(task, aim, steps=args.attacker_steps, habits=habits_of(args), rank=args.attacker_rank)
 
 
 SOPHON_ICE = WeightTerm("harmful_inverse_cross_entropy", partial(build_headed, inverse_cross_entropy))

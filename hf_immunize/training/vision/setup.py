@@ -19,9 +19,10 @@ from hf_immunize.training.core.registry import AnyTerm, on_features, on_weights
 from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import IMMA, Rows, TermSettings, imma_training_loss
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
+from hf_immunize.training.vision.attackers import build_attacker, fresh_blocks
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.forwards import Forwards
-from hf_immunize.training.vision.harmful_loss import refitted_head_loss
+from hf_immunize.training.vision.harmful_loss import CHANCE, refitted_head_loss
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics
@@ -56,35 +57,53 @@ def build_step(
             **numbers_of(args, found),
         )
     if held := on_weights(terms):
-        attackers = {term: term.build(task, args) for term in held}
+        attackers = {term: build_attacker(term, task, args) for term in held}
         for attacker in attackers.values():
-            attacker.ceiling = 1.0  # chance: see refitted_head_loss
+            attacker.ceiling = CHANCE
         at_work = WeightTerms(attackers, strength=args.strength, **numbers_of(args, held))
     return Step(objective, at_work, meter, preconditioner=preconditioner)
 
 
 def attacked_task(
-    forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], task: HarmfulTask
+    forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], task: HarmfulTask,
+    depths: Sequence[str] = (),
 ) -> AttackedTask:
-    """The error of a refitted head on harmful rows, of any copy of the model."""
+    """The error of a refitted head on harmful rows, of any copy of the model.
+
+    Args:
+        depths: layers at whose inputs the defender holds that error up, in the place of the head's alone.
+    """
     args = forwards.args
     layers = linear_sites(model, "lora", forwards.head) if args.attacker_rank and args.objective != "imma" else []
 
-    def features(attacked: nn.Module, step: int, attack_step: int) -> tuple[Tensor, Tensor, int]:
+    def at(names: Sequence[str], attacked: nn.Module, step: int, attack_step: int) -> tuple[list[Tensor], Tensor, int]:
         rows = batch(step * (args.attacker_steps + 1) + attack_step)
         forwards.frozen.hold(attacked)
         with same_draws(args.device, args.seed, "attack", step, attack_step, args.process_index):
-            found = forwards.at_head(attacked, rows)
+            found = forwards.attacked(attacked, rows, names)
         classes = task.classes
         assert classes is not None  # the harmful task was refused without classes
         return found, rows["labels"], classes
 
-    def loss(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
-        found, labels, classes = features(attacked, step, attack_step)
-        horizons = [refitted_head_loss(found, labels.cpu(), t, classes) for t in args.horizons]
-        return torch.stack(horizons).min()  # an attacker takes the head that generalises best
+    def error(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+        """Of the head that generalises best, which an attacker would take."""
+        exact = args.attacker_second_order
+        errors = [refitted_head_loss(features, labels.cpu(), t, classes, exact=exact) for t in args.horizons]
+        return torch.stack(errors).min()
 
-    return AttackedTask(model, layers, loss, args.seed, features)
+    def features(attacked: nn.Module, step: int, attack_step: int) -> tuple[Tensor, Tensor, int]:
+        (found,), labels, classes = at([forwards.head], attacked, step, attack_step)
+        return found, labels, classes
+
+    def loss(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
+        return error(*features(attacked, step, attack_step))
+
+    def harm(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
+        found, labels, classes = at(depths, attacked, step, attack_step)
+        return torch.stack([torch.relu(CHANCE - error(rows, labels, classes)) for rows in found]).mean()
+
+    fresh = fresh_blocks(model, args.attacker_resets, forwards.head, args.seed)
+    return AttackedTask(model, layers, loss, args.seed, features, harm if depths else None, fresh)
 
 
 def learn_attack(
