@@ -23,7 +23,7 @@ from hf_immunize.records.depth import (
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
-from hf_immunize.records.plan import Plan, PlannedAttack
+from hf_immunize.records.plan import Plan, PlannedAttack, Plugin
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
 from hf_immunize.records.recheck import RecheckRecord, RepeatedTrial, SignedRecheck
 from hf_immunize.records.rule import RULE_VERSION, Rule
@@ -61,6 +61,7 @@ __all__ = [
     "Part",
     "Plan",
     "PlannedAttack",
+    "Plugin",
     "Provenance",
     "RecheckRecord",
     "Record",

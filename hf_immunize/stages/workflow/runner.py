@@ -15,6 +15,7 @@ from typing import Any
 from hf_immunize.errors import ConfigError, StageError
 from hf_immunize.stages.workflow.display import Display
 from hf_immunize.stages.workflow.launch import Launcher, end
+from hf_immunize.stages.workflow.live import ProgressPage
 from hf_immunize.stages.workflow.stages import Stage, depending
 from hf_immunize.stages.workflow.state import Lock, State
 
@@ -79,7 +80,8 @@ class Runner:
         known = {name: seconds for name in self.stages
                  if (seconds := (self.state.record(self.stages[name]) or {}).get("seconds"))}
         waiting = list(self.chosen)
-        with Display(len(self.chosen), known) as display, _interruptible():
+        page = ProgressPage(self.state.root, self.stages)
+        with Display(len(self.chosen), known, page=page) as display, _interruptible(), page:
             display.plan({name: self.stages[name].verb for name in why})
             for name, reason in why.items():
                 if not reason.startswith(("not run yet", "after ")):

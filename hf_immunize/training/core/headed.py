@@ -154,6 +154,7 @@ def build_headed(aim: Aim, task: AttackedTask, args: Any) -> HeadedAttack:
     return HeadedAttack(task, aim, steps=args.attacker_steps, habits=habits_of(args), rank=args.attacker_rank)
 
 
-SOPHON_ICE = WeightTerm("harmful_inverse_cross_entropy", partial(build_headed, inverse_cross_entropy))
-SOPHON_KLU = WeightTerm("harmful_uniform_divergence", partial(build_headed, uniform_divergence))
-TAR_ENTROPY = WeightTerm("harmful_missing_entropy", partial(build_headed, missing_entropy))
+_headed = partial(WeightTerm, tells_classes_apart=True)
+SOPHON_ICE = _headed("harmful_inverse_cross_entropy", partial(build_headed, inverse_cross_entropy))
+SOPHON_KLU = _headed("harmful_uniform_divergence", partial(build_headed, uniform_divergence))
+TAR_ENTROPY = _headed("harmful_missing_entropy", partial(build_headed, missing_entropy))

@@ -70,6 +70,8 @@ class WeightTerm:
     full_precision: bool = False
     tells_classes_apart: bool = False
     stops_closed_form: bool = False
+    sees_rows: bool = True
+    """Whether it asks for the loss on harmful rows, which for a classifier need classes."""
 
     def progress(self, value: float) -> float:
         """A number that falls as the term is minimised."""

@@ -87,6 +87,14 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
             "r2 for a regression head."
         },
     )
+    probe_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between two looks of a ridge probe at held-out harmful rows (harmful_eval_dataset, split "
+            "'probe' of harmful_splits; without them at those that are trained on), logged as harmful_probe. Decides "
+            "nothing. 0: off."
+        },
+    )
     learning_rate: float = field(
         default=3e-4,
         metadata={"help": "Initial learning rate. TrainingArguments' own default, 5e-5, hardly moves a term."},
@@ -156,7 +164,7 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         """Raise ConfigError for values no run can use."""
         super().check_options()
         check_attacker(self)
-        names = ("memorization", "feature_distillation", "feature_bank_rows", "precondition_ridge")
+        names = ("memorization", "feature_distillation", "feature_bank_rows", "precondition_ridge", "probe_steps")
         refuse_below(self, dict.fromkeys((*names, "dataloader_timeout"), 0))
         if self.load_best_model_at_end and (self.max_primary_drop is not None or self.ema_decay):
             raise ConfigError(

@@ -20,7 +20,7 @@ from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics, unlearned_statistics
 from hf_immunize.training.vision.primary import REGRESSION
 
-_NOT_INPUTS = ("labels", "classes", "harmful")
+_NOT_INPUTS = ("labels", "classes", "answers", "harmful")
 """What a batch holds besides the arguments of a forward without loss."""
 
 
