@@ -121,7 +121,7 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         default=0,
         metadata={
             "help": "Features of past steps that are measured along with each batch, without gradient; for spectra of "
-            "features wider than the batch. Rows per site and side, on every device. 0: off."
+            "features wider than the batch. Rows per site and task, on every device. 0: off."
         },
     )
     precondition_gradients: str | None = field(
