@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from hf_immunize.attacks.core.shape import Attack
+from hf_immunize.attacks.core.shape import NEEDS, Attack
 from hf_immunize.attacks.vision import ATTACKS
 from hf_immunize.errors import ConfigError
 from hf_immunize.plugins import origin
@@ -23,7 +23,7 @@ def register_attack(name: str, attack: Attack) -> Attack:
 
     Raises:
         ConfigError: the name is taken, no identifier or begins with ``benign_``; a config that is no frozen dataclass
-            with a docstring; code without a source that can be read.
+            with a docstring; a need that no exam knows; code without a source that can be read.
     """
     table = _table(name)
     if name in table or not name.isidentifier() or name.startswith(BENIGN):
@@ -37,6 +37,8 @@ def register_attack(name: str, attack: Attack) -> Attack:
             f"expected a frozen dataclass with a docstring as the config of {name!r}, got {config!r}: write "
             "@dataclass(frozen=True), and make its fields by hf_immunize.attacks.setting."
         )
+    if unknown := sorted(set(attack.needs) - set(NEEDS)):
+        raise ConfigError(f"expected needs of {name!r} among {sorted(NEEDS)}, got {unknown}: no exam gives others.")
     made = dataclasses.replace(attack, plugin=origin(sys._getframe(1)))
     if name.startswith(ON_PIPELINES):
         from hf_immunize.attacks.diffusion import guarded

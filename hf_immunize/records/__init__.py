@@ -13,6 +13,14 @@ from hf_immunize.records.certificate import (
     Utility,
     VerdictName,
 )
+from hf_immunize.records.depth import (
+    PROFILE_FILE,
+    DepthPoint,
+    DepthProfile,
+    DepthProposal,
+    DepthRule,
+    ResetPoint,
+)
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
@@ -28,6 +36,7 @@ from hf_immunize.records.utility import Answers, Losses, UtilityRows
 __all__ = [
     "Adaptation",
     "HUB_SOURCE",
+    "PROFILE_FILE",
     "RULE_VERSION",
     "RUN_FILE",
     "SCHEMA_VERSION",
@@ -39,6 +48,10 @@ __all__ = [
     "Cell",
     "Certificate",
     "DatasetFingerprint",
+    "DepthPoint",
+    "DepthProfile",
+    "DepthProposal",
+    "DepthRule",
     "Evaluation",
     "FamilyVerdict",
     "FrechetGap",
@@ -56,6 +69,7 @@ __all__ = [
     "RecheckRecord",
     "Record",
     "RepeatedTrial",
+    "ResetPoint",
     "Rule",
     "RunRecord",
     "Side",

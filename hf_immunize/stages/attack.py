@@ -70,9 +70,8 @@ class AttackOptions:
                                       "default.")
     task: str = option("harmful", "harmful: attack. benign: learn the benign task, which a good immunization does not "
                        "hinder.", "--concept")
-    base_path: str | None = option(None, "Classifiers: folder of the base, where the attackers of this exam hold it "
-                                   "too (it is public): attacks that compare with it then run. Give it for every role "
-                                   "or for none.")
+    base_path: str | None = option(None, "Classifiers: folder of the base, if it is public, so that attackers can use "
+                                   "it too: attacks that compare with it then run. Give it for every role or for none.")
     control_path: str | None = option(None, "For role subject: folder of the base with its traces/control. Budgets and "
                                       "ranges then follow what the base's attackers needed, as a preset asks; run "
                                       "files and Exam say it.")

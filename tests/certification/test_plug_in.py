@@ -35,6 +35,8 @@ def test_a_certificate_rests_on_the_code_that_it_names(tmp_path, monkeypatch, ex
         trace = AttackTrace.read(next((subject / "traces" / "subject").glob("bias_finetune__*")))
         assert trace.config["plugin"] == item.plugin.sha256
         assert not failed(subject), "the same plug-in is here"
+        assert any(line.startswith("other parameter-efficient fine-tuning") for line in certificate.not_run), (
+            "a family by its author's word covers no line of the checklist")
 
     with plugged(monkeypatch):
         (told,) = failed(subject, rejudge=False)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import record_builders as build
@@ -240,3 +241,16 @@ def test_the_page_shows_outcome_and_verdicts_that_are_there(tmp_path):
     certificate = Certificate.read(folder / "certificate.json")
     assert f"<h2>{folder.name}</h2>" in shown and f"<b>{certificate.overall}</b>" in shown
     assert all(cell.attack in shown for cell in certificate.cells) and "<script" not in shown
+
+
+def test_a_script_gets_plain_data_alone(job, capsys, monkeypatch, tmp_path_factory):
+    certificate = Certificate.read(build.exam_folder(tmp_path_factory.mktemp("real")) / "certificate.json")
+    monkeypatch.setattr(run_stage, "Certificate", SimpleNamespace(read=lambda path: certificate))
+    run_stage.main([str(job / "run.yaml"), "--json"], prog="hf-immunize run")
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert sorted(told["stages"]) == sorted(ALL) and told["output_dir"] == str(job)
+    assert "base is made" in printed.err and set(told["models"]) == {"one", "two"}
+    assert told["models"]["one"]["overall"] == certificate.overall and "lora" in told["models"]["one"]["cells"]
+    run_stage.main([str(job / "run.yaml"), "--json", "--dry_run"], prog="hf-immunize run")
+    assert json.loads(capsys.readouterr().out)["stages"] == {}

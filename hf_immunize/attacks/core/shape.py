@@ -121,6 +121,10 @@ _LACKING = {
 }
 
 
+NEEDS = tuple(_LACKING)
+"""What an attacker may hold beside the model and harmful data."""
+
+
 def lacking(attack_needs: Sequence[str], context: Any) -> str | None:
     """Why an attack with these needs does not apply, or None."""
     return next((_LACKING[need] for need in attack_needs if getattr(context, need) is None), None)
