@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_immunize.report import render_report
     from hf_immunize.stages.api.exam import Exam
     from hf_immunize.stages.api.immunizing import immunize
+    from hf_immunize.stages.api.profiling import profile
     from hf_immunize.stages.api.result import ExamResult
     from hf_immunize.stages.api.trainer import ImmunizationTrainer
     from hf_immunize.training import ImmunizationConfig, Term, register_objective, weight_term
@@ -38,6 +39,7 @@ _HOMES = {
     "Exam": "stages.api.exam",
     "ExamResult": "stages.api.result",
     "immunize": "stages.api.immunizing",
+    "profile": "stages.api.profiling",
     # linear models
     "LinearImmunizer": "linear",
     # evidence and publishing
@@ -60,6 +62,7 @@ __all__ = [
     "add_head",
     "immunize",
     "load_verified",
+    "profile",
     "publish",
     "register_attack",
     "register_family",

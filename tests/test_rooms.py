@@ -167,7 +167,7 @@ def test_second_derivatives_are_taken_in_one_place_and_on_the_math_kernel():
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         if {node.arg for node in nodes if isinstance(node, ast.keyword)} & {"create_graph", "hessian", "hvp"}:
             found.add(path.relative_to(PACKAGE).as_posix())
-    assert found == {"training/diffusion/unrolled.py"}
+    assert found == {"training/core/unrolled.py"}
     tree = ast.parse((PACKAGE / found.pop()).read_text(encoding="utf-8"))
     entered = [ast.unparse(item.context_expr) for node in ast.walk(tree) if isinstance(node, ast.With)
                for item in node.items]

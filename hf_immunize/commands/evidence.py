@@ -32,7 +32,7 @@ RecheckCount = Annotated[
 ]
 ReattackCount = Annotated[
     int, typer.Option(help="Search afresh: this many attacks with settings and seeds of your own draw, on the model "
-                      "and on its base; the strongest is told.", min=0)
+                      "and on its base; the strongest is reported.", min=0)
 ]
 Base = Annotated[
     str | None, typer.Option(help="Folder or Hub id of the base; its weights must be the certificate's control. By "

@@ -6,6 +6,7 @@ STAGES = {
     "run": "Run all stages of a run file, or go on where it stopped.",
     "fetch": "Bring a trained model into a folder of its own.",
     "pretrain": "Train the base, or its head: classifiers, and small class-conditional denoisers.",
+    "profile": "Look where along a classifier's depth the harmful task lies, before defending it.",
     "immunize": "Immunize a classifier or a diffusion pipeline against a harmful task.",
     "attack": "Attack a model as a stranger would, and keep one trace per run.",
     "certify": "Judge an attacked model against its attacked base.",

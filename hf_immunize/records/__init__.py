@@ -12,6 +12,14 @@ from hf_immunize.records.certificate import (
     Utility,
     VerdictName,
 )
+from hf_immunize.records.depth import (
+    PROFILE_FILE,
+    DepthPoint,
+    DepthProfile,
+    DepthProposal,
+    DepthRule,
+    ResetPoint,
+)
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
@@ -26,6 +34,7 @@ from hf_immunize.records.utility import Answers, Losses, UtilityRows
 
 __all__ = [
     "HUB_SOURCE",
+    "PROFILE_FILE",
     "RULE_VERSION",
     "RUN_FILE",
     "SCHEMA_VERSION",
@@ -36,6 +45,10 @@ __all__ = [
     "Cell",
     "Certificate",
     "DatasetFingerprint",
+    "DepthPoint",
+    "DepthProfile",
+    "DepthProposal",
+    "DepthRule",
     "Evaluation",
     "FamilyVerdict",
     "FrechetGap",
@@ -53,6 +66,7 @@ __all__ = [
     "RecheckRecord",
     "Record",
     "RepeatedTrial",
+    "ResetPoint",
     "Rule",
     "RunRecord",
     "Side",

@@ -65,9 +65,8 @@ class AttackOptions:
                                       "default.")
     task: str = option("harmful", "harmful: attack. benign: learn the benign task, which a good immunization does not "
                        "hinder.", "--concept")
-    base_path: str | None = option(None, "Classifiers: folder of the base, where the attackers of this exam hold it "
-                                   "too (it is public): attacks that compare with it then run. Give it for every role "
-                                   "or for none.")
+    base_path: str | None = option(None, "Classifiers: folder of the base, if it is public, so that attackers can use "
+                                   "it too: attacks that compare with it then run. Give it for every role or for none.")
     attack_fraction: float = option(0.8, "Share of each class of the attack split that one seed trains on.")
     feature_module: str | None = option(None, "Classifiers: head whose input is probed; found automatically by "
                                         "default.")

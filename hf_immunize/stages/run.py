@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
                         "verb; may be repeated. What they need has to be done.")
     parser.add_argument("--from", dest="again", action="append", metavar="NAME", help="Run this stage anew though "
                         "nothing changed, and all that needs it; may be repeated.")
-    parser.add_argument("--jobs", type=int, help="Stages side by side; the run file's jobs by default.")
+    parser.add_argument("--jobs", type=int, help="Stages that run at the same time; the run file's jobs by default.")
     parser.add_argument("--accelerate_config", "--accelerate-config", metavar="FILE.yaml",
                         help="Option file of accelerate "
                         "launch for the stages that train; the run file's hardware by default.")

@@ -24,6 +24,7 @@ from hf_immunize.stages.checks.options import Parsed
 from hf_immunize.stages.checks.rows import Side
 from hf_immunize.stages.checks.uplift import check_uplift
 from hf_immunize.stages.dry_run import image_shape
+from hf_immunize.stages.workflow.depth import depth_finding, find_profile
 from hf_immunize.stages.workflow.run_file import RunFile
 from hf_immunize.stages.workflow.stages import BASE, Stage
 from hf_immunize.tasks import find_family
@@ -71,12 +72,14 @@ def check_classifier(
         found.append(check_uplift(_weights_of(run, parsed), known.processor, sides["harmful"]))
     rows = {name: len(side.chosen) for name, side in sides.items()}
     seconds = _seconds_per_row(known, max(1, (os.cpu_count() or 1) // run.jobs))
-    total = 0.0
+    total, profile = 0.0, find_profile(run.output_dir)
     for name, section in run.models.items():
         if section is None or name not in parsed:
             continue
         try:
             found += _sites(known, name, parsed[name])
+            if profile is not None:
+                found.append(depth_finding(profile, known.model, name, parsed[name][2].trainable_modules))
             found.append(_memory(known, name, parsed[name]))
         except ImmunizeError as error:
             found.append(Finding(f"model {name}", "fails", str(error)))

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.plugins import load_plugins
 from hf_immunize.training.core.attack_terms import SIMULATED_TERM
+from hf_immunize.training.core.field_terms import REP_NOISE, TRAP
+from hf_immunize.training.core.headed import SOPHON_ICE, SOPHON_KLU, TAR_ENTROPY
 from hf_immunize.training.core.terms import (
     ADVERSARY,
     GROUP_KAPPA,
@@ -30,7 +32,17 @@ OBJECTIVES: dict[str, tuple[AnyTerm, ...]] = {
     "closed_form_adversary": (ADVERSARY,),
     "imma": (IMMA,),
     "simulated_attack": (SIMULATED_TERM,),
+    "sophon_ice": (SOPHON_ICE,),
+    "sophon_klu": (SOPHON_KLU,),
+    "tar_entropy": (TAR_ENTROPY,),
+    "rep_noise": (REP_NOISE,),
+    "trap": (TRAP,),
 }
+
+COPYING = frozenset(
+    name for name, terms in OBJECTIVES.items() if any(isinstance(term, WeightTerm) for term in terms)
+)
+"""Built-in objectives whose attackers train a copy of the model."""
 
 
 def register_objective(name: str, *terms: AnyTerm) -> None:

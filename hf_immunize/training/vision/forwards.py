@@ -121,6 +121,14 @@ class Forwards:
             self.features(bare, bare, inputs)
         return caught
 
+    def attacked(self, bare: nn.Module, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
+        """One row per image of the named inputs, of a simulated attacker's copy; BatchNorm as he was told."""
+        batch = self.args.attacker_norms == "batch"
+        held = unlearned_statistics(bare) if batch else frozen_statistics(bare, every=True)
+        with held, self.context(), capture_inputs(bare, self.laid_out(names)) as caught:
+            self.features(bare, bare, inputs)
+        return [caught[name] for name in names]
+
     def at_head(self, bare: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """One row per image of the head's input, of any copy of the model; harmful rows teach no statistics."""
         with frozen_statistics(bare, every=True), self.context():

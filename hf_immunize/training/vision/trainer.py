@@ -187,7 +187,9 @@ class ImmunizationTrainer(StrictTrainer):
         sample = torch.as_tensor(row["pixel_values"])
         refuse_terms(args, self.terms)
         self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
-        self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
+        depths = args.attacker_depths
+        self._depths = list(choose_sites(model, depths, None, self.site, sample)) if depths else []
+        self.layouts = choose_layouts(model, [*self.site_weights, self.site, *self._depths], args.site_layouts, row)
         self.frozen = FrozenPart(model, sample.shape)
         self._cache: FeatureCache | None = None
 
@@ -207,7 +209,7 @@ class ImmunizationTrainer(StrictTrainer):
             layers=list(self.preconditioner.layers) if self.preconditioner else [], layouts=self.layouts,
             frozen=self.frozen, attacker=self.attacker, context=self.compute_loss_context_manager,
         )
-        task = attacked_task(self.forwards, model, self._attack_batch, self.harmful_task)
+        task = attacked_task(self.forwards, model, self._attack_batch, self.harmful_task, self._depths)
         self.settings = settings_of(args, self.harmful_task.classes)
         self.step = build_step(
             args, self.terms, self.settings, self.site_weights, task, self.preconditioner, self.meter
