@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from hf_immunize.errors import HubError, ImmunizeError, PolicyUnmetError, PublishRefusedError, VerificationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 UNSOUND, UNMET, NO_HUB = 3, 4, 5
 CODES = "Exit codes: 0 done, 1 error, 2 usage, 3 files that are not what the certificate says, 4 policy, 5 the Hub."
@@ -23,6 +24,7 @@ STAGES = {
     "run": "Run all stages of a run file, or go on where it stopped.",
     "fetch": "Bring a trained model into a folder of its own.",
     "pretrain": "Train the base, or its head: classifiers, and small class-conditional denoisers.",
+    "profile": "Look where along a classifier's depth the harmful task lies, before defending it.",
     "immunize": "Immunize a classifier or a diffusion pipeline against a harmful task.",
     "attack": "Attack a model as a stranger would, and keep one trace per run.",
     "certify": "Judge an attacked model against its attacked base.",
@@ -40,6 +42,15 @@ class Stage(TyperCommand):
         """Leave every word to the stage."""
         ctx.args = list(args)
         return ctx.args
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Flags of the stage, and names of presets; a shell offers files where nothing fits."""
+        from hf_immunize.commands.completion import offered
+
+        # typer brings click along under a name of its own since 0.25, and used it as it is before
+        core = next(kind.__module__ for kind in TyperCommand.__mro__ if kind.__name__ == "Command")
+        item = import_module(f"{core.rpartition('.')[0]}.shell_completion").CompletionItem
+        return [item(word) for word in offered(self.name or "", incomplete)]
 
     def invoke(self, ctx: Any) -> Any:
         """Run the stage; a number that it returns is an exit code."""
@@ -94,6 +105,9 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 def say(what: Any) -> None:
     """Print data as JSON, a table as a table, and text as it is."""
+    from rich.console import Console  # a third of the time that --help would take
+    from rich.text import Text
+
     if isinstance(what, dict | list):
         sys.stdout.write(json.dumps(what, indent=1, ensure_ascii=False) + "\n")
     else:
@@ -102,4 +116,6 @@ def say(what: Any) -> None:
 
 def errors() -> Console:
     """Where errors and hints go."""
+    from rich.console import Console
+
     return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)

@@ -51,7 +51,7 @@ def lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str]) -> list
     lines = [*_effort(told), *_rates(told)]
     if not any(trace.role == "scratch" for trace in told):
         lines.append("training from scratch as the ceiling")
-    families = {trace.family for trace in told}
+    families = {trace.family for trace in told if not trace.config.get("plugin")}  # whose family is its author's word
     lines += [text for family, text in _FAMILIES_MISSING.items() if family not in families]
     lines += [text for name, text in _ATTACKS_MISSING.items() if name not in ran]
     trained = [trace.config for trace in told if "scheduler" in trace.config]

@@ -227,15 +227,14 @@ def test_layers_are_trained_from_the_input_side_one_after_the_other(make_context
     told = config("layerwise_finetune", steps=8, share=0.5, parts=2)
     model = first.layerwise(context, Run(told, "x", 0)).train()
     trained = []
-    for _ in range(5):
-        model(pixel_values=context.attack.pixel_values[:2])
+    for step in range(5):
+        model.before_step(step)
         trained.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
     early, late = "vit.layers.0.mlp.fc1.weight", "vit.layers.3.mlp.fc1.weight"
     assert [early in names for names in trained] == [True, True, False, False, True]
     assert [late in names for names in trained] == [False, False, True, True, True]
     assert all("classifier.weight" in names for names in trained)
     assert "vit.embeddings.cls_token" in trained[0] and "vit.layernorm.weight" in trained[2]
-    model.eval()(pixel_values=context.attack.pixel_values[:2])  # judging is no step
     result = only(context, "layerwise_finetune", told)
     assert [point.step for point in result.curve] == evaluation_steps(8, 1.5)
 
