@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from hf_immunize.commands.verbs import STAGES
 from hf_immunize.errors import HubError, ImmunizeError, PolicyUnmetError, PublishRefusedError, VerificationError
 
 if TYPE_CHECKING:
@@ -17,22 +18,6 @@ if TYPE_CHECKING:
 
 UNSOUND, UNMET, NO_HUB = 3, 4, 5
 CODES = "Exit codes: 0 done, 1 error, 2 usage, 3 files that are not what the certificate says, 4 policy, 5 the Hub."
-
-STAGES = {
-    "init": "Look at a model and its data, and write one run file for the whole main job.",
-    "plan": "Check a run file without training: data, model, memory, disk, time.",
-    "run": "Run all stages of a run file, or go on where it stopped.",
-    "fetch": "Bring a trained model into a folder of its own.",
-    "pretrain": "Train the base, or its head: classifiers, and small class-conditional denoisers.",
-    "profile": "Look where along a classifier's depth the harmful task lies, before defending it.",
-    "immunize": "Immunize a classifier or a diffusion pipeline against a harmful task.",
-    "attack": "Attack a model as a stranger would, and keep one trace per run.",
-    "certify": "Judge an attacked model against its attacked base.",
-    "cards": "Render the cards of finished runs, without weights and traces.",
-    "linear": "Immunize linear models, from one YAML.",
-    "recipes": "List the preset option files of this package, or copy them.",
-}
-"""Verbs that are modules of ``hf_immunize.stages``, imported when they are called: help must not wait for torch."""
 
 
 class Stage(TyperCommand):
@@ -47,7 +32,7 @@ class Stage(TyperCommand):
         """Flags of the stage, and names of presets; a shell offers files where nothing fits."""
         from hf_immunize.commands.completion import offered
 
-        # typer brings click along under a name of its own since 0.25, and used it as it is before
+        # newer releases of typer bring click along under a name of their own, older ones use it as it is
         core = next(kind.__module__ for kind in TyperCommand.__mro__ if kind.__name__ == "Command")
         item = import_module(f"{core.rpartition('.')[0]}.shell_completion").CompletionItem
         return [item(word) for word in offered(self.name or "", incomplete)]

@@ -14,6 +14,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from hf_immunize.commands.verbs import STAGES
 from hf_immunize.errors import ConfigError
 
 FILE = Path(__file__).with_name("flags.json")
@@ -68,7 +69,6 @@ def all_flags(verb: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    from hf_immunize.commands.app import STAGES
     from hf_immunize.records import atomic_write
 
     atomic_write(FILE, json.dumps({verb: all_flags(verb) for verb in STAGES}, indent=1) + "\n")

@@ -20,7 +20,7 @@ _ATTACKS_MISSING = {
     "mixed_finetune": "harmful data mixed with benign data",
     "augmented_finetune": "other augmentation",
     "canonical_finetune": "undoing changes of coordinates that keep the function (normal form, then fine-tuning)",
-    "relative_finetune": "optimizers whose steps are relative to each tensor (LAMB, Adafactor)",
+    "relative_finetune": "optimizers whose steps are relative to each tensor (LAMB, LARS, Adafactor)",
     "lora_all_linear": "LoRA on every linear layer at ordinary settings",
     "canonical_lora": "LoRA on every linear layer of the normal form",
     "heal_finetune": "healing first: tuning on noisy images towards the model's own outputs",

@@ -242,7 +242,7 @@ def test_publishing_again_what_was_downloaded(hub, tmp_path):
 def test_a_policy_for_a_whole_preset(tmp_path):
     folder = failing(tmp_path)
     policy = asking(exam="quick")
-    assert "not run: linear_probe_gd" in message(verify_folder(folder, policy=policy), "policy")
+    assert "not run: standardized_probe_adam" in message(verify_folder(folder, policy=policy), "policy")
     cells = Certificate.read(folder / "certificate.json").cells
     from hf_immunize.exam import PROTOCOLS
 

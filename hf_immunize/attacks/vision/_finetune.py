@@ -39,7 +39,7 @@ class FinetuneConfig:
     steps: int = setting(100, "Budget in optimizer steps.")
     batch_size: int = setting(32, "Rows per step.", search=(8, 16, 32))
     optimizer: str = setting("adamw_torch_fused", "TrainingArguments.optim, e.g. sgd, adafactor; or sgd_momentum, "
-                             "muon, lamb, adafactor_relative.")
+                             "muon, lamb, lars, adafactor_relative.")
     scheduler: str = setting("constant", "TrainingArguments.lr_scheduler_type; the ones with_warmup obey warmup_steps.",
                              search=("constant_with_warmup", "linear", "cosine"))
     warmup_steps: int = setting(0, "Steps of linear warm-up.", search=(0, 10))
