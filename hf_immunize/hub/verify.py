@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from hf_immunize.errors import RecordError
+from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.exam.presets import known_attack
 from hf_immunize.hub.applicability import inapplicable_attacks
 from hf_immunize.hub.card_check import check_card, examined_on
 from hf_immunize.hub.demands import code_in, elsewhere_in, is_configuration
@@ -46,7 +47,8 @@ def verify_folder(
         trusted_key: public key (hexadecimal, or a file) whose signature is required.
         checker_keys: public keys of those whose signed rechecks count.
         today: the date that expiry is judged by; the current one (UTC) by default.
-        rejudge: also recompute every verdict from the traces. Needs torch, which nothing else here does.
+        rejudge: also recompute every verdict from the traces. Needs torch, which nothing else here does but
+            a certificate with the attack of a plug-in.
 
     Raises:
         RecordError: there is no such folder.
@@ -82,6 +84,7 @@ def examine(
             _check_age(certificate, sealed, inventory, findings)
         check_weights(certificate, inventory, findings, sealed)
         _check_traces(certificate, inventory, findings)
+        _check_plugins(certificate, findings)
         _check_loading(certificate, inventory, findings)
         _check_expiry(certificate, today or datetime.datetime.now(datetime.UTC).date(), findings)
         signed_by = _check_signature(key, sealed if published else None, inventory, findings)
@@ -188,6 +191,26 @@ def _check_trace(name: str, certificate: Certificate, inventory: Inventory, find
     if trace.attack not in told:
         findings.fail("trace-omitted", name, f"the certificate leaves out the attack {trace.attack!r} that this trace "
                       "is of: no attack that was run may be omitted.")
+
+
+def _check_plugins(certificate: Certificate, findings: Findings) -> None:
+    """Attacks that are no part of this package: what rests on code that is not here cannot be believed."""
+    if certificate.plan is None:
+        return
+    for item in certificate.plan.attacks:
+        if item.plugin is None and known_attack(item.attack) is None:
+            findings.fail("plugin", CERTIFICATE, f"its attack {item.attack!r} is none of this release, and no "
+                          "plug-in is told to be behind it: nobody can say what was done.")
+    if not any(item.plugin for item in certificate.plan.attacks):
+        return
+    from hf_immunize.certification.plugins import plan_problems
+
+    try:
+        problems = plan_problems(certificate.plan)
+    except ConfigError as error:
+        problems = [str(error)]
+    for problem in problems:
+        findings.fail("plugin", CERTIFICATE, f"{problem}.")
 
 
 def _check_rows(name: str, certificate: Certificate, inventory: Inventory, findings: Findings) -> None:

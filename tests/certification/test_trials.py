@@ -8,6 +8,7 @@ import pytest
 from tiny_exam import SETTINGS, blobs
 
 from hf_immunize.attacks import ATTACKS, AttackContext, run_suite
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.certification import build_certificate
 from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.curves import LEAST_SCORE, compare_trial
@@ -45,7 +46,7 @@ class Blobs:
 
 
 def sit(root, source, exam_data, settings, *, seeds=(0, 1, 2), fraction=0.8, base_held=False, benign=None,
-        module=None, tuning=None, halves=False, trials=None):
+        module=None, tuning=None, halves=False, trials=None, means=None):
     """An exam of ``source`` against itself under these circumstances, certified; the folder and its bench."""
     data, splits = exam_data
     base, subject = root / "base", root / "subject"
@@ -53,7 +54,8 @@ def sit(root, source, exam_data, settings, *, seeds=(0, 1, 2), fraction=0.8, bas
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("traces"))
     for folder, role in ((subject, "subject"), (base, "control")):
         context = AttackContext(folder=folder, role=role, data=data.harmful, attack_fraction=fraction, benign=benign,
-                                base=base if base_held else None, feature_module=module, **splits)
+                                base=base if base_held else None, feature_module=module,
+                                means=means or Means(), **splits)
         for part in ([seeds[:1], seeds] if halves else [seeds]):
             run_suite(context, ATTACKS, list(settings), part, folder, settings, tuning_seeds=tuning, trials=trials)
     protocol = Protocol(attacks=tuple(settings), seeds=tuple(seeds))
@@ -77,10 +79,12 @@ CIRCUMSTANCES = {
                              {"benign": blobs(30, 9, 3)}),
     "interrupted and taken up again": (SETTINGS, {"halves": True}),
     "one seed": (SETTINGS, {"seeds": (0,)}),
+    "networks trained in bfloat16, some rows at a time": (STEPS, {"means": Means("bf16", 5), "seeds": (0, 1)}),
 }
 
 
-QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed")
+QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed",
+         "networks trained in bfloat16, some rows at a time")
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,8 @@ QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module
 def test_honest_certificates_are_not_accused_whatever_the_circumstances(tmp_path, trained_base, exam_data, name):
     settings, told = CIRCUMSTANCES[name]
     subject, bench = sit(tmp_path, trained_base, exam_data, settings, **told)
+    plan = Certificate.read(subject / "certificate.json").plan
+    assert plan.means == told.get("means", Means()).described
     for seed in range(2):
         record = repeat_trials(subject, bench, 3, seed)
         assert record.holds and len(record.trials) == min(3, record.drawn_from), record

@@ -375,7 +375,9 @@ class DiffusionImmunizationTrainer:
 
     def _guard_step(self) -> None:
         with self._judged_weights():
-            self._guarded.check(self.step, self._points(), last=self.step)
+            found = self._guarded.check(self.step, self._points(), last=self.step)
+        if self.accelerator.log_with:
+            self.accelerator.log(found, step=self.step)
 
     def _refuse_ruined(self) -> None:
         self.watch.settle()
