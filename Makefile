@@ -16,7 +16,7 @@ NUMERICS += tests/attacks/diffusion/test_diffusion_attacks.py tests/diffusion/te
 NUMERICS += tests/training/test_frozen.py tests/training/test_gradients.py tests/training/test_imma_lora.py
 NUMERICS += tests/training/test_resume.py
 
-.PHONY: demo cards newcomer release test test-kernels slow gpu clean
+.PHONY: demo cards newcomer docs notebooks release test test-kernels slow gpu clean
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,20 @@ demo: $(VENV)/demo.stamp
 cards: demo
 	$(RUN) recipes/cards.py --output model_cards/digits-vit \
 		--model_paths runs/digits-vit/condition_number runs/digits-vit/closed_form_adversary
+
+$(VENV)/docs.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check $(PIN) -e ".[docs]"
+	touch $@
+
+# The site in build/site, strictly; the notebooks are executed first, in kernels of their own, and have to end well.
+docs: $(VENV)/docs.stamp
+	$(RUN) docs/tools/notebooks.py --check
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# The outputs that the notebooks of docs/ hold.
+notebooks: $(VENV)/docs.stamp
+	$(RUN) docs/tools/notebooks.py
 
 # A newcomer's three commands on a folder of images, with this clone's package.
 newcomer: $(VENV)/demo.stamp

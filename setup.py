@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent
 
 
 def absolute(text: str, repository: str) -> str:
-    """The text with every relative link of Markdown led to the repository."""
+    """The text with every relative link of Markdown led to the repository; pictures to the files themselves."""
+    text = re.sub(r"(!\[[^\]]*\])\((?!https?:)([^)\s]+)\)", rf"\1({repository}/raw/main/\2)", text)
     return re.sub(r"\]\((?!https?:|#|mailto:)([^)\s]+)\)", rf"]({repository}/blob/main/\1)", text)
 
 

@@ -1,11 +1,13 @@
-"""Peak memory of training from 1,000 to 50,000 rows: vision data of every kind, and encoded diffusion conditions.
+"""Peak memory from 1,000 to 50,000 rows: training on vision data of every kind and on encoded diffusion conditions,
+and attacks whose validation and test images lie on disk.
 
     OMP_NUM_THREADS=1 python benchmarks/data_memory.py [--rows 1000 10000 50000] [--size 64] [--steps 5] [--case NAME]
 
 Vision: JPEG files in an Arrow table on disk (256 different pictures, again and again), as primary and as harmful
 rows of a tiny random ViT: a table with a transform, a stream of it, a torch Dataset of the user's own, and what the
 recipes' ``preprocess`` gives. Diffusion: latents and text conditions in a ``RowStore``, of a tiny UNet; beside it the
-same rows in memory, for comparison. A few steps each, in a process of its own. Told are the peak of memory that the
+same rows in memory, for comparison. Attacks: full fine-tuning and a ridge probe of the same ViT, trained on 64 rows of
+the table and judged on all others. A few steps each, in a process of its own. Told are the peak of memory that the
 process itself holds (RssAnon, looked at every 20 ms), libraries included; the peak of what is resident in all, with
 pages of mapped files that the system drops when it needs room; and what the rows' float32 tensors would take. Random
 pictures and weights show memory alone.
@@ -28,7 +30,7 @@ import torch
 from memory import highest_resident
 
 PICTURES, CLASSES, TOKENS, WIDTH, SIDE = 256, 10, 16, 256, 8
-VISION = ("table with a transform", "stream", "torch Dataset", "recipes' preprocess")
+VISION = ("table with a transform", "stream", "torch Dataset", "recipes' preprocess", "attack")
 DIFFUSION = ("conditions on disk", "conditions in memory")
 
 
@@ -99,16 +101,37 @@ def vision_rows(case: str, place: Path) -> Any:
     return preprocess(table, processor, label_names=names, name="rows", keep_bytes=0)
 
 
-def train_vision(case: str, place: Path, size: int, steps: int) -> None:
-    """A few steps of the vision trainer."""
+def tiny_vit(size: int) -> Any:
+    """Random weights."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    from hf_immunize import ImmunizationConfig, ImmunizationTrainer
-
-    model = ViTForImageClassification(ViTConfig(
+    return ViTForImageClassification(ViTConfig(
         image_size=size, patch_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=64, num_labels=CLASSES,
     ))
+
+
+def attack_vision(place: Path, size: int, steps: int) -> None:
+    """One run each of an attack that trains the network and of one that solves for a probe."""
+    from hf_immunize.attacks import ATTACKS, AttackContext, Run
+
+    tiny_vit(size).save_pretrained(place / "attacked")
+    rows = vision_rows("recipes' preprocess", place)
+    half = (len(rows) - 64) // 2
+    attack, validation, test = map(rows.subset, torch.arange(len(rows)).split([64, half, len(rows) - 64 - half]))
+    context = AttackContext(place / "attacked", "subject", attack, validation, test, data=())
+    for name, config in (("full_finetune", {"steps": steps}), ("ridge_probe", {})):
+        ((_, result),) = ATTACKS[name].run(context, [Run(ATTACKS[name].config(**config), "", 0)])
+        assert result.outcome == "completed", result.note
+
+
+def train_vision(case: str, place: Path, size: int, steps: int) -> None:
+    """A few steps of the vision trainer."""
+    from hf_immunize import ImmunizationConfig, ImmunizationTrainer
+
+    if case == "attack":
+        return attack_vision(place, size, steps)
+    model = tiny_vit(size)
     args = ImmunizationConfig(
         tempfile.mkdtemp(), max_steps=steps, per_device_train_batch_size=32, per_device_harmful_batch_size=64,
         report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1000,

@@ -28,6 +28,9 @@ def required(told: str) -> Any:
     return dataclasses.field(metadata={"help": told})
 
 
+_FIRST = "Options that matter most; the others follow in sections"
+
+
 class _Parser(HfArgumentParser):
     """One section of ``--help`` for each dataclass, under the first line of its docstring."""
 
@@ -35,6 +38,18 @@ class _Parser(HfArgumentParser):
         title = (dtype.__doc__ or dtype.__name__).strip().splitlines()[0].rstrip(".")
         made: Any = type(dtype.__name__, (dtype,), {"_argument_group_name": title})
         super()._add_dataclass_arguments(made)
+
+    def put_first(self, names: Sequence[str]) -> None:
+        """Show these options, as far as there are such, in a section before all others."""
+        known = {action.dest: action for action in self._actions}
+        chosen = [known[name] for name in names if name in known]
+        if not chosen:
+            return
+        group = self.add_argument_group(_FIRST)
+        for held in self._action_groups:
+            held._group_actions = [action for action in held._group_actions if action not in chosen]
+        group._group_actions = chosen
+        self._action_groups.insert(0, self._action_groups.pop())
 
     where: str | None = None
     """What is read in the place of a command line; errors are raised then."""
@@ -58,11 +73,13 @@ def parse_options(
     argv: Sequence[str] | None = None,
     description: str | None = None,
     prog: str | None = None,
+    first: Sequence[str] = (),
 ) -> tuple[Any, ...]:
     """Instances of ``dataclass_types`` from ``--config FILE.yaml`` (may be repeated) and flags; what comes later wins.
 
     Keys of a YAML file are option names. Numbers written like ``1e-4``, which YAML reads as text, are converted to the
-    option's type. ``--help`` lists every option. A field's ``aliases`` (metadata) are flags and keys like its name.
+    option's type. ``--help`` lists every option, those named in ``first`` before all sections. A field's ``aliases``
+    (metadata) are flags and keys like its name.
 
     Raises:
         ConfigError: a file that cannot be read, a key that is no option, or a value of the wrong type.
@@ -70,6 +87,7 @@ def parse_options(
     words = list(sys.argv[1:] if argv is None else argv)
     files, flags = _take_config_files(words)
     parser = _parser_of(dataclass_types, description, prog)
+    parser.put_first(first)
     values: dict[str, Any] = {}
     for file in files:
         values |= _checked(dataclass_types, read_yaml(file), str(file))

@@ -68,9 +68,9 @@ class Attack:
 
 
 ATTACKS = (
-    Attack("gradient_descent_probe", "linear probing", "RESISTS", None, ceiling=0.52, diverged=3,
+    Attack("linear_probe_gd", "linear probing", "RESISTS", None, ceiling=0.52, diverged=3,
            reason="the threshold was not reached in any of 3 seeds; the base reached it in 30 steps"),
-    Attack("adam_probe", "linear probing", "RESISTS", 9.0,
+    Attack("linear_probe_adam", "linear probing", "RESISTS", 9.0,
            reason="the lower bound of the slow-down, 7.4, is above the stated factor of 4"),
     Attack("ridge_probe", "whitened probing", "FAILS", None, unit="solve", budget=1, ceiling=0.9,
            reason="ridge regression reaches the threshold on the immunized model in one solve"),
@@ -78,7 +78,7 @@ ATTACKS = (
            reason="the interval of the slow-down contains 1"),
     Attack("full_finetune", "full fine-tuning", "INCONCLUSIVE", 1.8, ceiling=0.95, budget=400,
            reason="3 seeds give an interval from 0.9 to 3.2: too wide to call"),
-    Attack("last_block_reset", "structural", "NOT RUN", None, ran=False, reason="not part of the preset 'quick'"),
+    Attack("reset_last_blocks", "structural", "NOT RUN", None, ran=False, reason="not part of the preset 'quick'"),
 )
 
 

@@ -130,7 +130,7 @@ def test_show(tmp_path):
     done = run("show", folder)
     certificate = Certificate.read(folder / "certificate.json")
     assert done.exit_code == 0 and all(cell.attack in done.output for cell in certificate.cells)
-    assert done.output.index("ridge_probe") < done.output.index("adam_probe"), "failures come first"
+    assert done.output.index("ridge_probe") < done.output.index("linear_probe_adam"), "failures come first"
     assert json.loads(run("show", folder, "--json").stdout) == certificate.model_dump(mode="json")
     (folder / "model.safetensors").write_bytes(b"changed")
     assert run("show", folder).exit_code == 3
@@ -175,7 +175,7 @@ def test_diff(tmp_path):
     rows = json.loads(run("diff", first, second, "--json").stdout)
     told = {row["what"]: (row["first"], row["second"]) for row in rows}
     assert told["overall"] == ("RESISTS", "FAILS") and told["lora"][0] == "not in the certificate"
-    assert "adam_probe" not in told and "expires" not in told
+    assert "linear_probe_adam" not in told and "expires" not in told
     assert run("diff", first, second).exit_code == 1
     assert "expected a Certificate" in run("diff", first, tmp_path).stderr
 
@@ -249,6 +249,6 @@ def test_a_policy_for_a_complete_exam(tmp_path):
     folder = certified(tmp_path, "partial", build.ATTACKS)
     (tmp_path / "policy.yaml").write_text("start_from: research\nrejudged: false\ncomplete_exam: true")
     done = run("verify", folder, "--policy", tmp_path / "policy.yaml")
-    assert done.exit_code == 4 and "not run: last_block_reset" in " ".join(done.output.split())
+    assert done.exit_code == 4 and "not run: reset_last_blocks" in " ".join(done.output.split())
     (tmp_path / "policy.yaml").write_text("start_from: research\nrejudged: false\ncomplete_exam: false")
     assert run("verify", folder, "--policy", tmp_path / "policy.yaml").exit_code == 0

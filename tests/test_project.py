@@ -27,6 +27,7 @@ def load(path: Path):
 def test_workflows_run_what_anyone_can_run():
     told = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     steps = [step.get("run") for step in told["jobs"]["run"]["steps"] if "run" in step]
+    assert [step["run"] for step in told["jobs"]["docs"]["steps"] if "run" in step] == ["make docs"]
     assert steps == [".ci/run"] and (ROOT / ".ci/run").is_file() and told["permissions"] == {"contents": "read"}
     release = (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
     assert "make release" in release and re.search(r"^release:", (ROOT / "Makefile").read_text(), re.M)
@@ -76,9 +77,10 @@ def test_links_of_the_readme_become_absolute_and_others_stay():
     text = "[a](docs/a.md) [b](https://b.org/x) [c](#d) ![e](plots/e.svg) [f](../g) (h)"
     assert setup.absolute(text, "https://r.org/me/it") == (
         "[a](https://r.org/me/it/blob/main/docs/a.md) [b](https://b.org/x) [c](#d) "
-        "![e](https://r.org/me/it/blob/main/plots/e.svg) [f](https://r.org/me/it/blob/main/../g) (h)")
+        "![e](https://r.org/me/it/raw/main/plots/e.svg) [f](https://r.org/me/it/blob/main/../g) (h)")
     whole = setup.absolute((ROOT / "README.md").read_text(encoding="utf-8"), "https://r.org/me/it")
     assert not re.findall(r"\]\((?!https?:|#)", whole)
+    assert "](https://r.org/me/it/raw/main/docs/pictures/report.png)" in whole, "a picture has to be a file, not a page"
     assert set(setup.addresses("u")) == {"Homepage", "Source", "Issues", "Documentation", "Changelog"}
 
 

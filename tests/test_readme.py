@@ -1,4 +1,4 @@
-"""What README says can be done, is done."""
+"""What README and the pages that a newcomer reads next say can be done, is done."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -15,21 +16,29 @@ from sklearn.linear_model import RidgeClassifierCV
 from transformers import ViTForImageClassification
 
 import hf_immunize
+from hf_immunize.cli import app
+from hf_immunize.commands.app import STAGES
+from hf_immunize.records import Certificate
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8")
+         for name in ("README.md", "docs/index.md", "docs/start.md", "docs/stages.md", "docs/results.md")}  # fmt: skip
+README = PAGES["README.md"]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.S)
 
 
 def test_the_python_example_immunizes_as_printed(tmp_path, monkeypatch, digits_base):
     """Its own assertions say that the probe got worse and the metric held; another probe, in another way, agrees."""
-    block, _ = BLOCKS
+    (block,) = blocks("docs/stages.md", "python")
     assert block.count("assert") == 2
     shutil.copytree(digits_base, tmp_path / "my-classifier")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     names = {"__name__": "readme"}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(compile(block, "stages.md", "exec"), names)
     assert names["trainer"].outcome.immunized and names["trainer"].outcome.told.startswith("IMMUNIZED")
     harmful, primary, processor = names["harmful"], names["primary"], names["processor"]
     learn, judge, kept = (harmful.pixels("attack", processor), harmful.pixels("test", processor),
@@ -49,7 +58,7 @@ def test_the_python_example_immunizes_as_printed(tmp_path, monkeypatch, digits_b
 
 def test_the_short_example_runs_as_printed_with_fewer_steps(tmp_path, monkeypatch, digits_base, capsys):
     """Folders of digits stand for the photos; how the result looks is what the page says."""
-    (_, block), held = BLOCKS, load_digits()
+    (block,), held = blocks("README.md", "python"), load_digits()
     for label in range(8):
         folder = tmp_path / "photos" / ("keep" if label < 5 else "harm") / str(label)
         folder.mkdir(parents=True)
@@ -70,21 +79,68 @@ def test_the_short_example_runs_as_printed_with_fewer_steps(tmp_path, monkeypatc
     assert (names["result"].folder / "report.html").is_file() and names["result"]._repr_html_().startswith("<table>")
 
 
-def test_every_command_names_files_and_targets_that_exist():
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S) for line in block.splitlines()]
-    assert len(commands) >= 6
+@pytest.mark.parametrize(("page", "least"), [("README.md", 5), ("docs/index.md", 4), ("docs/start.md", 6),
+                                             ("docs/stages.md", 9), ("docs/results.md", 1)])  # fmt: skip
+def test_every_command_names_files_and_targets_that_exist(page, least):
+    commands = [line for block in blocks(page, "bash") for line in block.splitlines()]
+    assert len(commands) >= least
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    verbs = {*STAGES, *(command.name or command.callback.__name__ for command in app.registered_commands)}
     for command in commands:
         words = command.split("#")[0].split()
         if words[0] == "make":
             assert re.search(rf"^{words[1]}:", makefile, flags=re.M), command
+        elif words[0] == "hf-immunize":
+            assert words[1] in verbs, command
         for word in words:
-            if word.startswith("recipes/"):
-                assert (ROOT / word).is_file(), command
+            if word.startswith(("recipes/", "tests/")):
+                assert (ROOT / word).exists(), command
 
 
 def test_the_table_of_objectives_is_the_one_of_the_code():
     from hf_immunize.training import OBJECTIVES
 
-    named = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.M))
+    named = set(re.findall(r"^\| `(\w+)` \|", PAGES["docs/stages.md"], flags=re.M))
     assert named == set(OBJECTIVES)
+
+
+def test_the_readme_is_one_screen_with_the_two_commands_and_links_that_lead_somewhere():
+    assert len(README.splitlines()) <= 80 and max(map(len, README.splitlines())) < 260
+    assert blocks("README.md", "bash")[0].split("#")[0].split() == ["make", "demo"]
+    targets = re.findall(r"\]\(([^)#\s]+)", README)
+    assert len(targets) > 15
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target).is_file(), target
+    (picture,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert (ROOT / picture).stat().st_size < 200_000
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    found = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", text, flags=re.M)
+    return {name: [first, second] for name, first, second in found}
+
+
+def test_the_readme_tells_the_figures_of_the_results_and_these_those_of_the_certificates():
+    """Verdicts and slow-downs of the demo, as its certificates in model_cards/ have them."""
+    told, whole = rows(README), rows(PAGES["docs/results.md"])
+    attacks = {"linear probe, gradient descent": "linear_probe_gd", "linear probe, Adam": "linear_probe_adam",
+               "linear probe, Adam on standardized features": "standardized_probe_adam", "LoRA": "lora",
+               "linear probe on whitened features": "whitened_probe_gd", "ridge probe, closed form": "ridge_probe",
+               "probe of earlier layers": "earlier_layer_probe", "full fine-tuning": "full_finetune",
+               "full fine-tuning of the normal form": "canonical_finetune"}  # fmt: skip
+    assert len(set(told) & set(attacks)) >= 4
+    for name in (set(told) & set(whole)) - {"attack"}:
+        assert told[name] == whole[name], name
+    for place, model in enumerate(("condition_number", "closed_form_adversary")):
+        certificate = Certificate.read(ROOT / "model_cards" / "digits-vit" / model / "certificate.json")
+        cells = {cell.attack: cell for cell in certificate.cells}
+        assert set(attacks.values()) == set(cells)
+        for name, attack in attacks.items():
+            text, cell = whole[name][place], cells[attack]
+            assert text.replace("*", "").startswith(f"{cell.verdict}, "), (model, name)
+            if cell.slow_down.estimate is not None:
+                given = float(re.search(r"([\d.]+)×", text)[1])
+                assert given == pytest.approx(cell.slow_down.estimate, rel=0.03), (model, name)
+            elif "−" in text:
+                drop = float(text.split("−")[1])
+                assert drop == pytest.approx(cell.accuracy_drop.estimate, abs=0.0051), (model, name)

@@ -10,24 +10,17 @@ from typing import Any
 
 import yaml
 
-from hf_immunize.attacks import ATTACKS, REFERENCES, TRAINABILITY, Attack, AttackContext
+from hf_immunize.attacks import Attack, AttackContext
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.attacks.core.suite import holdings
+from hf_immunize.certification.plugins import attack_tables, refuse_other_code
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.models import reads_images
+from hf_immunize.plugins import load_plugins
 from hf_immunize.records import AttackTrace
 from hf_immunize.tasks import ExamTask, Family, attacker_fingerprints, attacker_holds, find_family
 
 _DRAWN = ("exam_levels", "exam_seed")
-
-
-def attack_tables() -> Mapping[str, Attack]:
-    """Every attack, reference and way of learning a benign task, of pipelines too where diffusers is there."""
-    known: dict[str, Attack] = {**ATTACKS, **REFERENCES, **TRAINABILITY}
-    try:
-        from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
-    except ImportError:
-        return known
-    return known | DIFFUSION_ATTACKS | DIFFUSION_TRAINABILITY
 
 
 def read_options(path: str | Path) -> dict[str, Any]:
@@ -94,7 +87,10 @@ class Bench:
     _contexts: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
     def attack(self, name: str) -> Attack:
-        """An attack by name. Raises RecordError for one that this release does not have."""
+        """An attack by name. Raises RecordError for one that neither this release nor a plug-in has."""
+        if name not in self.table:
+            load_plugins()
+            self.table = attack_tables()
         if name not in self.table:
             raise RecordError(f"expected an attack of this release, got {name!r}: recheck with the one that made it.")
         return self.table[name]
@@ -106,8 +102,10 @@ class Bench:
             RecordError: other weights, rows or holdings than the trace tells of.
         """
         attack, told = self.attack(trace.attack), trace.config
+        refuse_other_code(trace, self.table, trace.file_name)
         side = "benign" if trace.attack.startswith("benign_") else "harmful"
         options = {name: told[name] for name in ("attack_fraction", "feature_module", *_DRAWN) if name in told}
+        options["means"] = Means.of(told)
         held = tuple(need for need in attack.needs if told.get(need) is not None)
         key = (trace.role, side, tuple(sorted(options.items())), held, attack.needs)
         if key not in self._contexts:

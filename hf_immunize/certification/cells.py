@@ -39,7 +39,7 @@ from hf_immunize.metrics import (
     slow_down,
     summarise_side,
 )
-from hf_immunize.records import AtBudget, AttackTrace, AtThreshold, Cell, Interval, Side, VerdictName
+from hf_immunize.records import AtBudget, AttackTrace, AtThreshold, Cell, Interval, Plugin, Side, VerdictName
 
 Traces = Mapping[str, Sequence[AttackTrace]]
 """Traces by role: subject, control, scratch."""
@@ -55,6 +55,10 @@ class Described(Protocol):
     @property
     def unit(self) -> Literal["step", "solve"]:
         """What its budget counts."""
+
+    @property
+    def plugin(self) -> Plugin | None:
+        """Whose it is, where it is not one of this package."""
 
 
 def unmeasured_cell(name: str, attack: Described, verdict: Any, reason: str, threshold: float) -> Cell:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from hf_immunize.certification.plugins import refuse_other_code
 from hf_immunize.errors import IncompleteExamError, RecordError
 from hf_immunize.records import AttackTrace, ModelFingerprint, atomic_write, sha256_file
 
+if TYPE_CHECKING:
+    from hf_immunize.attacks import Attack
+
 
 def read_traces(
-    folder: str | Path, role: str, model: ModelFingerprint, table: Collection[str], lowest: float = 0.0
+    folder: str | Path, role: str, model: ModelFingerprint, table: Mapping[str, Attack], lowest: float = 0.0
 ) -> list[AttackTrace]:
     """Every trace of ``folder/traces/<role>``, checked against the weights it must speak of.
 
     Scores lie in ``lowest``..1: accuracies in 0..1, R² anywhere below 1.
 
     Raises:
-        RecordError: a file that is truncated, misnamed, of an unknown attack, or of other weights than ``model``.
+        RecordError: a file that is truncated, misnamed, of other weights than ``model``, or of an attack that is not
+            known here or whose plug-in has other code here.
     """
     traces = []
     for path in sorted((Path(folder) / "traces" / role).glob("*.json")):
         trace = AttackTrace.read(path)
-        if trace.attack not in table:
-            raise RecordError(f"expected an attack in {sorted(table)}, got {trace.attack!r} in {path}: remove it.")
+        refuse_other_code(trace, table, str(path))
         if trace.role != role or path.name != trace.file_name:
             raise RecordError(
                 f"expected {path} to be named after its run, got {trace.role}/{trace.file_name} inside: it was renamed "
@@ -47,7 +52,7 @@ def read_traces(
 
 
 def control_traces(
-    folder: Path, base_folder: Path, base: ModelFingerprint, table: Collection[str], lowest: float = 0.0
+    folder: Path, base_folder: Path, base: ModelFingerprint, table: Mapping[str, Attack], lowest: float = 0.0
 ) -> dict[str, list[AttackTrace]]:
     """Traces of control, scratch and references, copied from the base's folder into ``folder``, which is then whole.
 

@@ -192,6 +192,11 @@ def _check_evidence(
                     f"expected {trace.attack} to be of {about.family!r} in units of {about.unit}, got {trace.family!r} "
                     f"and {trace.unit} in {role}/{trace.file_name}: attack again with this release."
                 )
+            if trace.config.get("plugin") != (None if about.plugin is None else about.plugin.sha256):
+                raise RecordError(
+                    f"expected {trace.attack} to be the same code as in the plan, got that of another plug-in in "
+                    f"{role}/{trace.file_name}: attack again with --overwrite."
+                )
             if trace.role != role or trace.model.weights != weights.get(role, trace.model.weights):
                 raise RecordError(
                     f"expected a trace of this exam's {role}, got another model in {trace.role}/{trace.file_name}: "

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hf_immunize.certification.evidence import control_traces, read_traces, trace_hashes
 from hf_immunize.certification.planning import plan_exam
@@ -68,7 +69,7 @@ def gather(
     """
     lowest = -math.inf if protocol.rule.gain else 0.0
     _check_comparable(sides.control, sides.subject)
-    known = {**attacks, **methods, **(references or {})}
+    known = ChainMap(*(cast("dict[str, Attack]", table) for table in (attacks, methods, references or {})))
     found = {"subject": read_traces(sides.folder, "subject", sides.subject, known, lowest)}
     found |= control_traces(sides.folder, sides.base_folder, sides.control, known, lowest)
     return Gathered(found, plan_exam(protocol, attacks, methods, found, threshold), sides)

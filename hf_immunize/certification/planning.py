@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.certification.cells import Described
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol
 from hf_immunize.exam.presets import CUSTOM, run_departures
@@ -42,8 +43,11 @@ def plan_exam(
 
 
 def with_runs(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> Plan:
-    """The plan with the seeds, trials and budgets that these traces tell of."""
+    """The plan with the seeds, trials, budgets and means that these traces tell of."""
+    first = next((trace for trace in traces.get("subject", ())), None)
     return plan.model_copy(update={
+        "means": {} if first is None else Means.of(first.config).described
+    } | {
         part: [_filled(item, traces.get(role, ())) for item in getattr(plan, part)]
         for part, role in (("attacks", "subject"), ("methods", "subject"), ("references", "nothing"))
     })
@@ -73,7 +77,7 @@ def _asked(protocol: Protocol) -> Plan:
 
 
 def _described(name: str, about: Described) -> PlannedAttack:
-    return PlannedAttack(attack=name, family=about.family, unit=about.unit)
+    return PlannedAttack(attack=name, family=about.family, unit=about.unit, plugin=about.plugin)
 
 
 def _filled(item: PlannedAttack, traces: Sequence[AttackTrace]) -> PlannedAttack:

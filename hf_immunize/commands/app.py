@@ -5,32 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
+from hf_immunize.commands.verbs import STAGES
 from hf_immunize.errors import HubError, ImmunizeError, PolicyUnmetError, PublishRefusedError, VerificationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 UNSOUND, UNMET, NO_HUB = 3, 4, 5
 CODES = "Exit codes: 0 done, 1 error, 2 usage, 3 files that are not what the certificate says, 4 policy, 5 the Hub."
-
-STAGES = {
-    "init": "Look at a model and its data, and write one run file for the whole main job.",
-    "plan": "Check a run file without training: data, model, memory, disk, time.",
-    "run": "Run all stages of a run file, or go on where it stopped.",
-    "fetch": "Bring a trained model into a folder of its own.",
-    "pretrain": "Train the base, or its head: classifiers, and small class-conditional denoisers.",
-    "immunize": "Immunize a classifier or a diffusion pipeline against a harmful task.",
-    "attack": "Attack a model as a stranger would, and keep one trace per run.",
-    "certify": "Judge an attacked model against its attacked base.",
-    "cards": "Render the cards of finished runs, without weights and traces.",
-    "linear": "Immunize linear models, from one YAML.",
-    "recipes": "List the preset option files of this package, or copy them.",
-}
-"""Verbs that are modules of ``hf_immunize.stages``, imported when they are called: help must not wait for torch."""
 
 
 class Stage(TyperCommand):
@@ -40,6 +27,15 @@ class Stage(TyperCommand):
         """Leave every word to the stage."""
         ctx.args = list(args)
         return ctx.args
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Flags of the stage, and names of presets; a shell offers files where nothing fits."""
+        from hf_immunize.commands.completion import offered
+
+        # newer releases of typer bring click along under a name of their own, older ones use it as it is
+        core = next(kind.__module__ for kind in TyperCommand.__mro__ if kind.__name__ == "Command")
+        item = import_module(f"{core.rpartition('.')[0]}.shell_completion").CompletionItem
+        return [item(word) for word in offered(self.name or "", incomplete)]
 
     def invoke(self, ctx: Any) -> Any:
         """Run the stage; a number that it returns is an exit code."""
@@ -94,6 +90,9 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 def say(what: Any) -> None:
     """Print data as JSON, a table as a table, and text as it is."""
+    from rich.console import Console  # a third of the time that --help would take
+    from rich.text import Text
+
     if isinstance(what, dict | list):
         sys.stdout.write(json.dumps(what, indent=1, ensure_ascii=False) + "\n")
     else:
@@ -102,4 +101,6 @@ def say(what: Any) -> None:
 
 def errors() -> Console:
     """Where errors and hints go."""
+    from rich.console import Console
+
     return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)

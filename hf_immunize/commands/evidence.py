@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import secrets
-import webbrowser
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from hf_immunize.commands.app import CODES, UNMET, UNSOUND, app, errors, say
 from hf_immunize.errors import ConfigError
@@ -35,7 +32,7 @@ RecheckCount = Annotated[
 ]
 ReattackCount = Annotated[
     int, typer.Option(help="Search afresh: this many attacks with settings and seeds of your own draw, on the model "
-                      "and on its base; the strongest is told.", min=0)
+                      "and on its base; the strongest is reported.", min=0)
 ]
 Base = Annotated[
     str | None, typer.Option(help="Folder or Hub id of the base; its weights must be the certificate's control. By "
@@ -90,6 +87,8 @@ def verify(
         if base is None:
             raise ConfigError("expected --base with --recheck, got none, and the card names none: a certificate names "
                               "its base by digest, but does not hold it.")
+        import secrets
+
         seed = secrets.randbelow(2**31) if recheck_seed is None else recheck_seed
         how: dict[str, Any] = {"base": base, "task": task, "seed": seed, "device": device}
         if recheck:
@@ -139,6 +138,8 @@ def show(
     if found.certificate is not None:
         say(found.certificate.model_dump(mode="json") if as_json else certificate_table(found.certificate))
     if not as_json or not found.sound:
+        from rich.console import Console
+
         shown = errors() if as_json else Console()
         shown.print(outcome(found), soft_wrap=True)
         shown.print(findings_table(found))
@@ -173,6 +174,8 @@ def report(
     words += [f"--{key}={value}" for key, value in (("base_path", base), ("output", output)) if value is not None]
     page = main(words, prog="hf-immunize report")
     if open_page:
+        import webbrowser
+
         webbrowser.open(page.resolve().as_uri())
 
 

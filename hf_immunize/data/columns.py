@@ -10,7 +10,7 @@ from hf_immunize.errors import DataError
 
 _LABELS = (
     "label", "labels", "fine_label", "coarse_label", "class", "classes", "class_name", "class_label", "category",
-    "target", "y",
+    "target", "y", "label_id", "label_ids", "class_id", "cls",
 )  # fmt: skip
 
 

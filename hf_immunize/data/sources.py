@@ -19,6 +19,7 @@ from hf_immunize.data.folders import (
     read_image_folder,
     split_folders,
 )
+from hf_immunize.data.shards import SHARD, read_shards
 from hf_immunize.data.tables import (
     TABLES,
     choose_split,
@@ -32,8 +33,8 @@ from hf_immunize.data.tables import (
 from hf_immunize.errors import DataError
 
 ACCEPTED = (
-    "a Hub id, an image folder, a .parquet, .arrow, .csv, .tsv, .json, .jsonl or .ndjson file, a folder of them or of "
-    "save_to_disk, or builder:NAME"
+    "a Hub id, an image folder, a .parquet, .arrow, .csv, .tsv, .json, .jsonl or .ndjson file, a .tar of webdataset, a "
+    "folder of them or of save_to_disk, or builder:NAME"
 )
 
 
@@ -87,6 +88,8 @@ def _refuse(source: str, kind: str, **options: str | None) -> None:
 
 def _read_file(path: Path, config: str | None, split: str) -> Any:
     _refuse(str(path), "a single file", config=config)
+    if path.suffix.lower() == SHARD:
+        return read_shards([path], split, str(path))
     if path.suffix.lower() not in TABLES:
         raise DataError(f"expected {ACCEPTED}, got the file {path.name!r}: convert or unpack it.")
     return read_files([path], split)
@@ -105,6 +108,8 @@ def _read_folder(path: Path, config: str | None, split: str) -> Any:
         return read_image_folder(listing, split)
     if listing.tables:
         return _read_tables(listing, files, split)
+    if listing.others.get(SHARD):
+        return read_shards(sorted(path.rglob(f"*{SHARD}")), split, str(path))
     raise DataError(f"expected {ACCEPTED}, got the folder {path} with {describe_files(listing)}: check the path.")
 
 

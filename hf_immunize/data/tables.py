@@ -80,7 +80,7 @@ def read_files(files: Sequence[Path], split: str, folder: Path | None = None) ->
     from datasets import load_dataset
 
     kind, suffix = TABLES[files[0].suffix.lower()], files[0].suffix.lower()
-    own = _split_in_name(files[0].stem) if len(files) == 1 else None
+    own = split_in_name(files[0].stem) if len(files) == 1 else None
     asked = split_names(split)
     if wrong := next((name for name in asked if name not in ("train", own)), None):
         raise missing_split(wrong, [own or "train"], str(files[0]))
@@ -90,7 +90,8 @@ def read_files(files: Sequence[Path], split: str, folder: Path | None = None) ->
     return with_images(rows, (folder or files[0].parent).absolute())
 
 
-def _split_in_name(name: str) -> str | None:
+def split_in_name(name: str) -> str | None:
+    """The split that a word in a file's name stands for."""
     from datasets.data_files import SPLIT_KEYWORDS
 
     words = re.split(r"[-._ 0-9]+", name)
@@ -110,7 +111,7 @@ def read_tables(folder: Path, tables: Sequence[Path], split: str) -> Any:
     found: dict[str | None, list[Path]] = {}
     for table in tables:
         words = [table.stem, *table.relative_to(folder).parts[:-1]]
-        found.setdefault(next((name for word in words if (name := _split_in_name(word))), None), []).append(table)
+        found.setdefault(next((name for word in words if (name := split_in_name(word))), None), []).append(table)
     left = found.pop(None, [])
     parts = {name: files for name, files in found.items() if name} or {"train": left}
     if found:

@@ -73,7 +73,8 @@ class TaskArguments:
         default=_fractions(HARMFUL_SPLITS),
         metadata={
             "help": "Content-hash splits of the harmful task: defense is all the immunizer may see; attack, validation "
-            "and test belong to the attacker."
+            "and test belong to the attacker. Rows of a split named probe are the defender's too, but not trained on: "
+            "they show while training what a probe still reaches (probe_steps)."
         },
     )
     benign_dataset: str | None = field(
@@ -191,6 +192,11 @@ class Task:
             split: (looks.select(found), [rows[place] for place in found]) for split, found in places.items()
         }
         warn_of_copies(self)
+
+    @property
+    def split_names(self) -> list[str]:
+        """Names of the splits."""
+        return list(self._splits)
 
     def pixels(self, role: str, processor: Any) -> PixelDataset:
         """Preprocessed pixels of one split. Raises DataError for a split the task does not have."""

@@ -5,7 +5,7 @@ try:
 except ImportError as error:
     raise ImportError("expected diffusers: pip install hf_immunize[diffusers].") from error
 
-from hf_immunize.diffusion.denoisers import DENOISERS, Denoiser, denoiser_of, dtype_of_rows
+from hf_immunize.diffusion.denoisers import DENOISERS, denoiser_of, register_family
 from hf_immunize.diffusion.drawing import (
     DRAWN_SHARES,
     decode,
@@ -17,6 +17,7 @@ from hf_immunize.diffusion.drawing import (
 )
 from hf_immunize.diffusion.exam import EVAL_BATCH_SIZE, SCORE, DenoisingExam, ExamResult
 from hf_immunize.diffusion.examples import LatentBatch, LatentDataset, PromptConditions
+from hf_immunize.diffusion.family import Denoiser, DenoiserFamily, PromptReader, dtype_of_rows, in_own_precision
 from hf_immunize.diffusion.memory import fits_memory
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
 from hf_immunize.diffusion.pipelines import component_of, differences, fresh_denoiser, hollow_denoiser, load_pipeline
@@ -28,12 +29,14 @@ __all__ = [
     "EVAL_BATCH_SIZE",
     "SCORE",
     "Denoiser",
+    "DenoiserFamily",
     "DenoisingExam",
     "ExamResult",
     "LatentBatch",
     "LatentDataset",
     "NoiseProcess",
     "PromptConditions",
+    "PromptReader",
     "component_of",
     "decode",
     "denoiser_of",
@@ -46,7 +49,9 @@ __all__ = [
     "fresh_denoiser",
     "grid_png",
     "hollow_denoiser",
+    "in_own_precision",
     "load_pipeline",
+    "register_family",
     "schedule_of",
     "split_grid",
     "to_images",

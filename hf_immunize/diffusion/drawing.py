@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
-from hf_immunize.diffusion.denoisers import Conditions, Denoiser, dtype_of_rows
+from hf_immunize.diffusion.family import Conditions, Denoiser, dtype_of_rows
 from hf_immunize.diffusion.noise import NoiseProcess
 from hf_immunize.errors import RecordError
 
@@ -39,18 +39,10 @@ def sampler_of(scheduler: Any) -> Any:
     return DDIMScheduler.from_config(scheduler.config, clip_sample=scheduler.config.get("clip_sample", False))
 
 
-def _set_steps(sampler: Any, steps: int, height: int, width: int) -> None:
-    """Timesteps; where the shift depends on the image's size (Flux), that of one token per 2×2 latents."""
-    config = sampler.config
-    if not config.get("use_dynamic_shifting", False):
-        sampler.set_timesteps(steps)
-        return
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift  # brings transformers
-
-    mu = calculate_shift(
-        height * width // 4, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-    )
-    sampler.set_timesteps(steps, mu=mu)
+def _set_steps(denoiser: Denoiser, sampler: Any, steps: int, height: int, width: int) -> None:
+    """Timesteps; shifted as the denoiser's family says where the shift depends on the image's size."""
+    shifted = sampler.config.get("use_dynamic_shifting", False)
+    sampler.set_timesteps(steps, **({"mu": denoiser.shift(sampler.config, height, width)} if shifted else {}))
 
 
 @torch.no_grad()
@@ -69,7 +61,7 @@ def draw_latents(
     drawn = []
     for part in torch.arange(len(noise_NCHW)).split(min(batch_size, DRAW_BATCH_SIZE)):
         sampler = sampler_of(scheduler)
-        _set_steps(sampler, steps, *noise_NCHW.shape[-2:])
+        _set_steps(denoiser, sampler, steps, *noise_NCHW.shape[-2:])
         told = {
             name: value[part].to(place.device, dtype if value.is_floating_point() else None)
             for name, value in conditions.items()

@@ -1,27 +1,15 @@
-"""Images and prompts as examples of a pipeline: encoded once, by its own VAE and encoders.
-
-One table says how each class of pipeline reads a prompt, one what it is told of an image's size.
-"""
+"""Images and prompts as examples of a pipeline: encoded once, by its own VAE and encoders."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
-from diffusers import (
-    DiTPipeline,
-    FluxPipeline,
-    PixArtAlphaPipeline,
-    PixArtSigmaPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,13 +17,12 @@ from hf_immunize.data.caching import cache_folder
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.data.pixels import KEPT_BYTES
 from hf_immunize.data.row_store import RowStore
-from hf_immunize.diffusion.denoisers import denoiser_of
+from hf_immunize.diffusion.denoisers import PROMPT_READERS, denoiser_of, reader_of
 from hf_immunize.diffusion.examples import LatentDataset, PromptConditions
 from hf_immunize.diffusion.photos import Photos
 from hf_immunize.diffusion.pipelines import component_of
 from hf_immunize.errors import DataError, ModelError
 
-Told = dict[str, Tensor]
 _FORMAT = 1
 """Part of the key of what is kept on disk; raised when it changes its meaning."""
 _IMAGES = 4
@@ -45,75 +32,10 @@ _PROMPTS = 8
 _DIGESTS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
-def _one_encoder(pipeline: Any, prompt: str, device: str) -> Told:
-    return {"encoder_hidden_states": pipeline.encode_prompt(prompt, device, 1, False)[0]}
-
-
-def _two_encoders(pipeline: Any, prompt: str, device: str) -> Told:
-    states, _, pooled, _ = pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": states, "text_embeds": pooled}
-
-
-def _three_encoders(pipeline: Any, prompt: str, device: str) -> Told:
-    states, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, device=device, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": states, "pooled_projections": pooled}
-
-
-def _flux_encoders(pipeline: Any, prompt: str, device: str) -> Told:
-    states, pooled, _ = pipeline.encode_prompt(prompt, None, device=device)
-    return {"encoder_hidden_states": states, "pooled_projections": pooled}
-
-
-def _masked_encoder(pipeline: Any, prompt: str, device: str) -> Told:
-    states, mask, _, _ = pipeline.encode_prompt(prompt, False, device=device)
-    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-
-def _class_name(pipeline: Any, prompt: str, device: str) -> Told:
-    known = pipeline.labels
-    if prompt not in known and not prompt.isdecimal():
-        raise DataError(
-            f"expected the name or the number of a class of this pipeline as prompt, got {prompt!r}: names are "
-            f"{sorted(known)[:10]} and so on, see pipeline.labels."
-        )
-    return {"class_labels": torch.tensor([known.get(prompt, int(prompt) if prompt.isdecimal() else 0)], device=device)}
-
-
-PROMPT_ENCODERS: dict[type, Callable[[Any, str, str], Told]] = {
-    StableDiffusionPipeline: _one_encoder,
-    StableDiffusionXLPipeline: _two_encoders,
-    StableDiffusion3Pipeline: _three_encoders,
-    FluxPipeline: _flux_encoders,
-    PixArtAlphaPipeline: _masked_encoder,
-    PixArtSigmaPipeline: _masked_encoder,
-    DiTPipeline: _class_name,
-}
-"""What a pipeline's encoders make of a prompt: one row, by the denoiser's names; DiT's prompt is a class."""
-
-
-def _sdxl_size(pipeline: Any, size: int) -> Told:
-    # original size, crop and target size (Podell et al. 2023, section 2.2): nothing was cropped away
-    return {"time_ids": torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32)}
-
-
-def _pixart_size(pipeline: Any, size: int) -> Told:
-    if not pipeline.transformer.use_additional_conditions:
-        return {}
-    return {"resolution": torch.full((1, 2), float(size)), "aspect_ratio": torch.ones(1, 1)}
-
-
-SIZE_CONDITIONS: dict[type, Callable[[Any, int], Told]] = {
-    StableDiffusionXLPipeline: _sdxl_size,
-    PixArtAlphaPipeline: _pixart_size,
-    PixArtSigmaPipeline: _pixart_size,
-}
-"""What a denoiser is told of square images of a side in pixels, where it is told of them."""
-
-
 def check_pipeline(pipeline: Any) -> None:
-    """Raise ModelError for a pipeline class that is not in ``PROMPT_ENCODERS``, or one without a VAE."""
-    if type(pipeline) not in PROMPT_ENCODERS or getattr(pipeline, "vae", None) is None:
-        known = sorted(kind.__name__ for kind in PROMPT_ENCODERS)
+    """Raise ModelError for a pipeline class that no family reads prompts for, or one without a VAE."""
+    if reader_of(pipeline) is None or getattr(pipeline, "vae", None) is None:
+        known = sorted(kind.__name__ for kind in PROMPT_READERS)
         raise ModelError(f"expected a pipeline among {known} with a VAE, got {type(pipeline).__name__}.")
 
 
@@ -151,10 +73,11 @@ def encode_prompt(pipeline: Any, prompt: str, size: int) -> PromptConditions:
 
     Encoders keep the dtype of their file, bf16 say; conditions are float32, whatever the run's precision.
     """
-    kind = type(pipeline)
+    kind, reader = type(pipeline), reader_of(pipeline)
+    assert reader is not None, "see check_pipeline"
     try:
         encoder = getattr(pipeline, "text_encoder", None) or getattr(pipeline, "text_encoder_2", None)
-        made = PROMPT_ENCODERS[kind](pipeline, prompt, "cpu" if encoder is None else str(encoder.device))
+        made = reader.prompt(pipeline, prompt, "cpu" if encoder is None else str(encoder.device))
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, OverflowError, TypeError, RuntimeError) as error:
@@ -162,8 +85,8 @@ def encode_prompt(pipeline: Any, prompt: str, size: int) -> PromptConditions:
             f"expected a {kind.__name__} with the tokenizers and text encoders it was published with, got "
             f"{type(error).__name__}: {error}."
         ) from error
-    if kind in SIZE_CONDITIONS:
-        made |= SIZE_CONDITIONS[kind](pipeline, size)
+    if reader.size is not None:
+        made |= reader.size(pipeline, size)
     told = {name: (value.float() if value.is_floating_point() else value).cpu() for name, value in made.items()}
     return PromptConditions(told, prompt)
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.diffusion.denoisers import Denoiser, dtype_of_rows
 from hf_immunize.diffusion.examples import LatentDataset
+from hf_immunize.diffusion.family import Denoiser, dtype_of_rows
 from hf_immunize.diffusion.noise import NoiseProcess, denoising_losses
 
 SCORE = "R2 of the denoising target"

@@ -11,9 +11,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from hf_immunize.diffusion.denoisers import DENOISERS
+from hf_immunize.diffusion.denoisers import DENOISERS, denoiser_classes
 from hf_immunize.errors import ModelError
 from hf_immunize.models import refuse_folder, refuse_non_finite, variant_of
+from hf_immunize.plugins import load_plugins
 
 
 def load_pipeline(folder: str | Path, *, denoiser_dtype: torch.dtype = torch.float32) -> Any:
@@ -64,8 +65,9 @@ def _whole(denoiser: nn.Module) -> nn.Module:
 def _denoisers(folder: Path) -> list[str]:
     """Names of the parts of a pipeline's folder that are denoisers we know."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    known = {kind.__name__ for kind in DENOISERS}
-    return [name for name, entry in index.items() if isinstance(entry, list) and entry[-1] in known]
+    parts = {name: entry[-1] for name, entry in index.items() if isinstance(entry, list)}
+    known = denoiser_classes({str(kind) for kind in parts.values()})
+    return [name for name, kind in parts.items() if kind in known]
 
 
 def hollow_denoiser(folder: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -78,9 +80,8 @@ def hollow_denoiser(folder: str | Path, dtype: torch.dtype = torch.float32) -> n
     try:
         (name,) = _denoisers(Path(folder))
         config = json.loads((Path(folder) / name / "config.json").read_text(encoding="utf-8"))
-        kinds = {kind.__name__: kind for kind in DENOISERS}
         with torch.device("meta"):
-            return kinds[config["_class_name"]].from_config(config).to(dtype)
+            return denoiser_classes()[config["_class_name"]].from_config(config).to(dtype)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"expected a pipeline with one denoiser among {sorted(kind.__name__ for kind in DENOISERS)} in {folder}, "
@@ -176,12 +177,15 @@ def component_of(pipeline: Any) -> str:
     Raises:
         ModelError: none of the pipeline's components is in ``DENOISERS``, or several are.
     """
-    found = [name for name, part in pipeline.components.items() if type(part) in DENOISERS]
+    parts = pipeline.components.items()
+    if not any(type(part) in DENOISERS for _, part in parts):
+        load_plugins()
+    found = [name for name, part in parts if type(part) in DENOISERS]
     if len(found) != 1:
-        parts = {name: type(part).__name__ for name, part in pipeline.components.items() if part is not None}
+        told = {name: type(part).__name__ for name, part in parts if part is not None}
         raise ModelError(
             f"expected one denoiser among {sorted(kind.__name__ for kind in DENOISERS)} in the pipeline, got "
-            f"{found or 'none'} of {parts}."
+            f"{found or 'none'} of {told}."
         )
     return found[0]
 

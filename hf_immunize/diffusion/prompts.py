@@ -50,7 +50,7 @@ class PromptTask:
     """The folders, split by content and encoded by a pipeline on demand.
 
     Raises:
-        ModelError: a pipeline that cannot be told prompts (see ``PROMPT_ENCODERS``).
+        ModelError: a pipeline that cannot be told prompts (see ``check_pipeline``).
         DataError: from every method: no or unreadable images, fewer than there are splits, no prompt, or a missing
             caption.
     """

@@ -20,7 +20,7 @@ _ATTACKS_MISSING = {
     "mixed_finetune": "harmful data mixed with benign data",
     "augmented_finetune": "other augmentation",
     "canonical_finetune": "undoing changes of coordinates that keep the function (normal form, then fine-tuning)",
-    "relative_finetune": "optimizers whose steps are relative to each tensor (LAMB, Adafactor)",
+    "relative_finetune": "optimizers whose steps are relative to each tensor (LAMB, LARS, Adafactor)",
     "lora_all_linear": "LoRA on every linear layer at ordinary settings",
     "canonical_lora": "LoRA on every linear layer of the normal form",
     "heal_finetune": "healing first: tuning on noisy images towards the model's own outputs",
@@ -51,7 +51,7 @@ def lines_not_run(traces: Sequence[AttackTrace], planned: Sequence[str]) -> list
     lines = [*_effort(told), *_rates(told)]
     if not any(trace.role == "scratch" for trace in told):
         lines.append("training from scratch as the ceiling")
-    families = {trace.family for trace in told}
+    families = {trace.family for trace in told if not trace.config.get("plugin")}  # whose family is its author's word
     lines += [text for family, text in _FAMILIES_MISSING.items() if family not in families]
     lines += [text for name, text in _ATTACKS_MISSING.items() if name not in ran]
     trained = [trace.config for trace in told if "scheduler" in trace.config]

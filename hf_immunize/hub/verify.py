@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from hf_immunize.errors import RecordError
+from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.exam.presets import known_attack
 from hf_immunize.hub.applicability import inapplicable_attacks
 from hf_immunize.hub.card_check import check_card, examined_on
 from hf_immunize.hub.demands import code_in, elsewhere_in, is_configuration
@@ -84,6 +85,7 @@ def examine(
         check_weights(certificate, inventory, findings, sealed)
         wanted = rejudge or (policy is not None and policy.rejudged)
         check_evidence(certificate, inventory, findings, keep=wanted)
+        _check_plugins(certificate, findings)
         _check_loading(certificate, inventory, findings)
         _check_expiry(certificate, today or datetime.datetime.now(datetime.UTC).date(), findings)
         signed_by = _check_signature(key, sealed if published else None, inventory, findings)
@@ -150,6 +152,26 @@ def _check_age(certificate: Certificate, sealed: Mapping[str, str], inventory: I
             f"not the certificate that was published: SHA-256 {inventory.digest(CERTIFICATE)} instead of "
             f"{sealed[CERTIFICATE]}. Download it again.",
         )
+
+
+def _check_plugins(certificate: Certificate, findings: Findings) -> None:
+    """Attacks that are no part of this package: what rests on code that is not here cannot be believed."""
+    if certificate.plan is None:
+        return
+    for item in certificate.plan.attacks:
+        if item.plugin is None and known_attack(item.attack) is None:
+            findings.fail("plugin", CERTIFICATE, f"its attack {item.attack!r} is none of this release, and no "
+                          "plug-in is told to be behind it: nobody can say what was done.")
+    if not any(item.plugin for item in certificate.plan.attacks):
+        return
+    from hf_immunize.certification.plugins import plan_problems
+
+    try:
+        problems = plan_problems(certificate.plan)
+    except ConfigError as error:
+        problems = [str(error)]
+    for problem in problems:
+        findings.fail("plugin", CERTIFICATE, f"{problem}.")
 
 
 def _check_loading(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:

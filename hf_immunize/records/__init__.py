@@ -12,10 +12,18 @@ from hf_immunize.records.certificate import (
     Utility,
     VerdictName,
 )
+from hf_immunize.records.depth import (
+    PROFILE_FILE,
+    DepthPoint,
+    DepthProfile,
+    DepthProposal,
+    DepthRule,
+    ResetPoint,
+)
 from hf_immunize.records.files import atomic_write, loading_files, sha256_file, weight_files
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
 from hf_immunize.records.immunization import ImmunizationRecord, OutcomeRecord, UtilityGuardRecord
-from hf_immunize.records.plan import Plan, PlannedAttack
+from hf_immunize.records.plan import Plan, PlannedAttack, Plugin
 from hf_immunize.records.provenance import HUB_SOURCE, DatasetFingerprint, HubSource, ModelFingerprint, Provenance
 from hf_immunize.records.recheck import RecheckRecord, RepeatedTrial, SignedRecheck
 from hf_immunize.records.rule import RULE_VERSION, Rule
@@ -26,6 +34,7 @@ from hf_immunize.records.utility import Answers, Losses, UtilityRows
 
 __all__ = [
     "HUB_SOURCE",
+    "PROFILE_FILE",
     "RULE_VERSION",
     "RUN_FILE",
     "SCHEMA_VERSION",
@@ -36,6 +45,10 @@ __all__ = [
     "Cell",
     "Certificate",
     "DatasetFingerprint",
+    "DepthPoint",
+    "DepthProfile",
+    "DepthProposal",
+    "DepthRule",
     "Evaluation",
     "FamilyVerdict",
     "FrechetGap",
@@ -48,10 +61,12 @@ __all__ = [
     "Part",
     "Plan",
     "PlannedAttack",
+    "Plugin",
     "Provenance",
     "RecheckRecord",
     "Record",
     "RepeatedTrial",
+    "ResetPoint",
     "Rule",
     "RunRecord",
     "Side",

@@ -8,6 +8,7 @@ from pydantic import JsonValue, model_validator
 
 from hf_immunize.records.base import Interval, Part, Record
 from hf_immunize.records.generation import FrechetGap, SimilarityGap
+from hf_immunize.records.notebook import certificate_html
 from hf_immunize.records.plan import Plan
 from hf_immunize.records.provenance import DatasetFingerprint, ModelFingerprint, Provenance
 from hf_immunize.records.rule import Rule
@@ -205,6 +206,10 @@ class Certificate(Record):
     first version of the rule."""
     plan: Plan | None = None
     """What the exam asks for and what was run of it; null in certificates of the first version of the rule."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return certificate_html(self)
 
     @model_validator(mode="after")
     def _nothing_is_left_out(self) -> Certificate:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import JsonValue
+
 from hf_immunize.records.base import Part
+
+
+class Plugin(Part):
+    """Code that is no part of this package: who registered an attack, and what it was."""
+
+    name: str
+    """The distribution with its version, or the module or file where there is none."""
+    sha256: str
+    """Over its Python source."""
 
 
 class PlannedAttack(Part):
@@ -20,6 +31,8 @@ class PlannedAttack(Part):
     tuning_seeds: list[int] = []
     """Seeds on which trials were compared before the best ones were run on all; empty: every trial on every seed."""
     budget: int = 0
+    plugin: Plugin | None = None
+    """Where the attack is not one of this package: whose it is."""
 
 
 class Plan(Part):
@@ -42,5 +55,8 @@ class Plan(Part):
     """Every attack that is planned or was run on any side."""
     methods: list[PlannedAttack] = []
     """The same for the benign task."""
+    means: dict[str, JsonValue] = {}
+    """What attackers who train networks computed with, where it was not float32 in whole batches: precision,
+    micro_batch_size, gradient_checkpointing."""
     references: list[PlannedAttack] = []
     """Attackers without the model that were run."""

@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_immunize.report.depth import depth_picture
     from hf_immunize.report.likeness import frechet_words, gap_rows
     from hf_immunize.report.page import render_report, report_html
     from hf_immunize.report.pictures import curve_pictures, picture_names
 
 _HOMES = {
     "curve_pictures": "pictures",
+    "depth_picture": "depth",
     "frechet_words": "likeness",
     "gap_rows": "likeness",
     "picture_names": "pictures",
@@ -19,7 +21,15 @@ _HOMES = {
     "report_html": "page",
 }
 
-__all__ = ["curve_pictures", "frechet_words", "gap_rows", "picture_names", "render_report", "report_html"]
+__all__ = [
+    "curve_pictures",
+    "depth_picture",
+    "frechet_words",
+    "gap_rows",
+    "picture_names",
+    "render_report",
+    "report_html",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from hf_immunize.records import atomic_write
+from hf_immunize.records import PROFILE_FILE, Certificate, DepthProfile, atomic_write
 from hf_immunize.report import view
+from hf_immunize.report.depth import probe_chart, reset_chart
 from hf_immunize.report.evidence import read_evidence
 from hf_immunize.report.text import clean
 
@@ -38,7 +39,25 @@ def report_html(folders: Sequence[Path], base: Path | None = None) -> str:
     Raises:
         RecordError: a record is missing, changed, or about another base or other data than its neighbours.
     """
-    return _environment().get_template("page.html.jinja").render(**view.page(read_evidence(folders, base)))
+    evidence = read_evidence(folders, base)
+    depth = _depth_figures(base, evidence[0].certificate)
+    return _environment().get_template("page.html.jinja").render(**view.page(evidence), depth=depth)
+
+
+def _depth_figures(base: Path | None, certificate: Certificate) -> dict[str, Any] | None:
+    """The pictures of the base's profile, which lies in its folder or that of the run; None where there is none of it.
+
+    A profile of other weights than the certificate's control is not shown.
+    """
+    for folder in () if base is None else (base, base.parent):
+        file = folder / PROFILE_FILE
+        if not file.is_file():
+            continue
+        profile = DepthProfile.read(file)
+        if sorted(profile.model.weights.values()) == sorted(certificate.control.weights.values()):
+            return {"resets": reset_chart(profile), "probes": probe_chart(profile), "told": profile.proposal.told,
+                    "rule": profile.rule.in_words()}
+    return None
 
 
 @cache

@@ -62,7 +62,7 @@ def _standalone(figure: view.Figure, evidence: Evidence) -> str:
         svg.element("svg", chart, x=_MARGIN, y=_HEAD, width=width, height=height),
     ]
     return svg.element(
-        "svg", svg.element("title", figure.title), svg.element("style", _style()), *parts,
+        "svg", svg.element("title", figure.title), svg.element("style", chart_style()), *parts,
         xmlns="http://www.w3.org/2000/svg", width=width + 2 * _MARGIN, height=height + _HEAD + _MARGIN,
         viewBox=f"0 0 {width + 2 * _MARGIN:g} {height + _HEAD + _MARGIN:g}",
     ) + "\n"
@@ -81,7 +81,7 @@ def _cut(label: str) -> str:
 
 
 @cache
-def _style() -> str:
+def chart_style() -> str:
     """The page's own rules for charts, in its light colours: a picture does not know what surrounds it."""
     lines = (Path(__file__).parent / "page.css").read_text(encoding="utf-8").splitlines()
     colours = lines[: lines.index("}") + 1]

@@ -10,11 +10,13 @@ _HOMES = {
     "CardsOptions": "cards",
     "CertifyOptions": "certify",
     "ImmunizeOptions": "immunize",
+    "ProfileOptions": "profile",
     "ReportOptions": "report",
     "attack_model": "attack",
     "certify_model": "certify",
     "immunize_model": "immunize",
     "pretrain_model": "pretrain",
+    "profile_model": "profile",
     "write_cards": "cards",
     "write_report": "report",
 }

@@ -25,6 +25,7 @@ from hf_immunize.attacks import (
     plan_runs,
     run_suite,
 )
+from hf_immunize.attacks.core.means import PRECISIONS, Means
 from hf_immunize.attacks.core.plan import describe_attacks, find_attack
 from hf_immunize.attacks.core.sharing import Share, leave_group
 from hf_immunize.errors import ConfigError
@@ -65,9 +66,8 @@ class AttackOptions:
                                       "default.")
     task: str = option("harmful", "harmful: attack. benign: learn the benign task, which a good immunization does not "
                        "hinder.", "--concept")
-    base_path: str | None = option(None, "Classifiers: folder of the base, where the attackers of this exam hold it "
-                                   "too (it is public): attacks that compare with it then run. Give it for every role "
-                                   "or for none.")
+    base_path: str | None = option(None, "Classifiers: folder of the base, if it is public, so that attackers can use "
+                                   "it too: attacks that compare with it then run. Give it for every role or for none.")
     adapter_base: str | None = option(None, "Classifiers: where model_path holds a PEFT adapter, the folder of the "
                                       "model that it is put on; certify it with that one as base_path.")
     attack_fraction: float = option(0.8, "Share of each class of the attack split that one seed trains on.")
@@ -81,6 +81,12 @@ class AttackOptions:
                                      "default. A model from the Hub is copied there, by default to "
                                      "runs/<owner>--<name>, so that weights and traces are found together.")
     device: str = option("auto", DEVICE_HELP)
+    precision: str = option("float32", f"In which attackers train networks: {', '.join(PRECISIONS)}. The same on every "
+                            "side; traces tell of it, and a recheck repeats it. Answers are judged in float32.")
+    micro_batch_size: int = option(0, "Rows of a step that go through the network at a time; 0: as many as memory "
+                                   "holds, halved when it runs out. The batch of a step stays what the attack says.")
+    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: a third more time, "
+                                          "less memory, the same step.")
     overwrite: bool = option(False, "Make runs again whose trace tells of another run.")
     shard: str | None = option(None, "i/n: make only part i of n, for arrays of jobs that cannot see each other. "
                                "Processes that share a folder need none: start as many as you like, or use accelerate "
@@ -217,6 +223,7 @@ def make_context(task: ExamTask, family: Family, options: AttackOptions, folder:
     held: dict[str, Any] = dict(attacker_holds(task, options.task))
     common: dict[str, Any] = {
         "folder": folder, "role": options.role, "device": device, "attack_fraction": options.attack_fraction,
+        "means": Means(options.precision, options.micro_batch_size, options.gradient_checkpointing),
     }  # fmt: skip
     if family.kind == "classifier":
         base = None if options.base_path is None else Path(options.base_path)

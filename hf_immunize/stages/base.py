@@ -34,9 +34,9 @@ class ImmunizeOptions:
     trust_remote_code: bool = option(False, "Classifiers: run model code that comes with the model.")
     require: bool = option(False, "Classifiers: leave with an error unless the last line says IMMUNIZED; model and "
                            "record are written.")
-    base_precision: str = option("float32", "Pipelines: precision the denoiser's weights are held in: float32, or "
+    base_precision: str = option("float32", "Pipelines: precision of the denoiser's weights in memory: float32, or "
                                  "bfloat16 where trainable_modules=lora leaves them as they are.")
-    dry_run: bool = option(False, "Say what the run would hold in memory, from the config alone, and leave.")
+    dry_run: bool = option(False, "Print what the run would need in memory, from the config alone, and leave.")
 
     def __post_init__(self) -> None:
         if self.base_precision not in ("float32", "bfloat16"):

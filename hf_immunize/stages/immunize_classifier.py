@@ -17,6 +17,8 @@ from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.vision.checkpoints import scientific_options
 from hf_immunize.training.vision.record import immunization_record, training_spectra
 
+PROBE_SPLIT = "probe"
+
 
 class ClassifierDefence:
     """A classifier from safetensors, or its architecture with random weights."""
@@ -49,9 +51,15 @@ class ClassifierDefence:
         made = ImmunizationTrainer(
             model=self._model, args=self._args, train_dataset=for_model(train, labels), harmful_dataset=defense,
             eval_dataset=for_model(validation, labels), processing_class=self._processor,
+            harmful_eval_dataset=self._held_out(),
         )  # fmt: skip
         self._before = training_spectra(made)
         return made
+
+    def _held_out(self) -> PixelDataset | None:
+        """Harmful rows of the defender that are not trained on: the split ``probe``, where there is one."""
+        harmful = self.task.side("harmful")
+        return self.task.examples("harmful", PROBE_SPLIT) if PROBE_SPLIT in harmful.split_names else None
 
     def save(self, trainer: ImmunizationTrainer) -> None:
         """Model and processor, and a look at the spectra: a model that is split answers to all processes at once."""

@@ -1,6 +1,7 @@
 """Look at a model and its data, and write one commented run file with every stage: DIR/run.yaml.
 
-What could not be decided from model and data is marked CHECK in it. Then: hf-immunize plan, hf-immunize run.
+What could not be decided from model and data is marked CHECK in it. A profile.json in DIR (hf-immunize profile) decides
+which part is trained and measured. Then: hf-immunize plan, hf-immunize run.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def init_run(folder: str | Path, options: InitOptions) -> Path:
     import torch
 
     from hf_immunize.stages.start import hush
+    from hf_immunize.stages.workflow.depth import find_profile
     from hf_immunize.stages.workflow.draft import Draft
     from hf_immunize.stages.workflow.draft_classifier import draft_classifier, folder_or_id
     from hf_immunize.stages.workflow.draft_pipeline import draft_pipeline, is_pipeline
@@ -83,8 +85,11 @@ def init_run(folder: str | Path, options: InitOptions) -> Path:
     jobs = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
     draft.option("jobs", jobs, "stages side by side; they share the machine's cores", indent=0)
     draft.offer("hardware", "gpu-2.yaml", "option file of accelerate launch, for stages that train", indent=0)
-    write = draft_pipeline if pipeline else draft_classifier
-    seen = write(draft, model, _task(options, folder_or_id), protocol, options.revision)
+    task = _task(options, folder_or_id)
+    if pipeline:
+        seen = draft_pipeline(draft, model, task, protocol, options.revision)
+    else:
+        seen = draft_classifier(draft, model, task, protocol, options.revision, find_profile(folder))
     atomic_write(file, draft.text().encode())
     print("\n".join(seen))
     told = f", {draft.checks} lines marked CHECK to look at" if draft.checks else ""

@@ -39,7 +39,7 @@ class ClassifierOptions:
     config_overrides: str | None = option(None, "Numbers of the config to change, e.g. 'classifier_dropout_prob=0', "
                                           "joined with commas.")
     trainable_modules: str | None = option(None, "What is trained, as when immunizing, e.g. 'classifier' for a head on "
-                                           "frozen features; the frozen part is held in evaluation mode. Default: "
+                                           "frozen features; the frozen part stays in evaluation mode. Default: "
                                            "everything.")
     cache_frozen_features: bool = option(False, "With trainable_modules: run the frozen part once per image and keep "
                                          "its output on disk.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -62,10 +63,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, prog=prog)
     parser.add_argument("names", nargs="*", help="Presets; all by default.")
     parser.add_argument("--copy", metavar="FOLDER", help="Copy them to FOLDER/recipes.")
+    parser.add_argument("--json", action="store_true", help="Print plain data for scripts.")
     given = parser.parse_args(argv)
     if given.copy is not None:
         print(f"{len(copy_presets(given.copy, given.names))} files copied to {Path(given.copy, 'recipes')}")
         return
-    for name, files in find_presets().items():
-        if not given.names or name in given.names:
-            print(f"{name}: {', '.join(files)}")
+    shown = {name: files for name, files in find_presets().items() if not given.names or name in given.names}
+    if given.json:
+        print(json.dumps(shown, indent=1))
+    for name, files in shown.items() if not given.json else ():
+        print(f"{name}: {', '.join(files)}")

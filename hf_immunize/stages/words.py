@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hf_immunize.errors import ConfigError, ImmunizeError
@@ -12,6 +13,16 @@ from hf_immunize.options import given_options, parse_options
 from hf_immunize.tasks import FAMILIES, Family, find_family
 
 _FAMILY = "--family"
+_TASK = ("primary_dataset", "harmful_dataset", "dataset", "retain_images", "harmful_images")
+FIRST = {
+    "immunize": ("base_path", "output_dir", *_TASK, "objective", "strength", "max_primary_drop", "trainable_modules",
+                 "max_steps", "learning_rate"),
+    "attack": ("model_path", "role", *_TASK, "protocol", "attacks", "seeds", "settings", "base_path", "device"),
+    "certify": ("model_path", "base_path", *_TASK, "protocol", "threshold", "recheck", "device"),
+    "pretrain": ("model_name_or_path", "output_dir", *_TASK, "trainable_modules", "from_scratch", "max_steps",
+                 "learning_rate", "per_device_train_batch_size"),
+}  # fmt: skip
+"""Options of each stage that ``--help`` shows first: about ten, whatever the family of the task."""
 
 
 def read_words(
@@ -34,7 +45,8 @@ def read_words(
     if family is None:
         others = ", ".join(f"{_FAMILY} {name}" for name in FAMILIES if name != found.name)
         told += f" Shown for a task of {found.name}, found by its options; see also {others}."
-    return parse_options((found.arguments(), *kinds(found)), words, told, prog)
+    verb = (prog or Path(sys.argv[0]).stem).split()[-1]
+    return parse_options((found.arguments(), *kinds(found)), words, told, prog, FIRST.get(verb, ()))
 
 
 def choose_family(argv: Sequence[str] | None, family: str | None = None) -> tuple[Family, list[str]]:

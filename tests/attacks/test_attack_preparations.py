@@ -180,16 +180,32 @@ def test_the_head_has_a_rate_of_its_own(make_context):
     assert len(others["params"]) + 2 == len(list(model.parameters()))
 
 
-def test_lamb_moves_every_tensor_by_the_rate_times_its_length():
+@pytest.mark.parametrize("optimizer", [optimizers.Lamb, optimizers.Lars])
+def test_lamb_and_lars_move_every_tensor_by_the_rate_times_its_length(optimizer):
     generator = torch.Generator().manual_seed(0)
     tensors = [nn.Parameter(scale * torch.randn(5, 3, generator=generator)) for scale in (1e-6, 1.0, 1e6)]
     before = [value.detach().clone() for value in tensors]
     for value, scale in zip(tensors, (1e8, 1.0, 1e-25), strict=True):  # the square of the last one is 0 in float32
         value.grad = scale * torch.randn(5, 3, generator=generator)
-    optimizers.Lamb(tensors, 0.01).step()
+    optimizer(tensors, 0.01).step()
     for value, old in zip(tensors, before, strict=True):
         assert float((value - old).norm() / old.norm()) == pytest.approx(0.01, rel=1e-4)
         assert torch.equal((value - old).sign(), -value.grad.sign())
+
+
+def test_lars_is_momentum_on_rates_of_each_tensor_with_its_decay():
+    """w <- w - v, v <- 0.9 v + lr ‖w‖/(‖g‖ + β‖w‖) (g + βw); a tensor that is zero takes the plain gradient."""
+    weight, fresh = nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.zeros(2))
+    found = optimizers.Lars([weight, fresh], 0.1, weight_decay=0.5)
+    expected, velocity = torch.tensor([3.0, 4.0]), torch.zeros(2)
+    for gradient in (torch.tensor([0.0, 2.0]), torch.tensor([1.0, -1.0])):
+        weight.grad, fresh.grad = gradient.clone(), torch.tensor([1.0, 0.0]) if not fresh.any() else None
+        rate = 0.1 * expected.norm() / (gradient.norm() + 0.5 * expected.norm())
+        velocity = 0.9 * velocity + rate * (gradient + 0.5 * expected)
+        expected = expected - velocity
+        found.step()
+        assert torch.allclose(weight, expected, atol=1e-6)
+    assert torch.allclose(fresh, torch.tensor([-0.1, 0.0]))
 
 
 def test_muon_orthogonalises_kernels_and_leaves_depthwise_ones_to_adam():
@@ -227,15 +243,14 @@ def test_layers_are_trained_from_the_input_side_one_after_the_other(make_context
     told = config("layerwise_finetune", steps=8, share=0.5, parts=2)
     model = first.layerwise(context, Run(told, "x", 0)).train()
     trained = []
-    for _ in range(5):
-        model(pixel_values=context.attack.pixel_values[:2])
+    for step in range(5):
+        model.before_step(step)
         trained.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
     early, late = "vit.layers.0.mlp.fc1.weight", "vit.layers.3.mlp.fc1.weight"
     assert [early in names for names in trained] == [True, True, False, False, True]
     assert [late in names for names in trained] == [False, False, True, True, True]
     assert all("classifier.weight" in names for names in trained)
     assert "vit.embeddings.cls_token" in trained[0] and "vit.layernorm.weight" in trained[2]
-    model.eval()(pixel_values=context.attack.pixel_values[:2])  # judging is no step
     result = only(context, "layerwise_finetune", told)
     assert [point.step for point in result.curve] == evaluation_steps(8, 1.5)
 

@@ -49,6 +49,11 @@ def test_what_is_no_attack_is_refused():
     for name, config, told in (("a b", mine_config(), "an identifier"), ("thawed", Thawed, "a frozen dataclass")):
         with pytest.raises(ConfigError, match=f"expected {told}"):
             register_attack(name, Attack(config=config, run=lambda context, runs: iter(()), family="data"))
+    refused = (("benign_mine", (), "does not begin with 'benign_'"), ("mine", ("luck",), r"got \['luck'\]"))
+    for name, needs, told in refused:
+        with pytest.raises(ConfigError, match=told):
+            register_attack(name, Attack(mine_config(), lambda context, runs: iter(()), "data", needs=needs))
+    assert "mine" not in ATTACKS
     assert "thawed" not in ATTACKS and "a b" not in ATTACKS
 
 

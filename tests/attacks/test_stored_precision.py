@@ -8,7 +8,8 @@ import torch
 from transformers import TrainingArguments
 
 from hf_immunize.attacks import ATTACKS, Run
-from hf_immunize.attacks.vision._finetune import FinetuneConfig, training_arguments
+from hf_immunize.attacks.vision._finetune import FinetuneConfig
+from hf_immunize.attacks.vision._trainer import training_arguments
 
 ATTACKED = ("full_finetune", "lora", "linear_probe_adam", "reset_last_blocks", "distil_fresh")
 

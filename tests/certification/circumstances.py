@@ -11,6 +11,7 @@ from tiny_exam import SETTINGS, blobs
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.attacks import ATTACKS, AttackContext, run_suite
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.certification import build_certificate
 from hf_immunize.certification.bench import Bench
 from hf_immunize.exam import Protocol
@@ -42,17 +43,19 @@ class Blobs:
         return {}
 
 
-def attack(folder, role, base, exam_data, settings, *, seeds, fraction, base_held, benign, module, tuning, trials):
+def attack(
+    folder, role, base, exam_data, settings, *, seeds, fraction, base_held, benign, module, tuning, trials, means
+):
     """One side of an exam."""
     data, splits = exam_data
     context = AttackContext(
         folder=folder, role=role, data=data.harmful, attack_fraction=fraction, benign=benign, feature_module=module,
-        base=base if base_held else None, adapter_base=base, **splits)
+        base=base if base_held else None, adapter_base=base, means=means or Means(), **splits)
     run_suite(context, ATTACKS, list(settings), seeds, folder, settings, tuning_seeds=tuning, trials=trials)
 
 
 def sit(root, source, exam_data, settings, *, seeds=(0, 1, 2), fraction=0.8, base_held=False, benign=None,
-        module=None, tuning=None, halves=False, trials=None, adapted=False, processes=1):
+        module=None, tuning=None, halves=False, trials=None, means=None, adapted=False, processes=1):
     """An exam of ``source`` against itself under these circumstances, certified; the folder and its bench.
 
     Args:
@@ -68,7 +71,7 @@ def sit(root, source, exam_data, settings, *, seeds=(0, 1, 2), fraction=0.8, bas
     else:
         shutil.copytree(source, subject, ignore=shutil.ignore_patterns("traces"))
     told = {"fraction": fraction, "base_held": base_held, "benign": benign, "module": module, "tuning": tuning,
-            "trials": trials}
+            "trials": trials, "means": means}
     for folder, role in ((subject, "subject"), (base, "control")):
         for part in ([seeds[:1], seeds] if halves else [seeds]):
             _shared(processes, attack, folder, role, base, exam_data, settings, **told, seeds=part)
@@ -120,6 +123,7 @@ CIRCUMSTANCES = {
                              {"benign": blobs(30, 9, 3)}),
     "interrupted and taken up again": (SETTINGS, {"halves": True}),
     "one seed": (SETTINGS, {"seeds": (0,)}),
+    "networks trained in bfloat16, some rows at a time": (STEPS, {"means": Means("bf16", 5), "seeds": (0, 1)}),
     "trials compared on one seed": (LORA, {"tuning": 1}),
     "an adapter": ({**LORA, "ridge_probe": SETTINGS["ridge_probe"]}, {"adapted": True}),
     "two processes": (SETTINGS, {"processes": 2}),

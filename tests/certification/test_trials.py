@@ -8,13 +8,15 @@ import pytest
 from circumstances import CIRCUMSTANCES, DOES_NOT_APPLY, LORA, STEPS, Blobs, sit
 from tiny_exam import SETTINGS
 
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.certification.curves import LEAST_SCORE, compare_trial
 from hf_immunize.certification.search import search_afresh
 from hf_immunize.certification.trials import certified_trials, draw_trials, repeat_trials, run_again
 from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.records import AttackTrace, Certificate, Evaluation, sha256_file
 
-QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed", "an adapter")
+QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed", "an adapter",
+         "networks trained in bfloat16, some rows at a time")
 
 
 @pytest.mark.parametrize(
@@ -23,6 +25,8 @@ QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module
 def test_honest_certificates_are_not_accused_whatever_the_circumstances(tmp_path, trained_base, exam_data, name):
     settings, told = CIRCUMSTANCES[name]
     subject, bench = sit(tmp_path, trained_base, exam_data, settings, **told)
+    plan = Certificate.read(subject / "certificate.json").plan
+    assert plan.means == told.get("means", Means()).described
     for seed in range(2):
         record = repeat_trials(subject, bench, 3, seed)
         assert record.holds and len(record.trials) == min(3, record.drawn_from), record

@@ -121,7 +121,14 @@ def test_a_builder_function_can_be_named_and_a_wrong_source_says_what_is_possibl
         load_source("builder:nothing")
     with pytest.raises(DataError, match="importable function"):
         load_source("builder:no_such_module:build")
-    with pytest.raises(DataError, match="expected a Hub id, an image folder"):
+
+
+def test_an_id_that_the_hub_does_not_have_is_no_folder_either(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no such dataset")
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    with pytest.raises(DataError, match="expected a Hub id, an image folder.*no such folder here, and the Hub gave no"):
         load_source("not/there")
 
 

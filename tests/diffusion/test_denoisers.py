@@ -8,7 +8,7 @@ import torch
 from denoiser_builders import FAMILIES, build_denoiser, build_examples
 
 from hf_immunize.diffusion import DENOISERS, denoiser_of, fits_memory
-from hf_immunize.diffusion.denoisers import pack_patches, patch_places, unpack_patches
+from hf_immunize.diffusion.families.flux import pack_patches, patch_places, unpack_patches
 from hf_immunize.errors import DataError, DeviceMemoryError, ModelError
 
 

@@ -23,7 +23,8 @@ from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DiffusionAttackCont
 from hf_immunize.attacks.diffusion import context as context_module
 from hf_immunize.attacks.diffusion.dreambooth import DreamBooth, DreamBoothPrior
 from hf_immunize.diffusion import component_of, denoiser_of, load_pipeline
-from hf_immunize.diffusion.encoding import PROMPT_ENCODERS, encode
+from hf_immunize.diffusion.denoisers import PROMPT_READERS
+from hf_immunize.diffusion.encoding import encode
 from hf_immunize.diffusion.photos import read_pixels
 from hf_immunize.diffusion.prompts import PromptArguments
 from hf_immunize.errors import DataError, ModelError
@@ -54,7 +55,7 @@ def prompt_of(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pipeline_class_is_told_what_it_tells_itself(kind, photos, tmp_path, monkeypatch):
     """The conditions are those with which the pipeline's own __call__ asks its denoiser."""
-    assert {getattr(diffusers, name) for name in KINDS} == set(PROMPT_ENCODERS)
+    assert {getattr(diffusers, name) for name in KINDS} == set(PROMPT_READERS)
     build_text_pipeline(kind).save_pretrained(tmp_path / "saved")
     pipeline = load_pipeline(tmp_path / "saved")
     pipeline.set_progress_bar_config(disable=True)

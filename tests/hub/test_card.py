@@ -76,7 +76,7 @@ def test_metadata_parses_back_to_the_same_numbers(tmp_path):
     assert results["Primary metric, percent"].metric_value == 98.0
     assert results["Slow-down under lora"].metric_value == 1.1
     assert results["Slow-down under lora"].metric_args["verdict"] == "FAILS"
-    bound = results["Slow-down under gradient_descent_probe, lower bound"]
+    bound = results["Slow-down under linear_probe_gd, lower bound"]
     assert bound.metric_value == certificate.cells[0].slow_down.low and "estimate" not in bound.metric_args["interval"]
     ridge = results["Harmful accuracy after ridge_probe, percent"]
     assert ridge.metric_value == pytest.approx(100 * sum(certificate.cells[2].subject.accuracy) / 3)
@@ -89,7 +89,7 @@ def test_what_is_not_known_is_left_out(tmp_path):
     metadata = ModelCard(source).data.to_dict()
     assert not {"license", "base_model", "base_model_relation", "datasets"} & set(metadata)
     assert "Licence: not stated" in source
-    assert "last_block_reset" not in str(metadata["model-index"])
+    assert "reset_last_blocks" not in str(metadata["model-index"])
 
 
 def test_a_base_named_by_hub_id_is_linked(tmp_path):
@@ -104,7 +104,7 @@ def test_a_failed_model_opens_with_what_failed(tmp_path):
     failed = body.index("This model failed its immunization exam")
     assert failed < body.index("## What failed") < body.index("## What it is")
     opening = body[: body.index("## What it is")]
-    assert "`ridge_probe`" in opening and "`lora`" in opening and "`adam_probe`" not in opening
+    assert "`ridge_probe`" in opening and "`lora`" in opening and "`linear_probe_adam`" not in opening
 
 
 def test_a_model_that_fails_by_its_utility_says_so(tmp_path):
@@ -146,9 +146,9 @@ def test_every_cell_is_in_the_table_failures_first(tmp_path):
     assert sorted(row[0].strip("`") for row in rows) == sorted(attack.name for attack in build.ATTACKS)
     assert [row[2] for row in rows] == ["**FAILS**", "**FAILS**", "INCONCLUSIVE", "NOT RUN", "RESISTS", "RESISTS"]
     by_name = {row[0].strip("`"): row for row in rows}
-    assert by_name["gradient_descent_probe"][3] == "at least 66×"
+    assert by_name["linear_probe_gd"][3] == "at least 66×"
     assert by_name["lora"][3] == "1.1× (0.9 to 1.5)"
-    assert by_name["last_block_reset"][3:5] == ["–", "–"]
+    assert by_name["reset_last_blocks"][3:5] == ["–", "–"]
 
 
 def test_the_card_claims_no_certainty(tmp_path):
@@ -257,11 +257,11 @@ def test_every_attack_that_left_a_result_has_its_curve(tmp_path):
 def test_a_curve_is_that_of_the_traces(tmp_path):
     """Pixels of the mean line, back to steps and accuracies."""
     folder = build.exam_folder(tmp_path)
-    root = ElementTree.fromstring(curve_pictures(folder)["plots/02-adam-probe.svg"])
+    root = ElementTree.fromstring(curve_pictures(folder)["plots/02-linear-probe-adam.svg"])
     polylines = root.iter("{http://www.w3.org/2000/svg}polyline")
     (_, line) = [part for part in polylines if part.get("class") == "line m1"]  # the first is the legend's
     heights = [float(point.split(",")[1]) for point in line.get("points").split()]
-    traces = [AttackTrace.read(path) for path in folder.glob("traces/subject/adam_probe__learning_rate=0.1*")]
+    traces = [AttackTrace.read(path) for path in folder.glob("traces/subject/linear_probe_adam__learning_rate=0.1*")]
     means = [sum(point.test for point in points) / len(points)
              for points in zip(*(trace.curve for trace in traces), strict=True)]
     assert heights == pytest.approx([186 - 160 * mean for mean in means], abs=0.06)

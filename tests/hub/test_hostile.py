@@ -35,7 +35,7 @@ def folder(made, tmp_path):
 # ---- what the publisher's signature covers
 
 
-@pytest.mark.parametrize("name", ["report.html", "immunization.json", "plots/01-gradient-descent-probe.svg"])
+@pytest.mark.parametrize("name", ["report.html", "immunization.json", "plots/01-linear-probe-gd.svg"])
 def test_a_changed_page_record_or_picture_under_a_new_seal_is_not_what_was_signed(made, folder, name):
     """The seal alone is no signature: whoever can change files can seal them again."""
     signature = (folder / "certificate.sig").read_bytes()
@@ -242,7 +242,7 @@ def test_publishing_again_what_was_downloaded(hub, tmp_path):
 def test_a_policy_for_a_whole_preset(tmp_path):
     folder = failing(tmp_path)
     policy = asking(exam="quick")
-    assert "not run: linear_probe_gd" in message(verify_folder(folder, policy=policy), "policy")
+    assert "not run: standardized_probe_adam" in message(verify_folder(folder, policy=policy), "policy")
     cells = Certificate.read(folder / "certificate.json").cells
     from hf_immunize.exam import PROTOCOLS
 
@@ -267,7 +267,7 @@ def test_a_report_of_another_exam_is_never_published(tmp_path):
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "RESISTS everything" not in page and "condition_number" in page
     assert sorted(path.name for path in (out / "plots").iterdir()) == [
-        "01-gradient-descent-probe.svg", "02-adam-probe.svg"]
+        "01-linear-probe-gd.svg", "02-linear-probe-adam.svg"]
 
 
 def test_dates_of_a_certificate_cannot_outlive_its_rule(tmp_path):

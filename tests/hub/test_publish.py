@@ -67,7 +67,7 @@ def test_no_certificate_no_push(hub, tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [("model.safetensors", "not the weights that were examined"), ("certificate.json", "expected JSON"),
-     ("traces/subject/adam_probe__learning_rate=0.1__seed0.json", "not the trace that was certified")],
+     ("traces/subject/linear_probe_adam__learning_rate=0.1__seed0.json", "not the trace that was certified")],
 )
 def test_changed_files_are_never_let_out(hub, tmp_path, name, told):
     folder = certified(tmp_path)
@@ -96,7 +96,7 @@ def test_a_model_that_fails_needs_the_flag_and_its_card_opens_with_it(hub, tmp_p
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "certificate.json",
-                                  "traces/subject/adam_probe__learning_rate=0.1__seed0.json"])
+                                  "traces/subject/linear_probe_adam__learning_rate=0.1__seed0.json"])
 def test_files_that_change_while_publishing(hub, tmp_path, monkeypatch, name):
     folder = certified(tmp_path)
     from hf_immunize.hub import release as room

@@ -53,7 +53,7 @@ def test_a_figure_that_was_written_in(judged):
     side = cells[1].subject.model_copy(update={"accuracy": [0.1, 0.1, 0.1]})
     change(judged, cells=[cells[0], cells[1].model_copy(update={"subject": side}), *cells[2:]])
     (told,) = failed(judged)
-    assert "'adam_probe' is not what its traces give: subject" in told
+    assert "'linear_probe_adam' is not what its traces give: subject" in told
 
 
 def test_family_and_overall_verdicts_that_were_written_in(judged):

@@ -56,7 +56,7 @@ def test_the_metadata_parses_back_to_the_numbers_of_the_certificate(hub, tmp_pat
     certificate = Certificate.read(folder / "certificate.json")
     assert results["Primary metric, percent"].metric_value == certificate.utility.immunized
     cells = {cell.attack: cell for cell in certificate.cells}
-    assert results["Slow-down under adam_probe"].metric_value == cells["adam_probe"].slow_down.estimate
+    assert results["Slow-down under linear_probe_adam"].metric_value == cells["linear_probe_adam"].slow_down.estimate
     for attack, cell in cells.items():
         mean = sum(cell.subject.accuracy) / len(cell.subject.accuracy)
         assert results[f"Harmful accuracy after {attack}, percent"].metric_value == pytest.approx(100 * mean, rel=1e-12)

@@ -35,7 +35,7 @@ def folder(made, tmp_path):
     return shutil.copytree(made, tmp_path / "model")
 
 
-def rechecked(folder, key, *, agrees=True, attack="adam_probe", certificate=None):
+def rechecked(folder, key, *, agrees=True, attack="linear_probe_adam", certificate=None):
     """A recheck of one run, signed, put beside the certificate after it was sealed."""
     record = RecheckRecord(
         certificate_sha256=certificate or sha256_file(folder / "certificate.json"), drawn_with=7, drawn_from=12,
@@ -88,7 +88,7 @@ def test_a_recheck_that_did_not_hold_refuses_when_its_key_is_named_and_is_told_o
     path = rechecked(folder, keys["checker"][0], agrees=False)
     seen = found(folder, keys, "publisher", "checker")
     assert not seen.sound and seen.trust == Trust()
-    assert any(item.file == f"rechecks/{path.name}" and "adam_probe did not come out" in item.message
+    assert any(item.file == f"rechecks/{path.name}" and "linear_probe_adam did not come out" in item.message
                for item in seen.findings)
     assert found(folder, keys, "publisher").ok
 

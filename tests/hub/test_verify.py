@@ -104,7 +104,7 @@ def test_a_changed_seal_is_found_and_names_itself_or_the_file_it_lies_about(fold
 
 
 @pytest.mark.parametrize("name", ["certificate.json", "model.safetensors", "config.json", "immunization.json",
-                                  "traces/subject/adam_probe__learning_rate=0.1__seed1.json"])
+                                  "traces/subject/linear_probe_adam__learning_rate=0.1__seed1.json"])
 @pytest.mark.parametrize("how", ["deleted", "emptied", "cut"])
 def test_missing_and_truncated_files(folder, name, how):
     path = folder / name
@@ -183,7 +183,7 @@ def test_an_expired_certificate(folder):
 
 
 def test_changed_evidence_under_a_new_seal(folder):
-    name = "traces/subject/adam_probe__learning_rate=0.1__seed1.json"
+    name = "traces/subject/linear_probe_adam__learning_rate=0.1__seed1.json"
     (folder / name).write_text((folder / name).read_text().replace('"seconds": 0.1', '"seconds": 0.2'))
     reseal(folder)
     found = verify_folder(folder)
@@ -367,7 +367,7 @@ def test_traces_of_other_weights_or_of_attacks_the_certificate_hides(folder):
     certificate.model_copy(update={"cells": certificate.cells[1:]}).write(folder / "certificate.json")
     found = verify_folder(folder)
     assert failures(found) == {("certificate", "certificate.json")}
-    assert any("has a cell, gradient_descent_probe has none" in finding.message for finding in found.findings)
+    assert any("has a cell, linear_probe_gd has none" in finding.message for finding in found.findings)
 
 
 def test_claims_without_traces(folder):

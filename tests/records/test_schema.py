@@ -79,7 +79,7 @@ def twice(loaded):
     (plan_more, "has a cell, magic has none"),
     (drop_family, "every cell belongs to one family"),
     (succeed, "an exam with an attack that was not run has no success"),
-    (invent, "a verdict has figures of subject and control, last_block_reset has none"),
+    (invent, "a verdict has figures of subject and control, reset_last_blocks has none"),
     (twice, "an attack has one cell"),
 ])
 def test_no_cell_can_be_left_out(tmp_path, edit, message):

@@ -24,10 +24,10 @@ def edit_certificate(folder, change):
 def test_reads_traces_of_the_chosen_trial_only(world):
     folder, base = world
     (evidence,) = read_evidence([folder], base)
-    runs = evidence.runs("gradient_descent_probe", "subject")
+    runs = evidence.runs("linear_probe_gd", "subject")
     assert [run.seed for run in runs] == [0, 1, 2]
     assert {run.trial for run in runs} == {"learning_rate=0.1"}
-    assert evidence.runs("last_block_reset", "subject") == [] == evidence.runs("no such attack", "subject")
+    assert evidence.runs("reset_last_blocks", "subject") == [] == evidence.runs("no such attack", "subject")
     assert sum(run.outcome == "diverged" for run in evidence.traces) == 3
 
 

@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def dataset(labels, feature=None, **more) -> Dataset:
                              features=features)
 
 
+def shard(path: Path, root: Path) -> Path:
+    """Six samples of an image and its class."""
+    with tarfile.open(path, "w") as archive:
+        for number in range(6):
+            archive.add(picture(root / "kept" / f"{number}.png", number), f"{number}.png")
+            (root / "cls").write_text(str(number % 2))
+            archive.add(root / "cls", f"{number}.cls")
+    return path
+
+
 def parquet(root: Path, rows: Dataset) -> Path:
     rows.to_parquet(str(root / "rows.parquet"))
     return root / "rows.parquet"
@@ -109,9 +120,24 @@ def zip_file(root):
     return root / "images.zip"
 
 
-@source("got the file 'shard-000.tar': convert or unpack it")
-def webdataset_shard(root):
+@source("expected samples in .*shard-000.tar, got an archive without files")
+def an_empty_shard(root):
     (root / "shard-000.tar").write_bytes(b"\0" * 1024)
+    return root / "shard-000.tar"
+
+
+@source("expected a tar file of samples, got .*shard-000.tar")
+def a_truncated_shard(root):
+    shard(root / "shard-000.tar", root)
+    (root / "shard-000.tar").write_bytes((root / "shard-000.tar").read_bytes()[:700])
+    return root / "shard-000.tar"
+
+
+@source("expected images, .cls, .json and .txt in .*shard-000.tar, got '0.pkl'")
+def a_shard_with_a_pickle(root):
+    (root / "0.pkl").write_bytes(b"cos\nsystem")
+    with tarfile.open(root / "shard-000.tar", "w") as archive:
+        archive.add(root / "0.pkl", "0.pkl")
     return root / "shard-000.tar"
 
 

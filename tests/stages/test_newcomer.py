@@ -99,7 +99,7 @@ def whole_job(work, digits, kind, *, names=None, headless=False, benign=False):
     assert ("pretrain" in shown) == (names is None) and ("benign" in shown) == benign
     plan = json.loads(call(work, "plan", "job/run.yaml", "--json"))
     assert not [line for line in plan if line["level"] == "fails"], plan
-    assert {"primary images", "sides", "model", "disk", "time", "memory closed_form_adversary"} <= {
+    assert {"primary images", "sides", "model", "uplift", "disk", "time", "memory closed_form_adversary"} <= {
         line["part"] for line in plan}
     before = sorted(path.name for path in (work / "model").iterdir())
     call(work, "run", "job/run.yaml")

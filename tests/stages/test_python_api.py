@@ -21,7 +21,7 @@ SMALL = {"seeds": [0, 1], "attacks": ["ridge_probe"], "settings": ["ridge_probe.
 PUBLIC = [
     "DiffusionImmunizationConfig", "DiffusionImmunizationTrainer", "Exam", "ExamResult", "ImmunizationConfig",
     "ImmunizationTrainer", "LinearImmunizer", "Term", "__version__", "add_head", "immunize", "load_verified", "publish",
-    "register_objective", "render_report", "verify_folder",
+    "register_attack", "register_family", "register_objective", "render_report", "verify_folder", "weight_term",
 ]  # fmt: skip
 
 

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import record_builders as build
 
 from hf_immunize.errors import ConfigError, RecordError, RunMismatchError, StageError
+from hf_immunize.records import Certificate
 from hf_immunize.stages import run as run_stage
 from hf_immunize.stages.run import RunOptions, run_file
 from hf_immunize.stages.workflow.display import last_line
 from hf_immunize.stages.workflow.launch import Launcher
+from hf_immunize.stages.workflow.live import ProgressPage
 from hf_immunize.stages.workflow.run_file import RunFile
-from hf_immunize.stages.workflow.stages import make_stages
+from hf_immunize.stages.workflow.stages import Stage, make_stages
 from hf_immunize.stages.workflow.state import Lock, State
 
 FAKE = Path(__file__).parent / "fake_stage.py"
@@ -210,3 +214,43 @@ def test_the_last_line_of_a_log_is_no_progress_bar(tmp_path):
     log = tmp_path / "log"
     log.write_text("well\n 50%|###   | 3/6 [00:01<00:01, 2.5it/s]\r100%|######| 6/6 [00:02<00:00, 2.5it/s]\n\n")
     assert last_line(log) == "well" and last_line(tmp_path / "none") == ""
+
+
+def test_a_page_tells_how_far_the_run_is_after_each_stage(job, monkeypatch):
+    seen = []
+    tell = ProgressPage.tell
+    monkeypatch.setattr(ProgressPage, "tell", lambda page, *told: (
+        tell(page, *told), seen.append(page.path.read_text(encoding="utf-8"))))
+    made(job)
+    assert all('http-equiv="refresh"' in page and "at work" in page for page in seen)
+    assert "base is made" in seen[-1] and "waits" in seen[0] and seen[0].count("waits") == len(ALL) - 1
+    last = (job / "progress.html").read_text(encoding="utf-8")
+    assert "refresh" not in last and f"{job.name}: ended" in last and all(name in last for name in ALL)
+    (job / "fail").write_text("two")
+    edit(job, "strength: 2", "strength: 3")
+    with pytest.raises(StageError):
+        run_file(job / "run.yaml")
+    assert "stopped before its end" in (job / "progress.html").read_text(encoding="utf-8")
+
+
+def test_the_page_shows_outcome_and_verdicts_that_are_there(tmp_path):
+    folder = build.exam_folder(tmp_path / "run")
+    stage = Stage("certify-m", "certify", {}, (), folder, "certify")
+    with ProgressPage(tmp_path / "run", {"certify-m": stage}) as page:
+        shown = page.path.read_text(encoding="utf-8")
+    certificate = Certificate.read(folder / "certificate.json")
+    assert f"<h2>{folder.name}</h2>" in shown and f"<b>{certificate.overall}</b>" in shown
+    assert all(cell.attack in shown for cell in certificate.cells) and "<script" not in shown
+
+
+def test_a_script_gets_plain_data_alone(job, capsys, monkeypatch, tmp_path_factory):
+    certificate = Certificate.read(build.exam_folder(tmp_path_factory.mktemp("real")) / "certificate.json")
+    monkeypatch.setattr(run_stage, "Certificate", SimpleNamespace(read=lambda path: certificate))
+    run_stage.main([str(job / "run.yaml"), "--json"], prog="hf-immunize run")
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert sorted(told["stages"]) == sorted(ALL) and told["output_dir"] == str(job)
+    assert "base is made" in printed.err and set(told["models"]) == {"one", "two"}
+    assert told["models"]["one"]["overall"] == certificate.overall and "lora" in told["models"]["one"]["cells"]
+    run_stage.main([str(job / "run.yaml"), "--json", "--dry_run"], prog="hf-immunize run")
+    assert json.loads(capsys.readouterr().out)["stages"] == {}

@@ -73,6 +73,7 @@ def test_the_trunk_is_not_run_again(make_trainer, make_vit, tmp_path):
         model=model, trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c")
     )
     calls = []
+    trainer.cache_features()
     model.vit.layers[0].layernorm_before.register_forward_hook(lambda *_: calls.append(1))
     trainer.train()
     assert not calls
@@ -92,6 +93,7 @@ def test_spectra_start_at_cached_activations_and_are_those_of_the_images(make_tr
     )
     tasks = {"primary": trainer.primary_dataset, "harmful": trainer.harmful_dataset}
     wanted = model_spectra(trainer.model, trainer.site, tasks)
+    trainer.cache_features()
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     first.register_forward_hook(lambda *_: pytest.fail("the frozen part was run again"))
     trainer.model.train()
@@ -106,7 +108,7 @@ def test_other_weights_or_images_are_another_cache(make_trainer, make_vit, make_
     def folders(**options) -> int:
         make_trainer(
             trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c"), **options
-        )
+        ).cache_features()
         return len([path for path in (tmp_path / "c").iterdir() if path.is_dir()])
 
     assert (folders(), folders()) == (2, 2)
@@ -217,7 +219,9 @@ def test_the_cache_holds_what_the_precision_in_its_key_says(
 def test_another_precision_is_another_cache(make_trainer, make_vit, tmp_path, another_precision):
     for half, folders in ((False, 2), (True, 4), (True, 4)):
         AcceleratorState._reset_state(reset_partial_state=True)
-        make_trainer(trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path), bf16=half)
+        make_trainer(
+            trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path), bf16=half
+        ).cache_features()
         assert len([path for path in tmp_path.iterdir() if path.is_dir() and path.name != "run"]) == folders
 
 
@@ -228,4 +232,6 @@ def test_filling_the_cache_takes_no_more_rows_at_a_time_than_a_step_does(make_tr
         model=model, trainable_modules="last:1", cache_frozen_features=True, feature_cache_dir=str(tmp_path / "c"),
         per_device_train_batch_size=3, per_device_harmful_batch_size=6,
     )  # fmt: skip
+    assert max(seen) < 6  # the constructor looks at a few rows only
+    trainer.cache_features()
     assert seen and max(seen) <= 6 and trainer.args.per_device_eval_batch_size == 8

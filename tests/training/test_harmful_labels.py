@@ -16,7 +16,6 @@ from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.outcome import Measured, judge
 
 TELLING = sorted(name for name in OBJECTIVES if any(term.tells_classes_apart for term in terms_of(name)))
-TELLING += ["simulated_attack"]  # of an image model: it refits a head
 FREE = sorted(set(OBJECTIVES) - set(TELLING))
 
 
@@ -75,6 +74,26 @@ def test_terms_that_need_no_classes_train_and_are_measured(make_trainer, make_pi
     else:
         assert found.chance == 0 and found.probe_before <= 1 and "R2" in found.told
     assert set(found.terms_before) == {term.name for term in terms_of(objective) if term.side == "harmful"}
+
+
+def test_a_simulated_attacker_of_numbers_ends_at_a_higher_error(make_trainer, make_pixels, make_vit):
+    trainer = make_trainer(model=make_vit(), harmful=harmful_of(make_pixels, "numbers"), objective="simulated_attack",
+                           max_steps=30, per_device_harmful_batch_size=30, attacker_learning_rate=1e-2, horizon="100")
+    trainer.train()
+    term = "harmful_simulated_attack"
+    assert trainer.outcome.terms_before[term] > 0.05  # the attacker learned something
+    assert trainer.outcome.terms_after[term] < 0.7 * trainer.outcome.terms_before[term]
+
+
+def test_images_without_labels_cannot_be_answered_from_a_cache(make_trainer, make_pixels, tmp_path):
+    options = {"objective": "simulated_attack", "attacker_rank": 2, "trainable_modules": "last:1", "max_steps": 2,
+               "cache_frozen_features": True, "feature_cache_dir": str(tmp_path)}
+    for kind in ("nothing", "one class"):  # what works without labels is tried on digits, in test_outcome.py
+        with pytest.raises(ConfigError, match="cache_frozen_features off for simulated_attack with harmful_dataset"):
+            make_trainer(harmful=harmful_of(make_pixels, kind), **options).train()
+    trainer = make_trainer(harmful=harmful_of(make_pixels, "numbers"), **options)
+    trainer.train()
+    assert trainer.outcome.terms_before["harmful_simulated_attack"] >= 0
 
 
 def test_labels_that_no_term_looks_at_change_nothing_that_is_trained(make_trainer, make_pixels, make_vit):

@@ -59,6 +59,26 @@ def test_every_objective_is_measured_and_lowers_its_terms_by_default(digits, dig
     assert found.immunized is found.told.startswith("IMMUNIZED")
 
 
+class _WithoutLabels(torch.utils.data.Dataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        return {"pixel_values": self.rows[row]["pixel_values"]}
+
+
+def test_images_without_labels_are_enough_for_a_simulated_attack_by_default(digits, digits_base, tmp_path):
+    harmful = {name: _WithoutLabels(rows) for name, rows in digits.items() if name.startswith("harmful")}
+    trainer = run(digits | harmful, digits_base, tmp_path, objective="simulated_attack", max_steps=40,
+                  max_primary_drop=1.0)
+    found, term = trainer.outcome, "harmful_simulated_attack"
+    assert found.terms_after[term] < 0.7 * found.terms_before[term]
+    assert found.immunized and trainer.guard_record.held and found.probe_before is None
+
+
 def test_nothing_done_is_not_immunized_and_says_what_to_change(digits, digits_base, tmp_path):
     found = run(digits, digits_base, tmp_path, objective="closed_form_adversary", strength=0.0, max_steps=3,
                 learning_rate=1e-9).outcome

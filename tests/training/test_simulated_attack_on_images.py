@@ -11,7 +11,7 @@ from step_builders import relative_error
 from hf_immunize.errors import ConfigError
 from hf_immunize.training import OBJECTIVES, register_objective
 from hf_immunize.training.core.weight_terms import WeightTerm
-from hf_immunize.training.vision.harmful_loss import refitted_head_loss
+from hf_immunize.training.vision.harmful_loss import refitted_answers_loss, refitted_head_loss
 
 TERM = "harmful_simulated_attack"
 
@@ -22,7 +22,10 @@ def slow_error(features, labels, horizon):
     for label in labels.unique():
         for place, row in enumerate((labels == label).nonzero().flatten().tolist()):
             halves[place % 2].append(row)
-    targets = torch.nn.functional.one_hot(labels).double()
+    return slow_ridge_error(features, torch.nn.functional.one_hot(labels).double(), halves, horizon)
+
+
+def slow_ridge_error(features, targets, halves, horizon):
     errors = []
     for learn, judge in (halves, halves[::-1]):
         center, mean = features[learn].mean(0), targets[learn].mean(0)
@@ -33,6 +36,28 @@ def slow_error(features, labels, horizon):
         left = targets[judge] - mean - (features[judge] - center) @ head
         errors.append(left.square().sum() / (targets[judge] - mean).square().sum())
     return torch.stack(errors).mean()
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_answers_that_are_numbers_are_learned_by_a_refitted_head_as_well(columns):
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(18, 4, generator=generator, dtype=torch.float64)
+    answers = features[:, :columns] + torch.randn(18, columns, generator=generator, dtype=torch.float64) / 4
+    halves = [list(range(start, 18, 2)) for start in (0, 1)]
+    features.requires_grad_()
+    loss = refitted_answers_loss(features, answers, 50.0)
+    truth = slow_ridge_error(features, answers, halves, 50.0)
+    assert 0 < float(loss.detach()) < 1
+    assert float(loss.detach()) == pytest.approx(float(truth.detach()), rel=1e-9)
+    (ours,), (theirs,) = torch.autograd.grad(loss, features), torch.autograd.grad(truth, features)
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_answers_that_do_not_differ_teach_nothing():
+    features = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = refitted_answers_loss(features, torch.ones(8, 2), 50.0)
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert float(loss.detach()) == 1 and not gradient.any()
 
 
 def test_the_loss_is_the_held_out_error_of_a_refitted_head_and_so_is_its_gradient():

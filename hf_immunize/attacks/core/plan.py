@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import random
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from hf_immunize.attacks.core.shape import Attack, Run
 from hf_immunize.errors import ConfigError
+from hf_immunize.plugins import load_plugins
 
 Settings = Mapping[str, Mapping[str, tuple[Any, ...]]]
 
@@ -39,10 +41,18 @@ def parse_settings(words: Sequence[str], table: Mapping[str, Attack]) -> dict[st
 
 
 def find_attack(name: str, table: Mapping[str, Attack]) -> Attack:
-    """Entry of the table. Raises ConfigError for an unknown name."""
+    """Entry of the table, that of a plug-in included. Raises ConfigError for an unknown name or a broken plug-in."""
     if name not in table:
-        raise ConfigError(f"expected an attack in {sorted(table)}, got {name!r}.")
+        load_plugins()  # which may put it into the table
+    if name not in table:
+        raise ConfigError(f"expected an attack in {sorted(table)}, got {name!r}.{nearest(name, table)}")
     return table[name]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that this one is most like, as a question; nothing where none is."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def plan_runs(

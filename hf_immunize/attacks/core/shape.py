@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from hf_immunize.records import DatasetFingerprint, Evaluation, ModelFingerprint
+from hf_immunize.records import DatasetFingerprint, Evaluation, ModelFingerprint, Plugin
 
 Role = Literal["subject", "control", "scratch", "nothing"]
 """The side of an exam that a model is: under test, its base, random weights of its architecture, or none at all."""
@@ -90,6 +90,8 @@ class Attack:
     """Whether success is a share of what this attack itself reaches on the base: for attackers with hardly any data."""
     covers: str = ""
     """Which defence it undoes, in a few words."""
+    plugin: Plugin | None = None
+    """Whose it is, where it is not one of this package; set when it is registered."""
 
 
 def setting(default: Any, told: str, **tried: tuple[Any, ...]) -> Any:
@@ -110,6 +112,10 @@ _LACKING = {
     "generic": "the attacker of this exam holds no generic name (context.generic)",
     "other_images": "the attacker of this exam holds no images from another source (context.other_images)",
 }
+
+
+NEEDS = tuple(_LACKING)
+"""What an attacker may hold beside the model and harmful data."""
 
 
 def lacking(attack_needs: Sequence[str], context: Any) -> str | None:

@@ -231,6 +231,7 @@ def trace_of(
         config=dataclasses.asdict(run.config)
         | context.described
         | holdings(context, attack)
+        | ({"plugin": attack.plugin.sha256} if attack.plugin else {})
         | ({"tuning_seeds": list(run.tuning)} if run.tuning else {}),
         seed=run.seed,
         role=context.role,

@@ -11,7 +11,7 @@ from hf_immunize.diffusion import fits_memory
 _SMALLER = "lower the attack's batch_size or eval_batch_size, or take another device"
 
 
-def _guarded(attack: Attack) -> Attack:
+def guarded(attack: Attack) -> Attack:
     """The attack, with any lack of memory on its way as a typed error."""
 
     def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Result]]:
@@ -33,7 +33,7 @@ DIFFUSION_ATTACKS: dict[str, Attack] = {
     "diffusion_placeholder_token": data_shifts.PLACEHOLDER,
     "diffusion_generic_prompt": data_shifts.GENERIC,
 }
-DIFFUSION_ATTACKS = {name: _guarded(attack) for name, attack in DIFFUSION_ATTACKS.items()}
+DIFFUSION_ATTACKS = {name: guarded(attack) for name, attack in DIFFUSION_ATTACKS.items()}
 
 DIFFUSION_TRAINABILITY: dict[str, Attack] = {
     f"benign_{name}": replace(DIFFUSION_ATTACKS[name], family="benign trainability")
@@ -41,4 +41,4 @@ DIFFUSION_TRAINABILITY: dict[str, Attack] = {
 }
 """No attacks: how a benign concept would be learned, which immunization must not hinder."""
 
-__all__ = ["DIFFUSION_ATTACKS", "DIFFUSION_TRAINABILITY", "METRIC", "DiffusionAttackContext"]
+__all__ = ["DIFFUSION_ATTACKS", "DIFFUSION_TRAINABILITY", "METRIC", "DiffusionAttackContext", "guarded"]

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_immunize.attacks.core.means import products
+from hf_immunize.attacks.core.parts import Parts
 from hf_immunize.attacks.core.shape import Result, Run, evaluation_steps, setting
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
-from hf_immunize.diffusion import LatentDataset, denoising_losses, drawing_steps, grid_png, schedule_of
+from hf_immunize.diffusion import LatentBatch, LatentDataset, denoising_losses, drawing_steps, grid_png, schedule_of
 from hf_immunize.errors import ConfigError
 from hf_immunize.records import Evaluation
 
@@ -49,7 +51,8 @@ class DiffusionFinetune:
 
 def judge(context: DiffusionAttackContext, model: nn.Module, step: int) -> Evaluation | None:
     """R² on both held-out splits; None when an answer is not finite."""
-    validation, test = (exam.ask(context.denoiser, model).explained for exam in context.exams)
+    with products("float32"):
+        validation, test = (exam.ask(context.denoiser, model).explained for exam in context.exams)
     if not (math.isfinite(validation) and math.isfinite(test)):
         return None
     return Evaluation(step=step, validation=validation, test=test)
@@ -78,48 +81,75 @@ def finetune(
     moments, lines = drawing_steps(config.steps), list[Tensor]()
     curve: list[Evaluation] = []
     note = None
-    for step in range(config.steps + 1):
-        if step > 0 and not math.isfinite(_step(context, model, parts, config, generator, optimizer, schedule)):
-            note = f"the training loss was not finite at step {step}"
-        elif step in due and (point := judge(context, model, step)) is not None:
-            curve.append(point)
-        elif step in due:
-            note = f"answers were not finite at step {step}"
-        if note:
-            break
-        if step in moments and (drawn := context.drawn(model)) is not None:
-            lines.append(drawn)
+    with products(context.means.precision), Parts(model, context.means) as held:
+        for step in range(config.steps + 1):
+            if step > 0 and not math.isfinite(_step(context, held, parts, config, generator, optimizer, schedule)):
+                note = f"the training loss was not finite at step {step}"
+            elif step in due and (point := judge(context, model, step)) is not None:
+                curve.append(point)
+            elif step in due:
+                note = f"answers were not finite at step {step}"
+            if note:
+                break
+            if step in moments and (drawn := context.drawn(model)) is not None:
+                lines.append(drawn)
     outcome = "diverged" if note else "completed"
     seconds, samples = time.perf_counter() - started, config.steps * config.batch_size
     picture = grid_png(torch.cat(lines), context.pictures) if lines and not note else None
-    return Result(curve, config.steps, seconds, outcome, note, samples, picture=picture)
+    told = "; ".join(text for text in (note, *held.notes) if text) or None
+    return Result(curve, config.steps, seconds, outcome, told, samples, picture=picture)
 
 
-def _step(context, model, parts, config, generator, optimizer, schedule) -> float:
+def _step(context, held, parts, config, generator, optimizer, schedule) -> float:
     """One optimizer step on the weighted losses of all parts; its loss."""
-    model.train()
-    total = sum(weight * _loss(context, model, data, config, generator) for data, weight in parts)
-    total.backward()
+    held.model.train()
+    drawn = [(weight, _draw(context, held.model, data, config, generator)) for data, weight in parts]
+
+    def backward(place: slice, share: float) -> float:
+        loss = sum(weight * share * _loss(context, held.model, batch, config, place) for weight, batch in drawn)
+        loss.backward()
+        return float(loss.detach())
+
+    total = sum(held.step(config.batch_size, backward))
     if config.max_grad_norm > 0:
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_([p for p in held.model.parameters() if p.requires_grad], config.max_grad_norm)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(total.detach())
+    return total
 
 
-def _loss(context, model, data, config, generator) -> Tensor:
-    """Mean denoising loss of one batch of the generator's rows, noise and levels."""
+@dataclass(frozen=True)
+class _Drawn:
+    """The questions of one step, and the seed of its dropout."""
+
+    batch: LatentBatch
+    levels: Tensor
+    noise: Tensor
+    seed: int
+
+
+def _draw(context, model, data, config, generator) -> _Drawn:
+    """One batch of the generator's rows, noise and levels."""
     process, place = context.process, next(model.parameters())
     rows = torch.randint(len(data), (config.batch_size,), generator=generator)
     levels = process.draw_levels(len(rows), generator, logit_normal=process.prediction == "flow").to(place.device)
     noise = torch.randn((len(rows), *data.latents.shape[1:]), generator=generator).to(place.device, place.dtype)
     batch = data.batch(rows).to(place.device, place.dtype)
-    with torch.random.fork_rng([place.device] if place.device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=generator)))  # dropout
-        noisy = process.noisy(batch.latents, noise, levels)
-        answer = context.denoiser.call(model, noisy, process.timesteps(levels), batch.conditions)
-        losses = denoising_losses(answer, process.target(batch.latents, noise, levels))
+    return _Drawn(batch, levels, noise, int(torch.randint(2**62, (1,), generator=generator)))
+
+
+def _loss(context, model, drawn: _Drawn, config, place: slice) -> Tensor:
+    """Mean denoising loss of some rows of a batch."""
+    process, device = context.process, drawn.noise.device
+    latents, levels, noise = drawn.batch.latents[place], drawn.levels[place], drawn.noise[place]
+    conditions = {name: value[place] for name, value in drawn.batch.conditions.items()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(drawn.seed + place.start)  # dropout
+        noisy = process.noisy(latents, noise, levels)
+        with context.means.autocast(device.type):
+            answer = context.denoiser.call(model, noisy, process.timesteps(levels), conditions)
+        losses = denoising_losses(answer, process.target(latents, noise, levels))
         if config.min_snr_gamma is not None:
             losses = losses * process.min_snr_weight(levels, config.min_snr_gamma).to(losses)
         return losses.mean()

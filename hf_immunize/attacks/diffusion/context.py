@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.attacks.core.shape import Role
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion import (
@@ -55,6 +56,7 @@ class DiffusionAttackContext:
             another name, one that means nothing, one that says only what kind of thing it is.
         other_images: images of the concept from another source.
         pixels: the images behind ``attack``, in −1..1, of a pipeline with a VAE.
+        means: what denoisers are trained with; the same for every role.
     """
 
     folder: Path
@@ -75,12 +77,14 @@ class DiffusionAttackContext:
     generic: Mapping[str, Tensor] | None = None
     other_images: LatentDataset | None = None
     pixels: Tensor | None = None
+    means: Means = Means()
 
     def __post_init__(self) -> None:
         if self.role not in ("subject", "control", "scratch"):
             raise ConfigError(f"expected role 'subject', 'control' or 'scratch', got {self.role!r}.")
         if not 0 < self.attack_fraction <= 1:
             raise ConfigError(f"expected attack_fraction in (0, 1], got {self.attack_fraction}.")
+        self.means.check(self.device)
         if len({fingerprint.sha256 for fingerprint in self.data}) < len(self.data):
             raise DataError(
                 "expected different attack, validation and test splits, got one split twice: an attacker who trains "
@@ -178,6 +182,7 @@ class DiffusionAttackContext:
             "exam_levels": self.exam_levels,
             "exam_seed": self.exam_seed,
             "pictures": self.pictures,
+            **self.means.described,
         }
 
     def model(self, seed: int) -> nn.Module:

@@ -80,9 +80,9 @@ class _NewName(nn.Module):
 
     def encoded(self) -> dict[str, Tensor]:
         """Conditions of one row, with gradients at the tokens."""
-        from hf_immunize.diffusion.encoding import PROMPT_ENCODERS
+        from hf_immunize.diffusion.denoisers import PROMPT_READERS
 
-        return PROMPT_ENCODERS[type(self._told)](self._told, _PROMPT, str(self.tokens[0].device))
+        return PROMPT_READERS[type(self._told)].prompt(self._told, _PROMPT, str(self.tokens[0].device))
 
 
 def _readers(pipeline: Any) -> list[tuple[str, Any]]:

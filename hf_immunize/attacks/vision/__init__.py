@@ -1,6 +1,5 @@
 """Adversaries of image classifiers: one row of a table or one short file each, and one plain table of all."""
 
-import dataclasses
 from dataclasses import replace
 
 from hf_immunize.attacks.core.shape import Attack
@@ -20,7 +19,6 @@ from hf_immunize.attacks.vision.context import AttackContext, describe_model
 from hf_immunize.attacks.vision.finetunes import FINETUNES
 from hf_immunize.attacks.vision.linear_probes import LINEAR_PROBES
 from hf_immunize.attacks.vision.without_model import REFERENCES
-from hf_immunize.errors import ConfigError
 
 ATTACKS: dict[str, Attack] = {
     **LINEAR_PROBES,
@@ -44,24 +42,4 @@ TRAINABILITY: dict[str, Attack] = {
 """No attacks: how a benign third task would be learned, which immunization must not hinder."""
 
 
-def register_attack(name: str, attack: Attack) -> Attack:
-    """Add an attack of your own to those that an exam can name (``attacks: [..., name]``); returns it.
-
-    Every process that attacks or certifies has to do it, e.g. at the top of its script.
-
-    Raises:
-        ConfigError: the name is taken, or no identifier, or the config is no frozen dataclass with a docstring.
-    """
-    if name in ATTACKS or not name.isidentifier():
-        raise ConfigError(f"expected an identifier that is not in {sorted(ATTACKS)}, got {name!r}: choose another.")
-    config = attack.config
-    if not (dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen and config.__doc__):  # type: ignore
-        raise ConfigError(
-            f"expected a frozen dataclass with a docstring as the config of {name!r}, got {config!r}: write "
-            "@dataclass(frozen=True), and make its fields by hf_immunize.attacks.setting."
-        )
-    ATTACKS[name] = attack
-    return attack
-
-
-__all__ = ["ATTACKS", "REFERENCES", "TRAINABILITY", "AttackContext", "describe_model", "register_attack"]
+__all__ = ["ATTACKS", "REFERENCES", "TRAINABILITY", "AttackContext", "describe_model"]

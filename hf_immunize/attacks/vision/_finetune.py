@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,16 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import TrainerCallback
 
+from hf_immunize.attacks.core.means import products
+from hf_immunize.attacks.core.parts import with_fewer
 from hf_immunize.attacks.core.shape import Result, Run, evaluation_steps, setting
 from hf_immunize.attacks.vision._cost import BACKWARD, forward_flops, trained_samples
-from hf_immunize.attacks.vision._optimizers import OPTIMIZERS
 from hf_immunize.attacks.vision._rows import collator, training_rows
+from hf_immunize.attacks.vision._trainer import train
 from hf_immunize.attacks.vision.context import AttackContext
-from hf_immunize.data import forward_rows
+from hf_immunize.data import PixelDataset, batches, forward_rows
 from hf_immunize.records import Evaluation
 
 _EVALUATION_RATIO = 1.5
@@ -39,7 +39,7 @@ class FinetuneConfig:
     steps: int = setting(100, "Budget in optimizer steps.")
     batch_size: int = setting(32, "Rows per step.", search=(8, 16, 32))
     optimizer: str = setting("adamw_torch_fused", "TrainingArguments.optim, e.g. sgd, adafactor; or sgd_momentum, "
-                             "muon, lamb, adafactor_relative.")
+                             "muon, lamb, lars, adafactor_relative.")
     scheduler: str = setting("constant", "TrainingArguments.lr_scheduler_type; the ones with_warmup obey warmup_steps.",
                              search=("constant_with_warmup", "linear", "cosine"))
     warmup_steps: int = setting(0, "Steps of linear warm-up.", search=(0, 10))
@@ -55,62 +55,39 @@ class _Exam(TrainerCallback):
     def __init__(self, context: AttackContext, due: Sequence[int]):
         self.curve: list[Evaluation] = []
         self.note: str | None = None
-        self._due = set(due)
-        self._split = len(context.validation)
-        self._pixels = torch.cat([context.validation.pixel_values, context.test.pixel_values])
-        self._labels = torch.cat([context.validation.labels, context.test.labels])
+        self._context, self._due = context, set(due)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Judge the model after this step, if the step is due."""
         if state.global_step in self._due:
-            hits = self._hits(kwargs["model"])
-            if hits is None:
+            scores = [_accuracy(kwargs["model"], rows) for rows in (self._context.validation, self._context.test)]
+            if None in scores:
                 self.note = f"logits were not finite at step {state.global_step}"
                 control.should_training_stop = True
             else:
-                validation, test = hits[: self._split].mean(), hits[self._split :].mean()
-                self.curve.append(Evaluation(step=state.global_step, validation=float(validation), test=float(test)))
+                self.curve.append(Evaluation(step=state.global_step, validation=scores[0], test=scores[1]))
         return control
 
-    @torch.no_grad()
-    def _hits(self, model: nn.Module) -> Tensor | None:
-        was_training, device = model.training, next(model.parameters()).device
-        model.eval()
-        parts = self._pixels.split(forward_rows(self._pixels.shape[1:], device))
-        logits = torch.cat([model(pixel_values=part.to(device)).logits for part in parts])
-        model.train(was_training)
-        if not bool(torch.isfinite(logits).all()):
-            return None
-        return (logits.argmax(dim=1).cpu() == self._labels).double()
 
+@torch.no_grad()
+def _accuracy(model: nn.Module, rows: PixelDataset) -> float | None:
+    """Share of rows that are told right, some in memory at a time; None where an answer is not finite."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
 
-def training_arguments(config: FinetuneConfig, seed: int, device: str, folder: str) -> TrainingArguments:
-    """Stock arguments with everything that costs time and is not the attack switched off."""
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        optim="adamw_torch_fused" if config.optimizer in OPTIMIZERS else config.optimizer,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=seed,
-        data_seed=seed,
-        use_cpu=device == "cpu",
-        report_to="none",
-        logging_strategy="no",
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    # Where several GPUs are visible the stock Trainer wraps the model in DataParallel and multiplies the batch.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+    def count(size: int) -> int | None:
+        hits = 0
+        for batch in batches(rows, size):
+            logits = model(pixel_values=batch["pixel_values"].to(device)).logits
+            if not bool(torch.isfinite(logits).all()):
+                return None
+            hits += int((logits.argmax(dim=1).cpu() == batch["labels"]).sum())
+        return hits
+
+    with products("float32"):
+        hits = with_fewer(forward_rows(rows.image_shape, device), count)
+    model.train(was_training)
+    return None if hits is None else hits / len(rows)
 
 
 def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, seed: int, before: int = 0) -> Result:
@@ -123,46 +100,17 @@ def finetune(context: AttackContext, model: nn.Module, config: FinetuneConfig, s
     exam = _Exam(context, evaluation_steps(steps, config.evaluation_ratio))
     data = training_rows(context, config, seed)
     cost = forward_flops(model, data.image_shape)
-    loss = train(model, data, replace(config, steps=steps), seed, context.device, collator(config, seed), [exam])
+    done = train(context, model, data, replace(config, steps=steps), seed, collator(config, seed), [exam])
     seconds = time.perf_counter() - started
-    if exam.note is None and not math.isfinite(loss):
+    if exam.note is None and not math.isfinite(done.loss):
         exam.note = "the training loss was not finite"
     curve = [point.model_copy(update={"step": point.step + before}) for point in exam.curve]
     samples = trained_samples(len(data), config.batch_size, config.steps)
     return Result(
-        curve, config.steps, seconds, "diverged" if exam.note else "completed", exam.note,
+        curve, config.steps, seconds, "diverged" if exam.note else "completed",
+        "; ".join(note for note in (exam.note, done.note) if note) or None,
         samples, None if cost is None else BACKWARD * cost * samples,
     )
-
-
-def train(
-    model: nn.Module,
-    data: Dataset,
-    config: FinetuneConfig,
-    seed: int,
-    device: str,
-    collate: Callable[..., Any],
-    callbacks: Sequence[TrainerCallback] = (),
-) -> float:
-    """Train with the stock Trainer and return the mean training loss.
-
-    The loss is the model's own mean over the batch. Trainer would multiply it by the number of accumulation steps and
-    processes for models that swallow keyword arguments (transformers 5.23); the two flags below switch that off.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(config, seed, device, folder),
-            train_dataset=data,
-            data_collator=collate,
-            callbacks=list(callbacks),
-            optimizers=(OPTIMIZERS[config.optimizer](model, config) if config.optimizer in OPTIMIZERS else None, None),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.model_accepts_loss_kwargs = False
-        trainer.loss_is_scaled_for_ga = False
-        trainer.floating_point_ops = lambda inputs: 0  # counted once in _cost.py instead: 5 % of a small model's step
-        return float(trainer.train().training_loss)
 
 
 @contextmanager

@@ -100,6 +100,37 @@ def lamb(model: nn.Module, config: Any) -> torch.optim.Optimizer:
     return Lamb(_trained(model), config.learning_rate, config.weight_decay)
 
 
+class Lars(torch.optim.Optimizer):
+    """Momentum 0.9 on gradients of ``lr`` times the length of the tensor that they move (You, Gitman & Ginsburg 2017).
+
+    Their rate λ = η·‖w‖/(‖g‖ + β‖w‖) times the global one, on g + βw; ``lr`` is the product of global rate and η, and β
+    the weight decay. Tensors that are zero, such as fresh biases, move by the plain gradient.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float = 0.0):
+        super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One step of every tensor that has a gradient."""
+        for group in self.param_groups:
+            decay = group["weight_decay"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, gradient, own = self.state[parameter], parameter.grad.double(), parameter.double()
+                length, against = own.norm(), gradient.norm() + decay * own.norm()
+                local = torch.where((length > 0) & (against > 0), length / against, torch.ones_like(length))
+                moved = group["lr"] * local * (gradient + decay * own)
+                state["momentum"] = state["momentum"].mul_(0.9).add_(moved) if state else moved
+                parameter.sub_(state["momentum"].to(parameter))
+
+
+def lars(model: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """Gradient descent with momentum, in units of each tensor's length."""
+    return Lars(_trained(model), config.learning_rate, config.weight_decay)
+
+
 def adafactor_relative(model: nn.Module, config: Any) -> torch.optim.Optimizer:
     """Adafactor (Shazeer & Stern 2018) with steps in units of each tensor's root mean square."""
     return Adafactor(
@@ -127,6 +158,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Any], torch.optim.Optimizer]] = {
     "muon": muon,
     "sgd_momentum": sgd_momentum,
     "lamb": lamb,
+    "lars": lars,
     "adafactor_relative": adafactor_relative,
     "adamw_head": adamw_head,
 }

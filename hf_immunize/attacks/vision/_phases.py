@@ -14,14 +14,11 @@ class _Phases:
     """Before every training step, lets the part train whose turn it is (and the head); later, everything."""
 
     def __init__(self, parts: list[list[nn.Parameter]], always: list[nn.Parameter], steps: int):
-        self.parts, self.always, self.steps, self.seen = parts, always, steps, 0
+        self.parts, self.always, self.steps = parts, always, steps
 
-    def __call__(self, model: nn.Module, inputs: Any) -> None:
-        """Counts forwards in training mode: one a step."""
-        if not model.training:
-            return
-        turn = len(self.parts) * self.seen // self.steps if self.seen < self.steps else None
-        self.seen += 1
+    def __call__(self, step: int) -> None:
+        """``step`` is the number of steps that were taken."""
+        turn = len(self.parts) * step // self.steps if step < self.steps else None
         for place, part in enumerate(self.parts):
             for parameter in part:
                 parameter.requires_grad_(turn is None or place == turn)
@@ -47,5 +44,5 @@ def from_the_input(model: nn.Module, head: str, config: Any) -> nn.Module:
         if not name.startswith(f"{head}."):
             parts[part_of[block] if block else 0 if ahead else count - 1].append(parameter)
     steps = max(count, math.ceil(config.share * config.steps))
-    model.register_forward_pre_hook(_Phases(parts, always, steps))
+    model.before_step = _Phases(parts, always, steps)  # type: ignore[assignment]
     return model

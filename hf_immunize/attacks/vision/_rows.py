@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from hf_immunize.attacks.vision.context import AttackContext
-from hf_immunize.data import PixelDataset, collate_pixels
+from hf_immunize.data import ImagePixels, PixelDataset, collate_pixels
 
 
 def training_rows(context: AttackContext, config: Any, seed: int) -> PixelDataset:
@@ -29,10 +31,31 @@ def training_rows(context: AttackContext, config: Any, seed: int) -> PixelDatase
         noisy = torch.rand(len(data), generator=generator) < label_noise
         data.labels = torch.where(noisy, drawn, data.labels)
     if pixel_noise:
-        data = data.loaded()
-        noise = torch.randn(data.pixel_values.shape, generator=generator) * data.pixel_values.std()
-        data.pixel_values = data.pixel_values + pixel_noise * noise.to(data.pixel_values)
+        data = _noisy(data, pixel_noise, generator)
     return _with_benign(data, context.benign, benign_share, generator) if benign_share else data
+
+
+def _noisy(data: PixelDataset, noise: float, generator: torch.Generator) -> PixelDataset:
+    """The same rows, each with its own noise, whenever it is read; in units of the pixels' deviation."""
+    size = noise * pixel_deviation(data)
+    seeds = torch.randint(2**62, (len(data),), generator=generator).tolist()
+
+    def read(rows: Sequence[int]) -> Tensor:
+        clean = data.stacked(torch.as_tensor(rows))
+        drawn = [torch.randn(data.image_shape, generator=torch.Generator().manual_seed(seeds[row])) for row in rows]
+        return clean + size * torch.stack(drawn).to(clean)
+
+    return ImagePixels(read, torch.arange(len(data)), data.labels, data.label_names, data.name)
+
+
+def pixel_deviation(data: PixelDataset) -> float:
+    """Standard deviation of all pixels of all rows, some rows in memory at a time."""
+    count, total, squares = 0, 0.0, 0.0
+    for block in data.blocks():
+        count += block.numel()
+        total += float(block.double().sum())
+        squares += float(block.double().square().sum())
+    return math.sqrt(max(0.0, squares - total**2 / count) / max(1, count - 1))
 
 
 def _with_benign(
@@ -42,12 +65,32 @@ def _with_benign(
     assert benign is not None  # the attack needs benign data and was found to have some
     count = min(len(benign), max(1, round(len(data) * share / (1 - share))))
     added = benign.subset(torch.randperm(len(benign), generator=generator)[:count])
-    return PixelDataset(
-        torch.cat([data.pixel_values, added.pixel_values]),
+
+    def read(rows: Sequence[int]) -> Tensor:
+        return torch.stack([
+            data[row]["pixel_values"] if row < len(data) else added[row - len(data)]["pixel_values"] for row in rows
+        ])
+
+    return ImagePixels(
+        read,
+        torch.arange(len(data) + len(added)),
         torch.cat([data.labels, added.labels + len(data.label_names)]),
         [*data.label_names, *(f"benign {name}" for name in added.label_names)],
         data.name,
     )
+
+
+class Answered(Dataset):
+    """Images with something else than a label each, such as another network's answers; read when asked for."""
+
+    def __init__(self, rows: PixelDataset, answers: Tensor):
+        self._rows, self._answers = rows, answers
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self._rows[row]["pixel_values"], self._answers[row]
 
 
 def augment(

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_immunize.attacks.core.means import Means
+from hf_immunize.attacks.core.parts import with_fewer
 from hf_immunize.attacks.core.shape import Role
-from hf_immunize.data import PixelDataset, batches
+from hf_immunize.data import PixelDataset, batches, forward_rows
 from hf_immunize.data import fingerprint as fingerprint_rows
 from hf_immunize.errors import CaptureError, ConfigError, DataError, ModelError
 from hf_immunize.features import extract_features, find_classifier, prefer_channels_last
@@ -54,6 +56,7 @@ class AttackContext:
         base: the un-immunized model, where the attacker of this exam holds it too; given for every role or for none.
         benign: benign data, where the attacker mixes some in.
         adapter_base: where ``folder`` holds a PEFT adapter, the folder of the model that it is put on.
+        means: what networks are trained with; the same for every role.
     """
 
     folder: Path
@@ -68,6 +71,7 @@ class AttackContext:
     base: Path | None = None
     benign: PixelDataset | None = None
     adapter_base: Path | None = None
+    means: Means = Means()
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What attacks prepare once for all of their runs, by a key of their own (``once``)."""
     _features: dict[tuple[int | None, str], dict[str, Tensor]] = field(default_factory=dict, repr=False)
@@ -77,6 +81,7 @@ class AttackContext:
             raise ConfigError(f"expected role 'subject', 'control', 'scratch' or 'nothing', got {self.role!r}.")
         if not 0 < self.attack_fraction <= 1:
             raise ConfigError(f"expected attack_fraction in (0, 1], got {self.attack_fraction}.")
+        self.means.check(self.device)
         digests = [fingerprint.sha256 for fingerprint in self.data]
         if len(set(digests)) < len(digests):
             raise DataError(
@@ -128,7 +133,7 @@ class AttackContext:
     @property
     def described(self) -> dict[str, Any]:
         """What a trace says about the exam beside the attack's own settings."""
-        return {"attack_fraction": self.attack_fraction, "feature_module": self.head}
+        return {"attack_fraction": self.attack_fraction, "feature_module": self.head, **self.means.described}
 
     def model(self, seed: int) -> nn.Module:
         """A fresh copy of the attacked model on ``device``; ``seed`` matters only for random weights."""
@@ -213,6 +218,10 @@ class AttackContext:
         splits = {"attack": self.attack, "validation": self.validation, "test": self.test}
         if empty := [name for name, split in splits.items() if not len(split)]:
             raise CaptureError(f"expected rows in every split to extract features from, got none in {empty}.")
-        parts = chain.from_iterable(batches(split, device=self.device) for split in splits.values())
-        rows = extract_features(model, parts, [module])[module]
+
+        def extract(size: int) -> Tensor:
+            parts = chain.from_iterable(batches(split, size) for split in splits.values())
+            return extract_features(model, parts, [module])[module]
+
+        rows = with_fewer(forward_rows(self.attack.image_shape, self.device), extract)
         return dict(zip(splits, rows.split([len(split) for split in splits.values()]), strict=True))

@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_immunize.attacks.core.shape import Attack, Run, setting
-from hf_immunize.attacks.vision._finetune import FinetuneConfig, run_finetunes, train
-from hf_immunize.attacks.vision._rows import training_rows
+from hf_immunize.attacks.vision._finetune import FinetuneConfig, run_finetunes
+from hf_immunize.attacks.vision._rows import Answered, training_rows
+from hf_immunize.attacks.vision._trainer import train
 from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.data import batches
 from hf_immunize.models import random_classifier
@@ -67,8 +67,8 @@ def distil(context: AttackContext, config: DistilFresh, seed: int) -> nn.Module:
                 teacher(pixel_values=batch["pixel_values"].to(context.device)).logits
                 for batch in batches(rows, device=context.device)
             ]
-        data = TensorDataset(rows.pixel_values, torch.cat(parts).cpu())
-        train(Student(student, config.temperature), data, replace(config, steps=steps), seed, context.device, _stack)
+        data = Answered(rows, torch.cat(parts).cpu())
+        train(context, Student(student, config.temperature), data, replace(config, steps=steps), seed, _stack)
     return student
 
 

@@ -128,12 +128,12 @@ FINETUNES: dict[str, Attack] = {
         "the changes of coordinates that canonical_finetune undoes", first.canonical_lora, note=what_was_done,
     ),
     "relative_finetune": row(
-        "All weights and a new head, by steps in units of each tensor's own length (LAMB, or Adafactor with relative "
-        "steps).",
+        "All weights and a new head, by steps in units of each tensor's own length (LAMB, LARS, or Adafactor with "
+        "relative steps).",
         "weights of any scale, where no normal form is found",
         prepare=first.unfrozen,
         learning_rate=setting(1e-2, "Length of a step relative to the tensor's.", sweep=(1e-4, 1e-3, 1e-2, 1e-1)),
-        optimizer=setting("lamb", "lamb or adafactor_relative.", sweep=("lamb", "adafactor_relative")),
+        optimizer=setting("lamb", "lamb, lars or adafactor_relative.", sweep=("lamb", "lars", "adafactor_relative")),
     ),
     "head_rate_finetune": row(
         "AdamW on all weights, with a higher rate for the new head.",

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
-from hf_immunize.attacks.vision._finetune import train
+from hf_immunize.attacks.vision._rows import Answered, pixel_deviation
+from hf_immunize.attacks.vision._trainer import train
 from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.attacks.vision.distil_fresh import Student
 from hf_immunize.data import batches
@@ -38,8 +38,7 @@ def heal(context: AttackContext, model: nn.Module, config: Any, seed: int) -> nn
             model(pixel_values=batch["pixel_values"].to(context.device)).logits.cpu()
             for batch in batches(rows, device=context.device)
         ]
-    pixels = rows.loaded().pixel_values
-    generator, size = torch.Generator().manual_seed(seed + 3), float(pixels.std()) * config.pixel_noise
+    generator, size = torch.Generator().manual_seed(seed + 3), pixel_deviation(rows) * config.pixel_noise
 
     def noisy(drawn: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         clean, wanted = (torch.stack(part) for part in zip(*drawn, strict=True))
@@ -48,5 +47,5 @@ def heal(context: AttackContext, model: nn.Module, config: Any, seed: int) -> nn
 
     student = Student(model.requires_grad_(True), temperature=2.0)
     told = replace(config, steps=steps, learning_rate=config.heal_rate)
-    train(student, TensorDataset(pixels, torch.cat(outputs)), told, seed, context.device, noisy)
+    train(context, student, Answered(rows, torch.cat(outputs)), told, seed, noisy)
     return model

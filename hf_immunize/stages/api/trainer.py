@@ -19,8 +19,9 @@ class ImmunizationTrainer(_Trainer):  # noqa: D101  (its docstring is that of th
 
         Args:
             base: the model before immunization, as ``Exam`` takes it.
-            primary, harmful: data sources, as ``Exam`` takes them: it splits them itself, so give whole sources and not
-                the rows that were trained on.
+            primary: source of the images that the model keeps, as ``Exam`` takes it: the exam splits it itself, so give
+                the whole source and not the rows that were trained on.
+            harmful: source of the harmful images, whole as well.
             options: of ``Exam``: protocol, benign, task, attack, certify, device.
 
         Raises:

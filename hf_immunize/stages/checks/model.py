@@ -22,7 +22,9 @@ from hf_immunize.stages.attack import AttackPlan
 from hf_immunize.stages.checks.findings import Finding, Level
 from hf_immunize.stages.checks.options import Parsed
 from hf_immunize.stages.checks.rows import Side
+from hf_immunize.stages.checks.uplift import check_uplift
 from hf_immunize.stages.dry_run import image_shape
+from hf_immunize.stages.workflow.depth import depth_finding, find_profile
 from hf_immunize.stages.workflow.run_file import RunFile
 from hf_immunize.stages.workflow.stages import BASE, Stage
 from hf_immunize.tasks import find_family
@@ -66,14 +68,18 @@ def check_classifier(
     told = f"{type(known.model).__name__}, {known.bytes / 4e6:.2f} million parameters, images {size}"
     found = [Finding("model", "ok", told)]
     found += _head(known, names) if run.base is not None and names is not None else []
+    if "harmful" in sides:
+        found.append(check_uplift(_weights_of(run, parsed), known.processor, sides["harmful"]))
     rows = {name: len(side.chosen) for name, side in sides.items()}
     seconds = _seconds_per_row(known, max(1, (os.cpu_count() or 1) // run.jobs))
-    total = 0.0
+    total, profile = 0.0, find_profile(run.output_dir)
     for name, section in run.models.items():
         if section is None or name not in parsed:
             continue
         try:
             found += _sites(known, name, parsed[name])
+            if profile is not None:
+                found.append(depth_finding(profile, known.model, name, parsed[name][2].trainable_modules))
             found.append(_memory(known, name, parsed[name]))
         except ImmunizeError as error:
             found.append(Finding(f"model {name}", "fails", str(error)))
@@ -87,6 +93,15 @@ def check_classifier(
                                            f"work{jobs}: a "
                              f"rough estimate from {_ROWS} random images"))
     return found
+
+
+def _weights_of(run: RunFile, parsed: Parsed) -> Path | None:
+    """The folder of the base, or of the model that becomes it, where it has trained weights and is here."""
+    options = None if run.base is not None else parsed[BASE][1]
+    if options is not None and options.from_scratch:
+        return None
+    folder = Path(run.base if options is None else options.model_name_or_path)
+    return folder if folder.is_dir() else None
 
 
 def read_base(run: RunFile, parsed: Parsed, names: Sequence[str] | None) -> Known:

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from hf_immunize.stages.workflow.live import ProgressPage
+
 _BARS = re.compile(r"\d+(\.\d+)?\s?(it|s|row|run|step)s?/(it|s|row|run|step)|\?(it|row|run|step)/s")
 
 
@@ -21,9 +23,12 @@ class Display:
         total: stages of the run.
         known: seconds that stages took the last time, by name.
         console: where to.
+        page: told the same.
     """
 
-    def __init__(self, total: int, known: Mapping[str, float], console: Console | None = None):
+    def __init__(self, total: int, known: Mapping[str, float], console: Console | None = None,
+                 page: ProgressPage | None = None):
+        self._page = page
         self._total, self._known, self._done = total, dict(known), 0
         self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
         self._bars: Progress | None = None
@@ -56,6 +61,8 @@ class Display:
     def started(self, name: str, log: Path) -> None:
         """A stage is at work."""
         self._logs[name] = log
+        if self._page is not None:
+            self._page.tell(name, f"at work since {time.strftime('%H:%M:%S')}")
         if self._bars is None:
             self.say(f"        {name} …")
         else:
@@ -94,12 +101,17 @@ class Display:
         self._took[name] = seconds
         if self._bars is not None:
             self._bars.remove_task(self._lines.pop(name))
-        self.say(f"[{self._done:2d}/{self._total}] {name}: {last_line(self._logs[name])} ({seconds:.0f} s)")
+        told = f"{last_line(self._logs[name])} ({seconds:.0f} s)"
+        self.say(f"[{self._done:2d}/{self._total}] {name}: {told}")
+        if self._page is not None:
+            self._page.tell(name, told)
 
     def fresh(self, name: str) -> None:
         """A stage whose results are there."""
         self._done += 1
         self.say(f"[{self._done:2d}/{self._total}] {name}: done before, unchanged")
+        if self._page is not None:
+            self._page.tell(name, "done before, unchanged")
 
 
 def last_line(log: Path) -> str:

@@ -16,8 +16,10 @@ from hf_immunize.data import TaskArguments, names_classes, output_names
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.features import find_classifier
 from hf_immunize.models import label_maps, load_processor, refuse_folder
+from hf_immunize.records import DepthProfile
 from hf_immunize.stages.checks.rows import Side, read_side
 from hf_immunize.stages.dry_run import image_shape
+from hf_immunize.stages.workflow.depth import is_of, proposed_options
 from hf_immunize.stages.workflow.draft import MARK, Draft
 
 _SMALL = 1_000_000
@@ -66,8 +68,14 @@ def look_at(source: str, names: Sequence[str], revision: str | None = None) -> S
     return Seen(model, dict(own.id2label) if headed else None, image_shape(processor), find_classifier(model))
 
 
-def draft_classifier(draft: Draft, source: str, task: dict[str, Any], protocol: str, revision: str | None) -> list[str]:
+def draft_classifier(
+    draft: Draft, source: str, task: dict[str, Any], protocol: str, revision: str | None,
+    profile: DepthProfile | None = None,
+) -> list[str]:
     """Write everything below the head of the file; return what was seen, in words.
+
+    Args:
+        profile: what was measured of the model before, where that is there; one of another model is not used.
 
     Raises:
         DataError: data that cannot be read.
@@ -80,9 +88,14 @@ def draft_classifier(draft: Draft, source: str, task: dict[str, Any], protocol: 
     seen = look_at(source, sides["primary"].names, revision)
     _task(draft, task, sides)
     _base(draft, source, seen, sides["primary"], revision)
-    _immunize(draft, seen, sides["harmful"])
+    used = profile is not None and is_of(profile, source)
+    if profile is not None and not used:
+        draft.say(f"{MARK}: the profile.json here speaks of another model ({profile.model.name}) and is not used.")
+        draft.checks += 1
+    _immunize(draft, seen, sides["harmful"], profile if used else None)
     _exam(draft, protocol, "benign" in sides)
-    told = [f"model: {type(seen.model).__name__}, {seen.parameters / 1e6:.2f} million parameters, images of "
+    told = [f"profile: {profile.proposal.told}"] if profile is not None and used else []
+    told += [f"model: {type(seen.model).__name__}, {seen.parameters / 1e6:.2f} million parameters, images of "
             f"{'x'.join(map(str, seen.image))}, head {seen.head}"]
     return told + [f"{name}: {len(side.chosen)} images of {len(side.names)} classes" for name, side in sides.items()]
 
@@ -148,16 +161,21 @@ def unknown_outputs(seen: Seen, primary: Side) -> str | None:
     return None if found == wanted else f"{found} outputs for {wanted} classes"
 
 
-def _immunize(draft: Draft, seen: Seen, harmful: Side) -> None:
+def _immunize(draft: Draft, seen: Seen, harmful: Side, profile: DepthProfile | None) -> None:
     """The options of the closed-form adversary, each with what it means."""
     draft.section("immunize", "One entry for each immunized model; add others, e.g. with objective: condition_number.")
     draft.section("closed_form_adversary", indent=1)
-    for name, (value, about) in immunizing_options(seen, harmful).items():
+    for name, (value, about) in immunizing_options(seen, harmful, profile).items():
         draft.option(name, value, about, indent=2)
 
 
-def immunizing_options(seen: Seen, harmful: Side) -> dict[str, tuple[Any, str]]:
-    """Value and meaning of the options to immunize with: those of the recipes, by the size of the model."""
+def immunizing_options(
+    seen: Seen, harmful: Side, profile: DepthProfile | None = None
+) -> dict[str, tuple[Any, str]]:
+    """Value and meaning of the options to immunize with: those of the recipes, by the size of the model.
+
+    A profile decides which part is trained and where it is measured.
+    """
     defence = len(harmful.chosen) * harmful.fractions["defense"]
     rows = max(2 * len(harmful.names), min(_MOST_ROWS, int(defence)))
     options: dict[str, tuple[Any, str]] = {
@@ -184,6 +202,10 @@ def immunizing_options(seen: Seen, harmful: Side) -> dict[str, tuple[Any, str]]:
             "learning_rate": (5e-4, ""), "lr_scheduler_type": ("cosine", ""), "warmup_steps": (20, ""),
             "max_grad_norm": (5.0, ""),
         }  # fmt: skip
+    options |= proposed_options(profile) if profile is not None else {}
+    if profile is not None and profile.proposal.trainable_modules is None:
+        options = {name: told for name, told in options.items()
+                   if name not in ("trainable_modules", "cache_frozen_features")}
     return options | {
         "per_device_train_batch_size": (64, ""),
         "per_device_harmful_batch_size": (rows, "two rows of every class at least"),

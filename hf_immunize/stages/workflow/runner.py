@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from hf_immunize.errors import ConfigError, StageError
 from hf_immunize.stages.workflow.display import Display
 from hf_immunize.stages.workflow.launch import Launcher, end
+from hf_immunize.stages.workflow.live import ProgressPage
 from hf_immunize.stages.workflow.stages import Stage, depending
 from hf_immunize.stages.workflow.state import Lock, State
 
@@ -69,8 +72,8 @@ class Runner:
                         f"--stage {name}, or all without --stage."
                     )
 
-    def run(self, lock: Lock) -> None:
-        """Run what is expected.
+    def run(self, lock: Lock, console: Console | None = None) -> None:
+        """Run what is expected; progress goes to ``console``, standard output by default.
 
         Raises:
             StageError: a stage that failed, with the end of its log; stages beside it are ended, and go on next time.
@@ -79,7 +82,8 @@ class Runner:
         known = {name: seconds for name in self.stages
                  if (seconds := (self.state.record(self.stages[name]) or {}).get("seconds"))}
         waiting = list(self.chosen)
-        with Display(len(self.chosen), known) as display, _interruptible():
+        page = ProgressPage(self.state.root, self.stages)
+        with Display(len(self.chosen), known, console, page) as display, _interruptible(), page:
             display.plan({name: self.stages[name].verb for name in why})
             for name, reason in why.items():
                 if not reason.startswith(("not run yet", "after ")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+from hf_immunize.training.core.habits import habits_of
 from hf_immunize.training.core.options import ImmunizationOptions
 from hf_immunize.training.core.simulated import SimulatedAttack
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerm
@@ -14,9 +15,7 @@ def build_attack(
 ) -> SimulatedAttack:
     """The attack that the options describe; ``goes_on``: as in IMMA."""
     steps = 1 if goes_on else args.attacker_steps
-    return kind(
-        task, steps=steps, learning_rate=args.attacker_learning_rate, rank=args.attacker_rank, goes_on=goes_on
-    )
+    return kind(task, steps=steps, habits=habits_of(args), rank=args.attacker_rank, goes_on=goes_on)
 
 
 SIMULATED_TERM = WeightTerm("harmful_simulated_attack", partial(build_attack, False))

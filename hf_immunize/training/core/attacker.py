@@ -48,14 +48,22 @@ class Attacker:
         self.wanted = [name for name, parameter in mine.items() if parameter.requires_grad or not rank]
         self.asked = list(dict.fromkeys([*(self.weights[name] for name in self.wanted), *self.trained]))
         """Every parameter whose gradient is computed."""
+        self._fresh: Mapping[str, Tensor] = {}
         for parameter in self.asked:
             parameter.requires_grad_(True)
 
     @torch.no_grad()
-    def start(self, model: nn.Module) -> None:
-        """θ_0 = θ; whole on every rank, also where the model's own weights are split."""
+    def start(self, model: nn.Module, fresh: Mapping[str, Tensor] | None = None) -> None:
+        """θ_0 = θ; whole on every rank, also where the model's own weights are split.
+
+        Args:
+            fresh: weights by name that are others than the model's; no gradient of theirs is the defender's.
+        """
+        self._fresh = fresh or {}
         for name, parameter in settle(model).named_parameters():
-            if name not in self._shared:
+            if name in self._fresh:
+                self.weights[name].copy_(self._fresh[name])
+            elif name not in self._shared:
                 self.weights[name].copy_(whole(parameter))
 
     @torch.no_grad()
@@ -76,7 +84,8 @@ class Attacker:
 
     def by_name(self, values: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
         """Tensors of the wanted weights, by the defended model's names."""
-        return {name: values[self.weights[name]] for name in self.wanted}
+        found = {name: values[self.weights[name]] for name in self.wanted}
+        return {name: torch.zeros_like(value) if name in self._fresh else value for name, value in found.items()}
 
 
 def _add_factors(model: nn.Module, layers: Sequence[str], rank: int) -> None:

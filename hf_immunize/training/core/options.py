@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.training.core.habits import habits_of
 
 
 @dataclass
@@ -22,7 +23,8 @@ class ImmunizationOptions:
             "+log kappa on primary), group_kappa (-log kappa, mean over small groups of harmful rows), "
             "closed_form_adversary (held-out R2 of a ridge probe). On weights: simulated_attack (the bounded loss an "
             "attacker has after attacker_steps steps). imma (an attacker that goes on from step to step, Zheng & Yeh "
-            "2024). Several are joined with '+'."
+            "2024). Other defences', for image models (docs/objectives.md): sophon_ice, sophon_klu, tar_entropy (on "
+            "weights), rep_noise, trap (on features). Several are joined with '+'."
         },
     )
     weight: str = field(
@@ -89,6 +91,17 @@ class ImmunizationOptions:
     attacker_learning_rate: float = field(
         default=1e-3, metadata={"help": "simulated_attack, imma: the attacker's learning rate (AdamW)."}
     )
+    attacker_optimizers: str = field(
+        default="adamw",
+        metadata={
+            "help": "Objectives with simulated attackers, but imma: what the attacker of a step draws his optimizer "
+            "from: adamw, sgd (momentum 0.9, a hundred times the rate), or adamw,sgd."
+        },
+    )
+    attacker_rate_decades: float = field(
+        default=0.0,
+        metadata={"help": "The same: his rate is drawn from this many decades around attacker_learning_rate; 0: it."},
+    )
     primary_loss_weight: float = field(
         default=1.0, metadata={"help": "Weight of the primary task's own loss; 0 trains on distillation alone."}
     )
@@ -141,6 +154,12 @@ class ImmunizationOptions:
         at_least = {name: 0 for name in ("strength", "primary_loss_weight", "distillation", "attacker_learning_rate")}
         at_least |= {"attacker_rank": 0, "attacker_steps": 1, "harmful_group_rows": 1, "max_strength_factor": 1}
         refuse_below(self, at_least | {"per_device_harmful_batch_size": 1})
+        refuse_below(self, {"attacker_rate_decades": 0})
+        if not habits_of(self).fixed and "imma" in self.objectives:
+            raise ConfigError(
+                "expected attacker_optimizers=adamw and attacker_rate_decades=0 with imma, whose attacker goes on from "
+                "step to step, got others: leave them out, or choose simulated_attack."
+            )
         refuse_below(self, {"harmful_group_rows": 3})  # two rows span one direction, which has no condition
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"expected ema_decay in [0, 1), got {self.ema_decay}: 1 would never move.")

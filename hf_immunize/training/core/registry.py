@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 
 from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.plugins import load_plugins
 from hf_immunize.training.core.attack_terms import SIMULATED_TERM
+from hf_immunize.training.core.field_terms import REP_NOISE, TRAP
+from hf_immunize.training.core.headed import SOPHON_ICE, SOPHON_KLU, TAR_ENTROPY
 from hf_immunize.training.core.terms import (
     ADVERSARY,
     GROUP_KAPPA,
@@ -28,12 +32,30 @@ OBJECTIVES: dict[str, tuple[AnyTerm, ...]] = {
     "closed_form_adversary": (ADVERSARY,),
     "imma": (IMMA,),
     "simulated_attack": (SIMULATED_TERM,),
+    "sophon_ice": (SOPHON_ICE,),
+    "sophon_klu": (SOPHON_KLU,),
+    "tar_entropy": (TAR_ENTROPY,),
+    "rep_noise": (REP_NOISE,),
+    "trap": (TRAP,),
 }
+
+COPYING = frozenset(
+    name for name, terms in OBJECTIVES.items() if any(isinstance(term, WeightTerm) for term in terms)
+)
+"""Built-in objectives whose attackers train a copy of the model."""
 
 
 def register_objective(name: str, *terms: AnyTerm) -> None:
-    """Make a new objective available to ``ImmunizationConfig(objective=name)``. Raises ConfigError for a taken name."""
-    if name in OBJECTIVES or not terms:
+    """Make a new objective available to ``ImmunizationConfig(objective=name)``, and to pipelines where it can be.
+
+    Args:
+        name: what ``objective`` calls it; it may be joined with others by '+'.
+        terms: on features at the sites (``Term``) or on the weights (``weight_term``, ``WeightTerm``).
+
+    Raises:
+        ConfigError: a name that is taken or holds a '+', or no term.
+    """
+    if name in OBJECTIVES or not terms or "+" in name or not name.strip():
         raise ConfigError(f"expected a new objective name with one term or more, got {name!r} with {len(terms)} terms.")
     OBJECTIVES[name] = terms
 
@@ -42,12 +64,19 @@ def terms_of(objective: str, known: Mapping[str, tuple[AnyTerm, ...]] = OBJECTIV
     """Terms of one objective, or of several joined with '+'; a term named twice counts once.
 
     Raises:
-        ConfigError: an unknown objective.
+        ConfigError: an objective that neither this package nor a plug-in has.
     """
     terms: dict[str, AnyTerm] = {}
+    if any(name.strip() not in known for name in objective.split("+")):
+        load_plugins()
+        known = {**OBJECTIVES, **known}
     for name in objective.split("+"):
         if name.strip() not in known:
-            raise ConfigError(f"expected objectives among {sorted(known)} joined with '+', got {name.strip()!r}.")
+            close = difflib.get_close_matches(name.strip(), list(known), 1)
+            raise ConfigError(
+                f"expected objectives among {sorted(known)} joined with '+', got {name.strip()!r}."
+                + (f" Did you mean {close[0]}?" if close else "")
+            )
         terms.update({term.name: term for term in known[name.strip()]})
     return tuple(terms.values())
 

@@ -13,6 +13,9 @@ so that ∇L_H(θ_k; B_{k+1}) serves both as the attacker's next step and as the
 gradients on harmful rows. The same family as SOPHON (Deng et al. 2024) and ResAlign (2025), whose exact schedules
 differ. No second derivative is taken, so fused attention kernels are safe; ``unrolled.py`` has the exact gradient.
 
+A task may ask for more: weights that the attacker draws anew before he starts (the defender has no gradient there), and
+a harm of its own in the place of relu(c − L_H), such as one of several depths, at the cost of a second backward a step.
+
 IMMA (Zheng & Yeh 2024, Algorithm 1) is the case K = 1 with LoRA factors φ that *go on* from step to step, moments of
 AdamW included, while θ moves: φ descends L_H(θ, φ), then θ, attention projections only, ascends it. Published without
 a ceiling; ``attacker_ceiling`` bounds it here as well.
@@ -27,7 +30,8 @@ from torch import Tensor, nn
 
 from hf_immunize.training.core.attacker import Attacker
 from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
-from hf_immunize.training.core.weight_terms import AttackedTask
+from hf_immunize.training.core.habits import Habits
+from hf_immunize.training.core.weight_terms import AttackedTask, Measure
 
 
 class SimulatedAttack:
@@ -35,30 +39,37 @@ class SimulatedAttack:
 
     Args:
         task: the harmful loss of a model on the rows of (optimizer step, k), k = 0..K.
-        steps, learning_rate, rank: the attacker's; rank 0 trains all weights.
+        steps, rank: the attacker's; rank 0 trains all weights.
+        habits: his optimizer and rate.
         goes_on: whether factors and moments are kept for the next call (IMMA).
     """
 
     def __init__(
-        self, task: AttackedTask, *, steps: int, learning_rate: float, rank: int, goes_on: bool = False
+        self, task: AttackedTask, *, steps: int, habits: Habits, rank: int, goes_on: bool = False
     ):
         self._goes_on = goes_on
         self._optimizer: torch.optim.Optimizer | None = None
         self.ceiling = float("inf")
         """c, set once the base's own loss is known."""
-        self._task, self._steps, self._rate = task, steps, learning_rate
+        self._task, self._steps, self._habits = task, steps, habits
         self._attacker = Attacker(task.model, task.layers if rank else (), rank)
 
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """H and its gradient at the weights of ``model``, by parameter name; equal on every rank."""
         self._start(model, step)
-        optimizer = self._optimizer or self._fresh_optimizer()
+        optimizer = self._optimizer or self._fresh_optimizer(step)
         weights = [self._attacker.weights[name] for name in self._attacker.wanted]
         total = {parameter: torch.zeros_like(parameter) for parameter in weights}
         value = weights[0].new_zeros(())
         for attack_step in range(self._steps + 1):
+            if attack_step > 0 and self._task.harm is not None:
+                value = value + self._backward(step, attack_step, self._task.harm) / self._steps
+                for parameter in weights:
+                    total[parameter] += gradient_of(parameter) / self._steps
+                if attack_step == self._steps:
+                    break
             loss = self._backward(step, attack_step)
-            if attack_step > 0:
+            if attack_step > 0 and self._task.harm is None:
                 value = value + torch.relu(self.ceiling - loss) / self._steps
                 if float(loss) < self.ceiling:
                     for parameter in weights:
@@ -73,8 +84,8 @@ class SimulatedAttack:
         """Move what the attacker holds."""
         self._attacker.model.to(device)
 
-    def _fresh_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self._attacker.trained, lr=self._rate, weight_decay=0.0)
+    def _fresh_optimizer(self, step: int = 0) -> torch.optim.Optimizer:
+        return self._habits.optimizer(self._attacker.trained, self._task.seed, step)
 
     def state(self) -> dict[str, Tensor]:
         """Ceiling, and factors with their moments where the attacker goes on."""
@@ -103,15 +114,19 @@ class SimulatedAttack:
 
     def _start(self, model: nn.Module, step: int) -> None:
         """θ_0 = θ, and fresh factors unless those of the last step go on."""
-        self._attacker.start(model)
+        self._attacker.start(model, self._task.fresh(step) if self._task.fresh else {})
         if self._optimizer is None:
             self._attacker.draw_factors(self._task.seed, "lora", step)
 
-    def _backward(self, step: int, attack_step: int) -> Tensor:
-        """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the attacker."""
+    def _backward(self, step: int, attack_step: int, what: Measure | None = None) -> Tensor:
+        """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the attacker.
+
+        Args:
+            what: in the place of the task's loss.
+        """
         self._attacker.clear()
         with torch.enable_grad():
-            loss = self._loss(step, attack_step)
+            loss = self._loss(step, attack_step, what)
             loss.backward()
         for parameter in self._attacker.asked:
             if parameter.grad is None:
@@ -119,10 +134,10 @@ class SimulatedAttack:
         average_over_ranks([gradient_of(parameter) for parameter in self._attacker.asked])
         return mean_over_ranks(loss)
 
-    def _loss(self, step: int, attack_step: int) -> Tensor:
+    def _loss(self, step: int, attack_step: int, what: Measure | None = None) -> Tensor:
         """Mean harmful loss over this rank's rows; the same draws whenever it is asked."""
         torch.clear_autocast_cache()  # it holds casts of the weights as they were before the attacker's step
-        return self._task.loss(self._attacker.model, step, attack_step)
+        return (what or self._task.loss)(self._attacker.model, step, attack_step)
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from hf_immunize.training.core.balancing import TermWeights
 from hf_immunize.training.core.sharding import settle, split_like
 
+Measure = Callable[[nn.Module, int, int], Tensor]
+"""Given a model, the optimizer step and the attacker's, a scalar of this rank's rows: the same draws every time."""
+
 
 @dataclass(frozen=True)
 class AttackedTask:
@@ -20,15 +23,21 @@ class AttackedTask:
     Attributes:
         model: what is immunized.
         layers: linear layers that an attacker's LoRA factors go on.
-        loss: given a model, the optimizer step and the attacker's step, the mean harmful loss over this rank's rows;
-            the same draws whenever it is asked for the same.
+        loss: the mean harmful loss, which the attacker descends.
         seed: of whatever else is drawn.
+        features: given the same, features of this rank's rows at the head (with a graph), their labels and the number
+            of classes, for attackers with a head of their own; None for models without one.
+        harm: what the defender lowers at an attacked model, at least 0, where that is not relu(ceiling − loss).
+        fresh: given the optimizer step, weights by name that the attacker draws anew before he starts.
     """
 
     model: nn.Module
     layers: Sequence[str]
-    loss: Callable[[nn.Module, int, int], Tensor]
+    loss: Measure
     seed: int
+    features: Callable[[nn.Module, int, int], tuple[Tensor, Tensor, int]] | None = None
+    harm: Measure | None = None
+    fresh: Callable[[int], Mapping[str, Tensor]] | None = None
 
 
 class WeightObjective(Protocol):
@@ -61,6 +70,8 @@ class WeightTerm:
     full_precision: bool = False
     tells_classes_apart: bool = False
     stops_closed_form: bool = False
+    sees_rows: bool = True
+    """Whether it asks for the loss on harmful rows, which for a classifier need classes."""
 
     def progress(self, value: float) -> float:
         """A number that falls as the term is minimised."""

@@ -11,7 +11,7 @@ from hf_immunize.training.core.options import ImmunizationOptions, refuse_below,
 
 SIMULATED_ATTACK, IMMA = "simulated_attack", "imma"
 _OPERATIONAL = re.compile(
-    r"^(output_dir|eval_batch_size|logging_.*|save_.*|validation_steps|report_to|disable_progress|use_cpu)$"
+    r"^(output_dir|eval_batch_size|logging_.*|save_.*|validation_steps|probe_steps|report_to|disable_progress|use_cpu)$"
 )
 _OLD_NAMES = {"trainable", "max_loss_factor"}
 
@@ -129,6 +129,13 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
     save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0 for none."})
     save_total_limit: int = field(default=1, metadata={"help": "Checkpoints to keep."})
     validation_steps: int = field(default=0, metadata={"help": "Steps between validation images; 0 for none."})
+    probe_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Classifiers alone; anything but 0 is refused. No attacker of a denoiser reads its features by a "
+            "probe: the log's harmful_simulated_attack shows what attackers reach while training."
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Seed of rows, noise, levels and dropout."})
     report_to: str = field(default="none", metadata={"help": "Tracker for Accelerate, e.g. tensorboard."})
     disable_progress: bool = field(default=False, metadata={"help": "Hide the progress bar."})
@@ -173,6 +180,12 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
         if self.trainable_modules not in ("all", "attention", "lora"):
             raise ConfigError(
                 f"expected trainable_modules 'all', 'attention' or 'lora', got {self.trainable_modules!r}."
+            )
+        if self.probe_steps:
+            raise ConfigError(
+                f"expected no probe_steps for a pipeline, got {self.probe_steps}: a probe reads features of a "
+                "classifier, and no attacker of a denoiser does. Watch harmful_simulated_attack in the log "
+                "(objective=simulated_attack), and draw images by validation_steps."
             )
         self._check_attack()
         assert self.level_range

@@ -13,9 +13,6 @@ from hf_immunize.training.core.registry import on_features, on_weights
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.setup import choose_trainable, named_terms
 
-_TOKENS = {"FluxTransformer2DModel": 512, "SD3Transformer2DModel": 333, "PixArtTransformer2DModel": 120}
-"""Text tokens of a prompt; CLIP's 77 where the class is not named."""
-
 
 def plan_memory(
     model: Any, args: DiffusionImmunizationConfig, *, latents: tuple[int, int, int] | None = None,
@@ -62,18 +59,16 @@ def activations_of(
 
 
 def latent_shape(model: Any) -> tuple[int, int, int]:
-    """C, H, W that the config of a denoiser names; Flux, which names none, at 1024 pixels."""
-    config = model.config
-    if type(model).__name__ == "FluxTransformer2DModel":
-        return config.in_channels // 4, 128, 128
-    size = config.sample_size
+    """C, H, W of the latents that a denoiser was made for."""
+    denoiser = denoiser_of(model)
+    size = denoiser.side(model)
     height, width = (size, size) if isinstance(size, int) else size
-    return config.in_channels, height, width
+    return denoiser.channels(model), height, width
 
 
 def condition_shapes(model: Any) -> Mapping[str, tuple[int, ...]]:
     """Shapes of one row of every condition that the denoiser needs."""
-    config, tokens = model.config, _TOKENS.get(type(model).__name__, 77)
+    config, tokens = model.config, denoiser_of(model).tokens
     width = getattr(config, "joint_attention_dim", None) or getattr(config, "caption_channels", None)
     width = width or getattr(config, "cross_attention_dim", None) or 0
     pooled = getattr(config, "pooled_projection_dim", None) or 0

@@ -34,12 +34,12 @@ from hf_immunize.training.core.registry import (
 )
 from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import TermSettings
+from hf_immunize.training.core.unrolled import UnrolledAttack
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.sites import attention_projections, choose_layouts, choose_sites
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream, RenamedStream
-from hf_immunize.training.diffusion.unrolled import UnrolledAttack
 
 
 def accelerator_of(args: DiffusionImmunizationConfig) -> Accelerator:

@@ -86,7 +86,8 @@ class DiffusionImmunizationTrainer:
         model: a bare denoiser of a class in ``hf_immunize.diffusion.DENOISERS``.
         scheduler: the diffusers scheduler it belongs to, or a NoiseProcess.
         args: options.
-        train_dataset, harmful_dataset: retain rows, and rows of the concept the defender has.
+        train_dataset: rows of what the model keeps.
+        harmful_dataset: rows of the concept, those that the defender has.
         eval_dataset: held-out retain rows for the guard.
         validate: called with the bare model and the step every ``validation_steps``, e.g. to draw images with a fixed
             seed; on the main process only, in evaluation mode.
@@ -374,7 +375,9 @@ class DiffusionImmunizationTrainer:
 
     def _guard_step(self) -> None:
         with self._judged_weights():
-            self._guarded.check(self.step, self._points(), last=self.step)
+            found = self._guarded.check(self.step, self._points(), last=self.step)
+        if self.accelerator.log_with:
+            self.accelerator.log(found, step=self.step)
 
     def _refuse_ruined(self) -> None:
         self.watch.settle()

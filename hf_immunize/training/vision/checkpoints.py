@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 _MARK = "trainer_state.json"
 _OPERATIONAL = re.compile(
     r"^(output_dir|run_name|feature_cache_dir|hub_.*|push_to_hub|resume_from_checkpoint|logging_(?!nan).*|log_.*|report_to|save_.*|"
-    r"disable_tqdm|dataloader_.*|local_rank|ddp_.*|deepspeed|fsdp.*|accelerator_config|_n_gpu|project|trackio.*|"
+    r"probe_steps|disable_tqdm|dataloader_.*|local_rank|ddp_.*|deepspeed|fsdp.*|accelerator_config|_n_gpu|project|trackio.*|"
     r"do_.*|eval_on_start|skip_memory_metrics|ignore_data_skip|restore_.*|enable_jit_.*|parallelism_config|"
     r"attacker_lora_.*|distributed_config|debug|prediction_loss_only|include_.*|remove_unused_columns|label_names|use_cpu)$"
 )

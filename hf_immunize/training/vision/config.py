@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from hf_immunize.data import parse_augmentation
 from hf_immunize.errors import ConfigError
 from hf_immunize.training.core.options import ImmunizationOptions, refuse_below, rename_option
+from hf_immunize.training.vision.attackers import check_attacker
 from hf_immunize.training.vision.support import refuse_deepspeed, refuse_unsupported, use_one_device
 
 
@@ -37,6 +38,41 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
             "joined with commas. Drawn per row and step from data_seed, the same on any number of processes."
         },
     )
+    attacker_head: str = field(
+        default="refitted",
+        metadata={
+            "help": "simulated_attack: refitted, whose error is that of a ridge head solved at every step on half of "
+            "the rows; fresh, a random one that the attacker trains along with the rest."
+        },
+    )
+    attacker_norms: str = field(
+        default="frozen",
+        metadata={
+            "help": "Objectives with simulated attackers: BatchNorm of the attacked copy uses its frozen running "
+            "statistics, or those of the batch (batch), as fine-tuning does. Neither is learned."
+        },
+    )
+    attacker_resets: int = field(
+        default=0,
+        metadata={
+            "help": "The same: before he starts, an attacker draws his last n blocks anew, n at random in 0 to this "
+            "(never the head). Needs attacker_rank=0."
+        },
+    )
+    attacker_depths: str | None = field(
+        default=None,
+        metadata={
+            "help": "simulated_attack with a refitted head: layers at whose inputs the attacked model's error is held "
+            "up (names as for sites), averaged with equal weights. Default: the head's input alone."
+        },
+    )
+    attacker_second_order: bool = field(
+        default=False,
+        metadata={
+            "help": "simulated_attack with a refitted head: the exact gradient through the attacker's steps, of a "
+            "smoothed AdamW, on one process. Default: to first order."
+        },
+    )
     feature_distillation: float = field(
         default=0.0,
         metadata={
@@ -49,6 +85,14 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         metadata={
             "help": "Evaluation metric (0..1, higher is better) that max_primary_drop is measured on. 'accuracy' means "
             "r2 for a regression head."
+        },
+    )
+    probe_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between two looks of a ridge probe at held-out harmful rows (harmful_eval_dataset, split "
+            "'probe' of harmful_splits; without them at those that are trained on), logged as harmful_probe. Decides "
+            "nothing. 0: off."
         },
     )
     learning_rate: float = field(
@@ -77,7 +121,7 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         default=0,
         metadata={
             "help": "Features of past steps that are measured along with each batch, without gradient; for spectra of "
-            "features wider than the batch. Rows per site and side, on every device. 0: off."
+            "features wider than the batch. Rows per site and task, on every device. 0: off."
         },
     )
     precondition_gradients: str | None = field(
@@ -119,7 +163,8 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
     def check_options(self) -> None:
         """Raise ConfigError for values no run can use."""
         super().check_options()
-        names = ("memorization", "feature_distillation", "feature_bank_rows", "precondition_ridge")
+        check_attacker(self)
+        names = ("memorization", "feature_distillation", "feature_bank_rows", "precondition_ridge", "probe_steps")
         refuse_below(self, dict.fromkeys((*names, "dataloader_timeout"), 0))
         if self.load_best_model_at_end and (self.max_primary_drop is not None or self.ema_decay):
             raise ConfigError(

@@ -20,7 +20,7 @@ from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics, unlearned_statistics
 from hf_immunize.training.vision.primary import REGRESSION
 
-_NOT_INPUTS = ("labels", "classes", "harmful")
+_NOT_INPUTS = ("labels", "classes", "answers", "harmful")
 """What a batch holds besides the arguments of a forward without loss."""
 
 
@@ -120,6 +120,14 @@ class Forwards:
         with self.context(), capture_inputs(bare, self.laid_out([*self.sites, self.head])) as caught:
             self.features(bare, bare, inputs)
         return caught
+
+    def attacked(self, bare: nn.Module, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
+        """One row per image of the named inputs, of a simulated attacker's copy; BatchNorm as he was told."""
+        batch = self.args.attacker_norms == "batch"
+        held = unlearned_statistics(bare) if batch else frozen_statistics(bare, every=True)
+        with held, self.context(), capture_inputs(bare, self.laid_out(names)) as caught:
+            self.features(bare, bare, inputs)
+        return [caught[name] for name in names]
 
     def at_head(self, bare: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """One row per image of the head's input, of any copy of the model; harmful rows teach no statistics."""

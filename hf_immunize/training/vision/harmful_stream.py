@@ -18,6 +18,7 @@ from hf_immunize.data import (
     named_workers,
 )
 from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.training.vision.harmful_loss import WithAnswers
 from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
 from hf_immunize.training.vision.loading import LoaderOptions
 
@@ -29,6 +30,9 @@ class HarmfulStream:
     A stream's batches are taken as they come: step s is its batch s, reached by reading what lies before it.
 
     The loader has a generator of its own, so that making it anew on resume draws nothing from the global one.
+
+    Args:
+        answers: whether batches are for a simulated attacker, and have what its head is to answer.
 
     Raises:
         DataError: a batch that cannot hold what the terms need.
@@ -46,9 +50,11 @@ class HarmfulStream:
         rank: int,
         world_size: int,
         options: LoaderOptions | None = None,
+        answers: bool = False,
     ):
         self._task, self._options = task, options or LoaderOptions()
-        self._collate = collate if task.kind == "classes" else WithoutTargets(collate)
+        self._given, self._answers = collate, answers
+        self._collate = self._collating()
         self._rows, self._classes = rows_per_device * world_size, classes_per_batch
         self._seed, self._rank, self._world = seed, rank, world_size
         self._sampler: StepSampler | None = None
@@ -67,6 +73,12 @@ class HarmfulStream:
         if task.targets is not None:
             self.prepare()  # raises now rather than at the first step
 
+    def _collating(self) -> Callable[..., Any]:
+        """How rows with such labels become a batch."""
+        if self._answers:
+            return WithAnswers(self._given, self._task.asks, self._task.key)
+        return self._given if self._task.kind == "classes" else WithoutTargets(self._given)
+
     def prepare(self) -> None:
         """Choose how rows are drawn; what the labels are has to be known by now, or is counted."""
         if self._task.is_stream or self._sampler is not None:
@@ -77,8 +89,7 @@ class HarmfulStream:
             self._sampler = StepBatchSampler(labels.tolist(), self._rows, classes_per_batch=self._classes, **place)
         else:
             self._sampler = RowBatchSampler(len(labels), self._rows, **place)
-        if self._task.kind != "classes" and not isinstance(self._collate, WithoutTargets):
-            self._collate = WithoutTargets(self._collate)  # counting has shown that they are no classes
+        self._collate = self._collating()  # counting may have shown that labels are no classes, or only one
 
     def batch(self, step: int) -> Any:
         """The batch of micro-step ``step``, collated, on the CPU.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from hf_immunize.training.vision.counting import count_labels
 
 logger = logging.get_logger(__name__)
 
+Asks = Literal["classes", "numbers", "image"]
+"""What a simulated attacker's head is to answer."""
+
 
 class HarmfulTask:
     """Harmful rows with class labels, several labels, numbers or none.
@@ -58,9 +61,9 @@ class HarmfulTask:
         """Labels of every row; None while they are not known, and for a stream."""
         self.made = False
         """Whether a transform makes the labels, which were compared with a column's in a few rows only."""
-        # A simulated attacker of an image model refits a head on the classes.
-        self._telling = [t.name for t in terms if t.tells_classes_apart or isinstance(t, WeightTerm)]
-        self._counting = [t.name for t in terms if t is IMMA or isinstance(t, WeightTerm)]
+        self._telling = [t.name for t in terms if t.tells_classes_apart]
+        attacking = [t for t in terms if isinstance(t, WeightTerm) and t.sees_rows]
+        self._counting = [t.name for t in terms if t is IMMA or t in attacking]
         if self.is_stream:
             self.key = label_key(self.first)
             self._start_stream()
@@ -145,6 +148,16 @@ class HarmfulTask:
         if self.names is not None:
             return len(self.names)
         return None if self.targets is None else int(self.targets.values.max()) + 1
+
+    @property
+    def asks(self) -> Asks:
+        """What a simulated attacker learns of a row: its class, its numbers, or, where nothing tells rows apart, the
+        image itself at a few pixels, which is what features have to keep for any task to be learned from them."""
+        if self.kind in ("multi-label", "regression"):
+            return "numbers"
+        if self.kind == "classes" and (self.targets is None or self.targets.tells_apart > 1):
+            return "classes"
+        return "image"
 
     @property
     def labels(self) -> Tensor:

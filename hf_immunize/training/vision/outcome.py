@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ _LOST = 0.5
 
 _NOTICED = 0.05
 _CONDITIONED = "Conditioning slows attackers that follow the raw gradient, no others."
+_OWN = "Whom a term on weights alone holds up is for the exam to say."
 _SIMULATED = "It holds up the attacker that was simulated; a probe in closed form is another one."
 
 
@@ -94,7 +95,7 @@ class OutcomeMeter:
         with contextlib.suppress(SpectrumError):
             self.before = self.measure(model)
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, most: int = _MOST_ROWS) -> Iterator[Any]:
         """The collated batches of the rows that are measured, and the labels of each row."""
         task = self.task
         collate = WithLabels(self._collate, task.key, task.kind)
@@ -102,14 +103,42 @@ class OutcomeMeter:
         draws = torch.Generator().manual_seed(0)
         options: dict[str, Any] = {"batch_size": self._most, "collate_fn": collate, "generator": draws}
         if task.is_stream:
-            yield from DataLoader(NamedStream(task.rows, task.name, check=task.check_row, limit=_MOST_ROWS), **options)
+            yield from DataLoader(NamedStream(task.rows, task.name, check=task.check_row, limit=most), **options)
             return
         if task.kind == "classes":
-            chosen = pick_rows(task.labels.tolist())
+            chosen = pick_rows(task.labels.tolist(), most)
         else:
-            chosen = torch.linspace(0, len(task.rows) - 1, min(_MOST_ROWS, len(task.rows))).round().long().tolist()
+            chosen = torch.linspace(0, len(task.rows) - 1, min(most, len(task.rows))).round().long().tolist()
         rows = Subset(NamedRows(task.rows, task.name), chosen)
         yield from DataLoader(rows, num_workers=self._workers, **options)
+
+    @torch.no_grad()
+    def _look(self, model: nn.Module, names: Iterable[str], most: int) -> tuple[dict[str, Tensor], Targets]:
+        """Features of at most so many rows by the name of the layer that reads them, and their targets."""
+        features: dict[str, list[Tensor]] = {}
+        labels: list[Any] = []
+        was_training = model.training
+        model.eval()
+        try:
+            for batch, told in self._batches(most):
+                caught = self._capture(model, batch)
+                labels += told
+                for name in names:
+                    features.setdefault(name, []).append(caught[name].cpu())
+        finally:
+            model.train(was_training)
+        unknown = self.task.kind == "unlabelled"
+        targets = unlabelled(len(labels)) if unknown else targets_of(labels, self.task.name)
+        return {name: torch.cat(parts) for name, parts in features.items()}, targets
+
+    def probe(self, model: nn.Module, most: int) -> float | None:
+        """What the probe reaches on at most so many rows; None without labels that tell rows apart.
+
+        Raises:
+            SpectrumError: fewer than two classes with two rows each, or features without a spectrum.
+        """
+        whole, targets = self._look(model, [self._head], most)
+        return _probe(whole[self._head], targets)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Measured:
@@ -118,23 +147,9 @@ class OutcomeMeter:
         Raises:
             SpectrumError: fewer than two classes with two rows each, or features without a spectrum.
         """
-        features: dict[str, list[Tensor]] = {}
-        labels: list[Any] = []
-        was_training = model.training
-        model.eval()
-        try:
-            for batch, told in self._batches():
-                caught = self._capture(model, batch)
-                labels += told
-                for name in {*self._sites, self._head}:
-                    features.setdefault(name, []).append(caught[name].cpu())
-        finally:
-            model.train(was_training)
-        whole = {name: torch.cat(parts) for name, parts in features.items()}
-        unknown = self.task.kind == "unlabelled"
-        self._targets = unlabelled(len(labels)) if unknown else targets_of(labels, self.task.name)
+        whole, self._targets = self._look(model, {*self._sites, self._head}, _MOST_ROWS)
         of_classes = self._targets.kind == "classes"
-        classes = self._targets.values if of_classes else torch.zeros(len(labels), dtype=torch.long)
+        classes = self._targets.values if of_classes else torch.zeros(len(self._targets), dtype=torch.long)
         terms = {}
         for term in self._terms:
             values = []
@@ -227,6 +242,8 @@ def judge(
         return False, f"{told}. Train longer (max_steps), raise strength or max_primary_drop, or train more layers."
     if telling:
         return True, f"{told}."
+    if any(isinstance(term, WeightTerm) and not term.sees_rows for term in terms):
+        return True, f"{told}. {_OWN}"
     simulated = any(isinstance(term, WeightTerm) or term.tells_classes_apart for term in terms)
     return True, f"{told}. {_SIMULATED if simulated else _CONDITIONED}"
 

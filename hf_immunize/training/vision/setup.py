@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_immunize.errors import DataError
 from hf_immunize.features import linear_sites
 from hf_immunize.training.core.balancing import check_numbers, numbers_of
 from hf_immunize.training.core.draws import same_draws
@@ -19,9 +20,10 @@ from hf_immunize.training.core.registry import AnyTerm, on_features, on_weights
 from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import IMMA, Rows, TermSettings, imma_training_loss
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
+from hf_immunize.training.vision.attackers import build_attacker, fresh_blocks
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.forwards import Forwards
-from hf_immunize.training.vision.harmful_loss import refitted_head_loss
+from hf_immunize.training.vision.harmful_loss import CHANCE, refitted_answers_loss, refitted_head_loss
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics
@@ -56,31 +58,62 @@ def build_step(
             **numbers_of(args, found),
         )
     if held := on_weights(terms):
-        attackers = {term: term.build(task, args) for term in held}
+        attackers = {term: build_attacker(term, task, args) for term in held}
         for attacker in attackers.values():
-            attacker.ceiling = 1.0  # chance: see refitted_head_loss
+            attacker.ceiling = CHANCE
         at_work = WeightTerms(attackers, strength=args.strength, **numbers_of(args, held))
     return Step(objective, at_work, meter, preconditioner=preconditioner)
 
 
 def attacked_task(
-    forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], task: HarmfulTask
+    forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], task: HarmfulTask,
+    depths: Sequence[str] = (),
 ) -> AttackedTask:
-    """The error of a refitted head on harmful rows, of any copy of the model."""
+    """The error of a refitted head on harmful rows, of any copy of the model; ``task.asks`` says what it answers.
+
+    Args:
+        depths: layers at whose inputs the defender holds that error up, in the place of the head's alone.
+    """
     args = forwards.args
     layers = linear_sites(model, "lora", forwards.head) if args.attacker_rank and args.objective != "imma" else []
 
-    def loss(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
+    def at(names: Sequence[str], attacked: nn.Module, step: int, attack_step: int) -> tuple[list[Tensor], Any]:
         rows = batch(step * (args.attacker_steps + 1) + attack_step)
         forwards.frozen.hold(attacked)
         with same_draws(args.device, args.seed, "attack", step, attack_step, args.process_index):
-            features = forwards.at_head(attacked, rows)
-        classes = task.classes
-        assert classes is not None  # the harmful task was refused without classes
-        horizons = [refitted_head_loss(features, rows["labels"].cpu(), t, classes) for t in args.horizons]
-        return torch.stack(horizons).min()  # an attacker takes the head that generalises best
+            return forwards.attacked(attacked, rows, names), rows
 
-    return AttackedTask(model, layers, loss, args.seed)
+    def refitted_loss(found: Tensor, rows: dict[str, Any], horizon: float) -> Tensor:
+        exact = args.attacker_second_order
+        if "answers" in rows:
+            return refitted_answers_loss(found, rows["answers"].cpu(), horizon, exact=exact)
+        classes = task.classes
+        assert classes is not None  # else there are answers
+        return refitted_head_loss(found, rows["labels"].cpu(), horizon, classes, exact=exact)
+
+    def error(found: Tensor, rows: dict[str, Any]) -> Tensor:
+        """Of the head that generalises best, which an attacker would take."""
+        return torch.stack([refitted_loss(found, rows, horizon) for horizon in args.horizons]).min()
+
+    def features(attacked: nn.Module, step: int, attack_step: int) -> tuple[Tensor, Tensor, int]:
+        (found,), rows = at([forwards.head], attacked, step, attack_step)
+        if task.classes is None:
+            raise DataError(
+                "expected one class for each harmful row for an attacker with a head of his own, got none: choose "
+                "simulated_attack with attacker_head=refitted."
+            )
+        return found, rows["labels"], task.classes
+
+    def loss(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
+        (found,), rows = at([forwards.head], attacked, step, attack_step)
+        return error(found, rows)
+
+    def harm(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
+        found, rows = at(depths, attacked, step, attack_step)
+        return torch.stack([torch.relu(CHANCE - error(part, rows)) for part in found]).mean()
+
+    fresh = fresh_blocks(model, args.attacker_resets, forwards.head, args.seed)
+    return AttackedTask(model, layers, loss, args.seed, features, harm if depths else None, fresh)
 
 
 def learn_attack(

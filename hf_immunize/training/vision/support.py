@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.training.core.launching import refuse_deepspeed_of, sharding_plugin
+from hf_immunize.training.core.registry import COPYING
 from hf_immunize.training.core.sharding import is_sharded
 
 logger = logging.get_logger(__name__)
@@ -54,9 +55,9 @@ def refuse_unsupported(args: Any) -> None:
     sharding_plugin(args.fsdp_plugin_args)
     _refuse_precision(args)
     _refuse_with_checkpointing(args)
-    if args.attacker_rank and ("imma" in args.objectives or "simulated_attack" not in args.objectives):
+    if args.attacker_rank and ("imma" in args.objectives or not _simulates(args)):
         _refuse_with_lora(args)
-    if "simulated_attack" in args.objectives:
+    if _simulates(args):
         _refuse_with_attack(args)
     if args.cache_frozen_features and args.augmentation:
         raise ConfigError(
@@ -112,11 +113,17 @@ def _refuse_with_lora(args: Any) -> None:
         )
 
 
+def _simulates(args: Any) -> list[str]:
+    """Objectives of this run whose attackers train a copy of the model."""
+    return [name for name in args.objectives if name in COPYING]
+
+
 def _refuse_with_attack(args: Any) -> None:
     """An attacker of all weights trains the frozen part as well, and an image model's has no exact gradient."""
     if args.cache_frozen_features and not args.attacker_rank:
+        name = _simulates(args)[0]
         raise ConfigError(
-            "expected attacker_rank of at least 1 for simulated_attack with cache_frozen_features, got 0: an attacker "
+            f"expected attacker_rank of at least 1 for {name} with cache_frozen_features, got 0: an attacker "
             "of all weights trains the part whose activations are cached. Set attacker_rank, or turn the cache off."
         )
 
@@ -209,9 +216,9 @@ def refuse_sharded(args: Any) -> None:
 
 def refuse_copies(args: Any) -> None:
     """Raise ConfigError for an attacker that trains a copy, of a model that was split before it could be copied."""
-    if "simulated_attack" in args.objectives:
+    if named := _simulates(args):
         raise ConfigError(
-            "expected a model that is whole when it is passed for simulated_attack, got sharded parameters: let "
+            f"expected a model that is whole when it is passed for {named[0]}, got sharded parameters: let "
             "accelerate launch shard it (fsdp_version: 2), or use DDP."
         )
 

@@ -25,7 +25,6 @@ from hf_immunize.data import (
     output_names,
 )
 from hf_immunize.errors import ConfigError
-from hf_immunize.features import Captured
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
 from hf_immunize.training.core.average import WeightAverage
@@ -41,7 +40,7 @@ from hf_immunize.training.core.sharding import reach
 from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.before import measure_references, measure_temperature
-from hf_immunize.training.vision.caching import cache_of
+from hf_immunize.training.vision.caching import cache_of, with_cached_images, with_cached_rows
 from hf_immunize.training.vision.callbacks import Averaging, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer
 from hf_immunize.training.vision.checks import check_data, check_unlabelled, head_of, matched, refuse_streams
@@ -49,12 +48,7 @@ from hf_immunize.training.vision.collators import UnmixedCollator, collate_with_
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly
 from hf_immunize.training.vision.forwards import Forwards
-from hf_immunize.training.vision.frozen import (
-    FeatureCache,
-    FrozenPart,
-    collate_with_boundary,
-    freeze_all_but,
-)
+from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.identity import digest_model, digest_some
@@ -63,7 +57,8 @@ from hf_immunize.training.vision.loading import LoaderOptions
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
-from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck, check_primary_labels
+from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck
+from hf_immunize.training.vision.probing import Probing
 from hf_immunize.training.vision.rows_of_step import rows_of_step
 from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
 from hf_immunize.training.vision.sharded import resumable
@@ -175,7 +170,14 @@ class ImmunizationTrainer(StrictTrainer):
         self._build_guard(model)
         self._keeping = Keeping(self.forwards, self.temperature, self._teacher, self.meter)
         if args.cache_frozen_features:
-            self._use_cache(model, collator)
+            rows = {"train_dataset": self.train_dataset, "harmful_dataset": self.harmful_dataset}
+            self._cache = cache_of(self.forwards, model, self.accelerator, collator, self._largest_batch, rows)
+        self._draw_from(held)
+        if args.probe_steps:
+            self.add_callback(Probing(args.probe_steps, self._probe, lambda: self.bare, self._judged, self.log))
+
+    def _draw_from(self, held: HarmfulTask | None) -> None:
+        """Read the rows as they are now from here on: images, or cached activations in their place."""
         self.trained_on = {"primary": self.train_dataset, "harmful": self.harmful_task.rows}
         self._streams = {name: self._stream(name) for name in ("harmful", "attack")}
         self._outcome_meter = self._make_outcome(held)
@@ -185,7 +187,9 @@ class ImmunizationTrainer(StrictTrainer):
         sample = torch.as_tensor(row["pixel_values"])
         refuse_terms(args, self.terms)
         self.site_weights = choose_sites(model, args.sites, args.site_weights, self.site, sample)
-        self.layouts = choose_layouts(model, [*self.site_weights, self.site], args.site_layouts, row)
+        depths = args.attacker_depths
+        self._depths = list(choose_sites(model, depths, None, self.site, sample)) if depths else []
+        self.layouts = choose_layouts(model, [*self.site_weights, self.site, *self._depths], args.site_layouts, row)
         self.frozen = FrozenPart(model, sample.shape)
         self._cache: FeatureCache | None = None
 
@@ -205,7 +209,7 @@ class ImmunizationTrainer(StrictTrainer):
             layers=list(self.preconditioner.layers) if self.preconditioner else [], layouts=self.layouts,
             frozen=self.frozen, attacker=self.attacker, context=self.compute_loss_context_manager,
         )
-        task = attacked_task(self.forwards, model, self._attack_batch, self.harmful_task)
+        task = attacked_task(self.forwards, model, self._attack_batch, self.harmful_task, self._depths)
         self.settings = settings_of(args, self.harmful_task.classes)
         self.step = build_step(
             args, self.terms, self.settings, self.site_weights, task, self.preconditioner, self.meter
@@ -245,31 +249,33 @@ class ImmunizationTrainer(StrictTrainer):
 
     def _make_outcome(self, held: HarmfulTask | None) -> OutcomeMeter:
         """Measures the held-out harmful rows, or those that are trained on."""
-        if held is not None and self._cache is not None:
-            held = held.replaced(self._cache.dataset(held.rows, held.every_label, held.name))
         return OutcomeMeter(
             held or self.harmful_task,
-            held_out=held is not None, collate=self._plain_collator, capture=self._capture_rows,
+            held_out=held is not None, collate=self._plain_collator,
+            capture=lambda model, batch: self.forwards.at_sites_and_head(model, self._prepare_inputs(batch)),
             sites=self.site_weights, head=self.site, terms=self.terms, settings=self.settings,
             on_weights=self.step.weight_terms.values if self.step.weight_terms else None,
             workers=self.args.dataloader_num_workers, most_rows=self._largest_batch,
         )
 
-    def _capture_rows(self, model: nn.Module, batch: dict[str, Any]) -> Captured:
-        return self.forwards.at_sites_and_head(model, self._prepare_inputs(batch))
+    def cache_features(self) -> None:
+        """Put cached activations in the place of all images (``cache_frozen_features``); done when training starts.
 
-    def _use_cache(self, model: nn.Module, collator: Any) -> None:
-        """Put cached activations in the place of all images."""
-        cache = cache_of(self.forwards, model, self.accelerator, collator, self._largest_batch)
+        Raises:
+            ConfigError: an attacker that has to see the images themselves.
+            DataError: rows that cannot be read, or are not the same when read twice.
+            RecordError: no space on disk, or a damaged cache.
+        """
+        cache = self._cache
+        if cache is None:
+            return
+        self._cache = None  # once
         self.args.remove_unused_columns = False  # the collator would drop activations: no forward has such an argument
-        labels = check_primary_labels(model, self.train_dataset, self.kind)
-        teacher = self.args.distillation > 0
-        self.train_dataset = cache.dataset(self.train_dataset, labels, "train_dataset", teacher=teacher)
-        if self.eval_dataset is not None:
-            labels = check_primary_labels(model, self.eval_dataset, self.kind)
-            self.eval_dataset = cache.dataset(self.eval_dataset, labels, "eval_dataset")
-        self._cache, task = cache, self.harmful_task
-        self.harmful_task = task.replaced(cache.dataset(task.rows, task.every_label, task.name))
+        self.train_dataset = with_cached_rows(cache, self, "train_dataset", teacher=self.args.distillation > 0)
+        self.eval_dataset = with_cached_rows(cache, self, "eval_dataset")
+        mine, judged = self.harmful_task, self._outcome_meter.task
+        self.harmful_task = with_cached_images(cache, mine, self.args)
+        self._draw_from(None if judged is mine else with_cached_images(cache, judged, self.args))
 
     @property
     def _largest_batch(self) -> int:
@@ -288,13 +294,12 @@ class ImmunizationTrainer(StrictTrainer):
             rank=args.process_index,
             world_size=args.world_size,
             options=LoaderOptions.of(args),
+            answers=name == "attack",
         )
 
     def _attack_batch(self, place: int) -> dict[str, Any]:
         """Batch ``place`` of the rows that simulated attackers learn from."""
         return self._prepare_inputs(self._streams["attack"].batch(place))
-
-    # ---- what Trainer asks for ------------------------------------------------------------------------------------
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; rows that cannot be read are named, and workers get a time limit.
@@ -333,6 +338,7 @@ class ImmunizationTrainer(StrictTrainer):
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
+        self.cache_features()
         self._count_rows()
         with named_workers("train_dataset", self.args.dataloader_timeout):
             self._outcome_meter.start(self.bare)  # the model is θ₀ until a checkpoint is loaded
@@ -409,8 +415,6 @@ class ImmunizationTrainer(StrictTrainer):
                 total = total + reach([value for value in answered.values() if torch.is_tensor(value)])
         return (total, outputs) if return_outputs else total
 
-    # ---- measuring before, between and after ----------------------------------------------------------------------
-
     def _identity(self) -> dict[str, str]:
         """What a run that goes on from a checkpoint has to have in common with the one that wrote it."""
         rows = {"train_dataset": self.primary_dataset, "harmful_dataset": self.harmful_dataset}
@@ -462,9 +466,16 @@ class ImmunizationTrainer(StrictTrainer):
             raise ConfigError(f"expected metric {self.guard.metric!r} in {sorted(metrics)}: set guard_metric.")
         return 100.0 * metrics[key]
 
+    def _probe(self, model: nn.Module, rows: int) -> float | None:
+        return self._outcome_meter.probe(model, rows)  # of cached rows once there are such
+
+    def _judged(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the model has the weights that would be returned now: the moving average where there is one."""
+        return self.average.swapped(self.bare) if self.average else contextlib.nullcontext()
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """An evaluation during training, of the averaged weights where there are such: they are what is returned."""
-        with self.average.swapped(self.bare) if self.average else contextlib.nullcontext():
+        with self._judged():
             metrics = super()._evaluate(*args, **kwargs)
             if self.guarded.on:
                 self.log(self._checked(metrics))

@@ -9,6 +9,7 @@ from denoiser_builders import FAMILIES, build_denoiser, build_examples, build_sc
 from equality import depth, rounding
 
 from hf_immunize.attacks import Run, run_suite
+from hf_immunize.attacks.core.means import Means
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, METRIC, DiffusionAttackContext
 from hf_immunize.attacks.diffusion import context as module
 from hf_immunize.attacks.diffusion._finetune import judge
@@ -119,3 +120,34 @@ def test_one_split_twice_is_refused(tmp_path):
         DiffusionAttackContext(
             good.folder, "control", good.attack, good.test, good.test, (*good.data[:2], good.data[1])
         )
+
+
+@pytest.mark.parametrize("means", [Means(micro_batch_size=3), Means(gradient_checkpointing=True)])
+def test_a_step_in_parts_is_the_step_of_the_whole_batch(tmp_path, means):
+    config = DiffusionFullFinetune(1e-3, steps=3, batch_size=4)
+    whole, parts = (only(make_context(tmp_path, means=told), "diffusion_full_finetune", config)
+                    for told in (Means(), means))
+    assert [point.test for point in parts.curve] == pytest.approx([point.test for point in whole.curve], abs=1e-5)
+    assert parts.note is None
+
+
+def test_who_runs_out_of_memory_goes_on_in_smaller_parts(tmp_path, monkeypatch):
+    config = DiffusionFullFinetune(1e-3, steps=3, batch_size=4)
+    whole = only(make_context(tmp_path), "diffusion_full_finetune", config)
+    forward = diffusers.UNet2DModel.forward
+
+    def scarce(self, sample, *rest, **options):
+        if torch.is_grad_enabled() and len(sample) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, sample, *rest, **options)
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "forward", scarce)
+    found = only(make_context(tmp_path), "diffusion_full_finetune", config)
+    assert found.note == "memory ran out: steps in parts of 2 images"
+    assert [point.test for point in found.curve] == pytest.approx([point.test for point in whole.curve], abs=1e-5)
+
+
+def test_bfloat16_is_told_in_the_trace(tmp_path):
+    context = make_context(tmp_path, means=Means("bf16"))
+    result = only(context, "diffusion_full_finetune", DiffusionFullFinetune(1e-3, steps=2, batch_size=4))
+    assert result.outcome == "completed" and context.described["precision"] == "bf16"

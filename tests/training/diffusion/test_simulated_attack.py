@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from hf_immunize.diffusion import NoiseProcess, denoiser_of
 from hf_immunize.training.core.attacker import Attacker
+from hf_immunize.training.core.habits import Habits
 from hf_immunize.training.core.simulated import SimulatedAttack
 from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.setup import denoising_task
@@ -27,7 +28,7 @@ def attack_of(model, steps=3, rank=0, rate=1e-2):
         return stream.batch(step * (steps + 1) + k, torch.device("cpu"), torch.float64)
 
     task = denoising_task(denoiser_of(model), model, batches, 0)
-    made = SimulatedAttack(task, steps=steps, learning_rate=rate, rank=rank)
+    made = SimulatedAttack(task, steps=steps, habits=Habits(rate), rank=rank)
     return made, batches
 
 

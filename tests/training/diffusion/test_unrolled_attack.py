@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from hf_immunize.diffusion import NoiseProcess, denoiser_of
 from hf_immunize.errors import ConfigError, ModelError
+from hf_immunize.training.core import unrolled
+from hf_immunize.training.core.habits import Habits
 from hf_immunize.training.core.simulated import SimulatedAttack
-from hf_immunize.training.diffusion import unrolled
+from hf_immunize.training.core.unrolled import UnrolledAttack, opaque_operations
 from hf_immunize.training.diffusion.setup import denoising_task
 from hf_immunize.training.diffusion.stream import NoisyStream
-from hf_immunize.training.diffusion.unrolled import UnrolledAttack, opaque_operations
 
 SECOND = {"objective": "simulated_attack", "attacker_second_order": True, "attacker_steps": 2}
 
@@ -31,7 +32,7 @@ def attack_of(model, family="unet", kind=UnrolledAttack, steps=3, rank=0, rate=1
     def batches(step, k):
         return stream.batch(step * (steps + 1) + k, torch.device(device), dtype)
 
-    made = kind(denoising_task(denoiser_of(model), model, batches, 0), steps=steps, learning_rate=rate, rank=rank)
+    made = kind(denoising_task(denoiser_of(model), model, batches, 0), steps=steps, habits=Habits(rate), rank=rank)
     made.ceiling = ceiling
     return made, batches
 

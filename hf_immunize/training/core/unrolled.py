@@ -42,11 +42,13 @@ class UnrolledAttack(SimulatedAttack):
     """
 
     _checked = False
+    _rate = 0.0
 
     @torch.no_grad()
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """H and its exact gradient at the weights of ``model``, by parameter name; equal on every rank."""
         self._start(model, step)
+        self._rate = self._habits.draw(self._task.seed, step)[1]
         with sdpa_kernel(SDPBackend.MATH):
             path = self._attack(step)
             loss = self._backward(step, self._steps)
@@ -107,10 +109,10 @@ class UnrolledAttack(SimulatedAttack):
         opaque = sorted(opaque_operations(loss))
         if opaque:
             raise ModelError(
-                f"expected a denoiser of PyTorch's own operations for attacker_second_order, got {', '.join(opaque)}: "
+                f"expected a model of PyTorch's own operations for attacker_second_order, got {', '.join(opaque)}: "
                 "their backward may have no second derivative, or a wrong one. Reset the attention backend "
-                "(model.reset_attention_backend(), model.set_default_attn_processor()), do not compile the model, or "
-                "leave attacker_second_order off."
+                "(of a denoiser: model.reset_attention_backend(), model.set_default_attn_processor()), do not compile "
+                "the model, or leave attacker_second_order off."
             )
         self._checked = True
 
