@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from statistics import NormalDist, fmean, median, stdev
 from typing import Literal
 
@@ -37,6 +38,7 @@ def summarise_side(traces: Sequence[AttackTrace], threshold: float) -> Side:
     )
 
 
+@lru_cache(maxsize=256)  # a certificate asks for the same few hundreds of times
 def student_t_quantile(probability: float, degrees: int) -> float:
     """Two-sided quantile t with P(|T| < t) = ``probability``, for integer degrees of freedom.
 

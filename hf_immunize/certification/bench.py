@@ -15,6 +15,7 @@ from hf_immunize.attacks.core.means import Means
 from hf_immunize.attacks.core.suite import holdings
 from hf_immunize.certification.plugins import attack_tables, refuse_other_code
 from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.models import reads_images
 from hf_immunize.plugins import load_plugins
 from hf_immunize.records import AttackTrace
 from hf_immunize.tasks import ExamTask, Family, attacker_fingerprints, attacker_holds, find_family
@@ -41,7 +42,7 @@ def open_bench(folder: str | Path, base: str | Path, options: Mapping[str, Any],
         DataError: data that is not there.
     """
     family, arguments = task_arguments(options)
-    task = family.open(arguments, base if family.name == "prompts" else folder)
+    task = family.open(arguments, base if family.name == "prompts" else reads_images(folder, base))
     return Bench(Path(folder), Path(base), task, device)
 
 
@@ -71,7 +72,7 @@ class Bench:
     """Model, base and task of one exam.
 
     Args:
-        folder, base: folders of the model under test and of its base.
+        folder, base: folders of the model under test and of its base; an adapter is put on that base.
         task: the rows, read as the exam read them.
         device: where attacks run now.
         eval_batch_size: rows at a time for pipelines; None: the default.
@@ -123,7 +124,7 @@ class Bench:
         folder = self.folder if trace.role == "subject" else self.base
         common = {"folder": folder, "role": trace.role, "device": self.device, **options, **known}
         if not trace.attack.removeprefix("benign_").startswith("diffusion_"):
-            return AttackContext(**common, base=self.base if "base" in held else None)
+            return AttackContext(**common, base=self.base if "base" in held else None, adapter_base=self.base)
         from hf_immunize.attacks.diffusion import DiffusionAttackContext
 
         size = {} if self.eval_batch_size is None else {"eval_batch_size": self.eval_batch_size}

@@ -17,7 +17,7 @@ from hf_immunize.certification.utility import utility_rows
 from hf_immunize.data import PixelDataset
 from hf_immunize.exam import Protocol
 from hf_immunize.features import find_classifier
-from hf_immunize.models import load_classifier
+from hf_immunize.models import load_classifier, load_on_base
 from hf_immunize.records import Certificate, DatasetFingerprint, Provenance, SpectrumRecord
 from hf_immunize.spectra import model_spectra
 
@@ -51,6 +51,7 @@ def build_certificate(
 ) -> Certificate:
     """Judge the model in ``folder`` against its base. Control traces are copied into ``folder``.
 
+    A PEFT adapter in ``folder`` is judged as what it makes of ``base_folder``.
     ``threshold`` is the harmful accuracy that counts as success; by default the protocol's share of its reference.
 
     Raises:
@@ -60,7 +61,7 @@ def build_certificate(
     """
     folder, base_folder, rule = Path(folder), Path(base_folder), protocol.rule
     check_base(base_folder)
-    base, immunized = load_classifier(base_folder), load_classifier(folder)
+    base, immunized = load_classifier(base_folder), load_on_base(folder, base_folder)
     sides = Sides(folder, base_folder, describe_model(folder, immunized), describe_model(base_folder, base))
     found = gather(sides, ATTACKS, TRAINABILITY, protocol, threshold, REFERENCES)
     answers = utility_rows(

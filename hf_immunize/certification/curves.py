@@ -48,6 +48,9 @@ def compare_trial(
                 continue
             told = f"seed {run.seed} was certified as {run.outcome}, here it is {new.outcome}"
             return Comparison(False, count, None, None, told)
+        if run.outcome == "completed" and run.samples != new.samples:
+            told = f"seed {run.seed} was certified with {run.samples} training rows, here it has {new.samples}"
+            return Comparison(False, count, None, None, told)
         if [point.step for point in run.curve] != [point.step for point in new.curve] and run.outcome == "completed":
             return Comparison(False, count, None, None, f"seed {run.seed} was certified at other steps than it is "
                               "evaluated at here")

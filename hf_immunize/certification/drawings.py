@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.certification.generation import measure_frechet
 from hf_immunize.certification.judgement import Sides
+from hf_immunize.certification.primary_rows import JUDGED
 from hf_immunize.certification.similarity import ImageFeatures
 from hf_immunize.data import PixelMaker, convert_image, model_channels
 from hf_immunize.diffusion import (
@@ -109,7 +110,7 @@ class RetainedDrawings:
         wanted = [(names or {}).get(name, name) for name in own]
         before, after = (recognised(judge, images, wanted) for images in self.images)
         return UtilityRows(
-            metric="accuracy of a judge on drawn images", data="", subject={}, control={},
+            metric=JUDGED, data="", subject={}, control={},
             answers=Answers(wanted=[1] * len(before), base=list(map(int, before)), immunized=list(map(int, after))),
         )
 

@@ -120,7 +120,7 @@ def judge_traces(
         immunization_ratio_parts=parts if evidence.spectra else {},
         immunization_ratio_spread=immunization_ratio_spread(*sides, rule.level),
         not_run=lines([trace for found in traces.values() for trace in found], plan.planned),
-        expires=_expiry(evidence.provenance, rule), **_as_fields(evidence),
+        expires=_expiry(traces, evidence.provenance, rule), **_as_fields(evidence),
     )  # fmt: skip
 
 
@@ -133,8 +133,10 @@ def _as_fields(evidence: Evidence) -> dict[str, Any]:
     return found
 
 
-def _expiry(provenance: Provenance, rule: Rule) -> str:
-    made = datetime.date.fromisoformat(provenance.created[:10])
+def _expiry(traces: Traces, provenance: Provenance, rule: Rule) -> str:
+    """So long after the last attack: to judge old traces again makes them no younger."""
+    last = max(trace.provenance.created[:10] for found in traces.values() for trace in found)
+    made = datetime.date.fromisoformat(min(last, provenance.created[:10]))
     return (made + datetime.timedelta(days=rule.valid_days)).isoformat()
 
 

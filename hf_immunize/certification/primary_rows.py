@@ -8,10 +8,14 @@ from pathlib import Path
 from statistics import fmean
 
 from hf_immunize.errors import RecordError
+from hf_immunize.exam import Rule
 from hf_immunize.metrics import mean_interval, paired_drop_interval
 from hf_immunize.records import DatasetFingerprint, Utility, UtilityRows, sha256_file
 
 UTILITY_FOLDER = "utility"
+ACCURACY = "accuracy"
+JUDGED = "accuracy of a judge on drawn images"
+"""The measures in answers, by their names in a certificate: of rows of the data, and of what a model draws."""
 
 
 def judge_utility(found: UtilityRows, level: float = 0.95) -> Utility:
@@ -45,6 +49,17 @@ def judge_utility(found: UtilityRows, level: float = 0.95) -> Utility:
     )
 
 
+def measures_differ(metrics: Sequence[str], rule: Rule, score: str) -> str | None:
+    """How a certificate's utilities are not those of an exam, the one that decides first; None when they are.
+
+    Args:
+        metrics: in the certificate's order.
+        score: what attackers are judged by: of a pipeline, utility is the same on the primary task.
+    """
+    wanted = [[JUDGED, score], [score]] if rule.gain else [[ACCURACY]]
+    return None if list(metrics) in wanted else f"is not what this exam measures first, {wanted[0][0]!r}"
+
+
 def rows_differ(found: UtilityRows, data: Sequence[DatasetFingerprint]) -> str | None:
     """How the rows behind a utility are not the primary data that they name; None when they are.
 
@@ -53,7 +68,9 @@ def rows_differ(found: UtilityRows, data: Sequence[DatasetFingerprint]) -> str |
     named = next((part for part in data if part.sha256 == found.data), None)
     if named is None:
         return "it holds no split with their digest"
-    if found.answers is not None and found.metric != "accuracy":
+    if (found.answers is not None) != (found.metric in (ACCURACY, JUDGED)):
+        return "answers are asked for, got losses, or the other way round"
+    if found.metric == JUDGED:
         return None
     if found.rows != named.rows:
         return f"{named.rows} rows, answers on {found.rows}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.certification.primary_rows import judge_utility
+from hf_immunize.certification.primary_rows import ACCURACY, judge_utility
 from hf_immunize.data import PixelDataset, batches, for_model, refuse_other_labels
 from hf_immunize.features import prefer_channels_last
 from hf_immunize.records import Answers, ModelFingerprint, Utility, UtilityRows
@@ -62,7 +62,7 @@ def utility_rows(
         ModelError, DataError: as in ``answered``.
     """
     return UtilityRows(
-        metric="accuracy", data=data, subject=subject.weights, control=control.weights,
+        metric=ACCURACY, data=data, subject=subject.weights, control=control.weights,
         answers=Answers(
             wanted=dataset.labels.tolist(), base=answered(base, dataset, is_base=True),
             immunized=answered(immunized, dataset),

@@ -69,16 +69,20 @@ def verify(
     sign_key: SignKey = None, device: Device = "cpu", as_json: Json = False,
 ) -> None:
     """Check hashes, schema, expiry, signature, card and policy of a published model; on request, its attacks too."""
-    from hf_immunize.hub import Policy, search_attacks, verify_model
-    from hf_immunize.hub.control import check_control, named_base
+    from hf_immunize.hub import Policy, verify_model
     from hf_immunize.hub.tables import findings_table, outcome
 
     wanted = None if policy is None else Policy.read(policy)
     folder, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key,
                                  checker_keys=checker_key or (), rejudge=rejudge)
     if base is not None:
+        from hf_immunize.hub.control import check_control  # which asks the Hub; most who verify have files alone
+
         found = check_control(found, base)
     if recheck or reattack:
+        from hf_immunize.hub import search_attacks
+        from hf_immunize.hub.control import named_base
+
         base = base or named_base(folder)
         if base is None:
             raise ConfigError("expected --base with --recheck, got none, and the card names none: a certificate names "

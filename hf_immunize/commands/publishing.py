@@ -55,7 +55,7 @@ def publish(
 ) -> None:
     """Publish a certified model in one commit. The token is the one of 'hf auth login' or HF_TOKEN."""
     from hf_immunize.hub import Policy
-    from hf_immunize.hub.publish import publish as send
+    from hf_immunize.hub.publishing import publish as send
 
     done = send(
         folder, repo_id, policy=None if policy is None else Policy.read(policy), allow_failed=allow_failed,

@@ -14,6 +14,11 @@ from hf_immunize.records import AttackTrace, Plan, PlannedAttack
 PRESETS_FILE = Path(__file__).parent / "presets.json"
 CUSTOM = "custom"
 """The name of an exam that follows no preset: which attacks it has is its examiner's choice."""
+WITHOUT_MODEL = "without the model"
+"""The family of attackers who hold no model."""
+ATTACK_FRACTION = 0.8
+"""Share of each class of the attacker's rows that a run of a preset trains on at least; fewer starve every attack."""
+Traces = Mapping[str, Sequence[AttackTrace]]
 
 
 def settings_digest(config: Mapping[str, Any], fields: Sequence[str]) -> str:
@@ -38,32 +43,56 @@ def known_attack(name: str) -> tuple[str, str] | None:
 def run_departures(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> list[str]:
     """How what was run differs from the preset that the plan names; nothing for a plan that names none.
 
-    An attack that was not run at all is no departure: its cell says so. More trials, seeds and attacks than asked for
-    are none either.
+    An attack that was not run at all is no departure: its cell says so. More trials and attacks than asked for are
+    none either, nor are more seeds that go on where the preset's end: chosen ones could be the lucky ones.
     """
     table = preset_table().get(plan.protocol)
     if table is None:
         return []
     found = [] if plan.threshold is None else ["a threshold given by hand"]
-    runs = [trace for role in ("subject", "control") for trace in traces.get(role, ())]
+    sides = {role: traces.get(role, ()) for role in ("subject", "control")}
     for item in (*plan.attacks, *plan.methods):
         if item.attack in table:
-            mine = [trace for trace in runs if trace.attack == item.attack]
-            found += _departures_of(item, mine, table[item.attack], plan.seeds) if mine else []
+            found += _departures_of(item, _runs_of(item, sides), table[item.attack], plan)
+    return found + _departing_references(plan, traces.get("nothing", ()), table)
+
+
+def _departing_references(plan: Plan, runs: Sequence[AttackTrace], table: Mapping[str, Any]) -> list[str]:
+    """The same of attackers without the model: where any was run, each of this release has to be, and no other."""
+    known = {name for name, about in table.items() if about["family"] == WITHOUT_MODEL}
+    names = {trace.attack for trace in runs}
+    found = [f"{name}, which is no attacker without the model of this release" for name in sorted(names - known)]
+    found += [f"no runs of {name}, which has no model" for name in sorted(known - names) if names]
+    for item in plan.references:
+        if item.attack in known:
+            found += _departures_of(item, _runs_of(item, {"nothing": runs}), table[item.attack], plan)
     return found
 
 
+def _runs_of(item: PlannedAttack, sides: Traces) -> dict[str, list[AttackTrace]]:
+    """The runs of one attack by role; nothing where it was run on no side."""
+    mine = {role: [trace for trace in runs if trace.attack == item.attack] for role, runs in sides.items()}
+    return mine if any(mine.values()) else {}
+
+
 def _departures_of(
-    item: PlannedAttack, runs: Sequence[AttackTrace], asked: Mapping[str, Any], seeds: Sequence[int]
+    item: PlannedAttack, sides: Traces, asked: Mapping[str, Any], plan: Plan
 ) -> list[str]:
-    """Missing trials and seeds of one attack on either side, and trials with other settings than the preset's."""
+    """Missing trials and seeds of one attack on any side, chosen seeds, fewer rows, and trials with other settings."""
     found = []
-    for role in ("subject", "control"):
-        mine = [trace for trace in runs if trace.role == role]
+    for role, mine in sides.items():
         if missing := sorted(set(asked["trials"]) - {trace.trial for trace in mine}):
             found.append(f"{item.attack} on the {role} without the trial {missing[0]}")
-        if absent := sorted(set(seeds) - {trace.seed for trace in mine}):
+        seeds = {trace.seed for trace in mine}
+        if absent := sorted({*plan.seeds, *range(max(seeds, default=0))} - seeds):
             found.append(f"{item.attack} on the {role} without the seed {absent[0]}")
+    runs = [trace for mine in sides.values() for trace in mine]
+    compared = plan.seeds[: plan.tuning_seeds or 0]
+    if any(trace.config.get("tuning_seeds", compared) != compared for trace in runs):
+        found.append(f"{item.attack} with trials that were compared on other seeds than the preset's")
+    if less := [share for trace in runs if isinstance(share := trace.config.get("attack_fraction"), float)
+                and share < ATTACK_FRACTION]:
+        found.append(f"{item.attack} on {100 * less[0]:g} % of each class, less than {100 * ATTACK_FRACTION:g} %")
     for trace in runs:
         wanted = asked["trials"].get(trace.trial)
         if wanted is not None and settings_digest(trace.config, asked["fields"]) != wanted:

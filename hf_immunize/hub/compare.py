@@ -52,7 +52,8 @@ def _said(cell: Cell | None) -> str:
         return cell.verdict
     figure = "" if cell.unit == "solve" else f", slow-down {text.slow_down(cell.slow_down)}"
     before, after = (text.percent(text.accuracy(side)) for side in (cell.control, cell.subject))
-    return f"{cell.verdict}{figure}, accuracy {before} → {after}, {text.plural(len(cell.seeds), 'seed')}"
+    left = f", uplift left {told}" if (told := text.share(cell.uplift_left)) else ""
+    return f"{cell.verdict}{figure}{left}, accuracy {before} → {after}, {text.plural(len(cell.seeds), 'seed')}"
 
 
 def _short(weights: dict[str, str]) -> str:

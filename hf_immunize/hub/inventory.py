@@ -13,6 +13,8 @@ from pathlib import Path
 from hf_immunize.errors import RecordError
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.names import SEAL, kind_of, looks_pickled, problem_with, twins
+from hf_immunize.hub.untrusted import AnyRecord, parse_record
+from hf_immunize.records import Record
 
 _BLOCK = 1 << 20
 _MOST_FILES = 100_000
@@ -29,6 +31,8 @@ class Inventory:
     root: Path
     files: dict[str, Path]
     digests: dict[str, str] = field(default_factory=dict)
+    records: dict[str, Record] = field(default_factory=dict, repr=False)
+    """Records by file, kept for whoever asks again: what is judged is then what was hashed."""
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -60,6 +64,19 @@ class Inventory:
             raise RecordError(f"expected {name} below {limit >> 20} MiB, got more: this is not what it claims to be.")
         self.digests[name] = hashlib.sha256(data).hexdigest()
         return data
+
+    def record(self, kind: type[AnyRecord], name: str) -> AnyRecord:
+        """The record in a small file; ``keep`` decides whether a second call reads it again.
+
+        Raises:
+            RecordError: as ``read`` and ``parse_record``.
+        """
+        found = self.records.get(name)
+        return found if isinstance(found, kind) else parse_record(kind, self.read(name))
+
+    def keep(self, name: str, record: Record) -> None:
+        """Let ``record`` answer for a file from now on."""
+        self.records[name] = record
 
     def head(self, name: str) -> bytes:
         """The first bytes of a file."""

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hf_immunize.errors import RecordError
 from hf_immunize.hub.findings import Verification
+from hf_immunize.hub.levels import LEVELS
 from hf_immunize.hub.load import verify_model
 from hf_immunize.hub.names import IMMUNIZATION
 from hf_immunize.records import Cell, Certificate, ImmunizationRecord
@@ -119,32 +120,74 @@ def _data(parts: Sequence[Any]) -> str:
     return "; ".join(f"{clean(part.source)} {clean(part.role)} {part.sha256[:12]}" for part in parts)
 
 
-COLUMNS = ("model", "who says so", "overall", "method", "primary drop, points", "cost of immunization")
+COLUMNS = ("model", "who says so", "overall", "method", "harmful task", "uplift left", "primary drop, points",
+           "cost of immunization")
 
 
 def row_of(entry: Entry, families: Sequence[str]) -> list[str]:
     """The cells of a table's row: ``COLUMNS``, then one per family of attackers."""
     certificate = entry.certificate
     known = [entry.source, str(entry.found.trust) if entry.found.sound else "UNSOUND",
-             certificate.overall, entry.method, text.points(certificate.utility.drop, 1.0), entry.cost]
+             certificate.overall, entry.method, clean(certificate.harmful_data[-1].source), _most_left(certificate),
+             text.points(certificate.utility.drop, 1.0), entry.cost]
     return [*known, *(_family(certificate, family) for family in families)]
 
 
-def _family(certificate: Certificate, family: str) -> str:
-    """The strongest attacker of a family: verdict, slow-down where it takes steps, score on base and model."""
+def keys_of(entry: Entry, families: Sequence[str]) -> list[float | None]:
+    """What each cell of ``row_of`` is sorted by; None where its words are."""
+    certificate, made = entry.certificate, entry.immunization
+    found = entry.found
+    worst = _worst(certificate.cells)
+    return [
+        None, LEVELS.index(found.trust.level) if found.sound else -1, _order(certificate.overall), None, None,
+        None if worst is None else _left(worst), certificate.utility.drop.estimate,
+        None if made is None else made.steps,
+        *(None if cell is None else _order(cell.verdict) - min(max(_left(cell) or 0.0, 0.0), 9.9) / 10
+          for cell in (_strongest(certificate, family) for family in families)),
+    ]
+
+
+def _order(verdict: str) -> float:
+    """Weakest models first."""
+    return float(_STRONGEST_FIRST.index(verdict))
+
+
+def _left(cell: Cell) -> float | None:
+    """Share of the base's uplift that an attack still gets."""
+    return None if cell.uplift_left is None else cell.uplift_left.estimate
+
+
+def _worst(cells: Sequence[Cell]) -> Cell | None:
+    """The attack that keeps most of what the base gives."""
+    return max((cell for cell in cells if _left(cell) is not None), key=lambda cell: _left(cell) or 0.0, default=None)
+
+
+def _most_left(certificate: Certificate) -> str:
+    """That share, with whose it is."""
+    worst = _worst(certificate.cells)
+    return text.NONE if worst is None else f"{text.share(worst.uplift_left)} ({clean(worst.attack)})"
+
+
+def _strongest(certificate: Certificate, family: str) -> Cell | None:
+    """The strongest attacker of a family: by verdict, then by the uplift that is left, then by score."""
     members = [cell for cell in certificate.cells if cell.family == family]
-    if not members:
-        return text.NONE
-    cell = min(members, key=lambda item: (_STRONGEST_FIRST.index(item.verdict), -(text.accuracy(item.subject) or 0.0)))
-    return f"{cell.verdict}{_figures(cell)}"
+    return min(members, default=None, key=lambda item: (
+        _order(item.verdict), -(_left(item) or 0.0), -(text.accuracy(item.subject) or 0.0)))
+
+
+def _family(certificate: Certificate, family: str) -> str:
+    """That attacker in words: verdict, slow-down where it takes steps, uplift left, score on base and model."""
+    cell = _strongest(certificate, family)
+    return text.NONE if cell is None else f"{cell.verdict}{_figures(cell)}"
 
 
 def _figures(cell: Cell) -> str:
     if cell.subject is None or cell.control is None:
         return ""
     slow = f", {text.slow_down(cell.slow_down)}" if cell.unit == "step" else ""
+    left = f", uplift left {told}" if (told := text.share(cell.uplift_left)) else ""
     before, after = (text.percent(text.accuracy(side)) for side in (cell.control, cell.subject))
-    return f"{slow}, {before} → {after} ({clean(cell.attack)})"
+    return f"{slow}{left}, {before} → {after} ({clean(cell.attack)})"
 
 
 def leaderboard_html(groups: Sequence[Group]) -> str:
@@ -152,7 +195,8 @@ def leaderboard_html(groups: Sequence[Group]) -> str:
     tables = [
         {
             "title": group.title, "about": group.about, "columns": [*COLUMNS, *group.families],
-            "rows": [row_of(entry, group.families) for entry in group.entries],
+            "rows": [list(zip(row_of(entry, group.families), keys_of(entry, group.families), strict=True))
+                     for entry in group.entries],
         }
         for group in groups
     ]

@@ -6,9 +6,7 @@ import datetime
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import HfApi, get_token
+from typing import TYPE_CHECKING, Any
 
 from hf_immunize.errors import ConfigError, ModelError, VerificationError
 from hf_immunize.hub.demands import elsewhere_in, is_configuration
@@ -17,9 +15,11 @@ from hf_immunize.hub.inventory import find_pickles, scan
 from hf_immunize.hub.library import ADAPTER_FILE, library_of
 from hf_immunize.hub.names import kind_of, problem_with
 from hf_immunize.hub.policy import Policy
-from hf_immunize.hub.remote import asked, careful
 from hf_immunize.hub.verify import verify_folder
 from hf_immunize.records import Certificate
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _PATTERNS = (
     "*.safetensors", "*.json", "*.txt", "*.md", "*.html", "*.png", "*.svg", "*.jpg", "*.jpeg", "*.gif", "*.webp",
@@ -45,6 +45,10 @@ def fetch(
         VerificationError: the repository holds a pickle or a file with an unsafe name; nothing is downloaded.
         HubError: the Hub did not answer, or not with this repository.
     """
+    from huggingface_hub import HfApi, get_token  # its client takes longer to load than a folder to verify
+
+    from hf_immunize.hub.remote import asked, careful
+
     api = api or HfApi(token=token)
     secret = token or (api.token if isinstance(api.token, str) else get_token())
     patterns = [*_PATTERNS, *(["*.py"] if with_code else [])]

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Literal
 
@@ -39,6 +40,7 @@ _RESERVED = re.compile(r"^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.I)
 _LONGEST_PART, _LONGEST = 255, 1024
 
 
+@lru_cache(maxsize=4096)  # every check asks of every file
 def problem_with(name: str) -> str | None:
     """Why ``name`` must not be opened below a model's folder; None for a safe relative path."""
     if not name or "\x00" in name:
@@ -77,6 +79,7 @@ def _folders(name: str) -> list[str]:
     return [parent.as_posix() for parent in reversed(PurePosixPath(name).parents[:-1])]
 
 
+@lru_cache(maxsize=4096)
 def kind_of(name: str) -> Kind:
     """What a file is, by its name alone."""
     path = PurePosixPath(name)

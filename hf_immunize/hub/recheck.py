@@ -6,10 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from hf_immunize.errors import ConfigError, ModelError
+from hf_immunize.errors import ConfigError
 from hf_immunize.hub.findings import Findings, Verification
 from hf_immunize.hub.levels import Trust
-from hf_immunize.hub.library import library_of
 from hf_immunize.hub.load import check_base, fetch
 from hf_immunize.hub.names import CERTIFICATE
 from hf_immunize.records import Certificate, RecheckRecord, RepeatedTrial
@@ -32,13 +31,14 @@ def repeat_attacks(
     record.
 
     Args:
-        base: folder or ``owner/name`` of the base, whose weights must be the certificate's control.
+        base: folder or ``owner/name`` of the base, whose weights must be the certificate's control. An adapter is put
+            on it.
         seed: which trials are drawn. Who made the certificate must not choose it.
         task: YAML file with the data options that the exam was sat with; by default those in the certificate.
         fetching: see ``fetch``.
 
     Raises:
-        ModelError: an adapter, which the attacks here do not load.
+        ModelError: an adapter that does not fit its base, or another model that cannot be loaded.
         VerificationError: another base than the certificate's.
         RecordError: other data than the certificate's, or attacks of another release.
         ConfigError: no task options, or data that they do not lead to.
@@ -87,11 +87,6 @@ def _bench(
     fetching: dict[str, Any],
 ) -> Any:
     """The exam set up again, after the base was compared with the certificate's control."""
-    if library_of(certificate, {path.name for path in folder.iterdir()}).name == "peft":
-        raise ModelError(
-            "expected a classifier or a pipeline to attack again, got an adapter: the attacks of this release load "
-            "whole models. Merge it into its base, and certify that."
-        )
     root = Path(base)
     if not root.is_dir():
         root = fetch(str(base), **fetching)

@@ -1,7 +1,8 @@
 """Detached Ed25519 signatures over the bytes of a certificate, and over the list of what was published with it.
 
-Keyless signatures (sigstore) are not offered: its client asks an identity provider, a certificate authority and a log
-over the network for every signature, so that no test without a network could show that signing works.
+Keyless signatures (sigstore, 4.5 when it was looked at) are not offered: its client asks an identity provider, a
+certificate authority, a clock and a log over the network for every signature, so that no test without a network could
+show that signing works; what it verifies offline is bundles that somebody else made.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from hf_immunize.exam.presets import known_attack
 from hf_immunize.hub.applicability import inapplicable_attacks
 from hf_immunize.hub.card_check import check_card, examined_on
 from hf_immunize.hub.demands import code_in, elsewhere_in, is_configuration
+from hf_immunize.hub.evidence import check_evidence
 from hf_immunize.hub.findings import Finding, Findings, Verification
 from hf_immunize.hub.inventory import Inventory, find_pickles, scan
 from hf_immunize.hub.levels import Trust
@@ -23,7 +24,7 @@ from hf_immunize.hub.signature import SignatureRecord, is_valid, trusted
 from hf_immunize.hub.trust import judge_trust
 from hf_immunize.hub.untrusted import AnyRecord, parse_record
 from hf_immunize.hub.weights import check_weights
-from hf_immunize.records import AttackTrace, Certificate, UtilityRows
+from hf_immunize.records import Certificate
 
 __all__ = ["Finding", "Verification", "examine", "verify_folder"]
 
@@ -47,8 +48,7 @@ def verify_folder(
         trusted_key: public key (hexadecimal, or a file) whose signature is required.
         checker_keys: public keys of those whose signed rechecks count.
         today: the date that expiry is judged by; the current one (UTC) by default.
-        rejudge: also recompute every verdict from the traces. Needs torch, which nothing else here does but
-            a certificate with the attack of a plug-in.
+        rejudge: also recompute every verdict from the traces.
 
     Raises:
         RecordError: there is no such folder.
@@ -83,7 +83,8 @@ def examine(
         if published:
             _check_age(certificate, sealed, inventory, findings)
         check_weights(certificate, inventory, findings, sealed)
-        _check_traces(certificate, inventory, findings)
+        wanted = rejudge or (policy is not None and policy.rejudged)
+        check_evidence(certificate, inventory, findings, keep=wanted)
         _check_plugins(certificate, findings)
         _check_loading(certificate, inventory, findings)
         _check_expiry(certificate, today or datetime.datetime.now(datetime.UTC).date(), findings)
@@ -91,7 +92,6 @@ def examine(
         trust = judge_trust(signed_by, key, checkers, inventory, findings)
         if published:
             check_card(certificate, inventory, findings)
-        wanted = rejudge or (policy is not None and policy.rejudged)
         if wanted and not any(item.level == "fail" for item in findings.found):
             check_verdicts(certificate, inventory, findings)
         if policy is not None:
@@ -154,45 +154,6 @@ def _check_age(certificate: Certificate, sealed: Mapping[str, str], inventory: I
         )
 
 
-def _check_traces(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
-    """Every certified trace is there, unchanged, valid, and about these weights or their base."""
-    evidence = {name: (digest, _check_trace) for name, digest in certificate.traces.items()}
-    evidence |= {name: (digest, _check_rows) for name, digest in certificate.utility_rows.items()}
-    for name, (digest, check) in evidence.items():
-        problem = problem_with(name)
-        if problem is not None or kind_of(name) != "trace":
-            findings.fail("path", CERTIFICATE, f"it names a trace that may not be read: {name!r} "
-                          f"({problem or 'not below traces/ or utility/'}). Do not use this certificate.")
-        elif name not in inventory:
-            findings.fail("trace-missing", name, "expected this certified attack trace, got no such file: restore it.")
-        elif inventory.digest(name) != digest:
-            findings.fail("trace", name, f"not the trace that was certified: SHA-256 {inventory.digest(name)} instead "
-                          f"of {digest}. Restore it.")
-        else:
-            check(name, certificate, inventory, findings)
-    extra = [name for name in inventory.files if kind_of(name) == "trace" and name not in evidence]
-    if extra:
-        findings.note("trace-extra", extra[0], f"{len(extra)} trace file(s) that the certificate does not cover.")
-    if not certificate.traces and any(cell.subject is not None for cell in certificate.cells):
-        findings.fail("trace-missing", CERTIFICATE, "it claims measured attacks, but names no trace of them.")
-
-
-def _check_trace(name: str, certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
-    trace = _read(AttackTrace, name, inventory, findings, "trace")
-    if trace is None:
-        return
-    subject = {"subject": certificate.subject, "control": certificate.control}.get(trace.role)
-    if subject is not None and trace.model.weights != subject.weights:
-        findings.fail("trace-weights", name, f"an attack on other weights than the {trace.role} of the certificate: "
-                      "the certificate cannot rest on it.")
-    told = {entry.attack for entry in (*certificate.cells, *certificate.trainability)}
-    if trace.role == "nothing" and certificate.plan is not None:  # what is reached without any model has no verdict
-        told = {item.attack for item in certificate.plan.references}
-    if trace.attack not in told:
-        findings.fail("trace-omitted", name, f"the certificate leaves out the attack {trace.attack!r} that this trace "
-                      "is of: no attack that was run may be omitted.")
-
-
 def _check_plugins(certificate: Certificate, findings: Findings) -> None:
     """Attacks that are no part of this package: what rests on code that is not here cannot be believed."""
     if certificate.plan is None:
@@ -211,20 +172,6 @@ def _check_plugins(certificate: Certificate, findings: Findings) -> None:
         problems = [str(error)]
     for problem in problems:
         findings.fail("plugin", CERTIFICATE, f"{problem}.")
-
-
-def _check_rows(name: str, certificate: Certificate, inventory: Inventory, findings: Findings) -> None:
-    """Rows behind the utility: of these weights, of this data, of a measure that the certificate tells."""
-    rows = _read(UtilityRows, name, inventory, findings, "utility")
-    if rows is None:
-        return
-    if (rows.subject, rows.control) != (certificate.subject.weights, certificate.control.weights):
-        findings.fail("utility", name, "answers of other weights than the certificate's: its utility cannot rest on "
-                      "them.")
-    if rows.data not in {part.sha256 for part in certificate.primary_data}:
-        findings.fail("utility", name, "answers on other rows than the primary data that the certificate names.")
-    if rows.metric not in {item.metric for item in (certificate.utility, *certificate.further_utility)}:
-        findings.fail("utility", name, f"the certificate leaves out {rows.metric!r}, which these answers are of.")
 
 
 def _check_loading(certificate: Certificate, inventory: Inventory, findings: Findings) -> None:

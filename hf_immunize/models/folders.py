@@ -34,6 +34,11 @@ def variant_of(folder: str | Path) -> str | None:
     return found[0] if found else None
 
 
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds a PEFT adapter in the place of a whole model."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
 def refuse_folder(source: str | Path) -> None:
     """Raise ModelError for a file, an adapter or a quantized model where the folder of a whole model is expected.
 
@@ -44,7 +49,7 @@ def refuse_folder(source: str | Path) -> None:
         raise _single_file(path)
     if not path.is_dir():
         return
-    if (path / "adapter_config.json").is_file():
+    if is_adapter(path):
         raise _adapter(path)
     if not any((path / name).is_file() for name in _CONFIGS):
         files = sorted(file for file in path.iterdir() if file.suffix in _SINGLE_FILES)

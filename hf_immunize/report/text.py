@@ -76,6 +76,16 @@ def points(interval: Interval, scale: float = 100.0) -> str:
     return f"{signed(scale * interval.estimate)} {bounds(interval, scale)}".strip()
 
 
+def share(interval: Interval | None) -> str:
+    """A share with its interval, in percent: ``62% (40 to 85)``; nothing where none could be told."""
+    if interval is None or interval.estimate is None:
+        return ""
+    low, high = ("open" if bound is None else f"{100 * bound:.0f}".replace("-", "−")
+                 for bound in (interval.low, interval.high))
+    told = f"{100 * interval.estimate:.0f}%".replace("-", "−")
+    return f"{told} ({low} to {high})" if (low, high) != ("open", "open") else told
+
+
 def slow_down(interval: Interval) -> str:
     """``12× (9 to 16)``; a censored one by its bound alone; never a number that was not measured."""
     low, high = _bound(interval.low, math.floor), _bound(interval.high, math.ceil)

@@ -31,6 +31,7 @@ from hf_immunize.attacks.core.sharing import Share, leave_group
 from hf_immunize.errors import ConfigError
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
 from hf_immunize.hub import local_folder, working_folder
+from hf_immunize.models import reads_images
 from hf_immunize.options import option, required
 from hf_immunize.stages.start import DEVICE_HELP, hush, start
 from hf_immunize.stages.words import choose_family, read_words, refuse_foreign
@@ -42,8 +43,8 @@ class AttackOptions:
     """Which model is attacked, by whom, and how often."""
 
     ONLY: ClassVar[dict[str, str]] = {
-        "base_path": "classifier", "feature_module": "classifier", "exam_levels": "pipeline",
-        "eval_batch_size": "pipeline", "pictures": "pipeline",
+        "base_path": "classifier", "adapter_base": "classifier", "feature_module": "classifier",
+        "exam_levels": "pipeline", "eval_batch_size": "pipeline", "pictures": "pipeline",
     }  # fmt: skip
 
     model_path: str = required("Folder (save_pretrained) or Hub id of the model to attack.")
@@ -67,6 +68,8 @@ class AttackOptions:
                        "hinder.", "--concept")
     base_path: str | None = option(None, "Classifiers: folder of the base, if it is public, so that attackers can use "
                                    "it too: attacks that compare with it then run. Give it for every role or for none.")
+    adapter_base: str | None = option(None, "Classifiers: where model_path holds a PEFT adapter, the folder of the "
+                                      "model that it is put on; certify it with that one as base_path.")
     attack_fraction: float = option(0.8, "Share of each class of the attack split that one seed trains on.")
     feature_module: str | None = option(None, "Classifiers: head whose input is probed; found automatically by "
                                         "default.")
@@ -162,7 +165,8 @@ def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
     planned = plan.count()
     into = options.output_path or working_folder(options.model_path)
     folder, _ = local_folder(options.model_path, revision=options.revision, into=into)
-    context = make_context(family.open(arguments, folder), family, options, folder, device)
+    read_by = reads_images(folder, options.adapter_base)
+    context = make_context(family.open(arguments, read_by), family, options, folder, device)
     output = Path(options.output_path or folder)
     hidden = True if share.rank else None
     with tqdm(total=planned, desc=f"attacks on {output.name} ({options.role})", unit="run", disable=hidden) as bar:
@@ -223,7 +227,10 @@ def make_context(task: ExamTask, family: Family, options: AttackOptions, folder:
     }  # fmt: skip
     if family.kind == "classifier":
         base = None if options.base_path is None else Path(options.base_path)
-        return AttackContext(**common, **held, feature_module=options.feature_module, base=base)
+        put_on = None if options.adapter_base is None else Path(options.adapter_base)
+        return AttackContext(
+            **common, **held, feature_module=options.feature_module, base=base, adapter_base=put_on
+        )
     from hf_immunize.attacks.diffusion import DiffusionAttackContext
 
     return DiffusionAttackContext(

@@ -19,6 +19,7 @@ from hf_immunize.certification.trials import repeat_trials
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol, find_protocol
 from hf_immunize.hub import write_card
 from hf_immunize.hub.tables import certificate_table
+from hf_immunize.models import reads_images
 from hf_immunize.options import option, required
 from hf_immunize.records import Certificate, RecheckRecord
 from hf_immunize.stages.start import DEVICE_HELP, hush, start, working_copy
@@ -76,11 +77,11 @@ def certify_model(arguments: Any, options: CertifyOptions) -> Certificate | None
     state, device = start(options.device)
     if not state.is_main_process:
         return None
-    folder = working_copy(options.model_path, options.revision)
+    folder = working_copy(options.model_path, options.revision, adapters=family.kind == "classifier")
     base = working_copy(options.base_path, options.base_revision)
     presets = PROTOCOLS if family.kind == "classifier" else DIFFUSION_PROTOCOLS
     protocol = find_protocol(options.protocol or next(iter(presets)), presets)
-    task = family.open(arguments, base if family.name == "prompts" else folder)
+    task = family.open(arguments, base if family.name == "prompts" else reads_images(folder, base))
     if options.recheck:
         bench = Bench(Path(folder), Path(base), task, device, options.eval_batch_size)
         _compare(repeat_trials(folder, bench, options.recheck, options.recheck_seed))

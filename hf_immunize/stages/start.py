@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.hub import is_hub_id, local_folder, working_folder
-from hf_immunize.models import refuse_folder
+from hf_immunize.models import is_adapter, refuse_folder
 
 DEVICE_HELP = "auto, cpu, cuda or mps."
 
@@ -49,13 +49,17 @@ def start(device: str, alone: str | None = None) -> tuple[PartialState, str]:
     return state, str(state.device) if device in ("auto", "cpu") else device
 
 
-def working_copy(named: str, revision: str | None) -> str:
+def working_copy(named: str, revision: str | None, *, adapters: bool = False) -> str:
     """The folder in which a model from the Hub was attacked; a path that is not there is left to the judge to explain.
 
+    Args:
+        adapters: whether a PEFT adapter may stand in the place of a model.
+
     Raises:
-        ModelError: a file or an adapter in the place of a model.
+        ModelError: a file in the place of a model, or an adapter where none may be.
     """
-    refuse_folder(named)
+    if not (adapters and is_adapter(named)):
+        refuse_folder(named)
     if revision is None and not is_hub_id(named):
         return named
     return str(local_folder(named, revision=revision, into=working_folder(named))[0])

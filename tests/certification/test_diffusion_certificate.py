@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-import diffusers
 import pytest
 import torch
-from denoiser_builders import build_denoiser, build_examples, build_scheduler
+from denoiser_builders import build_scheduler
+from tiny_concepts import PROTOCOL, Concepts, concept, sit, sit_concepts
 
-from hf_immunize.attacks import run_suite
 from hf_immunize.attacks.core.suite import picture_name
-from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, DiffusionAttackContext
-from hf_immunize.certification import Protocol, find_rule
+from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS
+from hf_immunize.certification import find_rule
 from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.cells import build_cell
 from hf_immunize.certification.diffusion import (
-    ConceptExam,
     build_diffusion_certificate,
     denoising_utility,
 )
@@ -36,48 +34,10 @@ from hf_immunize.metrics import chosen_evaluation
 from hf_immunize.records import AttackTrace, Certificate, sha256_file
 from hf_immunize.report import report_html
 
-ATTACK = {"steps": (8,), "learning_rate": (1e-2,), "batch_size": (6,)}
-PROTOCOL = Protocol(
-    attacks=("diffusion_full_finetune", "diffusion_lora"), seeds=(0, 1), rule=DIFFUSION_RULE, name="custom"
-)
-SIZES = {"attack": 8, "validation": 4, "test": 4}
-
-
-def concept(label: int) -> dict:
-    return {
-        name: build_examples("unet", rows, seed=10 * label + place, label=label)
-        for place, (name, rows) in enumerate(SIZES.items())
-    }
-
-
-def prints(splits: dict, side: str) -> tuple:
-    return tuple(held.fingerprint(source="random", role=f"{side} {name}") for name, held in splits.items())
-
-
-def sit(folder, role, names=("diffusion_full_finetune",), label=9, table=DIFFUSION_ATTACKS):
-    splits = concept(label)
-    context = DiffusionAttackContext(
-        folder, role, data=prints(splits, "harmful"), exam_levels=2, pictures=2, **splits
-    )
-    run_suite(context, table, list(names), (0, 1), folder, dict.fromkeys(names, ATTACK))
-
 
 @pytest.fixture(scope="module")
 def sat(tmp_path_factory):
-    """A base and a subject of other weights, attacked; random weights, so that no verdict means anything."""
-    root = tmp_path_factory.mktemp("exam")
-    for seed, (name, role) in enumerate({"base": "control", "subject": "subject"}.items()):
-        folder = root / name
-        made = diffusers.ConsistencyModelPipeline(build_denoiser("unet", seed), build_scheduler("unet"))
-        made.save_pretrained(folder)
-        sit(folder, role)
-        sit(folder, role, ("benign_diffusion_full_finetune",), 8, DIFFUSION_TRAINABILITY)
-    retain = build_examples("unet", 12, seed=5)
-    exam = ConceptExam(
-        retain, concept(9)["test"], (retain.fingerprint(source="random", role="retain test"),),
-        prints(concept(9), "harmful"), prints(concept(8), "benign"), draw_steps=2,
-    )
-    return root, exam
+    return sit_concepts(tmp_path_factory.mktemp("exam"))
 
 
 @pytest.fixture
@@ -85,24 +45,6 @@ def folders(sat, tmp_path):
     root, exam = sat
     shutil.copytree(root, tmp_path / "exam")
     return tmp_path / "exam" / "base", tmp_path / "exam" / "subject", exam
-
-
-class Concepts:
-    """The task behind the exam: concept 9 is harmful, concept 8 benign; the other way round when turned."""
-
-    source, label_names, sides = "random", ["9"], ("retain", "harmful", "benign")
-
-    def __init__(self, exam, turned=False):
-        self.rows = {"harmful": concept(8 if turned else 9), "benign": concept(9 if turned else 8)}
-
-    def examples(self, side, split):
-        return self.rows[side][split]
-
-    def fingerprint(self, side, split):
-        return self.rows[side][split].fingerprint(source="random", role=f"{side} {split}")
-
-    def attacker_knows(self, side):
-        return {}
 
 
 def traces_of(folder, role):

@@ -1,89 +1,21 @@
 """Certified trials made again: honest ones agree whatever the settings, false ones are found. Real, tiny runs."""
 
 import dataclasses
+import math
 import random
-import shutil
 
 import pytest
-from tiny_exam import SETTINGS, blobs
+from circumstances import CIRCUMSTANCES, DOES_NOT_APPLY, LORA, STEPS, Blobs, sit
+from tiny_exam import SETTINGS
 
-from hf_immunize.attacks import ATTACKS, AttackContext, run_suite
 from hf_immunize.attacks.core.means import Means
-from hf_immunize.certification import build_certificate
-from hf_immunize.certification.bench import Bench
 from hf_immunize.certification.curves import LEAST_SCORE, compare_trial
 from hf_immunize.certification.search import search_afresh
 from hf_immunize.certification.trials import certified_trials, draw_trials, repeat_trials, run_again
 from hf_immunize.errors import ConfigError, RecordError
-from hf_immunize.exam import Protocol
 from hf_immunize.records import AttackTrace, Certificate, Evaluation, sha256_file
 
-STEPS = {"full_finetune": {"steps": (12,), "learning_rate": (1e-2,)}}
-LORA = {"lora": {"steps": (8,), "learning_rate": (1e-3, 1e-1), "rank": (2,)}}
-DOES_NOT_APPLY = {"batchnorm_probe": {"penalty": (1e-3,)}}
-
-
-class Blobs:
-    """A task whose harmful and benign rows are blobs."""
-
-    source, label_names, sides = "blobs", ["class 0", "class 1"], ("primary", "harmful", "benign")
-
-    def __init__(self, exam_data):
-        self.data, self.splits = exam_data
-        self.benign = blobs(30, 9, 3)
-
-    def examples(self, side, split):
-        return self.splits[split]
-
-    def fingerprint(self, side, split):
-        return dict(zip(("attack", "validation", "test"), self.data.harmful, strict=True))[split]
-
-    def attacker_knows(self, side):
-        return {"benign": self.benign}
-
-    def described(self):
-        return {}
-
-
-def sit(root, source, exam_data, settings, *, seeds=(0, 1, 2), fraction=0.8, base_held=False, benign=None,
-        module=None, tuning=None, halves=False, trials=None, means=None):
-    """An exam of ``source`` against itself under these circumstances, certified; the folder and its bench."""
-    data, splits = exam_data
-    base, subject = root / "base", root / "subject"
-    for folder in (base, subject):
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("traces"))
-    for folder, role in ((subject, "subject"), (base, "control")):
-        context = AttackContext(folder=folder, role=role, data=data.harmful, attack_fraction=fraction, benign=benign,
-                                base=base if base_held else None, feature_module=module,
-                                means=means or Means(), **splits)
-        for part in ([seeds[:1], seeds] if halves else [seeds]):
-            run_suite(context, ATTACKS, list(settings), part, folder, settings, tuning_seeds=tuning, trials=trials)
-    protocol = Protocol(attacks=tuple(settings), seeds=tuple(seeds))
-    with_reference = "ridge_probe" in settings
-    build_certificate(subject, base, data, protocol, threshold=None if with_reference else 0.6).write(
-        subject / "certificate.json")
-    return subject, Bench(subject, base, Blobs(exam_data))
-
-
-CIRCUMSTANCES = {
-    "as usual": (SETTINGS, {}),
-    "a tenth of the rows": (SETTINGS, {"fraction": 0.1}),
-    "all rows": (SETTINGS, {"fraction": 1.0}),
-    "a named module": (SETTINGS, {"module": "classifier"}),
-    "LoRA alone": (LORA, {}),
-    "an attack that does not apply": ({**DOES_NOT_APPLY, **STEPS}, {}),
-    "attackers who hold the base": ({"subtract_difference": {"steps": (6,), "learning_rate": (1e-3,)}, **STEPS},
-                                    {"base_held": True}),
-    "attackers who do not": ({"subtract_difference": {"steps": (6,), "learning_rate": (1e-3,)}, **STEPS}, {}),
-    "benign rows mixed in": ({"mixed_finetune": {"steps": (6,), "learning_rate": (1e-3,)}, **STEPS},
-                             {"benign": blobs(30, 9, 3)}),
-    "interrupted and taken up again": (SETTINGS, {"halves": True}),
-    "one seed": (SETTINGS, {"seeds": (0,)}),
-    "networks trained in bfloat16, some rows at a time": (STEPS, {"means": Means("bf16", 5), "seeds": (0, 1)}),
-}
-
-
-QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed",
+QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed", "an adapter",
          "networks trained in bfloat16, some rows at a time")
 
 
@@ -166,8 +98,11 @@ def test_a_false_trial_does_not_agree(exam, lie):
 
 
 def test_with_a_fifth_of_the_trials_false_three_at_a_time_find_out_within_twenty_draws(exam):
-    """Computed: 1 − (1 − 1/5)^60 > 0.9999 when a false trial shows; measured over 200 liars who lie as they like."""
+    """Computed for draws without replacement where every false trial shows; measured over 200 liars as they like."""
     trials, again = exam[2:]
+    false, count = round(len(trials) / 5), len(trials)
+    missed = math.comb(count - false, 3) / math.comb(count, 3)
+    assert 1 - missed**20 > 0.9999 and 1 - (1 - 1 / 5) ** 60 > 0.9999, "however many trials there are"
     telling = [key for key, runs in trials.items() if learns(runs)]
     found_out, first = 0, []
     for liar in range(200):

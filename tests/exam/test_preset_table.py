@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 from trace_builders import trace
 
-from hf_immunize.attacks import ATTACKS, parse_settings, plan_trials
+from hf_immunize.attacks import ATTACKS, REFERENCES, parse_settings, plan_trials
 from hf_immunize.attacks.core.presets import preset_trials
 from hf_immunize.exam import PROTOCOLS
 from hf_immunize.exam.presets import known_attack, preset_table, run_departures
@@ -19,8 +19,15 @@ def runs(**changes):
     configs = plan_trials(ATTACKS[NAME], parse_settings(PRESET.settings, ATTACKS).get(NAME), PRESET.trials)
     return {role: [trace([(1, 0.2), (60, 0.9)], attack=NAME, family=ATTACKS[NAME].family, role=role, seed=seed,
                          trial=trial, budget=60,
-                         config=json.loads(json.dumps(asdict(config))) | {"attack_fraction": 0.5} | changes)
+                         config=json.loads(json.dumps(asdict(config))) | {"attack_fraction": 0.8} | changes)
                    for config, trial in configs for seed in PRESET.seeds] for role in ("subject", "control")}
+
+
+def references(name, **changes):
+    configs = plan_trials(REFERENCES["pixel_network"], None, None)
+    return [trace([(1, 0.2)], attack=name, role="nothing", seed=seed, trial=trial,
+                  config=json.loads(json.dumps(asdict(config))) | changes)
+            for config, trial in configs for seed in PRESET.seeds]
 
 
 def plan(**changes):
@@ -37,12 +44,20 @@ def test_the_shipped_table_is_that_of_the_attacks():
 
 def test_runs_as_the_preset_asks_for_them_do_not_depart():
     assert run_departures(plan(), runs()) == []
+    about = PlannedAttack(attack="pixel_network", family="without the model", unit="step")
+    other = [run.model_copy(update={"attack": "pixel_ridge"}) for run in references("pixel_network")]
+    made = {"nothing": [*references("pixel_network"), *other]}
+    assert run_departures(plan(references=[about]), runs() | made) == []
+    assert run_departures(plan(), runs() | {"nothing": other}) == ["no runs of pixel_network, which has no model"]
     assert run_departures(plan(), {}) == [], "what was not run says so in its cell"
     assert run_departures(plan(protocol="custom", threshold=0.5), runs(steps=1)) == []
 
 
 @pytest.mark.parametrize("how, told", [
     ("a trial", "without the trial"), ("a seed", "on the subject without the seed 2"), ("settings", "other settings"),
+    ("chosen seeds", "on the subject without the seed 5"), ("fewer rows", "on 10 % of each class, less than 80 %"),
+    ("tuning", "compared on other seeds"), ("an invented reference", "is no attacker without the model"),
+    ("a starved reference", "pixel_network learning_rate=0.001 with other settings"),
     ("threshold", "a threshold given by hand"), ("a side", "full_finetune on the control without the trial"),
 ])
 def test_departures_are_named(how, told):
@@ -52,6 +67,18 @@ def test_departures_are_named(how, told):
         made["subject"] = [run for run in made["subject"] if run.trial != first]
     elif how == "a seed":
         made["subject"] = [run for run in made["subject"] if run.seed != 2]
+    elif how == "chosen seeds":
+        made["subject"] += [run.model_copy(update={"seed": 40}) for run in made["subject"]]
+    elif how == "fewer rows":
+        made = runs(attack_fraction=0.1)
+    elif how == "tuning":
+        made = runs(tuning_seeds=[3])
+    elif "reference" in how:
+        name = "oracle" if "invented" in how else "pixel_network"
+        about = plan(references=[PlannedAttack(attack=name, family="without the model", unit="step")])
+        made["nothing"] = references(name, steps=1)
+        made["nothing"] += [run.model_copy(update={"attack": other}) for run in made["nothing"][:1]
+                            for other in ("pixel_ridge", "pixel_network") if other != name]
     elif how == "a side":
         made["control"] = []
     elif how == "threshold":

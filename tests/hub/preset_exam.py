@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import record_builders as build
+from models import save_vit
 from published import EXPIRES, config_of_vit, provenance
 from rejudged import judge_again
 
-from hf_immunize.attacks import ATTACKS, TRAINABILITY, parse_settings, plan_trials
+from hf_immunize.attacks import ATTACKS, REFERENCES, TRAINABILITY, parse_settings, plan_trials
 from hf_immunize.attacks.core.plan import is_searchable
 from hf_immunize.certification.planning import plan_exam
 from hf_immunize.exam import PROTOCOLS
 from hf_immunize.exam.keeps import finalists
-from hf_immunize.records import AttackTrace, Evaluation, loading_files
+from hf_immunize.hub.policy import NEEDS_BASE
+from hf_immunize.records import AttackTrace, Certificate, Evaluation, ModelFingerprint, loading_files
 
 PRESET = PROTOCOLS["quick"]
 BREAKS = ("full_finetune", "ridge_probe")
@@ -87,20 +90,36 @@ def runs_of(name: str, role: str, model, preset, breaks, skipped) -> list[Attack
     return first + made(chosen, preset.seeds[len(tuning):], tuning)
 
 
+def references_of(preset) -> list[AttackTrace]:
+    """Attackers without the model, who get a quarter of the rows right."""
+    nobody = ModelFingerprint(name="no model", architecture="none", parameters=0, weights={})
+    point = {"validation": 0.25, "test": 0.25}
+    return [
+        AttackTrace(
+            attack=name, family=about.family, trial=trial, seed=seed, role="nothing", model=nobody,
+            data=splits("harmful"), config=json.loads(json.dumps(asdict(config))) | {"attack_fraction": 0.8},
+            unit=about.unit, budget=(budget := getattr(config, "steps", 1)), samples=400 * budget,
+            curve=[Evaluation(step=budget, **point)], outcome="completed", seconds=0.1, provenance=provenance())
+        for name, about in REFERENCES.items()
+        for config, trial in plan_trials(about, None, None) for seed in preset.seeds
+    ]
+
+
 def preset_exam(
-    root: Path, preset=PRESET, breaks=BREAKS, skipped=(DOES_NOT_APPLY,), weights=b"synthetic weights", references=True
+    root: Path, preset=PRESET, breaks=BREAKS, skipped=(DOES_NOT_APPLY,), weights=b"synthetic weights", files=None
 ) -> Path:
     """The certified folder.
 
     Args:
         breaks: attacks that the model does not slow down.
         skipped: attacks that do not apply.
-        references: whether attackers without the model were run.
+        files: others that loading reads, by name.
     """
     folder = root / preset.name
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(weights)
-    (folder / "config.json").write_text(json.dumps(config_of_vit()))
+    for name, data in ({"config.json": json.dumps(config_of_vit()).encode()} | (files or {})).items():
+        (folder / name).write_bytes(data)
     base = build.base_folder(root)
     models = {"subject": build.fingerprint(folder, preset.name), "control": build.fingerprint(base, "base")}
     exam = build.Exam(name=preset.name, attacks=())  # its identities; the judge writes the rest
@@ -111,16 +130,28 @@ def preset_exam(
             for trace in runs_of(name, role, model, preset, breaks, skipped):
                 trace.write(folder / "traces" / role / trace.file_name)
                 made[role].append(trace)
-    if references:
-        build.write_references(folder, preset.seeds)
-        made["nothing"] = []
-        for path in sorted((folder / "traces" / "nothing").glob("*.json")):
-            trace = AttackTrace.read(path).model_copy(update={"data": splits("harmful")})
-            trace.write(path)
-            made["nothing"].append(trace)
+    made["nothing"] = references_of(preset)
+    for trace in made["nothing"]:
+        trace.write(folder / "traces" / "nothing" / trace.file_name)
     plan = plan_exam(preset, ATTACKS, TRAINABILITY, made)
     assert plan.protocol == preset.name
     certificate = judge_again(folder, plan, harmful_data=splits("harmful"), benign_data=splits("benign"),
                               files=loading_files(folder), provenance=provenance())
     assert certificate.expires > EXPIRES
     return folder
+
+
+def without_references(folder: Path) -> Path:
+    """The same exam as if nobody had asked what attackers reach without the model."""
+    shutil.rmtree(folder / "traces" / "nothing")
+    certificate = Certificate.read(folder / "certificate.json")
+    judge_again(folder, certificate.plan.model_copy(update={"references": []}))
+    return folder
+
+
+def released_vit(root: Path) -> Path:
+    """A standard exam that a tiny ViT withstands by formula; the weights are real, and load."""
+    files = {path.name: path.read_bytes() for path in save_vit(root / "vit", 1).iterdir()}
+    weights = files.pop("model.safetensors")
+    folder = preset_exam(root / "exam", PROTOCOLS["standard"], (), (*NEEDS_BASE, "batchnorm_probe"), weights, files)
+    return shutil.copytree(folder, root / "model")

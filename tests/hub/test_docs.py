@@ -6,16 +6,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import models
 import pytest
 import yaml
 from huggingface_hub import constants
 from loopback import Loopback
+from preset_exam import released_vit
 from published import TOKEN, client
 from zygote import Zygote
 
 from hf_immunize.hub import publish
-from hf_immunize.hub.policy import POLICIES
 from hf_immunize.hub.signature import make_key
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -63,7 +62,7 @@ def reader(hub, machine, tmp_path):
 
 
 def test_publish_in_five_minutes(hub, tmp_path, reader):
-    models.certified_vit(tmp_path)
+    released_vit(tmp_path)
     policy = next(text for language, text in blocks("publish.md", "yaml") if "start_from" in text)
     (tmp_path / "policy.yaml").write_text(policy)
     steps = blocks("publish.md", "bash", "python")
@@ -83,13 +82,13 @@ def test_publish_in_five_minutes(hub, tmp_path, reader):
 
 def test_what_to_believe(hub, tmp_path, reader):
     key = make_key(tmp_path / "key.pem")
-    publish(models.certified_vit(tmp_path), "owner/model", api=client(hub), signing_key=tmp_path / "key.pem",
-            policy=POLICIES["research"])
+    publish(released_vit(tmp_path), "owner/model", api=client(hub), signing_key=tmp_path / "key.pem")
     steps = [step for step in blocks("downloaded.md", "bash", "python") if "--recheck" not in step[1]]
     assert [language for language, _ in steps] == ["bash", "python", "python", "bash", "bash"]
     for language, text in steps:
         reader(language, text.replace("KEY", key))
-    (tmp_path / "policy.yaml").write_text("start_from: research")
+    (tmp_path / "policy.yaml").write_text("start_from: strict\nexam: standard\nmin_seeds: 5\n"
+                                          "attacker_holds_base: false\n")
     (job,) = (yaml.safe_load(text) for _, text in blocks("downloaded.md", "yaml"))
     reader("bash", job[1]["run"].replace("$PUBLISHER_KEY", key))
     folder = client(hub).snapshot_download("owner/model", local_dir=tmp_path / "plain")

@@ -4,86 +4,29 @@ The exam is the preset ``quick`` on formulas. Only edits of traces, with everyth
 ``--rejudge``; those are for ``--recheck`` to find (tests/certification/test_trials.py).
 """
 
-import dataclasses
+import datetime
 import json
-from contextlib import contextmanager
 
 import pytest
+from forging import Exam, remembering, sha256_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from preset_exam import BREAKS, preset_exam
 
-from hf_immunize.certification import Evidence, judge_traces
 from hf_immunize.certification.primary_rows import judge_utility
+from hf_immunize.exam import DIFFUSION_RULE
 from hf_immunize.hub import Policy, verify_folder
-from hf_immunize.records import AttackTrace, Certificate, UtilityRows, sha256_file
+from hf_immunize.records import Losses, UtilityRows
 
+TOMORROW = datetime.date.today() + datetime.timedelta(days=1)
+LATER = (TOMORROW + datetime.timedelta(days=180)).isoformat()
 RULE = ("slow_down_factor", "threshold_share", "level", "max_utility_drop", "trainability_margin", "trainability_level")
-
-
-class Exam:
-    """The honest exam in a folder, which a lie may change and which is restored afterwards."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.honest = json.loads((folder / "certificate.json").read_text())
-
-    @property
-    def certificate(self):
-        return Certificate.model_validate(self.honest)
-
-    def traces(self):
-        return {name: AttackTrace.read(self.folder / name) for name in self.honest["traces"]}
-
-    @contextmanager
-    def told(self, forged, files=None):
-        """The folder with this certificate, and with these files in place of its own (None: gone)."""
-        kept = {name: (self.folder / name).read_bytes() for name in {*(files or {}), "certificate.json"}}
-        try:
-            for name, data in (files or {}).items():
-                if data is None:
-                    (self.folder / name).unlink()
-                else:
-                    (self.folder / name).write_bytes(data)
-            (self.folder / "certificate.json").write_text(json.dumps(forged))
-            yield
-        finally:
-            for name, data in kept.items():
-                (self.folder / name).write_bytes(data)
-
-    def unsound(self, forged, files=None):
-        """What ``--rejudge`` has against it."""
-        with self.told(forged, files):
-            return [item.message for item in verify_folder(self.folder, rejudge=True).findings if item.level == "fail"]
-
-    def judged(self, change_trace=lambda trace: trace, *, plan=None, rule=None, keep=lambda trace: True, **evidence):
-        """Certificate and files of a liar who changes what the judge is given and lets it judge."""
-        certificate = self.certificate
-        files, traces, hashes = {}, {}, {}
-        for name, trace in self.traces().items():
-            if not keep(trace):
-                files[name] = None
-                continue
-            changed = change_trace(trace)
-            if changed is not trace:
-                files[name] = changed.dumps().encode()
-            path = self.folder / name
-            hashes[name] = sha256_of(files[name]) if name in files else sha256_file(path)
-            traces.setdefault(trace.role, []).append(changed)
-        given_ = dataclasses.replace(Evidence.of_certificate(certificate), traces=hashes, **evidence)
-        made = judge_traces(traces, plan or certificate.plan, rule or certificate.judged_by, given_)
-        return made.model_dump(mode="json"), files
-
-
-def sha256_of(data):
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
 
 
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory):
-    return Exam(preset_exam(tmp_path_factory.mktemp("forged")))
+    with pytest.MonkeyPatch.context() as monkeypatch, remembering(monkeypatch):
+        yield Exam(preset_exam(tmp_path_factory.mktemp("forged")))
 
 
 def copy_of(exam):
@@ -195,6 +138,24 @@ WRITTEN = {
     "a reference's family": writing("linear probing", "plan", "references", 0, "family"),
     "a smaller budget": writing(1, "plan", "attacks", 0, "budget"),
     "a family of its own": writing("unheard of", "plan", "attacks", 0, "family"),
+    "no name of the score": writing("", "harmful_metric"), "half its name": writing("acc", "harmful_metric"),
+    "no configuration": writing({}, "files"), "another configuration": writing("0" * 64, "files", "config.json"),
+    "primary data that nobody answered": lambda forged: forged["primary_data"].append(
+        forged["primary_data"][0] | {"source": "ImageNet", "rows": 50_000, "sha256": "e" * 64}),
+    "a younger exam": lambda forged: (forged["provenance"].update(created=f"{TOMORROW}T00:00:00+00:00"),
+                                      forged.update(expires=LATER)),
+    "another measure of utility": lambda forged: forged["utility"].update(metric="robust accuracy"),
+    "a further utility": lambda forged: forged["further_utility"].append(forged["utility"]),
+    "a reference that was not run": lambda forged: forged["plan"]["references"].append(
+        forged["plan"]["references"][0] | {"attack": "oracle"}),
+    "a benign method that was not run": lambda forged: forged["plan"]["methods"].append(
+        forged["plan"]["methods"][0] | {"attack": "benign_prayer"}),
+    "no benign rows": writing([], "benign_data"), "the splits turned round": lambda forged: forged[
+        "harmful_data"].reverse(),
+    "a trace of nobody": lambda forged: forged["traces"].update({"traces/subject/lora__x__seed9.json": "0" * 64}),
+    "traces of one side": lambda forged: [forged["traces"].pop(name) for name in [*forged["traces"]]
+                                          if "/control/lora" in name],
+    "a schema of the future": writing(2, "schema_version"), "a field of its own": writing("yes", "approved"),
     **{f"rule.{name}": writing(0.123, "judged_by", name) for name in RULE},
 }
 
@@ -289,6 +250,81 @@ def base_as_subject(exam):
     return made | {"overall": "RESISTS"}, files
 
 
+def renamed_measure(exam):
+    """A measure of its own, whose rows nobody counts: ten that it answers."""
+    name, rows = rows_of(exam)
+    few = {key: [1] * 10 for key in rows.answers.model_dump()}
+    other = rows.model_copy(update={"metric": "top-1 accuracy",
+                                    "answers": rows.answers.model_copy(update=few)})
+    data = other.dumps().encode()
+    made, files = exam.judged(utility=judge_utility(other), utility_rows={name: sha256_of(data)})
+    return made, files | {name: data}
+
+
+def losses_for_answers(exam):
+    """Losses, of which nobody counts the classes, under the name of accuracy."""
+    name, rows = rows_of(exam)
+    count = len(rows.answers.wanted)
+    other = rows.model_copy(update={"answers": None, "losses": Losses(
+        energy=[1.0] * count, base=[0.1] * count, immunized=[0.1 + 0.001 * (row % 2) for row in range(count)])})
+    data = other.dumps().encode()
+    made, files = exam.judged(utility=judge_utility(other), utility_rows={name: sha256_of(data)})
+    return made, files | {name: data}
+
+
+def added_runs(exam, change, chosen, **judged):
+    """Runs copied under other names, as if they had been made."""
+    more = {}
+    for trace in exam.traces().values():
+        if chosen(trace):
+            copied = change(trace)
+            more[f"traces/{copied.role}/{copied.file_name}"] = copied
+    return exam.judged(more=more, **judged)
+
+
+def lucky_seeds(exam):
+    """One more seed, not the next one but one that suited the model."""
+    return added_runs(exam, lambda trace: trace.model_copy(update={"seed": 40}),
+                      lambda trace: trace.attack == "lora" and trace.seed == 4)
+
+
+def oracle(exam):
+    """An attacker without the model who is nearly as good as one with it: the threshold rises."""
+    about = exam.certificate.plan.references[0]
+    return added_runs(
+        exam, lambda trace: trace.model_copy(update={"attack": "oracle", "curve": [
+            point.model_copy(update={"validation": 0.8, "test": 0.8}) for point in trace.curve]}),
+        lambda trace: trace.attack == about.attack and trace.trial.endswith("0.1,features=centered"),
+        plan=plan_with(exam, references=[*exam.certificate.plan.references,
+                                         about.model_copy(update={"attack": "oracle"})]))
+
+
+def cut_short(trace):
+    """A run whose last evaluations are gone, and with them what it reached."""
+    if trace.attack != "lora" or len(trace.curve) < 4:
+        return trace
+    curve = trace.curve[:4]
+    return trace.model_copy(update={"curve": curve, "budget": curve[-1].step})
+
+
+def stopped(trace):
+    return trace if trace.attack != "lora" else trace.model_copy(update={"curve": trace.curve[:4]})
+
+
+def beyond(trace):
+    """A control that learns more than everything."""
+    if trace.attack != "lora" or trace.role != "control":
+        return trace
+    return trace.model_copy(update={"curve": [point.model_copy(update={"test": 1.5}) for point in trace.curve]})
+
+
+def compared_elsewhere(exam):
+    """Trials compared on the seed that suits the model."""
+    return exam.judged(lambda trace: trace if "tuning_seeds" not in trace.config else trace.model_copy(
+        update={"config": trace.config | {"tuning_seeds": [4]}, "seed": {0: 4, 4: 0}.get(trace.seed, trace.seed)}),
+        renamed=True)
+
+
 JUDGED = {
     **{f"rule.{name}={value:g}": (lambda exam, name=name, value=value: judged_by_another_rule(exam, name, value))
        for name, value in (("slow_down_factor", 1.0), ("slow_down_factor", 0.1), ("threshold_share", 0.999),
@@ -324,6 +360,21 @@ JUDGED = {
     "the plan's trials": lambda exam: exam.judged(plan=plan_with(exam, trials=1)),
     "a larger exam's name": lambda exam: exam.judged(plan=plan_with(exam, protocol="standard")),
     "a name of its own": lambda exam: exam.judged(plan=plan_with(exam, protocol="gold standard")),
+    "a measure of its own": renamed_measure, "losses for answers": losses_for_answers,
+    "seeds that were lucky": lucky_seeds, "an attacker who knows it anyway": oracle,
+    "a budget cut short": lambda exam: exam.judged(cut_short), "runs that stopped": lambda exam: exam.judged(stopped),
+    "a base that learns too well": lambda exam: exam.judged(beyond),
+    "trials compared elsewhere": compared_elsewhere,
+    "few rows for an attacker": lambda exam: other_config(exam, "lora", attack_fraction=0.01),
+    "attackers without a model who hold one": lambda exam: exam.judged(
+        lambda trace: trace if trace.role != "nothing" else trace.model_copy(
+            update={"model": exam.certificate.control})),
+    "fewer attackers without a model": lambda exam: exam.judged(keep=only("pixel_network"), plan=plan_with(
+        exam, references=[item for item in exam.certificate.plan.references if item.attack != "pixel_network"])),
+    "starved attackers without a model": lambda exam: other_config(exam, "pixel_network", hidden=1),
+    "a rule without references": lambda exam: exam.judged(
+        plan=plan_with(exam, protocol="custom"), rule=DIFFUSION_RULE.model_copy(update={"gain": False})),
+    "traces of another score": lambda exam: other_config(exam, "lora", metric="something on some images"),
 }
 
 
@@ -338,12 +389,12 @@ def test_what_a_liar_chooses_for_the_judge_is_unsound_and_named(exam, lie):
 
 
 def test_how_many_there_are():
-    assert len(WRITTEN) + len(JUDGED) - 1 >= 60
+    assert len(WRITTEN) + len(JUDGED) - 1 >= 100
 
 
 # ---- chosen by chance
 
-FREE = {"provenance", "spectra", "source", "role", "revision", "schema_version", "files", "name", "classes"}
+FREE = {"provenance", "spectra", "source", "role", "revision", "schema_version", "name"}
 """What no verdict depends on: where and when, names, spectra that only explain, and what other checks are for."""
 
 
@@ -371,9 +422,7 @@ def changed(value, chance):
     return chance.choice([0.5, 3, "x"]) if value is None else [7]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_field_that_a_verdict_rests_on_may_not_be_edited(exam, data):
+def edit_any_field(exam, data):
     forged = copy_of(exam)
     chance = data.draw(st.randoms(use_true_random=False))
     paths = sorted(leaves(exam.honest), key=str)
@@ -381,6 +430,22 @@ def test_any_field_that_a_verdict_rests_on_may_not_be_edited(exam, data):
         writing(changed(value_at(exam.honest, path), chance), *path)(forged)
     if forged != exam.honest:
         assert exam.unsound(forged)
+
+
+CHANCE = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+@settings(max_examples=12, **CHANCE)
+@given(data=st.data())
+def test_any_field_that_a_verdict_rests_on_may_not_be_edited(exam, data):
+    edit_any_field(exam, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, **CHANCE)
+@given(data=st.data())
+def test_no_field_that_a_verdict_rests_on_may_be_edited(exam, data):
+    edit_any_field(exam, data)
 
 
 def value_at(value, path):
@@ -392,7 +457,7 @@ def value_at(value, path):
 # ---- what passes, and is for a recheck to find
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, **CHANCE)
 @given(share=st.floats(0.1, 0.5), attack=st.sampled_from(("full_finetune", "lora", "ridge_probe")))
 def test_traces_that_were_made_up_pass_which_is_why_there_is_a_recheck(exam, share, attack):
     def flatten(trace):

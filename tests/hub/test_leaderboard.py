@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hf_immunize.cli import app
 from hf_immunize.errors import RecordError
-from hf_immunize.hub.leaderboard import group_entries, leaderboard_html, read_entries
+from hf_immunize.hub.leaderboard import COLUMNS, group_entries, keys_of, leaderboard_html, read_entries
 from hf_immunize.hub.signature import make_key
 from hf_immunize.records import Certificate
 
@@ -37,6 +37,32 @@ def test_models_of_one_exam_stand_in_one_table_with_who_says_so(folders, tmp_pat
     assert group.entries[0].found.trust.key == key
     shown = run("compare", *folders)
     assert shown.exit_code == 0 and "Same exam" in shown.output and "condition_number" in shown.output
+
+
+def leave(folder, shares):
+    """Write into a certificate how much of the uplift some attacks still get."""
+    path = folder / "certificate.json"
+    certificate = Certificate.read(path)
+    cells = [cell.model_copy(update={"uplift_left": build.interval(shares[cell.attack], 0.1, None)})
+             if cell.attack in shares else cell for cell in certificate.cells]
+    certificate.model_copy(update={"cells": cells}).write(path)
+
+
+def test_uplift_that_is_left_is_told_by_family_and_decides_whose_attack_is_shown(folders, tmp_path):
+    leave(folders[0], {"gradient_descent_probe": 0.25, "adam_probe": 0.4})
+    leave(folders[1], {"lora": 0.93, "adam_probe": -0.04, "gradient_descent_probe": -0.2})
+    first, second = json.loads(run("compare", *folders, "--json").stdout)[0]["models"]
+    assert first["linear probing"].startswith("RESISTS, 9×") and "(adam_probe)" in first["linear probing"]
+    assert "uplift left 40% (10 to open)" in first["linear probing"] and first["uplift left"].endswith("(adam_probe)")
+    assert second["uplift left"] == "93% (10 to open) (lora)" and "uplift left 93%" in second["LoRA"]
+    assert "uplift left −4% (10 to open)" in second["linear probing"]
+    assert first["harmful task"] == second["harmful task"] == "scikit-learn digits"
+    entries = read_entries(folders)
+    places = [dict(zip((*COLUMNS, "LoRA"), keys_of(entry, ["LoRA"]), strict=True)) for entry in entries]
+    assert [row["uplift left"] for row in places] == [0.4, 0.93] and places[0]["LoRA"] is None
+    page = leaderboard_html(group_entries(entries))
+    assert 'data-key="0.93"' in page and "uplift left" in page
+    assert "uplift left 93%" in " ".join(run("diff", *folders).output.split())
 
 
 @pytest.mark.parametrize("changes, named", [

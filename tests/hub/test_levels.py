@@ -14,10 +14,11 @@ from preset_exam import PRESET, preset_exam
 from published import reseal, write_release
 
 from hf_immunize.certification import Evidence, judge_traces
+from hf_immunize.certification.primary_rows import judge_utility
 from hf_immunize.hub import Policy, verify_folder
 from hf_immunize.hub.signature import make_key
 from hf_immunize.hub.trust import sign_recheck
-from hf_immunize.records import AttackTrace, Certificate, RecheckRecord, RepeatedTrial, sha256_file
+from hf_immunize.records import AttackTrace, Certificate, RecheckRecord, RepeatedTrial, UtilityRows, sha256_file
 
 PAGE = Path(__file__).parents[2] / "docs/downloaded.md"
 
@@ -42,20 +43,36 @@ def honest(tmp_path_factory):
     return preset_exam(tmp_path_factory.mktemp("honest"), PRESET)
 
 
-@pytest.fixture
-def key(tmp_path):
-    return tmp_path / "key.pem", make_key(tmp_path / "key.pem")
+@pytest.fixture(scope="module")
+def key(tmp_path_factory):
+    path = tmp_path_factory.mktemp("key") / "key.pem"
+    return path, make_key(path)
 
 
-@pytest.fixture
-def published(honest, tmp_path, key):
-    """Its release, signed."""
-    return write_release(shutil.copytree(honest, tmp_path / "source"), tmp_path / "published", signing_key=key[0],
+@pytest.fixture(scope="module")
+def release(honest, tmp_path_factory, key):
+    root = tmp_path_factory.mktemp("release")
+    return write_release(shutil.copytree(honest, root / "source"), root / "published", signing_key=key[0],
                          allow_failed=True)
 
 
-def invent(folder, plan=None, keep=lambda trace: True):
-    """Traces of attacks that got nowhere, and the certificate that the judge makes of them."""
+@pytest.fixture
+def published(release, tmp_path):
+    """Its release, signed, which a lie may change."""
+    return shutil.copytree(release, tmp_path / "published")
+
+
+def flat(trace):
+    """An attack on the model that got nowhere."""
+    if trace.role != "subject" or trace.attack.startswith("benign_") or not trace.curve:
+        return trace
+    return trace.model_copy(update={"curve": [
+        point.model_copy(update={"test": 0.2 + 0.05 * point.test, "validation": 0.2 + 0.05 * point.validation})
+        for point in trace.curve]})
+
+
+def invent(folder, plan=None, keep=lambda trace: True, change=flat, **given):
+    """Traces that were made up, and the certificate that the judge makes of them."""
     path = folder / "certificate.json"
     certificate, by_role = Certificate.read(path), {}
     hashes = {}
@@ -64,14 +81,12 @@ def invent(folder, plan=None, keep=lambda trace: True):
         if not keep(trace):
             (folder / name).unlink()
             continue
-        if trace.role == "subject" and not trace.attack.startswith("benign_") and trace.curve:
-            trace = trace.model_copy(update={"curve": [
-                point.model_copy(update={"test": 0.2 + 0.05 * point.test, "validation": 0.2 + 0.05 * point.validation})
-                for point in trace.curve]})
+        if (changed := change(trace)) is not trace:
+            trace = changed
             trace.write(folder / name)
         by_role.setdefault(trace.role, []).append(trace)
         hashes[name] = sha256_file(folder / name)
-    evidence = dataclasses.replace(Evidence.of_certificate(certificate), traces=hashes)
+    evidence = dataclasses.replace(Evidence.of_certificate(certificate), traces=hashes, **given)
     made = judge_traces(by_role, plan or certificate.plan, certificate.judged_by, evidence)
     made.write(path)
     return made
@@ -127,6 +142,19 @@ def test_whoever_makes_up_traces_and_answers_gets_whatever_verdict_these_give(pu
     assert verify_folder(published, rejudge=True).sound
 
 
+def test_spectra_and_similarities_rest_on_nothing_that_is_published(published):
+    path = published / "certificate.json"
+    certificate = Certificate.read(path)
+    spectra = {side: [found.model_copy(update={"condition_number": 1e9 if side == "immunized" else 1.0})
+                      for found in records] for side, records in certificate.spectra.items()}
+    assert certificate.spectra["immunized"]
+    changed = invent(published, change=lambda trace: trace, spectra=spectra)
+    sealed_anew(published)
+    assert verify_folder(published, rejudge=True).sound
+    assert changed.immunization_ratio != certificate.immunization_ratio
+    assert (changed.overall, changed.cells) == (certificate.overall, certificate.cells), "no verdict hangs on them"
+
+
 def test_whoever_calls_the_exam_one_of_their_own_custom_may_leave_out_what_they_like(published):
     plan = Certificate.read(published / "certificate.json").plan
     only = ("ridge_probe", "lora")
@@ -166,6 +194,20 @@ def test_trials_that_were_not_drawn_stay_somebody_s_word(published, tmp_path):
     recheck(published, tmp_path / "checker.pem", attack="earlier_layer_probe")
     found = verify_folder(published, checker_keys=[checker], rejudge=True)
     assert found.sound and "(1 cells of " in str(found.trust), "it says how few"
+
+
+def test_answers_on_the_primary_rows_are_not_repeated(published, tmp_path):
+    (name,) = Certificate.read(published / "certificate.json").utility_rows
+    rows = UtilityRows.read(published / name)
+    better = rows.model_copy(update={"answers": rows.answers.model_copy(update={"immunized": rows.answers.wanted})})
+    better.write(published / name)
+    made = invent(published, change=lambda trace: trace, utility=judge_utility(better),
+                  utility_rows={name: sha256_file(published / name)})
+    sealed_anew(published)
+    checker = make_key(tmp_path / "checker.pem")
+    recheck(published, tmp_path / "checker.pem")
+    found = verify_folder(published, checker_keys=[checker], rejudge=True)
+    assert found.sound and found.trust.level == "repeated" and made.utility.immunized == 100
 
 
 def test_a_checker_can_lie_as_a_publisher_can(published, key, tmp_path):

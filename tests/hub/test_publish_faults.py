@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def gate_passed_once(monkeypatch):
     """The gate is not what these tests are about: its outcome for the same folder is kept. Killed processes run it."""
-    monkeypatch.setattr(sys.modules["hf_immunize.hub.publish"], "prepare", prepared)
+    monkeypatch.setattr(sys.modules["hf_immunize.hub.publishing"], "prepare", prepared)
 
 
 @functools.cache

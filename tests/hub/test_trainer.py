@@ -25,7 +25,7 @@ def trainer(tmp_path, make_vit, make_pixels):
 
 
 def test_what_a_trainer_pushes_has_passed_the_gate(hub, tmp_path, trainer, monkeypatch):
-    room = sys.modules["hf_immunize.hub.publish"]
+    room = sys.modules["hf_immunize.hub.publishing"]
     monkeypatch.setattr(room, "HfApi", lambda token=None: HfApi(endpoint=hub.url, token=token))
     trainer.train()
     trainer.save_model()

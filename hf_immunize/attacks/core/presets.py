@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,16 @@ from hf_immunize.records import atomic_write
 def preset_trials() -> dict[str, Any]:
     """By preset and attack: the names of the attack's own settings, and of each trial a digest of their values."""
     from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
-    from hf_immunize.attacks.vision import ATTACKS, TRAINABILITY
+    from hf_immunize.attacks.vision import ATTACKS, REFERENCES, TRAINABILITY
 
-    kinds = ((PROTOCOLS, ATTACKS, TRAINABILITY), (DIFFUSION_PROTOCOLS, DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY))
+    none: dict[str, Attack] = {}
+    kinds = ((PROTOCOLS, ATTACKS, TRAINABILITY, REFERENCES),
+             (DIFFUSION_PROTOCOLS, DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY, none))
     return {
         name: _of_table(protocol, attacks, protocol.attacks, protocol.settings)
         | _of_table(protocol, methods, protocol.trainability, protocol.benign_settings())
-        for presets, attacks, methods in kinds
+        | _of_table(replace(protocol, trials=None), references, tuple(references), ())
+        for presets, attacks, methods, references in kinds
         for name, protocol in presets.items()
     }
 

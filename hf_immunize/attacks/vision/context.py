@@ -20,7 +20,7 @@ from hf_immunize.data import PixelDataset, batches, forward_rows
 from hf_immunize.data import fingerprint as fingerprint_rows
 from hf_immunize.errors import CaptureError, ConfigError, DataError, ModelError
 from hf_immunize.features import extract_features, find_classifier, prefer_channels_last
-from hf_immunize.models import load_classifier, random_classifier
+from hf_immunize.models import load_on_base, random_classifier
 from hf_immunize.records import DatasetFingerprint, ModelFingerprint, fingerprint_of, sha256_file, weight_files
 
 PIXELS = "pixels"
@@ -55,6 +55,7 @@ class AttackContext:
         attack_fraction: share of each class of ``attack`` that one seed trains on.
         base: the un-immunized model, where the attacker of this exam holds it too; given for every role or for none.
         benign: benign data, where the attacker mixes some in.
+        adapter_base: where ``folder`` holds a PEFT adapter, the folder of the model that it is put on.
         means: what networks are trained with; the same for every role.
     """
 
@@ -69,6 +70,7 @@ class AttackContext:
     attack_fraction: float = 0.8
     base: Path | None = None
     benign: PixelDataset | None = None
+    adapter_base: Path | None = None
     means: Means = Means()
     prepared: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What attacks prepare once for all of their runs, by a key of their own (``once``)."""
@@ -94,7 +96,7 @@ class AttackContext:
 
     @cached_property
     def _saved(self) -> nn.Module:
-        return load_classifier(self.folder)
+        return load_on_base(self.folder, self.adapter_base)
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
