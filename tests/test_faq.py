@@ -69,7 +69,7 @@ def provoke(name: str, folder: Path) -> None:
     ("name", "begins", "ends"),
     [("unknown option", "expected options of this stage in", "Did you mean attacks?"),
      ("no model named", "expected base (a trained model) or pretrain", "got neither: add one of them."),
-     ("unknown attack", "expected an attack in ['all_layers_probe'", "got 'lorra'."),
+     ("unknown attack", "expected an attack in ['all_layers_probe'", "got 'lorra'. Did you mean lora?"),
      ("run file there", "expected no run.yaml in", "or pass --overwrite."),
      ("neither", "expected a folder or 'owner/name' on the Hub, got 'no such model'", "check the path.")],
 )  # fmt: skip

@@ -100,7 +100,7 @@ def tools():
 
 
 def test_the_command_line_page_has_every_verb_and_every_option_of_its_own(tools):
-    from hf_immunize.commands.app import STAGES
+    from hf_immunize.commands.verbs import STAGES
     from hf_immunize.stages.attack import AttackOptions
     from hf_immunize.stages.certify import CertifyOptions
     from hf_immunize.training import ImmunizationConfig

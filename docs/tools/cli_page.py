@@ -17,7 +17,8 @@ import transformers
 import typer
 
 from hf_immunize.cli import app
-from hf_immunize.commands.app import CODES, STAGES
+from hf_immunize.commands.app import CODES
+from hf_immunize.commands.verbs import STAGES
 from hf_immunize.errors import ConfigError
 from hf_immunize.tasks import FAMILIES
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from hf_immunize.hub import verify_folder
 from hf_immunize.records import Certificate, ImmunizationRecord
 
 ROOT = Path(__file__).parents[2]
+START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 SMALL = {
     "attack": {"seeds": [0, 1], "attacks": ["ridge_probe", "full_finetune"],
                "settings": ["full_finetune.steps=2", "full_finetune.learning_rate=1e-3", "ridge_probe.penalty=1"],
@@ -59,6 +61,13 @@ def call(folder, *words, expect=0):
     return done.stdout
 
 
+def as_printed(verb):
+    """The words of a command as docs/start.md has it, after ``hf-immunize``."""
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", START, flags=re.S))
+    (line,) = re.findall(rf"^hf-immunize ({verb} .+)$", blocks, flags=re.M)
+    return line.split()
+
+
 def save(folder, kind, names=None, headless=False):
     """A tiny model of one kind with its processor; with ``names`` its head knows the classes."""
     model = build_classifier(kind, labels=len(names or "abc"))
@@ -88,21 +97,21 @@ def shrink(path):
 
 
 def whole_job(work, digits, kind, *, names=None, headless=False, benign=False):
-    """init, plan, run; the model's folder."""
+    """init, plan, run, as docs/start.md has them; the model's folder."""
     save(work / "model", kind, names, headless)
-    more = ["--benign", digits / "harmless"] if benign else []
-    sources = ["--primary", digits / "keep", "--harmful", digits / "harm", *more]
-    told = call(work, "init", "job", "--model", "model", *sources)
+    for name in ("keep", "harm"):
+        (work / name).symlink_to(digits / name)
+    told = call(work, *as_printed("init"), *(["--benign", digits / "harmless"] if benign else []))
     assert "primary: 120 images of 5 classes" in told and "Next: hf-immunize plan job/run.yaml" in told
     written = (work / "job" / "run.yaml").read_text(encoding="utf-8")
     shown = shrink(work / "job" / "run.yaml")
     assert ("pretrain" in shown) == (names is None) and ("benign" in shown) == benign
-    plan = json.loads(call(work, "plan", "job/run.yaml", "--json"))
+    plan = json.loads(call(work, *as_printed("plan"), "--json"))
     assert not [line for line in plan if line["level"] == "fails"], plan
     assert {"primary images", "sides", "model", "uplift", "disk", "time", "memory closed_form_adversary"} <= {
         line["part"] for line in plan}
     before = sorted(path.name for path in (work / "model").iterdir())
-    call(work, "run", "job/run.yaml")
+    call(work, *as_printed("run"))
     assert sorted(path.name for path in (work / "model").iterdir()) == before, "the user's own model was touched"
     model = work / "job" / "closed_form_adversary"
     certificate = Certificate.read(model / "certificate.json")
@@ -123,6 +132,10 @@ def test_a_vision_transformer_that_knows_the_classes(tmp_path, digits):
     assert f"base: {tmp_path / 'model'}" in written and "CHECK" not in written
     told = call(tmp_path, "run", "job/run.yaml")
     assert told.count("done before, unchanged") == 8 and "done in 0 s" in told
+    assert "closed_form_adversary" in call(tmp_path, *as_printed("show"))
+    assert "nothing was sent" in call(tmp_path, *as_printed("publish"))
+    job, listed = tmp_path / "job", re.findall(r"^\| `([\w./]+)` \|", START, flags=re.M)
+    assert len(listed) >= 7 and not [name for name in listed if not (job / name).exists()], listed
     with safe_open(model.parent / "base" / "model.safetensors", "pt") as copy:
         with safe_open(tmp_path / "model" / "model.safetensors", "pt") as own:
             assert sorted(copy.keys()) == sorted(own.keys())
@@ -152,7 +165,7 @@ def test_a_diffusers_pipeline_and_folders_of_photos(tmp_path):
             Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
     told = call(tmp_path, "init", "job", "--model", "model", "--primary", "keep", "--harmful", "harm",
                 "--benign", "harmless", "--harmful_prompt", "a photo of sks dog")
-    assert "told by prompts" in told and "2 lines marked CHECK" in told
+    assert "made from prompts" in told and "2 lines marked CHECK" in told
     path = tmp_path / "job" / "run.yaml"
     run = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert run["task"]["harmful_prompt"] == "a photo of sks dog" and run["task"]["resolution"] % 16 == 0

@@ -164,8 +164,12 @@ def test_a_step_against_an_attacker_with_a_head_is_the_attack_written_out(name, 
 
 
 @pytest.mark.parametrize(
-    ("name", "term"), [*((name, term) for name, (_, term) in AIMS.items()), ("rep_noise", "harmful_noise_mmd"),
-                       ("trap", "harmful_probe_trap")],
+    ("name", "term"), [
+        ("sophon_ice", AIMS["sophon_ice"][1]),
+        pytest.param("sophon_klu", AIMS["sophon_klu"][1], marks=pytest.mark.slow),
+        pytest.param("tar_entropy", AIMS["tar_entropy"][1], marks=pytest.mark.slow), ("rep_noise", "harmful_noise_mmd"),
+        ("trap", "harmful_probe_trap"),
+    ],
 )  # fmt: skip
 def test_a_run_lowers_its_term(name, term, make_trainer, make_vit):
     trainer = make_trainer(

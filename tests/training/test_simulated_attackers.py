@@ -75,7 +75,10 @@ WITHOUT_STEPS = {
 }
 
 
-@pytest.mark.parametrize("options", WITHOUT_STEPS.values(), ids=WITHOUT_STEPS)
+@pytest.mark.parametrize(
+    "options", [pytest.param(options, id=name, marks=[pytest.mark.slow] * (name in ("uniform", "entropy")))
+                for name, options in WITHOUT_STEPS.items()],
+)  # fmt: skip
 def test_where_the_attacker_stands_still_the_first_order_gradient_is_exact(options, attacked, monkeypatch):
     """At rate 0 every θ_k is θ."""
     hold_the_ridge(monkeypatch)

@@ -97,11 +97,13 @@ def check_classifier(
 
 def _weights_of(run: RunFile, parsed: Parsed) -> Path | None:
     """The folder of the base, or of the model that becomes it, where it has trained weights and is here."""
-    options = None if run.base is not None else parsed[BASE][1]
-    if options is not None and options.from_scratch:
-        return None
-    folder = Path(run.base if options is None else options.model_name_or_path)
-    return folder if folder.is_dir() else None
+    source = run.base
+    if source is None:
+        options = parsed[BASE][1]
+        if options.from_scratch:
+            return None
+        source = str(options.model_name_or_path)
+    return Path(source) if Path(source).is_dir() else None
 
 
 def read_base(run: RunFile, parsed: Parsed, names: Sequence[str] | None) -> Known:

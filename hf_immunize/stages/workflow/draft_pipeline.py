@@ -59,7 +59,7 @@ def draft_pipeline(draft: Draft, source: str, task: dict[str, Any], protocol: st
     draft.option("device", "auto")
     draft.option("judged_images", 200 if prompts else 1000)
     draft.offer("features_path", "facebook/dinov2-small", "an image model that compares drawn with real images")
-    return [f"pipeline: {config.get('_class_name', 'denoiser')}, images of {size}x{size}, told by "
+    return [f"pipeline: {config.get('_class_name', 'denoiser')}, images of {size}x{size}, made from "
             f"{'prompts' if prompts else 'class numbers'}"]
 
 

@@ -103,6 +103,7 @@ class ImmunizationTrainer(StrictTrainer):
     args: ImmunizationConfig
     guard_record: UtilityGuardRecord | None
     objective: GlobalObjective | None
+    _cache: FeatureCache | None
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class ImmunizationTrainer(StrictTrainer):
         self._depths = list(choose_sites(model, depths, None, self.site, sample)) if depths else []
         self.layouts = choose_layouts(model, [*self.site_weights, self.site, *self._depths], args.site_layouts, row)
         self.frozen = FrozenPart(model, sample.shape)
-        self._cache: FeatureCache | None = None
+        self._cache = None
 
     def _build_step(self, model: nn.Module) -> None:
         """The step and what it is measured by; simulated attackers copy the model while it is whole."""
