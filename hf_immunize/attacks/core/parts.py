@@ -107,7 +107,8 @@ class Parts:
 
     def _checkpoint(self, asked: bool = True) -> bool:
         """Checkpoint every block; whether there are some. Models of diffusers know how themselves."""
-        own = [part for part in self.model.modules() if getattr(part, "_supports_gradient_checkpointing", False)]
+        parts: list[Any] = list(self.model.modules())
+        own = [part for part in parts if getattr(part, "_supports_gradient_checkpointing", False)]
         for part in own:
             part.enable_gradient_checkpointing()
             self._undo.append(part.disable_gradient_checkpointing)

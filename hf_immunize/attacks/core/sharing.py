@@ -91,11 +91,11 @@ class Claims:
     @contextmanager
     def take(self, job: str) -> Iterator[bool]:
         """Hold a job as long as the block lasts; False where somebody else holds it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self._folder / f"{job}.lock", blocking=False, thread_local=False)
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except (Timeout, FileNotFoundError):  # held, or cleared by one who was done meanwhile
+        except (Timeout, FileNotFoundError):  # held, or the folder is being cleared by one who is done
             yield False
             return
         try:

@@ -172,6 +172,14 @@ def count_runs(attack: Attack, runs: Sequence[Run], seeds: Sequence[int], tuning
     return len({run.trial for run in runs}) * tuning_seeds + len(seeds) - tuning_seeds
 
 
+def planned_cost(attack: Attack, steps: Sequence[int]) -> float:
+    """What a job will take, in steps of training a network: its runs one by one, or as columns of one program.
+
+    Rough, and enough to begin with the longest: a step of all columns of a linear probe takes about a fiftieth.
+    """
+    return max(steps) / 50 if attack.batched else float(sum(steps))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """What one process makes at a time: one run, or all runs of an attack whose runs are one tensor program."""
@@ -181,9 +189,9 @@ class _Job:
     runs: tuple[Run, ...]
 
     @property
-    def cost(self) -> tuple[bool, int]:
-        """By which the longest come first, so that no process is left with one at the end: training, then steps."""
-        return is_searchable(self.attack), sum(getattr(run.config, "steps", 1) for run in self.runs)
+    def cost(self) -> float:
+        """By which the longest come first, so that no process is left with one at the end."""
+        return planned_cost(self.attack, [getattr(run.config, "steps", 1) for run in self.runs])
 
 
 @dataclasses.dataclass

@@ -61,12 +61,13 @@ class _Exam(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Judge the model after this step, if the step is due."""
         if state.global_step in self._due:
-            scores = [_accuracy(kwargs["model"], rows) for rows in (self._context.validation, self._context.test)]
-            if None in scores:
+            held = self._context.validation, self._context.test
+            validation, test = (_accuracy(kwargs["model"], rows) for rows in held)
+            if validation is None or test is None:
                 self.note = f"logits were not finite at step {state.global_step}"
                 control.should_training_stop = True
             else:
-                self.curve.append(Evaluation(step=state.global_step, validation=scores[0], test=scores[1]))
+                self.curve.append(Evaluation(step=state.global_step, validation=validation, test=test))
         return control
 
 

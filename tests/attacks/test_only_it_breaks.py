@@ -1,0 +1,66 @@
+"""For attacks that train: a planted model that stops their plain relatives, but not them. Slow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_attack_finetune import only
+from test_attack_preparations import config
+
+pytestmark = pytest.mark.slow
+
+STEPS = 40
+RATES = (1e-5, 1e-4, 1e-3, 1e-2)
+
+
+def reached(context, name, rates=RATES, **values):
+    """The best test accuracy over rates."""
+    found = [only(context, name, config(name, learning_rate=rate, steps=STEPS, **values)) for rate in rates]
+    assert all(result.outcome == "completed" for result in found), [result.note for result in found]
+    return max(point.test for result in found for point in result.curve)
+
+
+@torch.no_grad()
+def cancelling(model, blocks, size):
+    """Two hidden units of some blocks are made equal, and what they add to the stream large and opposite.
+
+    The model computes what it did, but for one unit; a step that moves the two apart drowns the stream.
+    """
+    for block in model.vit.layers[blocks]:
+        first, second = block.mlp.fc1, block.mlp.fc2
+        first.weight[1], first.bias[1], second.weight[:, 1] = first.weight[0], first.bias[0], second.weight[:, 0] * 0
+        direction = torch.linspace(-1, 1, second.weight.shape[0])
+        second.weight[:, 0] += size * direction
+        second.weight[:, 1] -= size * direction
+    return model
+
+
+@torch.no_grad()
+def shifted(model, size):
+    """Features with a large common offset, which the model's own head takes back."""
+    model.vit.layernorm.bias.add_(size)
+    model.classifier.bias.sub_(size * model.classifier.weight.sum(dim=1))
+    return model
+
+
+@pytest.fixture
+def attacked(make_context, make_vit):
+    """A context of a small ViT on which something was planted."""
+
+    def build(change, seed):
+        return make_context("subject", seed=seed, model=change(make_vit(labels=4, layers=4)), rows=90)
+
+    return build
+
+
+def test_late_blocks_that_break_when_they_are_trained_leave_the_input_side_to_train(attacked):
+    context = attacked(lambda model: cancelling(model, slice(3, 4), 1e4), 41)
+    assert reached(attacked(lambda model: model, 40), "full_finetune", (1e-3,)) > 0.8
+    plain, layerwise = (reached(context, name, (1e-4, 1e-3, 1e-2)) for name in ("full_finetune", "layerwise_finetune"))
+    assert plain < 0.55 and layerwise > 0.65, (plain, layerwise)
+
+
+def test_features_far_from_zero_hold_a_random_head_up_and_not_a_solved_one(attacked):
+    context = attacked(lambda model: shifted(model, 300.0), 42)
+    assert reached(context, "lora_all_linear") < 0.5
+    assert reached(context, "probe_then_lora", (1e-4,)) > 0.8
