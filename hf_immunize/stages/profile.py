@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -122,7 +123,7 @@ def defender_context(arguments: TaskArguments, folder: Path, device: str) -> Att
     for part in _PARTS:
         # Classes of few images are cut elsewhere when there are more splits: what is not the defender's is left out.
         kept = [place for place, row in enumerate(side.looks()[part][1]) if row in own]
-        rows.append(side.pixels(part, processor).subset(kept))
+        rows.append(side.pixels(part, processor).subset(torch.tensor(kept, dtype=torch.long)))
         if not kept:
             raise DataError(f"expected harmful rows of the defender's for {part}, got none: bring more images.")
     prints = tuple(side.fingerprint(dataset, part) for dataset, part in zip(rows, _PARTS, strict=True))
@@ -153,7 +154,8 @@ def _run(
                 bar.set_postfix_str(trace.attack if made else "on disk", refresh=False)
                 bar.update()
 
-            held: Any = context if role == "control" else replace(context, role=role, prepared={}, _features={})
+            given: Any = role
+            held: Any = context if role == "control" else replace(context, role=given, prepared={}, _features={})
             run_suite(
                 held, table, list(table), chosen, output, tuning_seeds=tuning, overwrite=overwrite, progress=keep
             )
@@ -210,6 +212,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     arguments, options = parse_options((TaskArguments, ProfileOptions), argv, (__doc__ or "").split("\n\n")[0], prog)
     profile = profile_model(arguments, options)
     show(profile)
-    print(f"profile: {Path(options.output_path or working_folder(options.model_path)) / PROFILE_FILE}")
+    print(f"profile: {Path(str(options.output_path or working_folder(options.model_path))) / PROFILE_FILE}")
 
 
