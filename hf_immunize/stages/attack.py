@@ -196,10 +196,10 @@ def attack_model(arguments: Any, options: AttackOptions) -> SuiteSummary:
     return summary
 
 
-def _into(options: AttackOptions) -> str | Path:
+def _into(options: AttackOptions) -> str | Path | None:
     """Where a model from the Hub is copied. Raises ConfigError for an alternative whose traces would lie nowhere."""
     if options.role != "alternative":
-        return options.output_path or working_folder(str(options.model_path))
+        return options.output_path or working_folder(options.model_path)
     if options.output_path is None:
         raise ConfigError(
             "expected output_path with role alternative, got none: it is the folder of the base, where its traces are "
