@@ -73,6 +73,22 @@ class HarmfulStream:
         if task.targets is not None:
             self.prepare()  # raises now rather than at the first step
 
+    @classmethod
+    def of(cls, args: Any, task: HarmfulTask, collate: Callable[..., Any], *, answers: bool = False) -> HarmfulStream:
+        """The rows that a run with these options draws, those of its simulated attackers by seeds of their own."""
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return cls(
+            task,
+            collate,
+            rows_per_device=args.per_device_harmful_batch_size,
+            classes_per_batch=args.harmful_classes_per_batch,
+            seed=seed + 1_000_003 if answers else seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            options=LoaderOptions.of(args),
+            answers=answers,
+        )
+
     def _collating(self) -> Callable[..., Any]:
         """How rows with such labels become a batch."""
         if self._answers:

@@ -53,7 +53,6 @@ from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.identity import digest_model, digest_some
 from hf_immunize.training.vision.keeping import Keeping
-from hf_immunize.training.vision.loading import LoaderOptions
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
@@ -180,7 +179,8 @@ class ImmunizationTrainer(StrictTrainer):
     def _draw_from(self, held: HarmfulTask | None) -> None:
         """Read the rows as they are now from here on: images, or cached activations in their place."""
         self.trained_on = {"primary": self.train_dataset, "harmful": self.harmful_task.rows}
-        self._streams = {name: self._stream(name) for name in ("harmful", "attack")}
+        drawn = partial(HarmfulStream.of, self.args, self.harmful_task, self._plain_collator)
+        self._streams = {"harmful": drawn(), "attack": drawn(answers=True)}
         self._outcome_meter = self._make_outcome(held)
 
     def _look_at(self, model: nn.Module, args: ImmunizationConfig, row: Mapping[str, Any]) -> None:
@@ -282,21 +282,6 @@ class ImmunizationTrainer(StrictTrainer):
     def _largest_batch(self) -> int:
         """Rows that go forward at once in training: as many fit where no graph is kept."""
         return max(self.args.per_device_train_batch_size, self.args.per_device_harmful_batch_size)
-
-    def _stream(self, name: str) -> HarmfulStream:
-        args = self.args
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        return HarmfulStream(
-            self.harmful_task,
-            self._plain_collator,
-            rows_per_device=args.per_device_harmful_batch_size,
-            classes_per_batch=args.harmful_classes_per_batch,
-            seed=seed if name == "harmful" else seed + 1_000_003,
-            rank=args.process_index,
-            world_size=args.world_size,
-            options=LoaderOptions.of(args),
-            answers=name == "attack",
-        )
 
     def _attack_batch(self, place: int) -> dict[str, Any]:
         """Batch ``place`` of the rows that simulated attackers learn from."""
