@@ -72,7 +72,7 @@ def test_the_same_split_twice_is_refused(make_context):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"role": "victim"}, "expected role 'subject', 'control', 'scratch' or 'nothing', got 'victim'"),
+    ({"role": "victim"}, "expected a role out of subject, control, scratch, nothing, alternative, got 'victim'"),
     ({"attack_fraction": 0.0}, r"expected attack_fraction in \(0, 1\], got 0.0"),
 ])
 def test_bad_options(make_context, changes, message):
