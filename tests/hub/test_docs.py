@@ -88,7 +88,7 @@ def test_what_to_believe(hub, tmp_path, reader):
     for language, text in steps:
         reader(language, text.replace("KEY", key))
     (tmp_path / "policy.yaml").write_text("start_from: strict\nexam: standard\nmin_seeds: 5\n"
-                                          "attacker_holds_base: false\n")
+                                          "attacker_holds_base: false\nmax_primary_drop: 4.0\n")
     (job,) = (yaml.safe_load(text) for _, text in blocks("downloaded.md", "yaml"))
     reader("bash", job[1]["run"].replace("$PUBLISHER_KEY", key))
     folder = client(hub).snapshot_download("owner/model", local_dir=tmp_path / "plain")

@@ -49,11 +49,12 @@ def leave(folder, shares):
 
 
 def test_uplift_that_is_left_is_told_by_family_and_decides_whose_attack_is_shown(folders, tmp_path):
-    leave(folders[0], {"gradient_descent_probe": 0.25, "adam_probe": 0.4})
-    leave(folders[1], {"lora": 0.93, "adam_probe": -0.04, "gradient_descent_probe": -0.2})
+    leave(folders[0], {"linear_probe_gd": 0.25, "linear_probe_adam": 0.4})
+    leave(folders[1], {"lora": 0.93, "linear_probe_adam": -0.04, "linear_probe_gd": -0.2})
     first, second = json.loads(run("compare", *folders, "--json").stdout)[0]["models"]
-    assert first["linear probing"].startswith("RESISTS, 9×") and "(adam_probe)" in first["linear probing"]
-    assert "uplift left 40% (10 to open)" in first["linear probing"] and first["uplift left"].endswith("(adam_probe)")
+    assert first["linear probing"].startswith("RESISTS, 9×") and "(linear_probe_adam)" in first["linear probing"]
+    assert "uplift left 40% (10 to open)" in first["linear probing"]
+    assert first["uplift left"].endswith("(linear_probe_adam)")
     assert second["uplift left"] == "93% (10 to open) (lora)" and "uplift left 93%" in second["LoRA"]
     assert "uplift left −4% (10 to open)" in second["linear probing"]
     assert first["harmful task"] == second["harmful task"] == "scikit-learn digits"

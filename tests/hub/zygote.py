@@ -16,7 +16,10 @@ import tempfile
 import traceback
 from pathlib import Path
 
-PRELOADED = ("hf_immunize.cli", "hf_immunize.hub", "hf_immunize.hub.signature", "hf_immunize.hub.tables")
+PRELOADED = (
+    "hf_immunize.cli", "hf_immunize.hub", "hf_immunize.hub.signature", "hf_immunize.hub.tables", "hf_immunize.hub.load",
+    "hf_immunize.hub.publishing", "hf_immunize.hub.rejudge", "hf_immunize.hub.recheck", "hf_immunize.report",
+)
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
 link = socket.socket(socket.AF_UNIX)
