@@ -30,6 +30,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.S)
 
 
+@pytest.mark.slow
 def test_the_python_example_immunizes_as_printed(tmp_path, monkeypatch, digits_base):
     """Its own assertions say that the probe got worse and the metric held; another probe, in another way, agrees."""
     (block,) = blocks("docs/stages.md", "python")

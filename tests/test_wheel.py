@@ -66,6 +66,7 @@ def test_presets_are_listed_and_copied_and_their_script_runs(run):
     assert "lora.rank=8" in call("recipes/attack.py", "--describe")
 
 
+@pytest.mark.slow
 def test_a_stage_explains_its_options(run):
     call, _, _ = run
     shown = call("-m", "hf_immunize.cli", "immunize", "--help")

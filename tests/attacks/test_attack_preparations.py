@@ -82,6 +82,7 @@ def trained_mobilenet(make_pixels):
     return model
 
 
+@pytest.mark.slow
 def test_convolutions_scaled_before_batch_norms_have_the_normal_form_of_the_plain_ones(make_context, trained_mobilenet):
     lengths = {}
     for seed, change in ((1, lambda model: model), (2, convolutions_before_norms)):
@@ -96,6 +97,7 @@ def test_convolutions_scaled_before_batch_norms_have_the_normal_form_of_the_plai
     assert lengths[2]["canonical_finetune"] == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_in_the_config_hinders_plain_fine_tuning_alone(digits):
     def dropping(model):
         model.config.hidden_dropout_prob = 0.97

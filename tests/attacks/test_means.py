@@ -122,6 +122,7 @@ def test_batch_norms_that_have_to_average_over_parts_are_told(make_context, resn
     assert result.note == "memory ran out: steps in parts of 6 images, over which batch norms average"
 
 
+@pytest.mark.slow
 def test_what_no_smaller_part_helps_is_an_error_that_says_so(make_context):
     with pytest.raises(DeviceMemoryError, match="expected memory for a step of one image at a time, got: CUDA out"):
         trained(make_context(), limit=0)
@@ -223,6 +224,7 @@ def test_several_visible_gpus_never_wrap_the_attacked_model(make_context, monkey
     assert {size for grad, size in sizes if grad} == {12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "heal_finetune", "distil_fresh", "layerwise_finetune", "noisy_finetune"])
 def test_every_kind_of_attack_runs_in_parts(make_context, name):
     config = ATTACKS[name].config(steps=4)
@@ -238,6 +240,7 @@ def test_planned_runs_use_the_contexts_means(make_context):
     assert result.outcome == "completed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full_finetune", "noisy_finetune", "mixed_finetune", "heal_finetune", "distil_fresh",
                                   "ridge_probe", "batchnorm_probe"])
 def test_images_on_disk_are_never_all_in_memory(make_context, make_pixels, monkeypatch, resnet, name):

@@ -153,6 +153,7 @@ def test_a_process_of_a_launcher_is_on_its_own_with_one_gpu(monkeypatch, shown, 
     assert leave_group() == Share()
 
 
+@pytest.mark.slow
 def test_the_stage_shares_its_runs_under_the_launcher(tmp_path, make_vit):
     make_vit(labels=5).save_pretrained(tmp_path / "model")
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "model")

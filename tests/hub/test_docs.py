@@ -61,6 +61,7 @@ def reader(hub, machine, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_publish_in_five_minutes(hub, tmp_path, reader):
     released_vit(tmp_path)
     policy = next(text for language, text in blocks("publish.md", "yaml") if "start_from" in text)

@@ -70,6 +70,7 @@ def settings(names):
     return ["--settings", *(f"{name}.{field}={value}" for name in names for field, value in fields.items())]
 
 
+@pytest.mark.slow
 def test_from_photos_to_a_certificate(photos, task_words, run):
     base, model = photos / "base", photos / "model"
     build_text_pipeline("StableDiffusionPipeline").save_pretrained(base)

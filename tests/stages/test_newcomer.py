@@ -127,6 +127,7 @@ def whole_job(work, digits, kind, *, names=None, headless=False, benign=False):
 NAMES = [f"digit {label}" for label in range(5)]
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_that_knows_the_classes(tmp_path, digits):
     model, written = whole_job(tmp_path, digits, "vit", names=NAMES, benign=True)
     assert f"base: {tmp_path / 'model'}" in written and "CHECK" not in written

@@ -84,6 +84,7 @@ def test_no_row_of_the_exam_is_seen(digits_base):
     assert not exam & set().union(*mine)
 
 
+@pytest.mark.slow
 def test_a_second_call_makes_no_run_again_and_ends_alike(profiled):
     folder, profile, options = profiled
 

@@ -20,6 +20,8 @@ CELLS = {
         "imma", "everything", "resumed",
     ),
 }
+pytestmark = pytest.mark.slow  # minutes of two processes each; test_distributed.py runs DDP every time
+
 SCRIPTS = {"vision": HERE / "sharded_run.py", "diffusion": HERE / "diffusion" / "sharded_diffusion.py"}
 WAYS = {"vision": ("ddp", "fsdp2", "loaded"), "diffusion": ("ddp", "fsdp2")}
 REFUSED = {("vision", "attack", "loaded")}
