@@ -67,10 +67,10 @@ def test_adapters_train_little_beside_the_head(make_context, name):
     seen = {}
     plain = engine.finetune
 
-    def spy(context, model, config, seed, before):
+    def spy(context, model, config, seed, before, bars=()):
         seen["trained"] = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
         seen["whole"] = len(list(model.parameters()))
-        return plain(context, model, config, seed, before)
+        return plain(context, model, config, seed, before, bars)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "finetune", spy)
