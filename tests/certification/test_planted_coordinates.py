@@ -35,6 +35,7 @@ def verdicts_of(base, folder):
     return {cell.attack: cell.verdict for cell in certificate.cells}, families, certificate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [
     "gains",
     *(pytest.param(name, marks=pytest.mark.slow) for name in planted.COORDINATES if name != "gains"),

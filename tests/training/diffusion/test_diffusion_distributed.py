@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,6 +20,7 @@ def run(output: Path, processes: int) -> dict[str, torch.Tensor]:
     return load_file(output)
 
 
+@pytest.mark.slow
 def test_one_and_two_processes_give_the_same_gradient_in_every_case(tmp_path):
     one, two = (run(tmp_path / f"{count}.safetensors", count) for count in (1, 2))
     assert one.keys() == two.keys()
