@@ -158,7 +158,7 @@ def test_a_control_of_other_weights(exam_folders, exam_data):
 @pytest.mark.parametrize("edit, message", [
     (lambda text: text[:150], "make it again"),
     (lambda text: text.replace('"seed": 0', '"seed": 5'), "it was renamed or edited"),
-    (lambda text: text.replace('"attack": "full_finetune"', '"attack": "magic"'), "attack 'magic' is none of this release"),
+    (lambda text: text.replace('"attack": "full_finetune"', '"attack": "magic"'), "'magic' is none of this release"),
     (lambda text: text.replace('"test": 0.', '"test": 7.'), "expected accuracies in 0..1"),
     (lambda text: text.replace('"outcome": "completed"', '"outcome": "unbeaten"'), "changed by hand or by another"),
     (lambda text: json.dumps(json.loads(text) | {"curve": []}), "a completed run has at least one evaluation"),

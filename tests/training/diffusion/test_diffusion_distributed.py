@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
-
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
 import torch
 from denoiser_builders import FAMILIES
 from launching import run_script
