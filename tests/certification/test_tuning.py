@@ -147,6 +147,7 @@ def test_a_suite_compares_on_some_seeds_and_runs_the_best_on_the_others(sit, tmp
     assert sit("subject", "one").made == 1 and AttackTrace.read(lost).curve == old
 
 
+@pytest.mark.slow
 def test_a_suite_runs_every_finalist_on_the_other_seeds(sit, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "hf_immunize.attacks.core.suite.finalists", lambda traces: tuple(sorted({run.trial for run in traces})[:2])

@@ -128,6 +128,7 @@ def test_repositories_that_cannot_be_used(hub, tmp_path, upload):
         local_folder("me/pickled", api=client(hub))
 
 
+@pytest.mark.slow
 def test_models_on_the_hub_are_attacked_and_certified(hub, upload, tmp_path, monkeypatch):
     """Base and model by Hub id, through the recipes: copies, traces and certificate end up together."""
     revisions = {name: upload(name, seed) for seed, name in enumerate(("base", "model"))}

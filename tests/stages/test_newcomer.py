@@ -212,6 +212,7 @@ def test_what_init_refuses(tmp_path, digits):
     assert not (tmp_path / "job").exists()
 
 
+@pytest.mark.slow
 def test_what_plan_finds(tmp_path, digits):
     """A corrupt image, an image on both sides, a class of two images, a typing error: all in one look."""
     for source in (*(digits / "keep").iterdir(), *(digits / "harm").iterdir()):

@@ -16,6 +16,7 @@ SMALL = ["--seeds", "0", "1", "--trials=0", "--tuning_seeds=0", "--exam_levels=2
          "diffusion_full_finetune.learning_rate=1e-3", "diffusion_full_finetune.batch_size=4"]
 
 
+@pytest.mark.slow
 def test_from_pretraining_to_a_certificate(tmp_path, capsys):
     base, model = tmp_path / "base", tmp_path / "model"
     small = ["--block_channels=8,8", "--max_steps=2", "--batch_size=4", "--device=cpu", f"--output_dir={base}"]

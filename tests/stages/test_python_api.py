@@ -20,7 +20,8 @@ from hf_immunize.records import Certificate, ImmunizationRecord
 SMALL = {"seeds": [0, 1], "attacks": ["ridge_probe"], "settings": ["ridge_probe.penalty=1"]}
 PUBLIC = [
     "DiffusionImmunizationConfig", "DiffusionImmunizationTrainer", "Exam", "ExamResult", "ImmunizationConfig",
-    "ImmunizationTrainer", "LinearImmunizer", "Term", "__version__", "add_head", "immunize", "load_verified", "publish",
+    "ImmunizationTrainer", "LinearImmunizer", "Term", "__version__", "add_head", "immunize", "load_verified", "profile",
+    "publish",
     "register_attack", "register_family", "register_objective", "render_report", "verify_folder", "weight_term",
 ]  # fmt: skip
 

@@ -64,6 +64,7 @@ def error(make_trainer, make_vit, make_pixels, what, **options) -> float:
     return abs(seen[3] - float(watch.truth[3][what]))
 
 
+@pytest.mark.slow
 def test_with_weights_at_rest_the_bank_gives_the_value_of_the_whole_dataset(make_trainer, make_vit, make_pixels):
     """24 rows of 16 features, 6 at a time: the fourth step of an epoch has all of them before it."""
     for what in ("log_kappa", "r_well"):
@@ -72,6 +73,7 @@ def test_with_weights_at_rest_the_bank_gives_the_value_of_the_whole_dataset(make
         assert exact < 1e-7 and exact < 1e-4 * without
 
 
+@pytest.mark.slow
 def test_the_bias_of_stale_rows_vanishes_with_the_learning_rate(make_trainer, make_vit, make_pixels):
     biases = [
         error(make_trainer, make_vit, make_pixels, "r_well", learning_rate=rate, feature_bank_rows=18,

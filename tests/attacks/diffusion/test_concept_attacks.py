@@ -31,6 +31,7 @@ from hf_immunize.records import Provenance
 SMALL = {"steps": 2, "batch_size": 3}
 
 
+@pytest.mark.slow
 def test_dreambooth_has_few_images_and_a_prior_that_the_attacked_model_drew(tmp_path):
     plain = make_context(tmp_path)
     context = make_context(tmp_path, prior=build_examples("unet", 6, seed=4))

@@ -95,6 +95,7 @@ def whole_graph(model, batches, steps, rate, ceiling):
     seed=st.integers(0, 3), steps=st.integers(1, 4), rate=st.sampled_from([1e-5, 1e-3, 3e-2]),
     ceiling=st.sampled_from([0.0, 0.9, 1.05, 30.0]),
 )
+@pytest.mark.slow
 def test_value_and_gradient_are_those_of_autograd_through_all_steps(seed, steps, rate, ceiling):
     model = build_denoiser("unet", seed=seed, dtype=torch.float64).train()
     attack, batches = attack_of(model, steps=steps, rate=rate, ceiling=ceiling)
@@ -233,6 +234,7 @@ def test_gradient_checkpointing_and_dropout_change_nothing(make_trainer):
         assert torch.allclose(saved[name], truth, rtol=1e-7, atol=1e-10), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"attacker_rank": 2}, {"trainable": "attention"}, {"trainable": "lora"}])
 def test_runs_resume_exactly(make_trainer, tmp_path, options):
     options = {**SECOND, "max_steps": 3, "save_steps": 2, "save_total_limit": 2, **options}
