@@ -120,7 +120,7 @@ def test_charts_have_names_and_descriptions(tmp_path):
     assert len(charts) == 1 + 5 + 2  # utility, five attacks that ran, two spectra
     for chart in charts:
         assert re.search(r'aria-label="[^"]+"', chart) and re.search(r"<desc>[^<]{20,}</desc>", chart)
-    curves = next(chart for chart in charts if "under gradient descent probe" in chart)
+    curves = next(chart for chart in charts if "under linear probe GD" in chart)
     assert "condition_number: 20% at step 0, 52% at step 2,000, mean of 3 seeds." in curves
     assert curves.count('class="line base"') == curves.count('class="line m1"') == 1
     assert curves.count('class="arrival base"') == 3 and "arrival m1" not in curves
