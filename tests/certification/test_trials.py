@@ -19,6 +19,7 @@ QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module
          "networks trained in bfloat16, some rows at a time")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CIRCUMSTANCES]
 )

@@ -51,6 +51,7 @@ def test_help_explains_every_option(name):
             assert option in done.stdout
 
 
+@pytest.mark.slow
 def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
     """immunize.py on a tiny base: refuses a wrong head, finishes, says so when asked again, never mixes two runs."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil

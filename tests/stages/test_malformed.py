@@ -558,6 +558,7 @@ def test_any_values_in_a_run_file_are_stages_or_one_error(tmp_path, told):
 @settings(max_examples=100, deadline=None)
 @given(name=st.sampled_from(["learning_rate", "max_steps", "objective", "strength", "horizon", "use_cpu", "sites",
                              "primary_labels", "split_seed", "weight", "ema_decay"]), value=WORDS)
+@pytest.mark.slow
 def test_any_value_of_an_option_is_taken_or_named(name, value):
     try:
         make_options(KINDS, NEEDED | {name: value}, "run.yaml")

@@ -57,6 +57,7 @@ def profiled(knowing, tmp_path_factory):
     return folder, profile_model(DIGITS, options), options
 
 
+@pytest.mark.slow
 def test_a_vit_that_knows_digits_shows_them_at_its_end_and_random_weights_do_not(profiled):
     folder, profile, _ = profiled
     assert profile == DepthProfile.read(folder / "profile.json")
@@ -97,6 +98,7 @@ def test_a_second_call_makes_no_run_again_and_ends_alike(profiled):
     assert again.model_copy(update={"provenance": profile.provenance}) == profile
 
 
+@pytest.mark.slow
 def test_init_writes_what_it_proposes_and_plan_says_so(profiled, knowing):
     folder, profile, _ = profiled
     told = profile.proposal
@@ -121,6 +123,7 @@ def test_init_writes_what_it_proposes_and_plan_says_so(profiled, knowing):
     profile.write(folder / "profile.json")
 
 
+@pytest.mark.slow
 def test_the_profile_of_another_model_is_not_used(profiled, digits_base, tmp_path):
     folder, profile, _ = profiled
     other = profile.model.model_copy(update={"weights": {"model.safetensors": "0" * 64}})

@@ -72,6 +72,7 @@ def attack(folder, make_pixels, tmp_path) -> list[AttackTrace]:
     return [AttackTrace.read(path) for path in sorted(tmp_path.glob("traces/*/*.json"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", TERMS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_gradient_is_the_formulas_and_what_is_saved_reloads_and_can_be_attacked(

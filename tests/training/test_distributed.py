@@ -69,6 +69,7 @@ def _uneven(rank: int, meeting: str, queue) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_with_different_numbers_of_rows_interleave_in_order(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()

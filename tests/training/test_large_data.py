@@ -303,6 +303,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_streams_as_one_does(runs):
     one, two = (load_file(runs / f"{processes}") for processes in (1, 2))
     for name, value in one.items():
