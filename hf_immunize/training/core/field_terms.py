@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_immunize.regularizers import alternate_within_classes
+from hf_immunize import regularizers
 from hf_immunize.training.core.measured import Rows, Term, TermSettings
 
 BANDWIDTHS = (0.5, 1.0, 2.0, 4.0)
@@ -86,9 +86,9 @@ def _noise(rows: Rows, _: TermSettings) -> Tensor:
 
 
 def _trap(rows: Rows, settings: TermSettings) -> Tensor:
-    alternate_within_classes(rows.labels.cpu())  # two classes of two rows, or its error
-    labels = rows.labels.to(rows.features.device)
-    return probe_trap(rows.features, labels, settings.harmful_classes or int(labels.max()) + 1)
+    regularizers.alternate_within_classes(rows.labels)  # two classes of two rows, or its error
+    classes = settings.harmful_classes or int(rows.labels.max()) + 1
+    return probe_trap(rows.features, rows.labels.to(rows.features.device), classes)
 
 
 REP_NOISE = Term("harmful_noise_mmd", "harmful", _noise)
