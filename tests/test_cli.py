@@ -50,7 +50,7 @@ def test_every_stage_is_a_verb_that_explains_its_options(verb):
     assert f"\n  {verb} " in shown
     done = run(verb, "--help")
     options = {"recipes": "--copy", "linear": "--data_dir", "cards": "--license", "pretrain": "--trainable_modules",
-               "init": "--harmful", "plan": "--json", "run": "--from", "fetch": "--source",
+               "profile": "--model_path", "init": "--harmful", "plan": "--json", "run": "--from", "fetch": "--source",
                "immunize": "--objective", "attack": "--tuning_seeds", "certify": "--recheck"}
     assert done.exit_code == 0 and options[verb] in done.output and f"usage: hf-immunize {verb}" in done.output
 
