@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from hf_immunize.attacks import Attack, AttackContext
-from hf_immunize.attacks.core.means import Means
 from hf_immunize.attacks.core.stored import holdings
 from hf_immunize.certification.plugins import attack_tables, refuse_other_code
 from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.exam.means import Means
 from hf_immunize.models import reads_images
 from hf_immunize.plugins import load_plugins
 from hf_immunize.records import AttackTrace

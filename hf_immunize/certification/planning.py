@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hf_immunize.attacks.core.means import Means
 from hf_immunize.certification.cells import Described
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol
+from hf_immunize.exam.means import Means
 from hf_immunize.exam.presets import CUSTOM, asked_budget, run_departures
 from hf_immunize.records import AttackTrace, Plan, PlannedAttack
 

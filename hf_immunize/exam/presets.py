@@ -56,6 +56,7 @@ def run_departures(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> l
     if table is None:
         return []
     found = [] if plan.threshold is None else ["a threshold given by hand"]
+    found += _other_means(traces)
     sides = {role: traces.get(role, ()) for role in ("subject", "control")}
     for item in (*plan.attacks, *plan.methods):
         if item.attack in table:
@@ -64,6 +65,13 @@ def run_departures(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> l
             found += [] if follows or not _runs_of(item, sides) else [
                 f"{item.attack} with effort that does not follow the base"]
     return found + _departing_references(plan, traces.get("nothing", ()), table)
+
+
+def _other_means(traces: Traces) -> list[str]:
+    """Fewer digits, or batch norms of parts of a batch: attackers may learn less. Checkpointing changes nothing."""
+    told = {(name, value) for runs in traces.values() for trace in runs
+            for name in ("precision", "micro_batch_size") if isinstance(value := trace.config.get(name), str | int)}
+    return [f"attackers with {name}={value}" for name, value in sorted(told, key=str)]
 
 
 def _departing_references(plan: Plan, runs: Sequence[AttackTrace], table: Mapping[str, Any]) -> list[str]:

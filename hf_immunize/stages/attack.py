@@ -26,11 +26,11 @@ from hf_immunize.attacks import (
     run_suite,
 )
 from hf_immunize.attacks.core.effort import Effort, Follow
-from hf_immunize.attacks.core.means import PRECISIONS, Means
 from hf_immunize.attacks.core.plan import describe_attacks, find_attack
 from hf_immunize.attacks.core.sharing import Share, leave_group
 from hf_immunize.errors import ConfigError
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, Protocol, find_protocol
+from hf_immunize.exam.means import PRECISIONS, Means
 from hf_immunize.hub import local_folder, working_folder
 from hf_immunize.models import reads_images
 from hf_immunize.options import option, required

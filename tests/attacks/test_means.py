@@ -12,11 +12,12 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, TrainingArguments
 
 from hf_immunize.attacks import ATTACKS, Run
-from hf_immunize.attacks.core.means import Means, products
+from hf_immunize.attacks.core.means import products
 from hf_immunize.attacks.core.parts import Parts
 from hf_immunize.attacks.vision import _finetune as engine
 from hf_immunize.data import ImagePixels
 from hf_immunize.errors import ConfigError, DeviceMemoryError, ModelError
+from hf_immunize.exam.means import Means
 
 CONFIG = ATTACKS["full_finetune"].config(learning_rate=0.1, steps=6, batch_size=12, optimizer="sgd")
 BOUND = 1e-6

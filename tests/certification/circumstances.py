@@ -11,10 +11,10 @@ from tiny_exam import SETTINGS, blobs
 from transformers import AutoModelForImageClassification
 
 from hf_immunize.attacks import ATTACKS, AttackContext, run_suite
-from hf_immunize.attacks.core.means import Means
 from hf_immunize.certification import build_certificate
 from hf_immunize.certification.bench import Bench
 from hf_immunize.exam import Protocol
+from hf_immunize.exam.means import Means
 
 STEPS = {"full_finetune": {"steps": (12,), "learning_rate": (1e-2,)}}
 LORA = {"lora": {"steps": (8,), "learning_rate": (1e-3, 1e-1), "rank": (2,)}}

@@ -8,11 +8,11 @@ import pytest
 from circumstances import CIRCUMSTANCES, DOES_NOT_APPLY, LORA, STEPS, Blobs, sit
 from tiny_exam import SETTINGS
 
-from hf_immunize.attacks.core.means import Means
 from hf_immunize.certification.curves import LEAST_SCORE, compare_trial
 from hf_immunize.certification.search import search_afresh
 from hf_immunize.certification.trials import certified_trials, draw_trials, repeat_trials, run_again
 from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.exam.means import Means
 from hf_immunize.records import AttackTrace, Certificate, Evaluation, sha256_file
 
 QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed", "an adapter",

@@ -59,6 +59,7 @@ def test_runs_as_the_preset_asks_for_them_do_not_depart():
     ("chosen seeds", "on the subject without the seed 5"), ("fewer rows", "on 10 % of each class, less than 80 %"),
     ("tuning", "compared on other seeds"), ("an invented reference", "is no attacker without the model"),
     ("a starved reference", "pixel_network learning_rate=0.001 with other settings"),
+    ("half precision", "attackers with precision=bf16"), ("parts", "attackers with micro_batch_size=2"),
     ("threshold", "a threshold given by hand"), ("a side", "full_finetune on the control without the trial"),
 ])
 def test_departures_are_named(how, told):
@@ -72,6 +73,10 @@ def test_departures_are_named(how, told):
         made["subject"] += [run.model_copy(update={"seed": 40}) for run in made["subject"]]
     elif how == "fewer rows":
         made = runs(attack_fraction=0.1)
+    elif how == "half precision":
+        made["control"] = runs(precision="bf16")["control"]
+    elif how == "parts":
+        made = runs(micro_batch_size=2)
     elif how == "tuning":
         made = runs(tuning_seeds=[3])
     elif "reference" in how:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from hf_immunize.attacks.core.means import Means
 from hf_immunize.errors import DeviceMemoryError, ModelError
+from hf_immunize.exam.means import Means
 from hf_immunize.features import block_names
 
 T = TypeVar("T")

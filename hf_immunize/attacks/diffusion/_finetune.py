@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.attacks.core.means import products
+from hf_immunize.attacks.core.means import autocast_of, products
 from hf_immunize.attacks.core.parts import Parts
 from hf_immunize.attacks.core.shape import Result, Run, evaluation_steps, setting
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
@@ -147,7 +147,7 @@ def _loss(context, model, drawn: _Drawn, config, place: slice) -> Tensor:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(drawn.seed + place.start)  # dropout
         noisy = process.noisy(latents, noise, levels)
-        with context.means.autocast(device.type):
+        with autocast_of(context.means, device.type):
             answer = context.denoiser.call(model, noisy, process.timesteps(levels), conditions)
         losses = denoising_losses(answer, process.target(latents, noise, levels))
         if config.min_snr_gamma is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.attacks.core.means import Means
+from hf_immunize.attacks.core.means import check_means
 from hf_immunize.attacks.core.shape import Role
 from hf_immunize.data.fingerprint import digest_pixels
 from hf_immunize.diffusion import (
@@ -32,6 +32,7 @@ from hf_immunize.diffusion import (
     load_pipeline,
 )
 from hf_immunize.errors import ConfigError, DataError
+from hf_immunize.exam.means import Means
 from hf_immunize.records import DatasetFingerprint, ModelFingerprint
 
 METRIC = f"{SCORE} on held-out concept images (1 - loss / energy; higher is better)"
@@ -84,7 +85,7 @@ class DiffusionAttackContext:
             raise ConfigError(f"expected role 'subject', 'control' or 'scratch', got {self.role!r}.")
         if not 0 < self.attack_fraction <= 1:
             raise ConfigError(f"expected attack_fraction in (0, 1], got {self.attack_fraction}.")
-        self.means.check(self.device)
+        check_means(self.means, self.device)
         if len({fingerprint.sha256 for fingerprint in self.data}) < len(self.data):
             raise DataError(
                 "expected different attack, validation and test splits, got one split twice: an attacker who trains "

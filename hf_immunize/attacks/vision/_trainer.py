@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_immunize.attacks.core.means import products
+from hf_immunize.attacks.core.means import autocast_of, products
 from hf_immunize.attacks.core.parts import Parts, part_of
 from hf_immunize.attacks.vision._optimizers import OPTIMIZERS
 from hf_immunize.attacks.vision.context import AttackContext
@@ -82,7 +82,7 @@ class AttackTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *rest: Any, **options: Any) -> Any:
         """The model's mean loss over the rows of a part, times the part's share of the batch."""
-        with self._context.means.autocast(self._context.device):
+        with autocast_of(self._context.means, self._context.device):
             loss = super().compute_loss(model, inputs, *rest, **options)
         return loss if self._share == 1 else loss * self._share
 

@@ -13,12 +13,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from hf_immunize.attacks.core.means import Means
+from hf_immunize.attacks.core.means import check_means
 from hf_immunize.attacks.core.parts import with_fewer
 from hf_immunize.attacks.core.shape import Role
 from hf_immunize.data import PixelDataset, batches, forward_rows
 from hf_immunize.data import fingerprint as fingerprint_rows
 from hf_immunize.errors import CaptureError, ConfigError, DataError, ModelError
+from hf_immunize.exam.means import Means
 from hf_immunize.features import extract_features, find_classifier, prefer_channels_last
 from hf_immunize.models import load_on_base, random_classifier
 from hf_immunize.records import DatasetFingerprint, ModelFingerprint, fingerprint_of, sha256_file, weight_files
@@ -81,7 +82,7 @@ class AttackContext:
             raise ConfigError(f"expected a role out of {', '.join(get_args(Role))}, got {self.role!r}.")
         if not 0 < self.attack_fraction <= 1:
             raise ConfigError(f"expected attack_fraction in (0, 1], got {self.attack_fraction}.")
-        self.means.check(self.device)
+        check_means(self.means, self.device)
         digests = [fingerprint.sha256 for fingerprint in self.data]
         if len(set(digests)) < len(digests):
             raise DataError(

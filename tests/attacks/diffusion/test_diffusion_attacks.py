@@ -9,13 +9,13 @@ from denoiser_builders import FAMILIES, build_denoiser, build_examples, build_sc
 from equality import depth, rounding
 
 from hf_immunize.attacks import Run, run_suite
-from hf_immunize.attacks.core.means import Means
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, METRIC, DiffusionAttackContext
 from hf_immunize.attacks.diffusion import context as module
 from hf_immunize.attacks.diffusion._finetune import judge
 from hf_immunize.attacks.diffusion.full_finetune import DiffusionFullFinetune
 from hf_immunize.attacks.diffusion.lora import DiffusionLora, adapted
 from hf_immunize.errors import DataError
+from hf_immunize.exam.means import Means
 from hf_immunize.metrics import steps_to_threshold
 from hf_immunize.records import AttackTrace
 
