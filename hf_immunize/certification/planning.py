@@ -45,11 +45,12 @@ def plan_exam(
 
 
 def _adapts(protocol: Protocol, name: str, traces: Mapping[str, Sequence[AttackTrace]]) -> bool:
-    """Whether an attack's effort follows the base: its preset says so, and it began with the preset's budget."""
-    runs = [trace.budget for trace in traces.get("control", ()) if trace.attack == name]
-    return (
-        protocol.adaptation is not None and bool(runs) and min(runs) == asked_budget(protocol.name, name)
-    )
+    """Whether an attack's effort follows the base: its preset says so, it began with the preset's budget, and nobody
+    asked that it stay there."""
+    runs = [trace for trace in traces.get("control", ()) if trace.attack == name]
+    if protocol.adaptation is None or not runs or any(trace.config.get("adapts") is False for trace in runs):
+        return False
+    return min(trace.budget for trace in runs) == asked_budget(protocol.name, name)
 
 
 def with_runs(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> Plan:

@@ -116,7 +116,8 @@ class AttackPlan:
     tuning: int | None
     protocol: Protocol = Protocol(attacks=(), seeds=())
     adapting: tuple[str, ...] = ()
-    """Attacks whose effort follows the base."""
+    """Attacks whose effort follows the base where ``follows``."""
+    follows: bool = True
 
     @classmethod
     def of(cls, options: AttackOptions, family: Family) -> AttackPlan:
@@ -134,9 +135,9 @@ class AttackPlan:
         settings = parse_settings([*said, *(options.settings or [])], table)
         trials = (protocol.trials if options.trials is None else options.trials) or None
         tuning = (protocol.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds) or None
-        follows = options.adapt and not benign
-        adapting = adapting_attacks(protocol, table, names, settings, trials) if follows else ()
-        return cls(table, names, options.seeds or list(protocol.seeds), settings, trials, tuning, protocol, adapting)
+        adapting = () if benign else adapting_attacks(protocol, table, names, settings, trials)
+        return cls(table, names, options.seeds or list(protocol.seeds), settings, trials, tuning, protocol, adapting,
+                   options.adapt)
 
     def count(self) -> int:
         """Runs that are made at least. Raises ConfigError for an attack that is not in the table."""
@@ -216,6 +217,8 @@ def _effort(plan: AttackPlan, options: AttackOptions, output: Path) -> tuple[Map
     """
     if not plan.adapting:
         return {}, None
+    if not plan.follows:
+        return dict.fromkeys(plan.adapting, Effort(follows=False)), None
     if options.role == "control":
         paths = sorted((output / "traces" / "nothing").glob("*.json"))
         return {}, OnBase(plan.protocol, plan.adapting, [AttackTrace.read(path) for path in paths])

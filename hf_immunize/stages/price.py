@@ -42,7 +42,7 @@ class Price:
             if is_searchable(attack):
                 steps += round(count * _mean(planned, "steps"))
                 images += round(count * sum(_images(run) for run in planned) / len(planned))
-        grows = plan.adapting and plan.protocol.adaptation
+        grows = plan.adapting and plan.follows and plan.protocol.adaptation
         return cls(runs, steps, images, plan.protocol.adaptation.most if grows else 1)
 
     def told(self, context: Any) -> str:

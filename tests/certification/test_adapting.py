@@ -199,3 +199,22 @@ def test_a_base_with_room_is_asked_for_nothing_more():
     base = side_of("control", (10, 12, 10), trial="learning_rate=0.1")
     assert budgets_of(base, LINES) == [1000]
     assert Effort().applied([]) == []
+
+
+def test_an_exam_whose_effort_stays_as_asked_is_judged_and_does_not_go_by_the_presets_name(tmp_path):
+    """The base's best rate lies at the edge, so an exam of the preset would go on; this one says that it does not."""
+    traces = {}
+    for role in ("control", "subject"):
+        table = {NAME: dataclasses.replace(ATTACKS[NAME], run=Formula(role).run)}
+        run_suite(Formula(role), table, [NAME], QUICK.seeds, tmp_path / role, SETTINGS, trials=QUICK.trials,
+                  tuning_seeds=QUICK.tuning_seeds, efforts={NAME: Effort(follows=False)})
+        found = sorted((tmp_path / role / "traces" / role).glob("*.json"))
+        traces[role] = [AttackTrace.read(path) for path in found]
+    kept, plan = judged(traces)
+    assert kept == traces and {run.budget for run in kept["control"]} == {120}
+    assert plan.protocol == "custom" and not any(one.adapts for one in plan.attacks)
+    silent = {role: [run.model_copy(update={"config": {key: value for key, value in run.config.items()
+                                                       if key != "adapts"}}) for run in found]
+              for role, found in traces.items()}
+    with pytest.raises(IncompleteExamError, match="effort follows the base"):
+        judged(silent)

@@ -40,15 +40,17 @@ class Effort:
         budget: steps of every run; None: those asked for.
         beyond: trials beyond the range.
         proposed: trials that a search proposes.
+        follows: whether what the base's runs say may change it; where not, every trace says so.
     """
 
     budget: int | None = None
     beyond: tuple[Beyond, ...] = ()
     proposed: tuple[Proposed, ...] = ()
+    follows: bool = True
 
     def applied(self, asked: Sequence[Run]) -> list[Run]:
         """The runs asked for with this effort."""
-        runs = [with_budget(run, self.budget) for run in asked]
+        runs = [dataclasses.replace(with_budget(run, self.budget), follows=self.follows) for run in asked]
         first = [run for run in runs if run.trial == runs[0].trial]
         runs += [_proposed_run(run, one) for one in self.proposed for run in first]
         for one in self.beyond:

@@ -30,6 +30,8 @@ class Run:
     """The how-manieth trial that a search proposed it is; 0: one that was drawn beforehand."""
     bars: tuple[tuple[int, float], ...] = ()
     """Steps, and the validation score below which the run is given up there."""
+    follows: bool = True
+    """Whether the attack's effort may follow the base, in an exam in which it does."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def trace_of(
         | ({"tuning_seeds": list(run.tuning)} if run.tuning else {})
         | ({"widened": run.widened} if run.widened else {})
         | ({"proposed": run.proposed} if run.proposed else {})
-        | ({"bars": [list(bar) for bar in run.bars]} if run.bars else {}),
+        | ({"bars": [list(bar) for bar in run.bars]} if run.bars else {})
+        | ({} if run.follows else {"adapts": False}),
         seed=run.seed,
         role=context.role,
         model=context.fingerprint,
