@@ -131,6 +131,11 @@ def fingerprint(folder: Path, name: str) -> ModelFingerprint:
     )
 
 
+def other_model(model: ModelFingerprint) -> ModelFingerprint:
+    """Another model of the same kind."""
+    return model.model_copy(update={"name": "another", "weights": dict.fromkeys(model.weights, "cd" * 32)})
+
+
 def dataset(role: str, source: str, labels: Sequence[str]) -> DatasetFingerprint:
     return DatasetFingerprint(
         source=source, role=role, rows=40 * len(labels), classes={label: 40 for label in labels}, sha256="ab" * 32

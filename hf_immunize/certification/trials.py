@@ -76,7 +76,7 @@ def repeat_trials(folder: str | Path, bench: Bench, count: int, seed: int) -> Re
     verdicts = judged_with(certificate, trials, again)
     before = {cell.attack: cell.verdict for cell in certificate.cells}
     return RecheckRecord(
-        certificate_sha256=sha256_file(folder / "certificate.json"), drawn_with=seed, drawn_from=len(trials),
+        certificate_sha256=sha256_file(folder / "certificate.json"), drawn_with=seed, drawn_from=len(at_hand),
         cells=len(certificate.cells), trials=repeated, verdicts=verdicts,
         overturned=[name for name, new in verdicts.items() if {before[name], new} == {"RESISTS", "FAILS"}],
         provenance=Provenance.here(bench.device),

@@ -57,6 +57,8 @@ def run_departures(plan: Plan, traces: Mapping[str, Sequence[AttackTrace]]) -> l
         return []
     found = [] if plan.threshold is None else ["a threshold given by hand"]
     found += _other_means(traces)
+    if traces.get("alternative"):  # it can only lift thresholds, and whoever checks does not have it
+        found.append("another public model beside the base")
     sides = {role: traces.get(role, ()) for role in ("subject", "control")}
     for item in (*plan.attacks, *plan.methods):
         if item.attack in table:

@@ -25,6 +25,17 @@ class UtilityGuardRecord(Part):
     returned_step: int
     """Optimizer step whose weights were returned."""
     history: list[dict[str, float]]
+    towards_last: float | None = None
+    """How far (0..1) the returned weights lie on the line from those of ``returned_step`` to the last ones; null: they
+    are those of the step."""
+
+    @property
+    def told_step(self) -> str:
+        """In words, which weights were returned."""
+        if self.towards_last is None:
+            return f"weights of step {self.returned_step}"
+        last = int(self.history[-1]["step"])
+        return f"weights {100 * self.towards_last:.0f} % of the way from step {self.returned_step} to step {last}"
 
 
 class OutcomeRecord(Part):

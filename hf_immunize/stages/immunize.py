@@ -90,8 +90,8 @@ def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
         record = defence.record(trainer, data=data, fingerprint=fingerprint_of(inputs), seconds=seconds)
         record.write(folder / "immunization.json")
         leave_finished(folder, defence.stage, inputs, [defence.index, "immunization.json"])
-        print(f"{folder}: {defence.told(record.guard)}, weights of step {record.guard.returned_step} of "
-              f"{record.steps}, {seconds:.0f} s")  # fmt: skip
+        print(f"{folder}: {defence.told(record.guard)}, {record.guard.told_step} of {record.steps}, "
+              f"{seconds:.0f} s")  # fmt: skip
     defence.leave(trainer)
     return trainer
 

@@ -64,6 +64,7 @@ class Exam:
                 if data is None:
                     (self.folder / name).unlink()
                 else:
+                    (self.folder / name).parent.mkdir(exist_ok=True)
                     (self.folder / name).write_bytes(data)
             (self.folder / "certificate.json").write_text(json.dumps(forged))
             yield

@@ -8,6 +8,7 @@ import datetime
 import json
 
 import pytest
+import record_builders as build
 from forging import Exam, remembering, sha256_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -304,6 +305,15 @@ def oracle(exam):
                                          about.model_copy(update={"attack": "oracle"})]))
 
 
+def alternatives(exam):
+    """Another public model, said to be nearly as good as the base: its runs are those of the base, a little worse."""
+    return added_runs(
+        exam, lambda trace: trace.model_copy(update={
+            "role": "alternative", "model": build.other_model(trace.model), "curve": [
+            point.model_copy(update={"validation": 0.9 * point.validation, "test": 0.9 * point.test})
+            for point in trace.curve]}), lambda trace: trace.role == "control" and trace.attack == "lora")
+
+
 def cut_short(trace):
     """A run whose last evaluations are gone, and with them what it reached."""
     if trace.attack != "lora" or len(trace.curve) < 4:
@@ -367,6 +377,7 @@ JUDGED = {
     "a name of its own": lambda exam: exam.judged(plan=plan_with(exam, protocol="gold standard")),
     "a measure of its own": renamed_measure, "losses for answers": losses_for_answers,
     "seeds that were lucky": lucky_seeds, "an attacker who knows it anyway": oracle,
+    "another public model": alternatives,
     "a budget cut short": lambda exam: exam.judged(cut_short), "runs that stopped": lambda exam: exam.judged(stopped),
     "a base that learns too well": lambda exam: exam.judged(beyond),
     "trials compared elsewhere": compared_elsewhere,

@@ -142,6 +142,28 @@ def test_whoever_makes_up_traces_and_answers_gets_whatever_verdict_these_give(pu
     assert verify_folder(published, rejudge=True).sound
 
 
+def test_whoever_names_another_public_model_as_what_attackers_have_lifts_thresholds(published):
+    path = published / "certificate.json"
+    certificate, more = Certificate.read(path), []
+    for name in certificate.traces:
+        trace = AttackTrace.read(published / name)
+        if trace.role == "control" and trace.attack == "lora":
+            more.append(trace.model_copy(update={"role": "alternative", "model": build.other_model(trace.model)}))
+    before = {cell.attack: cell.threshold for cell in certificate.cells}
+    for trace in more:
+        trace.write(published / "traces" / "alternative" / trace.file_name)
+    plan = certificate.plan.model_copy(update={"protocol": "custom"})
+    named = certificate.traces | {f"traces/alternative/{trace.file_name}": "" for trace in more}
+    certificate.model_copy(update={"traces": named}).write(path)
+    assert {cell.attack: cell.threshold for cell in invent(published, plan, change=lambda trace: trace).cells} != before
+    sealed_anew(published)
+    assert verify_folder(published, rejudge=True).sound
+    invent(published, certificate.plan, change=lambda trace: trace)
+    sealed_anew(published)
+    assert any("another public model beside the base" in item.message
+               for item in verify_folder(published, rejudge=True).findings if item.level == "fail")
+
+
 def test_spectra_and_similarities_rest_on_nothing_that_is_published(published):
     path = published / "certificate.json"
     certificate = Certificate.read(path)

@@ -50,6 +50,16 @@ def test_the_default_is_release_and_of_a_network_with_or_without_batch_norm_it_a
         prepare(folder)
 
 
+def test_what_is_set_aside_excuses_no_missing_attackers_without_the_model(tmp_path):
+    """An attack of who holds the base FAILS and is set aside: then the overall verdict is FAILS for two reasons."""
+    folder = preset_exam(tmp_path, PROTOCOLS["standard"], breaks=NEEDS_BASE, skipped=())
+    assert verify_folder(folder, policy=Policy()).ok
+    found = verify_folder(without_references(folder), policy=Policy())
+    assert [item.message for item in found.findings if item.level == "policy"] == [
+        "the policy asks for RESISTS overall, the certificate says FAILS, although every attack was held off: utility, "
+        "trainability or attackers without the model are missing."]
+
+
 def test_an_exam_that_is_not_the_standard_one_is_not_released_but_may_be_shown(tmp_path):
     folder = certified(tmp_path)
     asked = dataclasses.replace(Policy(), rejudged=False)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.core.guarded import GuardedRun
 
 
 def weight(value: float) -> nn.Module:
@@ -148,3 +149,71 @@ def test_the_trainer_tells_the_guard_how_much_of_the_run_is_ahead(make_trainer, 
     monkeypatch.setattr(UtilityGuard, "observe", listen)
     make_trainer(evaluation=make_pixels(12), max_primary_drop=1.0, eval_steps=1, max_steps=4).train()
     assert told == [(1, 0.75), (2, 0.5), (3, 0.25), (4, 0.0)]
+
+
+class Line:
+    """A run whose weight is its step; every unit beyond ``free`` costs a tenth of a point."""
+
+    factor, free = 1.0, 10.0
+
+    def __init__(self, allowed=1.0, free=10.0):
+        self.model, self.free, self.asked = weight(0.0), free, []
+        self.guard = UtilityGuard(allowed, "accuracy", 8.0)
+        self.guard.base = 90.0
+        self.run = GuardedRun(self.guard, self, self, self.model, "max_primary_drop=1.0")
+
+    def progress(self):
+        return -self.at
+
+    @property
+    def at(self):
+        return float(self.model.weight)
+
+    def measure(self, what="eval"):
+        self.asked.append(what)
+        return 90.0 - 0.1 * max(self.at - self.free, 0.0)
+
+    def train(self, *steps):
+        for step in steps:
+            nn.init.constant_(self.model.weight, step)
+            self.run.check(step, self.measure(), last=steps[-1])
+        self.asked.clear()
+        return self.run.finish(self.measure)
+
+
+def test_the_allowance_is_used_up_between_two_evaluations():
+    """Step 10 costs nothing, step 40 three points, step 20 is where one point ends: kept is what lies just before."""
+    line = Line()
+    record = line.train(10, 40)
+    assert (record.returned_step, record.held) == (10, True) and 0 < record.allowed - record.drop < 30 / 32 / 10
+    assert line.at == 10 + 30 * record.towards_last == pytest.approx(20, abs=30 / 32)
+    assert line.asked == ["between"] * 5 + ["final"]
+    assert record.told_step == f"weights {100 * record.towards_last:.0f} % of the way from step 10 to step 40"
+
+
+def test_where_no_evaluation_held_the_line_begins_before_immunization():
+    record = (line := Line()).train(30, 40)
+    assert (record.returned_step, record.held) == (0, True) and line.at == 40 * record.towards_last <= 20
+
+
+@pytest.mark.parametrize("steps, allowed, free, kept", [
+    ((10, 15), 1.0, 10.0, 15), ((5, 10), 1.0, 100.0, 10), ((20, 10), 0.0, 10.0, 10), ((40,), 0.0, 0.0, 0),
+])
+def test_weights_of_one_evaluation_are_returned_where_the_last_is_allowed_or_nothing_beyond_is(
+    steps, allowed, free, kept
+):
+    record = (line := Line(allowed, free)).train(*steps)
+    assert record.towards_last is None and (record.returned_step, line.at) == (kept, kept)
+    assert record.told_step == f"weights of step {kept}"
+
+
+def test_a_counter_is_not_interpolated_and_a_running_mean_is():
+    norm = nn.BatchNorm1d(1)
+    guard = UtilityGuard(1.0, "accuracy", 8.0)
+    guard.base = 90.0
+    run = GuardedRun(guard, Line(), Line(), norm, "max_primary_drop=1.0")
+    with torch.no_grad():
+        norm(torch.full((4, 1), 2.0))
+    guard.observe(1, 0.0, -1.0, 1.0, norm)
+    record = run.finish(lambda what: 90.0 - 8 * float(norm.running_mean))
+    assert norm.num_batches_tracked == 1 and float(norm.running_mean) == pytest.approx(0.2 * record.towards_last)

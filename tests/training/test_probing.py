@@ -45,6 +45,7 @@ def test_what_is_measured_arrives_in_an_event_file(tmp_path, make_vit, make_pixe
         harmful_eval_dataset=make_pixels(48, seed=2), eval_dataset=make_pixels(24, seed=3),
     )
     trainer.train()
+    assert len(list((tmp_path / "events").rglob("events*"))) == 1, "what is logged in the end goes there too"
     drawn = scalars(tmp_path / "events")
     assert set(drawn["train/harmful_probe"]) == {0, 3, 6} and set(drawn["train/harmful_adversary_r2"]) == {2, 4, 6}
     assert drawn["train/harmful_probe"][0] == pytest.approx(trainer.outcome.probe_before, abs=1e-6)

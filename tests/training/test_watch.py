@@ -104,7 +104,7 @@ def test_why_nothing_is_returned_is_said_as_it_was(make_trainer, make_vit, make_
         optimizer.step()
     trainer = make_trainer(
         model=model, primary=primary, evaluation=primary, strength=1e4, weight="auto", objective="ill_only",
-        learning_rate=0.3, max_primary_drop=0.0, eval_steps=1, max_steps=3,
+        learning_rate=30.0, max_primary_drop=0.0, eval_steps=1, max_steps=3,
     )
     with caplog.at_level("WARNING", logger="hf_immunize.training.core.guarded"):
         trainer.train()

@@ -393,7 +393,7 @@ class DiffusionImmunizationTrainer:
         if self.average is not None:
             self.average.copy_to(self.bare)
         if self._guarded.on:
-            self.guard_record = self._guarded.finish(self._points)
+            self.guard_record = self._guarded.finish(lambda what: self._points())
         merged = self.args.trainable_modules == "lora" and self.args.merge_lora
         if merged:
             self.merge_rounding = merge_factors(self.bare)

@@ -1,4 +1,4 @@
-"""What has to happen after every optimizer step."""
+"""What has to happen after every optimizer step, and after the last one."""
 
 from __future__ import annotations
 
@@ -35,3 +35,17 @@ class Watching(TrainerCallback):
         self._meter.end_step()
         if self._watch.is_due:
             self._watch.settle()
+
+
+class Ending(TrainerCallback):
+    """Chooses and judges the weights while trackers still listen: theirs comes after this one, and closes their files.
+
+    TensorBoard's would open a second file for what is logged later, of the same name within one second.
+    """
+
+    def __init__(self, finish: Callable[[], None]):
+        self._finish = finish
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before any other callback."""
+        self._finish()

@@ -41,7 +41,7 @@ from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.before import measure_references, measure_temperature
 from hf_immunize.training.vision.caching import cache_of, with_cached_images, with_cached_rows
-from hf_immunize.training.vision.callbacks import Averaging, Watching
+from hf_immunize.training.vision.callbacks import Averaging, Ending, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer
 from hf_immunize.training.vision.checks import check_data, check_unlabelled, head_of, matched, refuse_streams
 from hf_immunize.training.vision.collators import UnmixedCollator, collate_with_labels
@@ -245,6 +245,7 @@ class ImmunizationTrainer(StrictTrainer):
         parts |= {"temperature": self.temperature} if args.distillation else {}
         self.checkpoint_state = CheckpointState(parts, self.guard, self.watch)
         self.add_callback(Watching(self.watch, self.meter))
+        self.callback_handler.callbacks.insert(0, Ending(self._finish))
         if self.average:
             self.add_callback(Averaging(self.average, lambda: self.bare))
 
@@ -337,9 +338,7 @@ class ImmunizationTrainer(StrictTrainer):
                 if self.args.distillation:
                     self._measure_temperature()
                 set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._finish()
-        return output
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
@@ -487,7 +486,7 @@ class ImmunizationTrainer(StrictTrainer):
             if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
                 self.log(self._checked(self.evaluate()))
             self.guard_record = self.guarded.finish(
-                lambda: self._points(self.evaluate(metric_key_prefix="final"), "final")
+                lambda what: self._points(self.evaluate(metric_key_prefix=what), what)
             )
             self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})
         self.outcome = self._outcome_meter.record(self.bare)
