@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from hf_immunize.cli import app  # noqa: E402
 from hf_immunize.commands.app import STAGES  # noqa: E402
 from hf_immunize.records import Certificate  # noqa: E402
 
-COMMANDS = ("publish", "verify", "card", "show", "report", "diff", "keygen", "compare", "leaderboard")
+COMMANDS = ("publish", "verify", "recheck", "card", "show", "report", "diff", "keygen", "compare", "leaderboard")
 
 
 def run(*arguments):
@@ -252,3 +253,13 @@ def test_a_policy_for_a_complete_exam(tmp_path):
     assert done.exit_code == 4 and "not run: reset_last_blocks" in " ".join(done.output.split())
     (tmp_path / "policy.yaml").write_text("start_from: research\nrejudged: false\ncomplete_exam: false")
     assert run("verify", folder, "--policy", tmp_path / "policy.yaml").exit_code == 0
+
+
+def test_help_takes_a_blink():
+    """0.3 s of CPU at most, in a process of its own: nothing heavy is imported to explain the commands."""
+    code = ("import sys, time; sys.argv = ['hf-immunize', '--help']\nfrom hf_immunize.cli import app\n"
+            "try:\n    app()\nexcept SystemExit:\n    pass\n"
+            "heavy = {'torch', 'transformers', 'diffusers', 'huggingface_hub', 'pydantic', 'PIL'} & set(sys.modules)\n"
+            "print('heavy', sorted(heavy), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "immunize" in done.stdout and "heavy []" in done.stderr

@@ -75,7 +75,9 @@ def verify(
     wanted = None if policy is None else Policy.read(policy)
     folder, found = verify_model(target, policy=wanted, revision=revision, trusted_key=trusted_key,
                                  checker_keys=checker_key or (), rejudge=rejudge)
-    if base is not None:
+    if base is None and not (recheck or reattack):  # which compare it with the base that the card names
+        found = found.without_control()
+    elif base is not None:
         from hf_immunize.hub.control import check_control  # which asks the Hub; most who verify have files alone
 
         found = check_control(found, base)
@@ -100,6 +102,24 @@ def verify(
         say(findings_table(found))
     if not found.ok:
         raise typer.Exit(UNMET if found.sound else UNSOUND)
+
+
+@app.command(epilog="""Examples:\n
+    hf-immunize recheck runs/digits-vit/condition_number --base runs/digits-vit/base
+    --task recipes/digits-vit/task.yaml\n
+    hf-immunize recheck owner/model --trials 5 --record ./records""")
+def recheck(
+    target: Target, trials: Annotated[int, typer.Option(help="How many.", min=1)] = 3, base: Base = None,
+    task: TaskFile = None, revision: Revision = None, trusted_key: TrustedKey = None, rejudge: Rejudge = False,
+    reattack: ReattackCount = 0, recheck_seed: Seed = None, record: RecordFolder = None, sign_key: SignKey = None,
+    device: Device = "cpu", as_json: Json = False,
+) -> None:
+    """Make random trials of a certified exam again, and compare: the same as verify --recheck."""
+    verify(
+        target, revision=revision, trusted_key=trusted_key, rejudge=rejudge, recheck=trials, reattack=reattack,
+        base=base, task=task, recheck_seed=recheck_seed, record=record, sign_key=sign_key, device=device,
+        as_json=as_json,
+    )
 
 
 def _again(folder: Path, found: Any, into: Path | None, key: Path | None, **how: Any) -> Any:

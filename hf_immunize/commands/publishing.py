@@ -81,6 +81,9 @@ def _tell(done: Any) -> None:
         say(f"Dry run: {len(done.files)} files would go to {done.repo_id}; nothing was sent.")
         return
     say(f"Published: {done.pull_request or done.url}")
+    if not done.control_compared:
+        say("The certificate's control was not compared with the base that the card names, which could not be read or "
+            "is not on the Hub: whoever checks has to (hf-immunize verify --base).")
     if not done.confirmed:
         say(f"The commit stands, but could not be read back: run hf-immunize verify {done.repo_id} "
                f"--revision {done.revision}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from hf_immunize.errors import VerificationError
 from hf_immunize.hub.levels import Trust
+from hf_immunize.hub.names import CERTIFICATE
 from hf_immunize.records import Certificate
 from hf_immunize.report.text import clean
 
@@ -81,6 +82,15 @@ class Verification:
     def ok(self) -> bool:
         """The files are what the certificate says, and the policy accepts what it says."""
         return not any(finding.level in ("fail", "policy") for finding in self.findings)
+
+    def without_control(self) -> Verification:
+        """The same with a note that nobody compared the certificate's control with the base that it stands for."""
+        if self.certificate is None:
+            return self
+        named = Findings()
+        named.note("control", CERTIFICATE, f"its control, called {self.certificate.control.name}, was compared with no "
+                   "model: --base FOLDER_OR_ID, the public model that this one was made from, does that.")
+        return replace(self, findings=(*self.findings, *named.found))
 
     def require(self) -> Verification:
         """Self, or VerificationError that lists every failure."""

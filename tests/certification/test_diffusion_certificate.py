@@ -21,6 +21,7 @@ from hf_immunize.certification.diffusion import (
 )
 from hf_immunize.certification.drawings import Drawer, RetainedDrawings
 from hf_immunize.certification.primary_rows import judge_utility
+from hf_immunize.certification.search import search_afresh
 from hf_immunize.certification.trials import repeat_trials
 from hf_immunize.certification.uplift import score_before
 from hf_immunize.diffusion import SCORE, DenoisingExam, NoiseProcess, denoiser_of, split_grid, to_images
@@ -220,6 +221,17 @@ def test_a_pipelines_trials_come_out_again_and_made_up_curves_do_not(folders):
     assert not again.holds and again.refuted == ["diffusion_full_finetune"]
     with pytest.raises(RecordError, match="rows that the certificate names"):
         repeat_trials(subject, Bench(subject, base, Concepts(exam, turned=True)), 4, 0)
+
+
+def test_a_pipeline_is_attacked_afresh_with_settings_and_seeds_of_ones_own(folders):
+    base, subject, exam = folders
+    certificate = build_diffusion_certificate(subject, base, exam, PROTOCOL)
+    certificate.write(subject / "certificate.json")
+    bench = Bench(subject, base, Concepts(exam))
+    (found,) = search_afresh(subject, bench, 1, 3)
+    assert [found] == search_afresh(subject, bench, 1, 3) != search_afresh(subject, bench, 1, 4)
+    assert found.attack == "diffusion_full_finetune" and found.seed >= 10_000 and found.accuracy is not None
+    assert found.certified in {cell.verdict for cell in certificate.cells if cell.subject} and "learning_rate=" in found.settings
 
 
 def test_an_attack_on_one_side_alone_and_the_fewest_seeds_are_told(folders):
