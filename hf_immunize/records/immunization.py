@@ -59,6 +59,9 @@ class OutcomeRecord(Part):
     """The same in one line."""
     probe_metric: Literal["accuracy", "r2"] | None = "accuracy"
     """Null without a probe."""
+    loss_before: float | None = None
+    """Mean denoising loss of a pipeline on these images before training; null for classifiers."""
+    loss_after: float | None = None
 
 
 class ImmunizationRecord(Record):

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_immunize.errors import ConfigError
+from hf_immunize.errors import ConfigError, NotImmunizedError
 from hf_immunize.hub import local_folder
 from hf_immunize.models import refuse_folder
 from hf_immunize.options import option, required
-from hf_immunize.records import HubSource, finish_run, weight_files
+from hf_immunize.records import HubSource, OutcomeRecord, finish_run, weight_files
 
 
 @dataclass
@@ -22,7 +22,7 @@ class ImmunizeOptions:
     """Which model to immunize."""
 
     ONLY: ClassVar[dict[str, str]] = {
-        "from_scratch": "classifier", "trust_remote_code": "classifier", "require": "classifier",
+        "from_scratch": "classifier", "trust_remote_code": "classifier",
         "base_precision": "pipeline",
     }  # fmt: skip
 
@@ -32,8 +32,8 @@ class ImmunizeOptions:
                                 "and processor are read.")
     base_revision: str | None = option(None, "Branch, tag or commit of a base on the Hub.")
     trust_remote_code: bool = option(False, "Classifiers: run model code that comes with the model.")
-    require: bool = option(False, "Classifiers: leave with an error unless the last line says IMMUNIZED; model and "
-                           "record are written.")
+    require: bool = option(False, "Leave with an error unless the last line says IMMUNIZED; model and record are "
+                           "written.")
     base_precision: str = option("float32", "Pipelines: precision of the denoiser's weights in memory: float32, or "
                                  "bfloat16 where trainable_modules=lora leaves them as they are.")
     dry_run: bool = option(False, "Print what the run would need in memory, from the config alone, and leave.")
@@ -46,6 +46,13 @@ class ImmunizeOptions:
     def denoiser_dtype(self) -> torch.dtype:
         """``base_precision`` as torch calls it."""
         return torch.bfloat16 if self.base_precision == "bfloat16" else torch.float32
+
+
+def require_outcome(options: ImmunizeOptions, outcome: OutcomeRecord | None) -> None:
+    """Raise NotImmunizedError where ``require`` asks for an immunized model and there is none."""
+    if options.require and (outcome is None or not outcome.immunized):
+        told = outcome.told if outcome else "harmful rows do not allow a look"
+        raise NotImmunizedError(f"expected an immunized model, as asked for by require, got {told}")
 
 
 def fetch_base(options: ImmunizeOptions) -> tuple[Path, HubSource | None]:

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import set_seed
 
 from hf_immunize.data import PROBE_SPLIT, PixelDataset, TaskArguments, describe_source, for_model, names_classes
-from hf_immunize.errors import ConfigError, ModelError, NotImmunizedError
+from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.models import label_maps, load_classifier, load_processor, random_classifier
 from hf_immunize.records import ImmunizationRecord, ModelFingerprint
-from hf_immunize.stages.base import ImmunizeOptions, fetch_base
+from hf_immunize.stages.base import ImmunizeOptions, fetch_base, require_outcome
 from hf_immunize.tasks import ClassesTask
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.vision.checkpoints import scientific_options
@@ -77,9 +77,7 @@ class ClassifierDefence:
     def leave(self, trainer: ImmunizationTrainer) -> None:
         """Meet the other processes. Raises NotImmunizedError where ``require`` is not met."""
         trainer.accelerator.wait_for_everyone()
-        if self._options.require and (trainer.outcome is None or not trainer.outcome.immunized):
-            told = trainer.outcome.told if trainer.outcome else "harmful rows do not allow a probe"
-            raise NotImmunizedError(f"expected an immunized model, as asked for by require, got {told}")
+        require_outcome(self._options, trainer.outcome)
 
 
 def _refuse_base_options(args: ImmunizationConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from hf_immunize.data import describe_source
+from hf_immunize.data import PROBE_SPLIT, describe_source, parse_fractions
 from hf_immunize.diffusion import (
     LatentDataset,
     component_of,
@@ -21,7 +21,7 @@ from hf_immunize.diffusion import (
 )
 from hf_immunize.errors import ConfigError
 from hf_immunize.records import ImmunizationRecord, ModelFingerprint, Provenance, atomic_write
-from hf_immunize.stages.base import ImmunizeOptions, fetch_base
+from hf_immunize.stages.base import ImmunizeOptions, fetch_base, require_outcome
 from hf_immunize.tasks import family_of
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 from hf_immunize.training.diffusion.config import scientific_options
@@ -40,6 +40,7 @@ class PipelineDefence:
                 "itself and save_lora_adapter."
             )
         self._pipeline, self._args = load_pipeline(folder, denoiser_dtype=options.denoiser_dtype), args
+        self._options, self._splits = options, arguments.concept_splits
         self.task = family_of(arguments).make(arguments, self._pipeline)
         self._model = getattr(self._pipeline, component_of(self._pipeline))
         self.base = self._fingerprint(folder, describe_source(options.base_path), source)
@@ -56,7 +57,13 @@ class PipelineDefence:
         return DiffusionImmunizationTrainer(
             self._model, self._pipeline.scheduler, self._args, train_dataset=train, harmful_dataset=defense,
             eval_dataset=validation, validate=self._painter(validation, defense),
+            harmful_eval_dataset=self._held_out(),
         )  # fmt: skip
+
+    def _held_out(self) -> LatentDataset | None:
+        """Images of the concept that are not trained on: the split ``probe``, where there is one."""
+        named = PROBE_SPLIT in parse_fractions(self._splits)
+        return self.task.examples("harmful", PROBE_SPLIT) if named else None
 
     def _painter(self, *shown: LatentDataset) -> Callable[[Any, int], None]:
         """Draws retained classes and the concept from one seed into ``validation/step-N.png``."""
@@ -88,7 +95,7 @@ class PipelineDefence:
         assert guard is not None, "training has ended"
         return ImmunizationRecord(
             model=self._fingerprint(folder, folder.name), base=self.base, config=self.options_told,
-            seeds={"seed": self._args.seed}, spectra={}, guard=guard, steps=trainer.step,
+            seeds={"seed": self._args.seed}, spectra={}, guard=guard, steps=trainer.step, outcome=trainer.outcome,
             provenance=Provenance.here(str(trainer.accelerator.device)), **known,
         )  # fmt: skip
 
@@ -97,4 +104,5 @@ class PipelineDefence:
         return f"retain denoising loss {guard.drop:+.2f} (100 ln of its factor)"
 
     def leave(self, trainer: DiffusionImmunizationTrainer) -> None:
-        """Nothing is left to do."""
+        """Raises NotImmunizedError where ``require`` is not met."""
+        require_outcome(self._options, trainer.outcome)

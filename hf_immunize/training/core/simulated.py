@@ -80,6 +80,19 @@ class SimulatedAttack:
         self._optimizer = optimizer if self._goes_on else None
         return value, self._attacker.by_name(total)
 
+    def value(self, model: nn.Module) -> Tensor:
+        """H at a model, of an attacker who begins anew with the rows and draws of step 0; one that goes on stays."""
+        kept, goes_on = self._optimizer, self._goes_on
+        factors = [factor.detach().clone() for factor in self._attacker.factors]
+        self._optimizer, self._goes_on = None, False
+        try:
+            return self.gradient(model, 0)[0]
+        finally:
+            self._optimizer, self._goes_on = kept, goes_on
+            with torch.no_grad():
+                for factor, before in zip(self._attacker.factors, factors, strict=True):
+                    factor.copy_(before)
+
     def to(self, device: torch.device) -> None:
         """Move what the attacker holds."""
         self._attacker.model.to(device)

@@ -111,7 +111,7 @@ class WeightTerms:
         was_training = model.training
         model.train()
         try:
-            return {name: float(objective.gradient(model, 0)[0]) for name, objective in self.objectives.items()}
+            return {name: float(_value(objective, model)) for name, objective in self.objectives.items()}
         finally:
             model.train(was_training)
 
@@ -131,6 +131,12 @@ class WeightTerms:
         self.weights.load_state(under("weights:"))
         for term, objective in self.objectives.items():
             objective.load_state(under(f"{term}:"))
+
+
+def _value(objective: WeightObjective, model: nn.Module) -> Tensor:
+    """The value alone; an objective that goes on from step to step has a way to look that changes nothing."""
+    looked: Callable[[nn.Module], Tensor] | None = getattr(objective, "value", None)
+    return objective.gradient(model, 0)[0] if looked is None else looked(model)
 
 
 def _norm(gradients: Any) -> Tensor:

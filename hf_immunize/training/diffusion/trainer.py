@@ -29,7 +29,7 @@ from hf_immunize.diffusion import (
 from hf_immunize.errors import ConfigError, TrainingDivergedError
 from hf_immunize.features import capture_inputs
 from hf_immunize.models import DIVERGED, refuse_non_finite
-from hf_immunize.records import UtilityGuardRecord
+from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
 from hf_immunize.training.core.average import WeightAverage
 from hf_immunize.training.core.changing import ChangingPart
 from hf_immunize.training.core.distributed import world
@@ -58,6 +58,7 @@ from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, s
 from hf_immunize.training.diffusion.draws import share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import NOTABLE, merge_factors, told_rounding
 from hf_immunize.training.diffusion.optimizers import optimizer_of, weights_to_judge
+from hf_immunize.training.diffusion.outcome import MOST_ROWS, ConceptOutcome
 from hf_immunize.training.diffusion.references import WrongTargetGradients, wrong_targets
 from hf_immunize.training.diffusion.setup import (
     Streams,
@@ -89,6 +90,8 @@ class DiffusionImmunizationTrainer:
         train_dataset: rows of what the model keeps.
         harmful_dataset: rows of the concept, those that the defender has.
         eval_dataset: held-out retain rows for the guard.
+        harmful_eval_dataset: rows of the concept that are not trained on, by which ``outcome`` says whether it worked;
+            those of ``harmful_dataset`` without them.
         validate: called with the bare model and the step every ``validation_steps``, e.g. to draw images with a fixed
             seed; on the main process only, in evaluation mode.
         before_update: called with this trainer after each step's gradients are complete.
@@ -106,6 +109,7 @@ class DiffusionImmunizationTrainer:
         train_dataset: LatentDataset,
         harmful_dataset: LatentDataset,
         eval_dataset: LatentDataset | None = None,
+        harmful_eval_dataset: LatentDataset | None = None,
         validate: Callable[[nn.Module, int], None] | None = None,
         before_update: Callable[[DiffusionImmunizationTrainer], None] | None = None,
     ):
@@ -116,6 +120,8 @@ class DiffusionImmunizationTrainer:
         self._rows = {"train_dataset": train_dataset, "harmful_dataset": harmful_dataset, "eval_dataset": eval_dataset}
         with fits_memory("model, optimizer and the copies that the objective needs", _LARGER):
             self._build(model, train_dataset, harmful_dataset, eval_dataset)
+            self._outcome_meter = self._make_outcome(harmful_dataset, harmful_eval_dataset)
+        self.outcome: OutcomeRecord | None = None
         self.step = 0
         self.merge_rounding = 0.0
         """Share of the LoRA update that merging into narrower weights took."""
@@ -161,9 +167,26 @@ class DiffusionImmunizationTrainer:
         self.guard = UtilityGuard(allowed, GUARD_METRIC, self.args.max_strength_factor)
         self._guarded = GuardedRun(self.guard, self.watch, self.terms, self.changing, f"max_primary_drop={drop}")
         self.guard_record: UtilityGuardRecord | None = None
-        told: dict[str, Any] = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
-        self._exam = DenoisingExam(self.process, evaluation, **told) if evaluation is not None else None
-        self._concept_exam = DenoisingExam(self.process, harmful, **told)
+        self._asking: dict[str, Any] = {"seed": self.args.seed, "batch_size": self.args.eval_batch_size}
+        self._exam = DenoisingExam(self.process, evaluation, **self._asking) if evaluation is not None else None
+        self._concept_exam = DenoisingExam(self.process, harmful, **self._asking)
+
+    def _make_outcome(self, harmful: LatentDataset, held: LatentDataset | None) -> ConceptOutcome:
+        """Whether it worked, on images that training does not see where there are such."""
+        args, judged, objective = self.args, harmful if held is None else held, self.terms.objective
+        low, high = args.level_range
+        size = min(args.per_device_harmful_batch_size, len(judged))
+        stream = NoisyStream(judged, self.process, size, seed=args.seed, name="outcome", low=low, high=high)
+        count = -(-min(MOST_ROWS, 4 * len(judged)) // size)
+        weights = {} if objective is None else objective.weights
+        return ConceptOutcome(
+            self.denoiser, lambda: [self._batch(stream, micro) for micro in range(count)],
+            DenoisingExam(self.process, judged, **self._asking), len(judged),
+            held_out=held is not None, terms=named_terms(args),
+            settings=None if objective is None else objective.settings,
+            sites={site: (weights[site].site_share, self.layouts[site]) for site in weights},
+            on_weights=self.terms.weight_terms.values if self.terms.weight_terms else None,
+        )
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -215,6 +238,9 @@ class DiffusionImmunizationTrainer:
         return self.log_history
 
     def _run_loop(self, resume_from_checkpoint: str | Path | None) -> None:
+        self._set_ceilings()
+        with self.accelerator.autocast():
+            self._outcome_meter.start(self.bare)  # the model is θ₀ until a checkpoint is loaded
         if resume_from_checkpoint:
             self._load(Path(resume_from_checkpoint))
         else:
@@ -322,13 +348,15 @@ class DiffusionImmunizationTrainer:
 
     # ---- measuring before, between and after ----------------------------------------------------------------------
 
-    def _measure_base(self) -> None:
-        if self._exam is not None:
-            self.guard.base = self._points()
+    def _set_ceilings(self) -> None:
         if self.terms.weight_terms is not None:
             loss = self._concept_exam.ask(self.denoiser, self.bare).loss
             for objective in self.terms.weight_terms.objectives.values():
                 objective.ceiling = self.args.attacker_ceiling * loss
+
+    def _measure_base(self) -> None:
+        if self._exam is not None:
+            self.guard.base = self._points()
         found: dict[str, list[Tensor]] = {}
         for step in range(_REFERENCE_BATCHES):
             gradients = WrongTargetGradients(self.denoiser, self.bare, self.layouts)
@@ -396,6 +424,10 @@ class DiffusionImmunizationTrainer:
             self.average.copy_to(self.bare)
         if self._guarded.on:
             self.guard_record = self._guarded.finish(lambda what: self._points())
+        with self.accelerator.autocast():
+            self.outcome = self._outcome_meter.record(self.bare)
+        if self.outcome is not None:
+            self.accelerator.print(self.outcome.told)
         merged = self.args.trainable_modules == "lora" and self.args.merge_lora
         if merged:
             self.merge_rounding = merge_factors(self.bare)

@@ -17,9 +17,9 @@ from hf_immunize.features import Captured
 from hf_immunize.linalg import ridge_accuracies, ridge_r_squared, to_double
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.regularizers import alternate_within_classes
+from hf_immunize.training.core.outcome import achieved, lowered, shown
 from hf_immunize.training.core.registry import AnyTerm, on_features
 from hf_immunize.training.core.terms import Rows, TermSettings
-from hf_immunize.training.core.weight_terms import WeightTerm
 from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
 
 _HORIZONS = tuple(10.0**power for power in range(9))
@@ -27,12 +27,6 @@ _MOST_ROWS = 2048
 _BATCH = 32
 _LOST = 0.5
 """Share of the probe's gain over chance that has to be gone."""
-
-
-_NOTICED = 0.05
-_ON_WEIGHTS = "Whom a term on weights alone holds up is for the exam to say."
-_OWN = "Whom a term of your own holds up is for the exam to say."
-_SIMULATED = "It holds up the attacker that was simulated; a probe in closed form is another one."
 
 
 @dataclass(frozen=True)
@@ -230,34 +224,16 @@ def judge(
     An objective against probes in closed form is to take the probe at least half of its gain over chance. One that
     conditions features, or simulates an attacker, is to lower its terms; the line says whom that does not stop.
     """
-    lower = sum(_gained(term, before.terms[term.name], after.terms[term.name]) for term in terms) > 0
+    lower = lowered(terms, before.terms, after.terms)
     telling = any(term.stops_closed_form for term in terms)
     immunized = lower and (_lost(before.probe, after.probe, chance) >= _LOST if telling else True)
-    names = ", ".join(f"{term.name} {before.terms[term.name]:.3g} -> {after.terms[term.name]:.3g}" for term in terms)
     told = (
-        f"{'IMMUNIZED' if immunized else 'NOT IMMUNIZED'}: {names}; "
+        f"{'IMMUNIZED' if immunized else 'NOT IMMUNIZED'}: {shown(terms, before.terms, after.terms)}; "
         f"{_told(before.probe, after.probe, chance, 'held-out harmful rows' if held_out else 'harmful rows')}"
     )
     if not immunized:
         return False, f"{told}. Train longer (max_steps), raise strength or max_primary_drop, or train more layers."
-    return True, " ".join(dict.fromkeys((f"{told}.", *(_achieved(term) for term in terms))))
-
-
-def _achieved(term: AnyTerm) -> str:
-    """What a lower value of the term means, and whom it does not stop."""
-    if isinstance(term, WeightTerm):
-        return _SIMULATED if term.sees_rows else _ON_WEIGHTS
-    return term.achieves or _OWN
-
-
-def _gained(term: AnyTerm, before: float, after: float) -> float:
-    """How far a term has fallen beyond a twentieth of what it was, which is as much as a run that did nothing shows.
-
-    A twentieth of what a logarithm speaks of is 0.05 of the logarithm, however large that is.
-    """
-    on_log_scale = not isinstance(term, WeightTerm) and (term.logarithmic or term.is_log)
-    least = _NOTICED if on_log_scale else _NOTICED * abs(before)
-    return term.progress(before) - term.progress(after) - least
+    return True, f"{told}. {achieved(terms)}".strip()
 
 
 def _lost(before: float | None, after: float | None, chance: float | None) -> float:

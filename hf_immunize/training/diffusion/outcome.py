@@ -1,0 +1,124 @@
+"""Did it work? The same images of a concept before and after training: the objective's terms, and the denoising loss.
+
+A pipeline has no head that a probe could be fitted for: what an attacker starts from is the loss, and how fast he
+lowers it is for the exam to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_immunize.diffusion import Denoiser, DenoisingExam
+from hf_immunize.errors import SpectrumError
+from hf_immunize.features import RowLayout, capture_inputs
+from hf_immunize.linalg import to_double
+from hf_immunize.records import OutcomeRecord
+from hf_immunize.training.core.outcome import achieved, lowered, shown
+from hf_immunize.training.core.registry import AnyTerm, on_features
+from hf_immunize.training.core.terms import Rows, TermSettings
+from hf_immunize.training.diffusion.stream import NoisyBatch
+
+MOST_ROWS = 256
+"""Noised rows that terms on features are measured on."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Harmful terms, and the mean denoising loss, at one moment."""
+
+    terms: dict[str, float]
+    loss: float
+
+
+class ConceptOutcome:
+    """Measures the same noised images of the concept whenever it is asked; nothing is drawn from global generators.
+
+    Args:
+        rows: noised rows, the same each time, a batch at a time.
+        exam: of the same images.
+        count: how many images.
+        held_out: whether training does not see them.
+        terms, settings: the objective; terms of harmful rows are measured, summed over sites by their weights.
+        sites: layers that features are measured at, with their weights and layouts.
+        on_weights: values of the terms on weights, given a model.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        rows: Callable[[], Sequence[NoisyBatch]],
+        exam: DenoisingExam,
+        count: int,
+        *,
+        held_out: bool,
+        terms: Sequence[AnyTerm],
+        settings: TermSettings | None,
+        sites: Mapping[str, tuple[float, RowLayout]],
+        on_weights: Callable[[nn.Module], dict[str, float]] | None,
+    ):
+        self._denoiser, self._rows, self._exam, self._count = denoiser, rows, exam, count
+        self._judged = [term for term in terms if term.side == "harmful"]
+        self._settings, self._sites, self._on_weights = settings, dict(sites), on_weights
+        self.held_out = held_out
+        self.before: Seen | None = None
+
+    def start(self, model: nn.Module) -> None:
+        """Remember the model before training."""
+        self.before = self.measure(model)
+
+    def measure(self, model: nn.Module) -> Seen:
+        """Terms and loss of the model as it is, in evaluation mode; a term that is not defined there is left out."""
+        was_training = model.training
+        model.eval()
+        try:
+            terms = self._of_features(model) if self._settings is not None else {}
+            terms |= self._on_weights(model) if self._on_weights else {}
+            return Seen(terms, self._exam.ask(self._denoiser, model).loss)
+        finally:
+            model.train(was_training)
+
+    @torch.no_grad()
+    def _of_features(self, model: nn.Module) -> dict[str, float]:
+        parts: dict[str, list[Tensor]] = {site: [] for site in self._sites}
+        labels = []
+        for batch in self._rows():
+            with capture_inputs(model, {site: layout for site, (_, layout) in self._sites.items()}) as caught:
+                self._denoiser.call(model, batch.noisy, batch.timesteps, batch.conditions)
+            for site, found in parts.items():
+                found.append(caught[site].cpu())
+            labels.append(batch.labels.cpu())
+        whole = {site: torch.cat(found) for site, found in parts.items()}
+        assert self._settings is not None
+        values: dict[str, float] = {}
+        for term in on_features(self._judged):
+            for site, (share, _) in self._sites.items():
+                rows = Rows(to_double(whole[site]), torch.cat(labels), whole[site].dtype)
+                try:
+                    values[term.name] = values.get(term.name, 0.0) + share * float(term.measure(rows, self._settings))
+                except SpectrumError:  # features of one point: collapse, which is the goal, has no condition number
+                    continue
+        return values
+
+    def record(self, model: nn.Module) -> OutcomeRecord | None:
+        """Before against after; None where nothing was measured before."""
+        if self.before is None:
+            return None
+        before, after = self.before, self.measure(model)
+        known = [term for term in self._judged if term.name in before.terms and term.name in after.terms]
+        immunized = bool(known) and lowered(known, before.terms, after.terms)
+        where = "held-out images of the concept" if self.held_out else "images of the concept"
+        told = (
+            f"{'IMMUNIZED' if immunized else 'NOT IMMUNIZED'}: {shown(known, before.terms, after.terms)}; denoising "
+            f"loss on {where} {before.loss:.4g} -> {after.loss:.4g}. "
+        )
+        told += achieved(known, "one with another name, optimizer or rate") if immunized else (
+            "Train longer (max_steps), raise strength or max_primary_drop, or train more weights.")
+        return OutcomeRecord(
+            rows=self._count, held_out=self.held_out, chance=None, probe_metric=None, probe_before=None,
+            probe_after=None, terms_before=before.terms, terms_after=after.terms, loss_before=before.loss,
+            loss_after=after.loss, immunized=immunized, told=told.strip(),
+        )
