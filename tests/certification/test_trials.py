@@ -15,11 +15,10 @@ from hf_immunize.errors import ConfigError, RecordError
 from hf_immunize.exam.means import Means
 from hf_immunize.records import AttackTrace, Certificate, Evaluation, sha256_file
 
-QUICK = ("a tenth of the rows", "an attack that does not apply", "a named module", "one seed", "an adapter",
-         "networks trained in bfloat16, some rows at a time")
+QUICK = ("a tenth of the rows", "one seed")
+"""The others, and many rechecks of each, are for benchmarks/honest_rechecks.py and for -m slow."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CIRCUMSTANCES]
 )
