@@ -24,7 +24,7 @@ _BLOCK = 256
 """Images that are decoded together."""
 
 
-class PixelDataset(Dataset):
+class PixelDataset(Dataset[dict[str, Tensor]]):
     """Preprocessed images in memory with integer labels.
 
     Args:
