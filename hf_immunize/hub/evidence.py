@@ -68,7 +68,7 @@ def _check_trace(name: str, trace: AttackTrace, certificate: Certificate, findin
     if subject is not None and trace.model.weights != subject.weights:
         findings.fail("trace-weights", name, f"an attack on other weights than the {trace.role} of the certificate: "
                       "the certificate cannot rest on it.")
-    told = {entry.attack for entry in (*certificate.cells, *certificate.trainability)}
+    told = {cell.attack for cell in certificate.cells} | {method.attack for method in certificate.trainability}
     if trace.role == "nothing" and certificate.plan is not None:  # what is reached without any model has no verdict
         told = {item.attack for item in certificate.plan.references}
     if trace.attack not in told:
