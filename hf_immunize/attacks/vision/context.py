@@ -167,8 +167,8 @@ class AttackContext:
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            new = nn.Linear(old.in_features, len(names), device=old.weight.device, dtype=old.weight.dtype)
-        new.is_new_head = True  # type: ignore[assignment]  # what an optimizer may give a rate of its own
+            new: Any = nn.Linear(old.in_features, len(names), device=old.weight.device, dtype=old.weight.dtype)
+        new.is_new_head = True  # what an optimizer may give a rate of its own
         model.set_submodule(self.head, new)
         changed: Any = model
         changed.config.id2label = dict(enumerate(names))
