@@ -30,6 +30,7 @@ from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import (
     HARMFUL_SPLITS,
     PRIMARY_SPLITS,
+    PROBE_SPLIT,
     assign_splits,
     parse_fractions,
     split_by_content,
@@ -51,6 +52,7 @@ __all__ = [
     "NamedRows",
     "NamedStream",
     "PRIMARY_SPLITS",
+    "PROBE_SPLIT",
     "PixelDataset",
     "PixelMaker",
     "RankBatches",

@@ -1,4 +1,9 @@
-"""Light random changes to images that are already tensors; no torchvision, no global random state."""
+"""Light random changes to images that are already tensors; no torchvision, no global random state.
+
+Our own, since an image's change has to follow its own seed alone, on any number of ranks and after a resume: kornia
+draws a batch's changes from torch's global generator and takes no other, albumentations is for numpy arrays that nobody
+has normalised yet.
+"""
 
 from __future__ import annotations
 

@@ -19,6 +19,10 @@ BENIGN_SPLITS = {"attack": 0.5, "validation": 0.2, "test": 0.3}
 HARMFUL_SPLITS = {"defense": 0.35, "attack": 0.35, "validation": 0.1, "test": 0.2}
 
 
+PROBE_SPLIT = "probe"
+"""Harmful rows of the defender's that are not trained on."""
+
+
 def parse_fractions(text: str) -> dict[str, float]:
     """``"train=0.5,test=0.5"`` as a dict. Raises DataError unless the fractions are positive and sum to 1."""
     try:

@@ -12,10 +12,19 @@ from hf_immunize.errors import DataError
 
 
 class StepSampler(Sampler[list[int]], ABC):
-    """Batches of row indices for consecutive steps from ``step`` on, each a pure function of (seed, step)."""
+    """Batches of row indices from micro-step ``start`` on, a step's batch being a pure function of (seed, step).
 
-    def __init__(self, rows_per_batch: int, seed: int, start: int, rank: int, world_size: int):
-        self._batch, self._seed, self.step = rows_per_batch, seed, start
+    A step's batch is drawn as a whole and cut into ``parts`` micro-batches, so that what a step sees does not depend on
+    how it is cut, nor on how many ranks share it.
+
+    Raises:
+        DataError: rows that cannot be cut into so many parts.
+    """
+
+    def __init__(self, rows_per_batch: int, seed: int, start: int, rank: int, world_size: int, parts: int = 1):
+        if rows_per_batch % parts:
+            raise DataError(f"expected a batch of a step that can be cut into {parts}, got {rows_per_batch} rows.")
+        self._batch, self._seed, self.start, self._parts = rows_per_batch, seed, start, parts
         self._rank, self._world = rank, world_size
 
     @abstractmethod
@@ -26,10 +35,12 @@ class StepSampler(Sampler[list[int]], ABC):
         return torch.Generator().manual_seed((self._seed * 1_000_003 + step) % 2**63)
 
     def __iter__(self) -> Iterator[list[int]]:
-        step = self.step
+        step, part = divmod(self.start, self._parts)
         while True:
-            yield self.global_batch(step)[self._rank :: self._world].tolist()
-            step += 1
+            batches = self.global_batch(step).chunk(self._parts)
+            for batch in batches[part:]:
+                yield batch[self._rank :: self._world].tolist()
+            step, part = step + 1, 0
 
 
 class RowBatchSampler(StepSampler):
@@ -38,14 +49,15 @@ class RowBatchSampler(StepSampler):
     Args:
         rows: how many there are.
         rows_per_batch: rows of the *global* batch.
-        seed, start, rank, world_size: as in StepBatchSampler.
+        seed, start, rank, world_size, parts: as in StepBatchSampler.
 
     Raises:
         DataError: fewer than two rows, in all or in a batch.
     """
 
     def __init__(
-        self, rows: int, rows_per_batch: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self, rows: int, rows_per_batch: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1,
+        parts: int = 1,
     ):
         if rows < 2:
             raise DataError(
@@ -57,7 +69,7 @@ class RowBatchSampler(StepSampler):
                 f"expected a global harmful batch of at least two rows, got {rows_per_batch}: raise "
                 "per_device_harmful_batch_size."
             )
-        super().__init__(rows_per_batch, seed, start, rank, world_size)
+        super().__init__(rows_per_batch, seed, start, rank, world_size, parts)
         self._rows = rows
 
     def global_batch(self, step: int) -> torch.Tensor:
@@ -79,10 +91,11 @@ class StepBatchSampler(StepSampler):
 
     Args:
         labels: one integer label per row.
-        rows_per_batch: rows of the *global* batch.
-        seed, start: the stream and the first step to draw.
+        rows_per_batch: rows of the *global* batch of a step.
+        seed, start: the stream and the first micro-step to draw.
         classes_per_batch: how many classes an episode holds.
         rank, world_size: this process's share.
+        parts: micro-batches of a step.
 
     Raises:
         DataError: no rows, fewer than two classes, or a batch too small for two rows of two classes.
@@ -98,6 +111,7 @@ class StepBatchSampler(StepSampler):
         classes_per_batch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
     ):
         if len(labels) == 0:
             raise DataError("expected at least one harmful row, got an empty harmful_dataset: check its split.")
@@ -112,7 +126,7 @@ class StepBatchSampler(StepSampler):
                 f"{rows_per_batch} rows for {self._classes} classes: raise per_device_harmful_batch_size or lower "
                 "harmful_classes_per_batch."
             )
-        super().__init__(rows_per_batch, seed, start, rank, world_size)
+        super().__init__(rows_per_batch, seed, start, rank, world_size, parts)
 
     def global_batch(self, step: int) -> torch.Tensor:
         """Row indices of the whole batch of one step, over all ranks."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from hf_immunize.data import PixelDataset, TaskArguments, describe_source, for_model, names_classes
+from hf_immunize.data import PROBE_SPLIT, PixelDataset, TaskArguments, describe_source, for_model, names_classes
 from hf_immunize.errors import ConfigError, ModelError, NotImmunizedError
 from hf_immunize.models import label_maps, load_classifier, load_processor, random_classifier
 from hf_immunize.records import ImmunizationRecord, ModelFingerprint
@@ -16,8 +16,6 @@ from hf_immunize.tasks import ClassesTask
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.vision.checkpoints import scientific_options
 from hf_immunize.training.vision.record import immunization_record, training_spectra
-
-PROBE_SPLIT = "probe"
 
 
 class ClassifierDefence:

@@ -231,7 +231,8 @@ def test_a_pipeline_is_attacked_afresh_with_settings_and_seeds_of_ones_own(folde
     (found,) = search_afresh(subject, bench, 1, 3)
     assert [found] == search_afresh(subject, bench, 1, 3) != search_afresh(subject, bench, 1, 4)
     assert found.attack == "diffusion_full_finetune" and found.seed >= 10_000 and found.accuracy is not None
-    assert found.certified in {cell.verdict for cell in certificate.cells if cell.subject} and "learning_rate=" in found.settings
+    assert found.certified in {cell.verdict for cell in certificate.cells if cell.subject}
+    assert "learning_rate=" in found.settings
 
 
 def test_an_attack_on_one_side_alone_and_the_fewest_seeds_are_told(folders):

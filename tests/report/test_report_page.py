@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import record_builders as build
 
-from hf_immunize.records import Certificate, ImmunizationRecord
+from hf_immunize.records import Certificate, ImmunizationRecord, OutcomeRecord
 from hf_immunize.report import render_report
 
 VOID = {"meta", "link", "br", "wbr"}
@@ -197,6 +197,22 @@ def test_a_very_long_name_is_kept_whole_somewhere(tmp_path):
     name = "x" * 300
     said = Page(page_of(tmp_path, build.Exam(extra={"statement": name}))).text
     assert name in said
+
+
+def test_the_page_says_what_the_trainer_found_of_its_own_work(tmp_path):
+    told = "IMMUNIZED: harmful_r_ill 1 -> 0.1; ridge probe on held-out harmful rows 80.0 -> 40.0 % (chance 20.0 %)."
+    outcome = OutcomeRecord(
+        rows=40, held_out=True, chance=0.2, probe_before=0.8, probe_after=0.4, terms_before={"harmful_r_ill": 1.0},
+        terms_after={"harmful_r_ill": 0.1}, immunized=True, told=told,
+    )
+    folder = build.exam_folder(tmp_path)
+    record = ImmunizationRecord.read(folder / "immunization.json")
+    record.model_copy(update={"outcome": outcome}).write(folder / "immunization.json")
+    source = render_report([folder], build.base_folder(tmp_path), tmp_path / "r.html").read_text()
+    assert f"The defender's own look {told}" in Page(source).text
+    record.model_copy(update={"outcome": None}).write(folder / "immunization.json")  # of older releases
+    source = render_report([folder], build.base_folder(tmp_path), tmp_path / "r.html").read_text()
+    assert "The defender's own look" not in Page(source).text
 
 
 def test_rendering_twice_gives_the_same_bytes(tmp_path):

@@ -92,10 +92,10 @@ def test_factors_and_the_defenders_gradient_are_those_of_merged_weights(
     assert list(trainer.attacker.factors) == LAYERS
     slow = ByHand(make_vit(dtype=torch.float64), trainer.attacker.factors)
     trainer.train()
-    sampler = StepBatchSampler(harmful.labels.tolist(), 12, seed=5)
+    sampler = StepBatchSampler(harmful.labels.tolist(), 12 * accumulation, seed=5)
     losses = [entry["attacker_lora_loss"] for entry in trainer.state.log_history if "attacker_lora_loss" in entry]
     for step in range(3):
-        rows = [sampler.global_batch(step * accumulation + place) for place in range(accumulation)]
+        rows = sampler.global_batch(step).chunk(accumulation)
         batch = harmful.subset(torch.cat(rows))
         assert losses[step] == pytest.approx(slow.attack(batch), rel=1e-9)
         assert relative_error(keep_gradients.steps[step], slow.defend(primary, batch)) < 1e-9

@@ -9,6 +9,7 @@ from hf_immunize import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.linalg import ridge_accuracies
 from hf_immunize.models import load_classifier
 from hf_immunize.training.core.registry import OBJECTIVES, terms_of
+from hf_immunize.training.core.terms import Term
 from hf_immunize.training.vision.outcome import Measured, judge, pick_rows
 
 
@@ -57,6 +58,8 @@ def test_every_objective_is_measured_and_lowers_its_terms_by_default(digits, dig
     else:
         assert after < before and trainer.guard_record.returned_step > 0
     assert found.immunized is found.told.startswith("IMMUNIZED")
+    if objective in ("condition_number", "ill_only", "opt_kappa", "group_kappa"):
+        assert found.immunized
 
 
 class _WithoutLabels(torch.utils.data.Dataset):
@@ -101,6 +104,39 @@ def test_conditioning_says_whom_it_does_not_stop():
     immunized, told = judge(before, after, 0.2, harmful, False)
     assert immunized and "no others" in told and "80.0 -> 80.0 %" in told
     assert judge(after, before, 0.2, harmful, False)[0] is False
+
+
+WHOM = {
+    "condition_number": "no others", "ill_only": "no others", "opt_kappa": "no others", "group_kappa": "no others",
+    "closed_form_adversary": "the layers before them", "imma": "a probe in closed form is another one",
+    "rep_noise": "fine-tuning, go on", "trap": "more steps, or a closed form, go on",
+}
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_success_says_what_it_means_and_whom_it_does_not_stop(objective):
+    harmful = [term for term in terms_of(objective) if term.side == "harmful"]
+    ends = ((1.0, 0.8), (0.1, 0.3))
+    before, after = (Measured({term.name: value for term in harmful}, probe) for value, probe in ends)
+    immunized, told = judge(before, after, 0.2, harmful, True)
+    assert immunized and told.endswith(".") and WHOM.get(objective, "a probe in closed form is another one") in told
+
+
+def test_objectives_together_say_each_and_a_term_of_ones_own_leaves_it_to_the_exam():
+    terms = [term for term in terms_of("ill_only+group_kappa+rep_noise") if term.side == "harmful"]
+    mine = Term("harmful_mine", "harmful", lambda rows, settings: rows.features.mean())
+    before, after = (Measured({term.name: value for term in (*terms, mine)}, 0.8) for value in (1.0, 0.1))
+    told = judge(before, after, 0.2, [*terms, mine], True)[1]
+    assert told.count("no others") == 1 and "closer to noise" in told and "of your own" in told
+
+
+@pytest.mark.parametrize("objective", ["opt_kappa", "group_kappa"])
+@pytest.mark.parametrize("fall,immunized", [(0.3, True), (0.06, True), (0.04, False), (-0.3, False)])
+def test_a_logarithm_has_to_fall_by_a_twentieth_of_what_it_speaks_of(objective, fall, immunized):
+    """log kappa of 14 that rises by 0.3 is a kappa 1.35 times as large."""
+    harmful = [term for term in terms_of(objective) if term.side == "harmful"]
+    before, after = (Measured({harmful[0].name: value}, 0.8) for value in (-14.0, -14.0 - fall))
+    assert judge(before, after, 0.2, harmful, True)[0] is immunized
 
 
 @pytest.mark.parametrize("after,immunized", [(0.51, False), (0.49, True), (0.2, True)])

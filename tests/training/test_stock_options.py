@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_immunize.data import collate_pixels
-from hf_immunize.errors import ConfigError, RecordError
+from hf_immunize.errors import ConfigError, PublishRefusedError, RecordError
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.vision.metrics import accuracy, bit_accuracy, metrics_of, r2
 from hf_immunize.training.vision.primary import MULTI, REGRESSION, SINGLE
@@ -62,6 +65,14 @@ def test_without_a_choice_the_saved_step_is_the_last_and_with_a_guard_its_choice
     guarded = build({"max_primary_drop": 100.0, "eval_steps": 2})
     guarded.train()
     assert guarded.saved_step == guarded.guard_record.returned_step > 0
+
+
+@pytest.mark.parametrize("chooser", [{"max_primary_drop": 1.0}, {"ema_decay": 0.9}])
+def test_choosing_the_best_step_beside_a_guard_or_an_average_is_refused(build, chooser):
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps",
+            "eval_steps": 1}
+    with pytest.raises(ConfigError, match="Turn load_best_model_at_end off"):
+        build(best | chooser)
 
 
 def test_a_compute_metrics_of_ones_own_is_what_is_evaluated_and_guarded(build):
@@ -116,6 +127,19 @@ def test_label_smoothing_is_of_the_primary_loss_alone(build, make_vit):
     assert logged[0]["harmful_r_ill"] == logged[1]["harmful_r_ill"]
 
 
+class Numbers(torch.utils.data.Dataset):
+    """Images with three numbers each, for a regression head."""
+
+    def __init__(self, rows):
+        self.labels = torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return {"pixel_values": torch.full((3, 8, 8), float(row)), "labels": self.labels[row]}
+
+
 class MixUp:
     """Half of each image and label is another row's; labels are soft."""
 
@@ -157,6 +181,7 @@ def test_a_collator_that_leaves_labels_alone_serves_harmful_rows_too(build):
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
         ({"torch_compile": True}, "torch_compile off"),
         ({"push_to_hub": True, "hub_strategy": "checkpoint", "hub_model_id": "me/it"}, "hub_strategy"),
+        ({"push_to_hub": True, "hub_strategy": "all_checkpoints", "hub_model_id": "me/it"}, "hub_strategy"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_name(build, options, message):
@@ -164,11 +189,36 @@ def test_what_cannot_be_kept_is_refused_by_name(build, options, message):
         build(options)
 
 
+def test_what_is_pushed_has_passed_the_gate(build, monkeypatch):
+    """With the strategies that are left training touches no network, and a push without a certificate is refused."""
+    def no_network(*_, **__):
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    for strategy in ("end", "every_save"):
+        trainer = build({"push_to_hub": True, "hub_strategy": strategy, "hub_model_id": "me/it", "max_steps": 1,
+                         "save_strategy": "steps", "save_steps": 1})
+        trainer.train()
+        trainer.save_model()
+        with pytest.raises(PublishRefusedError, match="certificate"):
+            trainer.push_to_hub()
+
+
+def test_sequential_sampling_takes_primary_rows_in_their_order(build, make_pixels):
+    """Harmful rows are drawn as always."""
+    rows = make_pixels(24)
+    trainer = build({"train_sampling_strategy": "sequential"}, train_dataset=rows)
+    for batch, start in zip(trainer.get_train_dataloader(), (0, 8, 16), strict=True):
+        assert torch.equal(batch["pixel_values"], rows.pixel_values[start : start + 8])
+    harmful = trainer._streams["harmful"].batch(0)["pixel_values"]
+    assert torch.equal(harmful, build()._streams["harmful"].batch(0)["pixel_values"])
+
+
 def test_label_smoothing_of_a_head_without_single_labels_is_refused(build, make_vit):
     model = make_vit()
     model.config.problem_type = "regression"
-    with pytest.raises((ConfigError, Exception), match="label_smoothing_factor=0|labels of shape"):
-        build({"label_smoothing_factor": 0.1}, model=model)
+    with pytest.raises(ConfigError, match="label_smoothing_factor=0"):
+        build({"label_smoothing_factor": 0.1}, model=model, train_dataset=Numbers(24), eval_dataset=Numbers(12))
 
 
 def test_report_to_gets_terms_and_outcome(build):
@@ -217,3 +267,14 @@ def test_a_checkpoint_holds_only_what_changed_and_resumes_bit_for_bit(build, tmp
     assert same(weights(whole.model), weights(again.model))
     with pytest.raises(RecordError, match="trainable_modules"):
         build({**options, "trainable_modules": "classifier"}).train(resume_from_checkpoint=str(folder))
+
+
+def test_each_row_of_the_table_names_tests_that_are_here():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| option \| here \| tests.*?\n\|---.*?\n(.*?)\n\n", page, flags=re.S)
+    rows = table.splitlines()
+    assert len(rows) >= 11
+    for row in rows:
+        named = re.findall(r"`(\w+)`", row.rstrip(" |").rpartition(" | ")[2])
+        assert named, row
+        assert not [name for name in named if f"test_{name}" not in globals()], row

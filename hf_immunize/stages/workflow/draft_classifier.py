@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_immunize.data import TaskArguments, names_classes, output_names
+from hf_immunize.data import HARMFUL_SPLITS, PROBE_SPLIT, TaskArguments, names_classes, output_names
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.features import find_classifier
 from hf_immunize.models import label_maps, load_processor, refuse_folder
@@ -100,6 +100,10 @@ def draft_classifier(
     return told + [f"{name}: {len(side.chosen)} images of {len(side.names)} classes" for name, side in sides.items()]
 
 
+_PROBED, _PROBED_ROWS = 0.05, 6
+"""Share of the harmful rows by which training is judged, and how many of a class these have to be, about."""
+
+
 def _refuse_one_task(task: TaskArguments) -> None:
     """Raise ConfigError for two sides that are the same images of the same classes."""
     same = task.primary_dataset == task.harmful_dataset and task.primary_split == task.harmful_split
@@ -125,7 +129,19 @@ def _task(draft: Draft, task: dict[str, Any], sides: dict[str, Side]) -> None:
         if rare := sum(count < splits for count in counts.values()):
             told = f"{rare} classes of the {name} data have fewer images than {splits} splits; this leaves them out"
             draft.option("drop_rare_classes", True, check=told)
+    if (splits := splits_with_probe(sides["harmful"])) is not None:
+        draft.option("harmful_splits", splits, "probe: the defender's rows that are not trained on, by which training "
+                     "says whether it worked")
     draft.offer("group_near_duplicates", True, "keep resized or mirrored copies of an image in one split")
+
+
+def splits_with_probe(harmful: Side) -> str | None:
+    """The default splits with a part of the defender's rows held out; None where that leaves a class under four."""
+    shares = dict(HARMFUL_SPLITS)
+    if min(Counter(harmful.labels).values()) * _PROBED < _PROBED_ROWS:
+        return None
+    shares = {"defense": round(shares.pop("defense") - _PROBED, 4), PROBE_SPLIT: _PROBED, **shares}
+    return ",".join(f"{name}={share:g}" for name, share in shares.items())
 
 
 def _base(draft: Draft, source: str, seen: Seen, primary: Side, revision: str | None) -> None:

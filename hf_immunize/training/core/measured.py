@@ -100,6 +100,10 @@ class Term:
     stacked: bool = False
     """Whether ``measure`` takes a stack of several sites' features (S×N×D, see Rows) and returns S values, each of its
     own site alone. Saves time; a term that does not is measured site by site."""
+    is_log: bool = False
+    """Whether its values are logarithms themselves: 0.05 less is then a twentieth less of what it measures."""
+    achieves: str = ""
+    """Said of a run that lowered it: what that means, and whom it does not stop."""
 
     def progress(self, value: float) -> float:
         """A number that falls as the term is minimised, on a scale on which averages mean something."""

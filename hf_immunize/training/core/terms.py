@@ -73,15 +73,22 @@ def _group_log_kappa(rows: Rows, settings: TermSettings) -> Tensor:
     return -torch.stack([log_condition(part) for part in rows.group_spectra(settings.group_rows)]).mean(dim=0)
 
 
+_SLOWED = "Conditioning slows attackers that follow the raw gradient, no others."
+_PROBED = "Probes of these features find less; who trains the layers before them is not held up."
+_FOLLOWED = "It holds up the attacker that was simulated; a probe in closed form is another one."
+
 _stacked = partial(Term, stacked=True)
-R_ILL = _stacked("harmful_r_ill", "harmful", lambda rows, _: ill_conditioned(rows.spectrum), logarithmic=True)
+_conditioning = partial(_stacked, achieves=_SLOWED)
+_of_classes = partial(_stacked, tells_classes_apart=True)
+R_ILL = _conditioning("harmful_r_ill", "harmful", lambda rows, _: ill_conditioned(rows.spectrum), logarithmic=True)
 R_WELL = _stacked("primary_r_well", "primary", lambda rows, _: well_conditioned(rows.spectrum), logarithmic=True)
-LOG_KAPPA_H = _stacked(
-    "harmful_negative_log_kappa", "harmful", lambda rows, _: -log_condition(rows.spectrum), full_precision=True
-)
+LOG_KAPPA_H = _conditioning(
+    "harmful_negative_log_kappa", "harmful", lambda rows, _: -log_condition(rows.spectrum), full_precision=True,
+    is_log=True,
+)  # fmt: skip
 LOG_KAPPA_P = _stacked(
-    "primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum), full_precision=True
+    "primary_log_kappa", "primary", lambda rows, _: log_condition(rows.spectrum), full_precision=True, is_log=True
 )
-GROUP_KAPPA = _stacked("harmful_negative_group_log_kappa", "harmful", _group_log_kappa)
-ADVERSARY = _stacked("harmful_adversary_r2", "harmful", _adversary, tells_classes_apart=True, stops_closed_form=True)
-IMMA = _stacked("harmful_attacker_gain", "harmful", _imma, tells_classes_apart=True)
+GROUP_KAPPA = _conditioning("harmful_negative_group_log_kappa", "harmful", _group_log_kappa, is_log=True)
+ADVERSARY = _of_classes("harmful_adversary_r2", "harmful", _adversary, stops_closed_form=True, achieves=_PROBED)
+IMMA = _of_classes("harmful_attacker_gain", "harmful", _imma, achieves=_FOLLOWED)

@@ -1,4 +1,9 @@
-"""The state of any optimizer as tensors by name and a tree of plain values: what safetensors and JSON can hold."""
+"""The state of any optimizer as tensors by name and a tree of plain values: what safetensors and JSON can hold.
+
+Our own, since ``torch.distributed.checkpoint.state_dict`` loads through ``load_state_dict``, which casts moments to
+their parameter's dtype (float32 ones beside bfloat16 weights come back rounded, the resumed run is another one), and
+what it returns is nested still, with bitsandbytes' dicts and torchao's tensor classes, which no safetensors file holds.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +28,13 @@ class WrongTargetGradients:
         # What reads text alone, before any trained weight, has no gradient: nothing pulls back there.
         self._found = ReferenceGradients(sites, trained, optional=True)
 
-    def add(self, batch: NoisyBatch) -> None:
-        """One micro-batch."""
+    def add(self, batch: NoisyBatch, wrong: Tensor) -> None:
+        """One micro-batch, and the answers its rows are asked for."""
         with torch.enable_grad(), capture_inputs(self._model, self._sites) as caught:
             # The input asks for a gradient so that every site has one, whatever is trained before it.
             noisy = batch.noisy.detach().requires_grad_()
             answer = self._denoiser.call(self._model, noisy, batch.timesteps, batch.conditions)
-            everyone, mine = gather_rows(batch.target)
-            loss = denoising_losses(answer, everyone.roll(1, 0)[mine]).mean()
+            loss = denoising_losses(answer, wrong).mean()
         self._found.add(loss, caught)
 
     def norms(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -42,10 +42,19 @@ class WrongTargetGradients:
         return self._found.at_sites(), self._found.at_weights()
 
 
+def wrong_targets(batches: Sequence[NoisyBatch]) -> list[Tensor]:
+    """For each micro-batch of this rank the target of the row before, in the order of the whole step."""
+    gathered = [gather_rows(batch.target) for batch in batches]
+    everyone = torch.cat([rows for rows, _ in gathered]).roll(1, 0)
+    starts = [0, *accumulate(len(rows) for rows, _ in gathered)]
+    return [everyone[start + mine] for start, (_, mine) in zip(starts, gathered, strict=False)]
+
+
 def wrong_target_gradients(
-    denoiser: Denoiser, model: nn.Module, batch: NoisyBatch, sites: Mapping[str, RowLayout]
+    denoiser: Denoiser, model: nn.Module, batches: Sequence[NoisyBatch], sites: Mapping[str, RowLayout]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """``WrongTargetGradients`` of a step of one micro-batch."""
+    """``WrongTargetGradients`` of a step of these micro-batches."""
     found = WrongTargetGradients(denoiser, model, sites)
-    found.add(batch)
+    for batch, wrong in zip(batches, wrong_targets(batches), strict=True):
+        found.add(batch, wrong)
     return found.norms()

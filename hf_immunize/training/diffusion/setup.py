@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import LoggerType
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_immunize.diffusion import Denoiser, LatentDataset, NoiseProcess, denoising_losses, dtype_of_rows
 from hf_immunize.errors import ConfigError, DataError, ModelError
@@ -160,17 +161,18 @@ class Streams:
         rank, size = world()
         share: dict[str, Any] = {"seed": args.seed, "rank": rank, "world_size": size}
         low, high = args.level_range
+        parts = args.gradient_accumulation_steps
         rows = args.per_device_harmful_batch_size * size
         concept: dict[str, Any] = {"low": low, "high": high, **share}
         return cls(
             NoisyStream(
                 train, process, args.per_device_train_batch_size * size, name="retain", logit_normal=args.logit_normal,
-                **share,
+                parts=parts, **share,
             ),
-            NoisyStream(harmful, process, rows, name="harmful", **concept),
-            RenamedStream(
-                NoisyStream(harmful, process, rows, name="attack", **concept),
-                NoisyStream(train, process, rows, name="names", **share),
+            NoisyStream(harmful, process, rows, name="harmful", parts=parts, **concept),
+            RenamedStream(  # an attacker's step has as many rows as the optimizer step that it is simulated in
+                NoisyStream(harmful, process, parts * rows, name="attack", **concept),
+                NoisyStream(train, process, parts * rows, name="names", **share),
                 args.attacker_renamed,
                 rank,
                 size,
@@ -208,7 +210,8 @@ def build_step(
             **numbers_of(args, found),
         )
     if held := on_weights(terms):
-        task = denoising_task(denoiser, model, attacked_rows(args, model, streams.attack), args.seed)
+        most = None if args.attacker_second_order else args.per_device_harmful_batch_size
+        task = denoising_task(denoiser, model, attacked_rows(args, model, streams.attack), args.seed, most)
         at_work = WeightTerms(
             {term: term.build(task, args) for term in held}, strength=args.strength, **numbers_of(args, held)
         )
@@ -225,14 +228,26 @@ def attacked_rows(
 
 
 def denoising_task(
-    denoiser: Denoiser, model: nn.Module, rows: Callable[[int, int], NoisyBatch], seed: int
+    denoiser: Denoiser, model: nn.Module, rows: Callable[[int, int], NoisyBatch], seed: int, most: int | None = None
 ) -> AttackedTask:
-    """The denoising loss on harmful rows, of any copy of the model."""
+    """The denoising loss on harmful rows, of any copy of the model.
+
+    Args:
+        most: rows at a time; the activations of more are computed again for the backward pass, so that an attacker's
+            step takes no more memory than a micro-batch of ours. None: all at once.
+    """
+
+    def losses(attacked: nn.Module, batch: NoisyBatch) -> torch.Tensor:
+        answer = denoiser.call(attacked, batch.noisy, batch.timesteps, batch.conditions)
+        return denoising_losses(answer, batch.target)
 
     def loss(attacked: nn.Module, step: int, attack_step: int) -> torch.Tensor:
         batch = rows(step, attack_step)
+        parts = batch.split(most or len(batch.noisy))
         with same_draws(batch.noisy.device, seed, "attack", step, attack_step):
-            answer = denoiser.call(attacked, batch.noisy, batch.timesteps, batch.conditions)
-        return denoising_losses(answer, batch.target).mean()
+            if len(parts) == 1:
+                return losses(attacked, batch).mean()
+            found = [checkpoint(losses, attacked, part, use_reentrant=False) for part in parts]
+        return torch.cat(found).mean()
 
     return AttackedTask(model, attention_projections(denoiser, model), loss, seed)

@@ -29,12 +29,27 @@ class NoisyBatch:
     conditions: Mapping[str, Tensor]
     labels: Tensor
 
+    def split(self, rows: int) -> list[NoisyBatch]:
+        """The same in batches of at most so many rows."""
+        starts = range(0, len(self.noisy), rows)
+        return [self._between(start, start + rows) for start in starts]
+
+    def _between(self, start: int, stop: int) -> NoisyBatch:
+        cut = slice(start, stop)
+        conditions = {name: value[cut] for name, value in self.conditions.items()}
+        return NoisyBatch(
+            self.noisy[cut], self.timesteps[cut], self.target[cut], self.levels[cut], conditions, self.labels[cut]
+        )
+
 
 class NoisyStream:
     """Random access by micro-step: rows go through a new permutation every epoch.
 
+    What is drawn for a row goes by its place in the optimizer step, so that a step is the same however it is cut.
+
     Args:
-        rows: rows of the *global* batch.
+        rows: rows of the *global* batch of a micro-step.
+        parts: micro-steps of an optimizer step.
         name: tells streams of one seed apart.
         low, high, logit_normal: which noise levels are drawn (see ``NoiseProcess.draw_levels``).
     """
@@ -49,12 +64,13 @@ class NoisyStream:
         name: str,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
         low: float = 0.0,
         high: float = 1.0,
         logit_normal: bool = False,
     ):
         self._dataset, self._process, self._rows = dataset, process, rows
-        self._key = (seed, name)
+        self._key, self._parts = (seed, name), parts
         self._rank, self._world = rank, world_size
         self._levels: dict[str, Any] = {"low": low, "high": high, "logit_normal": logit_normal}
 
@@ -78,8 +94,9 @@ class NoisyStream:
         mine = range(self._rank, len(everywhere), self._world)
         shape = self._dataset.latents.shape[1:]
         levels, noise = [], []
+        whole, part = divmod(step, self._parts)
         for place in mine:
-            generator = generator_of(*self._key, step, place)
+            generator = generator_of(*self._key, whole, part * self._rows + place)
             levels.append(self._process.draw_levels(1, generator, **self._levels))
             noise.append(torch.randn(shape, generator=generator, dtype=torch.float32))
         level_N = torch.cat(levels).to(device)

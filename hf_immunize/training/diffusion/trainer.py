@@ -58,7 +58,7 @@ from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, s
 from hf_immunize.training.diffusion.draws import share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import NOTABLE, merge_factors, told_rounding
 from hf_immunize.training.diffusion.optimizers import optimizer_of, weights_to_judge
-from hf_immunize.training.diffusion.references import WrongTargetGradients
+from hf_immunize.training.diffusion.references import WrongTargetGradients, wrong_targets
 from hf_immunize.training.diffusion.setup import (
     Streams,
     accelerator_of,
@@ -332,9 +332,11 @@ class DiffusionImmunizationTrainer:
         found: dict[str, list[Tensor]] = {}
         for step in range(_REFERENCE_BATCHES):
             gradients = WrongTargetGradients(self.denoiser, self.bare, self.layouts)
-            for micro in range(step * self._accumulation, (step + 1) * self._accumulation):
+            micros = range(step * self._accumulation, (step + 1) * self._accumulation)
+            batches = [self._batch(self.streams.retain, micro) for micro in micros]
+            for micro, batch, wrong in zip(micros, batches, wrong_targets(batches), strict=True):
                 with self._draws("reference", micro):
-                    gradients.add(self._batch(self.streams.retain, micro))
+                    gradients.add(batch, wrong)
             at_sites, at_weights = gradients.norms()
             for name, norm in {**at_sites, "": at_weights}.items():
                 found.setdefault(name, []).append(norm)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_immunize.features import Captured, RowLayout, capture_inputs
 from hf_immunize.training.core.measured import Side
@@ -122,7 +123,22 @@ class Forwards:
         return caught
 
     def attacked(self, bare: nn.Module, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
-        """One row per image of the named inputs, of a simulated attacker's copy; BatchNorm as he was told."""
+        """One row per image of the named inputs, of a simulated attacker's copy; BatchNorm as he was told.
+
+        Rows of several micro-batches go through the copy one micro-batch at a time, whose activations are computed
+        again for the backward pass: an attacker's step takes no more memory than a micro-batch of ours.
+        """
+        rows = len(inputs["boundary"][0] if "boundary" in inputs else inputs["pixel_values"])
+        most = self.args.per_device_harmful_batch_size
+        if rows <= most or self.args.attacker_second_order:  # whose second derivative wants the graph
+            return self._attacked(bare, inputs, names)
+        parts = [
+            checkpoint(self._attacked, bare, _rows_from(inputs, at, at + most), names, use_reentrant=False)
+            for at in range(0, rows, most)
+        ]
+        return [torch.cat(found) for found in zip(*parts, strict=True)]
+
+    def _attacked(self, bare: nn.Module, inputs: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
         batch = self.args.attacker_norms == "batch"
         held = unlearned_statistics(bare) if batch else frozen_statistics(bare, every=True)
         with held, self.context(), capture_inputs(bare, self.laid_out(names)) as caught:
@@ -135,3 +151,9 @@ class Forwards:
             with capture_inputs(bare, self.laid_out([self.head])) as caught:
                 self.features(bare, bare, inputs)
         return caught[self.head]
+
+
+def _rows_from(inputs: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Some rows of a batch, whose values have one entry per row, or are tuples of such."""
+    return {name: tuple(part[start:stop] for part in value) if isinstance(value, tuple) else value[start:stop]
+            for name, value in inputs.items()}

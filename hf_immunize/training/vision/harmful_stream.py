@@ -32,6 +32,7 @@ class HarmfulStream:
     The loader has a generator of its own, so that making it anew on resume draws nothing from the global one.
 
     Args:
+        parts: micro-batches of an optimizer step, whose rows are drawn together.
         answers: whether batches are for a simulated attacker, and have what its head is to answer.
 
     Raises:
@@ -49,13 +50,14 @@ class HarmfulStream:
         seed: int,
         rank: int,
         world_size: int,
+        parts: int = 1,
         options: LoaderOptions | None = None,
         answers: bool = False,
     ):
         self._task, self._options = task, options or LoaderOptions()
         self._given, self._answers = collate, answers
         self._collate = self._collating()
-        self._rows, self._classes = rows_per_device * world_size, classes_per_batch
+        self._rows, self._classes, self._parts = rows_per_device * world_size, classes_per_batch, parts
         self._seed, self._rank, self._world = seed, rank, world_size
         self._sampler: StepSampler | None = None
         self._loader: DataLoader[Any] | None = None
@@ -75,12 +77,17 @@ class HarmfulStream:
 
     @classmethod
     def of(cls, args: Any, task: HarmfulTask, collate: Callable[..., Any], *, answers: bool = False) -> HarmfulStream:
-        """The rows that a run with these options draws, those of its simulated attackers by seeds of their own."""
+        """The rows that a run with these options draws, those of its simulated attackers by seeds of their own.
+
+        An attacker's step has as many rows as the optimizer step that it is simulated in.
+        """
         seed = args.seed if args.data_seed is None else args.data_seed
+        parts, rows = args.gradient_accumulation_steps, args.per_device_harmful_batch_size
         return cls(
             task,
             collate,
-            rows_per_device=args.per_device_harmful_batch_size,
+            rows_per_device=parts * rows if answers else rows,
+            parts=1 if answers else parts,
             classes_per_batch=args.harmful_classes_per_batch,
             seed=seed + 1_000_003 if answers else seed,
             rank=args.process_index,
@@ -100,11 +107,12 @@ class HarmfulStream:
         if self._task.is_stream or self._sampler is not None:
             return
         labels = self._task.labels
-        place = {"seed": self._seed, "rank": self._rank, "world_size": self._world}
+        place = {"seed": self._seed, "rank": self._rank, "world_size": self._world, "parts": self._parts}
+        rows = self._rows * self._parts
         if self._task.kind == "classes" and len(labels.unique()) > 1:
-            self._sampler = StepBatchSampler(labels.tolist(), self._rows, classes_per_batch=self._classes, **place)
+            self._sampler = StepBatchSampler(labels.tolist(), rows, classes_per_batch=self._classes, **place)
         else:
-            self._sampler = RowBatchSampler(len(labels), self._rows, **place)
+            self._sampler = RowBatchSampler(len(labels), rows, **place)
         self._collate = self._collating()  # counting may have shown that labels are no classes, or only one
 
     def batch(self, step: int) -> Any:
@@ -132,7 +140,7 @@ class HarmfulStream:
             return iterator
         self.prepare()
         assert self._sampler is not None
-        self._sampler.step = step
+        self._sampler.start = step
         if self._loader is None:
             self._loader = DataLoader(
                 NamedRows(self._task.rows, self._task.name, self._task.check_row), batch_sampler=self._sampler,

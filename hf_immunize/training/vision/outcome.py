@@ -30,8 +30,8 @@ _LOST = 0.5
 
 
 _NOTICED = 0.05
-_CONDITIONED = "Conditioning slows attackers that follow the raw gradient, no others."
-_OWN = "Whom a term on weights alone holds up is for the exam to say."
+_ON_WEIGHTS = "Whom a term on weights alone holds up is for the exam to say."
+_OWN = "Whom a term of your own holds up is for the exam to say."
 _SIMULATED = "It holds up the attacker that was simulated; a probe in closed form is another one."
 
 
@@ -240,17 +240,23 @@ def judge(
     )
     if not immunized:
         return False, f"{told}. Train longer (max_steps), raise strength or max_primary_drop, or train more layers."
-    if telling:
-        return True, f"{told}."
-    if any(isinstance(term, WeightTerm) and not term.sees_rows for term in terms):
-        return True, f"{told}. {_OWN}"
-    simulated = any(isinstance(term, WeightTerm) or term.tells_classes_apart for term in terms)
-    return True, f"{told}. {_SIMULATED if simulated else _CONDITIONED}"
+    return True, " ".join(dict.fromkeys((f"{told}.", *(_achieved(term) for term in terms))))
+
+
+def _achieved(term: AnyTerm) -> str:
+    """What a lower value of the term means, and whom it does not stop."""
+    if isinstance(term, WeightTerm):
+        return _SIMULATED if term.sees_rows else _ON_WEIGHTS
+    return term.achieves or _OWN
 
 
 def _gained(term: AnyTerm, before: float, after: float) -> float:
-    """How far a term has fallen beyond a twentieth of what it was, which is as much as a run that did nothing shows."""
-    least = _NOTICED if getattr(term, "logarithmic", False) else _NOTICED * abs(before)
+    """How far a term has fallen beyond a twentieth of what it was, which is as much as a run that did nothing shows.
+
+    A twentieth of what a logarithm speaks of is 0.05 of the logarithm, however large that is.
+    """
+    on_log_scale = not isinstance(term, WeightTerm) and (term.logarithmic or term.is_log)
+    least = _NOTICED if on_log_scale else _NOTICED * abs(before)
     return term.progress(before) - term.progress(after) - least
 
 

@@ -43,7 +43,7 @@ def _augmented(sample: dict[str, Any], args: ImmunizationConfig, place: int, ste
 
     count, harmful = len(sample["pixel_values"]), sample["harmful"]
     blocks = [(place * size + rank) * args.per_device_train_batch_size + row for row in range(count)]
-    turns = [row * size + rank for row in range(len(harmful["pixel_values"]))]
+    rows = len(harmful["pixel_values"])
+    turns = [(place * rows + row) * size + rank for row in range(rows)]
     whole = {name: value for name, value in sample.items() if name != "harmful"}
-    micro = step * args.gradient_accumulation_steps + place
-    return changed(whole, 0, blocks, step) | {"harmful": changed(harmful, 1, turns, micro)}
+    return changed(whole, 0, blocks, step) | {"harmful": changed(harmful, 1, turns, step)}

@@ -135,7 +135,7 @@ def test_the_reference_at_a_site_with_windows_is_of_a_shift_of_all_of_them():
     model = Windowed().double()
     layouts = choose_layouts(Plain, model, ["inner"], None, batch)
     assert layouts == {"inner": RowLayout("(n k) t d")}
-    norms, _ = wrong_target_gradients(Plain, model, batch, layouts)
+    norms, _ = wrong_target_gradients(Plain, model, [batch], layouts)
     shift = torch.zeros(ROWS, 6, dtype=torch.float64, requires_grad=True)
     model.inner.register_forward_pre_hook(lambda _, args: (args[0] + shift.repeat_interleave(4, 0)[:, None],))
     denoising_losses(model(batch.noisy), batch.target.roll(1, 0)).mean().backward()
