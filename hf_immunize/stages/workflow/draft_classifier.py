@@ -129,8 +129,8 @@ def _task(draft: Draft, task: dict[str, Any], sides: dict[str, Side]) -> None:
         if rare := sum(count < splits for count in counts.values()):
             told = f"{rare} classes of the {name} data have fewer images than {splits} splits; this leaves them out"
             draft.option("drop_rare_classes", True, check=told)
-    if (splits := splits_with_probe(sides["harmful"])) is not None:
-        draft.option("harmful_splits", splits, "probe: the defender's rows that are not trained on, by which training "
+    if (probed := splits_with_probe(sides["harmful"])) is not None:
+        draft.option("harmful_splits", probed, "probe: the defender's rows that are not trained on, by which training "
                      "says whether it worked")
     draft.offer("group_near_duplicates", True, "keep resized or mirrored copies of an image in one split")
 
