@@ -173,7 +173,7 @@ def _take_config_files(words: list[str]) -> tuple[list[str], list[str]]:
     return files, flags
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml comes without types
     """YAML in which no key is said twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -182,7 +182,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         if again := next((key for place, key in enumerate(keys) if key in keys[:place]), None):
             line = node.start_mark.line + 1
             raise ConfigError(f"expected each key once, got {again!r} twice in what begins in line {line}: remove one.")
-        return super().construct_mapping(node, deep)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

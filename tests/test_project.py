@@ -49,12 +49,6 @@ def test_hooks_use_the_linter_that_is_pinned():
     assert told["repos"][0]["rev"] == f"v{pinned}"
 
 
-def test_mypy_reads_all_that_trains_strictly():
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
-    assert told["strict"] is True and {"hf_immunize", "hf_immunize/training"} & set(told["files"])
-    assert not re.search(r"training", told.get("exclude", ""))
-
-
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
 def test_pages_name_files_that_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -112,6 +106,11 @@ def test_the_metadata_of_a_release_has_addresses_and_of_a_clone_none(tmp_path):
     assert "Description-Content-Type: text/markdown" in found[1]
 
 
-def test_what_py_typed_promises_is_what_mypy_reads_more_and_more():
+def test_what_py_typed_promises_is_what_mypy_reads():
     told = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
-    assert {"hf_immunize/stages", "hf_immunize/tasks", "hf_immunize/exam", "hf_immunize/commands"} <= set(told["files"])
+    assert (ROOT / "hf_immunize" / "py.typed").exists()
+    assert told["strict"] is True and told["files"] == ["hf_immunize"] and "exclude" not in told
+    assert "ignore-without-code" in told["enable_error_code"]
+    own = [part for part in told["overrides"] if "hf_immunize" in str(part["module"])]
+    # these two alone are let off, and only where torch, transformers or diffusers are called
+    assert [set(part) for part in own] == [{"module", "disallow_untyped_calls", "warn_return_any"}]

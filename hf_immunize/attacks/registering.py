@@ -32,7 +32,8 @@ def register_attack(name: str, attack: Attack) -> Attack:
             "choose another."
         )
     config: Any = attack.config
-    if not (dataclasses.is_dataclass(config) and config.__dataclass_params__.frozen and config.__doc__):  # type: ignore
+    made_by: Any = getattr(config, "__dataclass_params__", None)
+    if not (dataclasses.is_dataclass(config) and made_by.frozen and config.__doc__):
         raise ConfigError(
             f"expected a frozen dataclass with a docstring as the config of {name!r}, got {config!r}: write "
             "@dataclass(frozen=True), and make its fields by hf_immunize.attacks.setting."

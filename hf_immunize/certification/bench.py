@@ -104,8 +104,8 @@ class Bench:
         attack, told = self.attack(trace.attack), trace.config
         refuse_other_code(trace, self.table, trace.file_name)
         side = "benign" if trace.attack.startswith("benign_") else "harmful"
-        options = {name: told[name] for name in ("attack_fraction", "feature_module", *_DRAWN) if name in told}
-        options["means"] = Means.of(told)
+        names = [name for name in ("attack_fraction", "feature_module", *_DRAWN) if name in told]
+        options = {**{name: told[name] for name in names}, "means": Means.of(told)}
         held = tuple(need for need in attack.needs if told.get(need) is not None)
         key = (trace.role, side, tuple(sorted(options.items())), held, attack.needs)
         if key not in self._contexts:
@@ -127,7 +127,7 @@ class Bench:
             return AttackContext(**common, base=self.base if "base" in held else None, adapter_base=self.base)
         from hf_immunize.attacks.diffusion import DiffusionAttackContext
 
-        size = {} if self.eval_batch_size is None else {"eval_batch_size": self.eval_batch_size}
+        size: dict[str, Any] = {} if self.eval_batch_size is None else {"eval_batch_size": self.eval_batch_size}
         return DiffusionAttackContext(**common, **size)
 
     def _check(self, trace: AttackTrace, side: str, context: Any, attack: Attack) -> None:

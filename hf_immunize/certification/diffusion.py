@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -167,9 +167,10 @@ def _similarities(
     if exam.similarity is None:
         return []
     gaps = []
-    for task, split, table in (
+    concepts: list[tuple[Literal["harmful", "benign"], LatentDataset | None, Container[str]]] = [
         ("harmful", exam.harmful_test, DIFFUSION_ATTACKS), ("benign", exam.benign_test, DIFFUSION_TRAINABILITY)
-    ):
+    ]
+    for task, split, table in concepts:
         if split is not None:
             traces = {role: [trace for trace in runs if trace.attack in table]
                       for role, runs in found.by_role.items()}

@@ -99,7 +99,8 @@ class RetainedDrawings:
     @cached_property
     def images(self) -> tuple[list[Image.Image], list[Image.Image]]:
         """Those of the base, those of the subject."""
-        return tuple(to_images(side.draw(self.retain, self.rows)) for side in (self.base, self.subject))
+        before, after = (to_images(side.draw(self.retain, self.rows)) for side in (self.base, self.subject))
+        return before, after
 
     def recognised_by(self, judge: Path, names: Mapping[str, str] | None = None) -> UtilityRows:
         """Which drawn images the judge recognises (1) and which not (0), of both models.
@@ -129,7 +130,8 @@ def recognised(judge: Path, images: Sequence[Image.Image], wanted: Sequence[str]
     """
     model = load_classifier(judge).eval()
     make = PixelMaker(load_processor(judge), model_channels(model), "drawn images")
-    ids = {str(name): int(number) for name, number in model.config.label2id.items()}
+    config: Any = model.config
+    ids = {str(name): int(number) for name, number in config.label2id.items()}
     if unknown := sorted(set(wanted) - set(ids)):
         raise ModelError(f"expected a judge with the classes {sorted(set(wanted))}, got none for {unknown}.")
     hits: list[bool] = []

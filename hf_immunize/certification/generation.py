@@ -15,8 +15,9 @@ from hf_immunize.attacks.core.suite import picture_name
 from hf_immunize.certification.similarity import ImageFeatures, Similarity
 from hf_immunize.diffusion import LatentDataset, drawing_steps, split_grid
 from hf_immunize.errors import RecordError
+from hf_immunize.exam.keeps import best_trial, runs_of_trial
 from hf_immunize.linalg import frechet_distance
-from hf_immunize.metrics import best_trial, mean_interval, runs_of_trial
+from hf_immunize.metrics import mean_interval
 from hf_immunize.records import AttackTrace, FrechetGap, Interval, SimilarityGap
 
 _REFERENCES = 64

@@ -110,8 +110,8 @@ def judge_traces(
     cells = _cells(harmful, plan, rule, evidence)
     learned = measure_trainability(benign, plan.methods, rule)
     referenced = bool(traces.get("nothing"))
-    sides = [evidence.spectra.get(name, ()) for name in ("base", "immunized")]
-    ratio, parts = immunization_ratio(*sides)
+    base, immunized = (evidence.spectra.get(name, ()) for name in ("base", "immunized"))
+    ratio, parts = immunization_ratio(base, immunized)
     lines = diffusion_lines_not_run if rule.gain else lines_not_run
     return Certificate(
         protocol=plan.protocol, planned=plan.planned, cells=cells, families=family_verdicts(cells),
@@ -120,7 +120,7 @@ def judge_traces(
         rule=rule.in_words(), threshold_rule=rule.threshold_in_words() if plan.threshold is None else GIVEN,
         judged_by=rule, plan=plan, trainability=learned, immunization_ratio=ratio,
         immunization_ratio_parts=parts if evidence.spectra else {},
-        immunization_ratio_spread=immunization_ratio_spread(*sides, rule.level),
+        immunization_ratio_spread=immunization_ratio_spread(base, immunized, rule.level),
         not_run=lines([trace for found in traces.values() for trace in found], plan.planned),
         expires=_expiry(traces, evidence.provenance, rule), **_as_fields(evidence),
     )  # fmt: skip

@@ -112,7 +112,7 @@ def _space(drawn: Sequence[AttackTrace]) -> dict[str, Any]:
     optuna = _optuna()
     space: dict[str, Any] = {}
     for name in (part.split("=")[0] for part in drawn[0].trial.split(",") if "=" in part):
-        values = sorted({trace.config[name] for trace in drawn if name in trace.config}, key=lambda value: (
+        values: list[Any] = sorted({trace.config[name] for trace in drawn if name in trace.config}, key=lambda value: (
             isinstance(value, str), value))
         if len(values) < 2 or name == "steps":
             continue

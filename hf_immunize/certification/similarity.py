@@ -85,10 +85,11 @@ class ImageFeatures:
             yield {"pixel_values": make([convert_image(image, make.mode) for image in images[start : start + _ROWS]])}
 
     def _embed(self, pixel_values: Tensor) -> Tensor:
-        if hasattr(self.model, "get_image_features"):
-            found = self.model.get_image_features(pixel_values=pixel_values)
+        model: Any = self.model
+        if hasattr(model, "get_image_features"):
+            found = model.get_image_features(pixel_values=pixel_values)
             return found if isinstance(found, Tensor) else found.pooler_output
-        output = self.model(pixel_values=pixel_values)
+        output = model(pixel_values=pixel_values)
         pooled = getattr(output, "pooler_output", None)
         return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
 

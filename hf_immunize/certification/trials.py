@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hf_immunize.attacks import Run
 from hf_immunize.attacks.core.stored import trace_of
@@ -145,11 +146,11 @@ def run_again(bench: Bench, stored: Sequence[AttackTrace], company: Sequence[Att
     return [trace_of(context, first.attack, attack, run, result, here) for run, result in made]
 
 
-def _run_of(trace: AttackTrace, config: type) -> Run:
+def _run_of(trace: AttackTrace, config: type[Any]) -> Run:
     """The run that a trace tells of."""
     fields = {name: value for name, value in trace.config.items() if name in config.__dataclass_fields__}
     tuning = trace.config.get("tuning_seeds")
     seeds = tuple(int(str(seed)) for seed in tuning) if isinstance(tuning, list) else ()
-    told = trace.config.get("bars")
-    bars = tuple((int(step), float(score)) for step, score in told) if isinstance(told, list) else ()  # type: ignore
+    told: Any = trace.config.get("bars")
+    bars = tuple((int(step), float(score)) for step, score in told) if isinstance(told, list) else ()
     return Run(config(**fields), trace.trial, trace.seed, seeds, widened(trace), proposed(trace), bars)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,8 @@ def answered(model: nn.Module, dataset: PixelDataset, *, is_base: bool = False) 
         ModelError: the model's classes are not those of the dataset.
         DataError: ``is_base``, and the model tells the classes apart but calls them by other labels.
     """
-    own = for_model(dataset, model.config.id2label)
+    config: Any = model.config
+    own = for_model(dataset, config.id2label)
     predicted = predicted_labels(model, own)
     if is_base:
         refuse_other_labels(predicted, own.labels, own.label_names, dataset.name)

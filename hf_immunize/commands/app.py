@@ -25,8 +25,9 @@ class Stage(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Leave every word to the stage."""
-        ctx.args = list(args)
-        return ctx.args
+        rest = list(args)
+        ctx.args = rest
+        return rest
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Flags of the stage, and names of presets; a shell offers files where nothing fits."""

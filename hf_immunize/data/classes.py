@@ -97,7 +97,8 @@ def _of_numbers(values: Sequence[Any], name: str, column: str, known: dict[int, 
             f"expected {wanted} in column '{column}' of {name}, got {told} ({len(bad)} such rows): repair the labels; "
             "a row without one has None, NaN or -1."
         )
-    return Classes(ids, known if known is not None else {label: str(label) for label in sorted({*ids} - {None})})
+    there = {label for label in ids if label is not None}
+    return Classes(ids, known if known is not None else {label: str(label) for label in sorted(there)})
 
 
 def _of_texts(values: Sequence[Any]) -> Classes:
@@ -137,10 +138,11 @@ def parse_labels(given: Any, classes: Classes, name: str) -> list[int] | None:
         if ids_alone and label is not None and other in classes.names and label != other:
             by_id = f"{classes.named([other])} by its id, as {ids_alone[0]!r} beside it is one"
             raise _ambiguous(entry, f"class {classes.named([label])} by its name", by_id, name)
-    chosen = [other if label is None else label for _, label, other in pairs]
+    read_as = [other if label is None else label for _, label, other in pairs]
+    chosen = [label for label in read_as if label is not None]
     if twice := sorted({label for label in chosen if chosen.count(label) > 1}):
         raise DataError(f"expected each class of {name} once, got {twice} again in {given!r}: check the labels.")
-    return [label for label in chosen if label is not None]
+    return chosen
 
 
 def _entries(given: Any, classes: Classes, name: str) -> list[str]:
@@ -217,8 +219,8 @@ def choose_rows(classes: Classes, labels: Sequence[int] | None, name: str) -> tu
         got += f" and {unlabelled} rows without a label" if unlabelled else ""
         raise DataError(f"expected at least two classes in {name}, got {got}: choose more labels.")
     renumber = {label: place for place, label in enumerate(wanted)}
-    rows = [row for row, label in enumerate(classes.ids) if label in renumber]
-    return rows, [renumber[classes.ids[row]] for row in rows], [classes.names[label] for label in wanted]
+    kept = [(row, renumber[label]) for row, label in enumerate(classes.ids) if label is not None and label in renumber]
+    return [row for row, _ in kept], [place for _, place in kept], [classes.names[label] for label in wanted]
 
 
 def select_classes(

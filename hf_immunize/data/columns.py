@@ -31,7 +31,9 @@ def label_candidates(dataset: Any) -> list[str]:
     ]  # fmt: skip
 
 
-def find_columns(dataset: Any, image: str | None, label: str | None, *, side: str, shared: tuple[str, str]) -> tuple:
+def find_columns(
+    dataset: Any, image: str | None, label: str | None, *, side: str, shared: tuple[str, str]
+) -> tuple[str, str]:
     """The image and the label column of one side's dataset.
 
     Args:
@@ -43,18 +45,18 @@ def find_columns(dataset: Any, image: str | None, label: str | None, *, side: st
     Raises:
         DataError: a named column that is not there, and no candidate, or several (they are listed).
     """
-    found = []
+    found: dict[str, str] = {}
     kinds = (("image", image, shared[0], image_candidates), ("label", label, shared[1], label_candidates))
     for kind, own, usual, candidates in kinds:
         name = own or usual
         if name in dataset.column_names:
-            found.append(name)
+            found[kind] = name
             continue
         can = [] if own else candidates(dataset)
         if len(can) != 1:
             raise _no_column(kind, name, can, dataset, side)
-        found.append(can[0])
-    return tuple(found)
+        found[kind] = can[0]
+    return found["image"], found["label"]
 
 
 def read_groups(dataset: Any, rows: Sequence[int], column: str | None, side: str) -> list[Any] | None:

@@ -63,6 +63,8 @@ def decode_image(
 
 
 def _open(value: Any) -> Image.Image:
+    data: Any
+    path: Any
     if isinstance(value, Mapping):
         data, path = value.get("bytes"), value.get("path")
     else:
@@ -176,8 +178,8 @@ def _scaled(image: Image.Image, file: Image.Image, raw: str, tally: ImageTally |
             raise ImageFault("16 bits a channel with a transparent colour", "save it with an alpha channel")
         if tally is not None:
             bands = image.convert("RGB") if image.mode != "CMYK" else image
-            found = bands.getextrema()
-            tally.add_range(min(low for low, _ in found) / 255, max(high for _, high in found) / 255)
+            found = np.asarray(bands.getextrema())
+            tally.add_range(int(found.min()) / 255, int(found.max()) / 255)
     if raw in _PNG_LEVELS and isinstance(key, int):
         image.info["transparency"] = key * _PNG_LEVELS[raw]  # Pillow scales the pixels alone
     return image

@@ -41,7 +41,7 @@ def first_row(dataset: Any, name: str) -> Mapping[str, Any]:
     return as_mapping(found, 0, name)
 
 
-class NamedStream(IterableDataset):
+class NamedStream(IterableDataset[Any]):
     """Rows of an iterable dataset, which are named in the error when reading them fails.
 
     Args:
@@ -98,7 +98,7 @@ class NamedStream(IterableDataset):
             number += 1
 
 
-class RankBatches(IterableDataset):
+class RankBatches(IterableDataset[Any]):
     """This rank's rows of consecutive global batches of a stream: rows r, r+W, r+2W, … of each batch, collated.
 
     So the global batch of a step is the same on any number of processes. Every rank reads the whole stream. With

@@ -188,7 +188,8 @@ def label_names_of(dataset: Any) -> list[str] | None:
         return list(dataset.label_names)
     features = getattr(dataset, "features", None) or {}
     column = next((features[name] for name in ("labels", "label") if name in features), None)
-    return list(column.names) if getattr(column, "names", None) else None
+    names = getattr(column, "names", None)
+    return list(names) if names else None
 
 
 def check_classes(labels: Sequence[int], names: Iterable[Any], name: str) -> None:

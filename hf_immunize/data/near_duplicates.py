@@ -104,7 +104,7 @@ def _read_looks(
             bar.update(len(part[0]))
 
 
-class _LookedAt(Dataset):
+class _LookedAt(Dataset[tuple[torch.Tensor, torch.Tensor, bool]]):
     """Digest, thumbnail and size of the image in each of some rows."""
 
     def __init__(self, dataset: Any, rows: Sequence[int], column: str, name: str):

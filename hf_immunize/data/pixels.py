@@ -24,7 +24,7 @@ _BLOCK = 256
 """Images that are decoded together."""
 
 
-class PixelDataset(Dataset):
+class PixelDataset(Dataset[dict[str, Tensor]]):
     """Preprocessed images in memory with integer labels.
 
     Args:
@@ -138,7 +138,7 @@ class ImagePixels(PixelDataset):
         return self._read(self._rows[:1].tolist()).shape[1:]
 
     @property
-    def pixel_values(self) -> Tensor:  # type: ignore[override]
+    def pixel_values(self) -> Tensor:  # type: ignore[override]  # held by the others, made here
         """Pixels of all rows, decoded now and not kept: for as many as fit into memory."""
         blocks = tqdm(self.blocks(), desc=f"pixels of {self.name}", total=-(-len(self) // _BLOCK), leave=False,
                       disable=None)  # fmt: skip

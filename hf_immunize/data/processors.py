@@ -147,7 +147,7 @@ def _options(processor: Any, channels: int) -> dict[str, Any]:
 
 def _edge_without_crop(processor: Any) -> int | None:
     """The side to which a processor resizes the shorter side of images, where it leaves the longer one."""
-    size = getattr(processor, "size", None)
+    size: Any = getattr(processor, "size", None)
     edge = size.get("shortest_edge") if hasattr(size, "get") else None
     others = any(getattr(processor, name, None) for name in ("do_center_crop", "do_pad"))
     return int(edge) if edge and getattr(processor, "do_resize", None) and not others else None

@@ -178,7 +178,7 @@ def has_transform(dataset: Any) -> bool:
     return isinstance(made, Mapping) and made.get("type") == "custom"
 
 
-class NamedRows(Dataset):
+class NamedRows(Dataset[Any]):
     """A map-style dataset whose rows, when reading them fails, are named in the error.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def read_shards(files: Sequence[Path], split: str, where: str) -> Any:
     parts = {name: held for name, held in found.items() if name}
     if left:
         parts["train"] = [*parts.get("train", []), *left]
-    return take_split({name: lambda held=held: _read(held) for name, held in parts.items()}, split, where)
+    return take_split({name: partial(_read, held) for name, held in parts.items()}, split, where)
 
 
 def _check(file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def read_tables(folder: Path, tables: Sequence[Path], split: str) -> Any:
     parts = {name: files for name, files in found.items() if name} or {"train": left}
     if found:
         _tell_unused(folder, left)
-    return take_split({name: lambda files=files: read_files(files, "train", folder) for name, files in parts.items()},
+    return take_split({name: partial(read_files, files, "train", folder) for name, files in parts.items()},
                       split, str(folder))
 
 
@@ -185,7 +186,7 @@ def choose_split(held: Any, split: str, where: str) -> Any:
     from datasets import Dataset, DatasetDict
 
     if isinstance(held, DatasetDict):
-        return take_split({name: lambda rows=rows: rows for name, rows in held.items()}, split, where)
+        return take_split({name: partial(held.__getitem__, name) for name in held}, split, where)
     if not isinstance(held, Dataset):
         raise DataError(f"expected a datasets.Dataset or DatasetDict from {where}, got {type(held).__name__}.")
     own = split_names(str(held.split)) if held.split is not None else []

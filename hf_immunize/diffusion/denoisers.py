@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from hf_immunize.diffusion.families import dit, flux, pixart, sd3, text_unet, unet
@@ -23,7 +26,9 @@ def register_family(family: DenoiserFamily) -> DenoiserFamily:
     Raises:
         ConfigError: a class of denoisers or pipelines that is known already, or what is no class.
     """
-    for kind, known in ((family.kind, DENOISERS), *((kind, PROMPT_READERS) for kind in family.pipelines)):
+    tables: list[tuple[type, Mapping[type, object]]] = [(family.kind, DENOISERS)]
+    tables += [(kind, PROMPT_READERS) for kind in family.pipelines]
+    for kind, known in tables:
         if not isinstance(kind, type) or kind in known:
             names = sorted(one.__name__ for one in known)
             raise ConfigError(f"expected a class that is none of {names}, got {kind!r}: it is there already.")
@@ -57,7 +62,7 @@ def reader_of(pipeline: object) -> PromptReader | None:
     return PROMPT_READERS.get(type(pipeline))
 
 
-def denoiser_classes(names: set[str] | None = None) -> dict[str, type]:
+def denoiser_classes(names: set[str] | None = None) -> dict[str, Any]:
     """Known classes of denoisers by name; plug-ins are asked where none of ``names`` is known."""
     if names is not None and not names & {kind.__name__ for kind in DENOISERS}:
         load_plugins()

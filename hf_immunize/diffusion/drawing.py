@@ -80,10 +80,11 @@ def decode(latents: Tensor, autoencoder: nn.Module | None) -> Tensor:
     """Pixels in −1..1: the latents themselves where the pipeline has no VAE."""
     if autoencoder is None:
         return latents.clamp(-1, 1)
-    config, place = autoencoder.config, next(autoencoder.parameters())
+    vae: Any = autoencoder
+    config, place = vae.config, next(autoencoder.parameters())
     shift = getattr(config, "shift_factor", None) or 0.0
     parts = [
-        autoencoder.decode((part / config.scaling_factor + shift).to(place.device, place.dtype)).sample.cpu().float()
+        vae.decode((part / config.scaling_factor + shift).to(place.device, place.dtype)).sample.cpu().float()
         for part in latents.split(8)
     ]
     return torch.cat(parts).clamp(-1, 1)

@@ -44,9 +44,9 @@ class Denoiser:
     call: Call
     middle: Callable[[nn.Module], str]
     attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    classes: Callable[[nn.Module], int | None] = lambda _: None
-    channels: Callable[[nn.Module], int] = lambda model: model.config.in_channels
-    side: Callable[[nn.Module], int | tuple[int, int]] = lambda model: model.config.sample_size
+    classes: Callable[[Any], int | None] = lambda _: None
+    channels: Callable[[Any], int] = lambda model: model.config.in_channels
+    side: Callable[[Any], int | tuple[int, int]] = lambda model: model.config.sample_size
     tokens: int = 77
     shift: Callable[[Any, int, int], float] = lambda config, height, width: shift_by_patches(config, height, width)
 
@@ -158,7 +158,7 @@ class DenoiserFamily:
 
 def bare(model: nn.Module) -> nn.Module:
     """The model without what wraps it for several devices."""
-    return model.module if hasattr(model, "module") else model
+    return getattr(model, "module", model)
 
 
 def middle_block(model: nn.Module) -> str:
@@ -166,7 +166,8 @@ def middle_block(model: nn.Module) -> str:
 
     The block's first normalisation reads the block's input, and is called with it by position in every class here.
     """
-    return f"transformer_blocks.{len(model.transformer_blocks) // 2}.norm1"
+    blocks: Any = model.transformer_blocks
+    return f"transformer_blocks.{len(blocks) // 2}.norm1"
 
 
 def class_count(model: nn.Module) -> int | None:

@@ -111,7 +111,7 @@ def read_captions(folder: str | Path) -> list[str] | None:
     told = {} if path is None else {
         name.removeprefix(start): text for name, text in _captions_of(path).items() if name.startswith(start)
     }
-    if told and notes:
+    if path is not None and told and notes:
         raise DataError(
             f"expected the captions of {folder.name} in one place, got both {path.name} and {len(notes)} {SIDECAR} "
             f"files ({next(iter(notes))}{SIDECAR}): remove one of them."

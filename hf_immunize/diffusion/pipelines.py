@@ -31,11 +31,11 @@ def load_pipeline(folder: str | Path, *, denoiser_dtype: torch.dtype = torch.flo
     """
     refuse_folder(folder)
     try:
-        encoders = _text_encoders(Path(folder))
+        given: dict[str, Any] = dict(_text_encoders(Path(folder)))
         if denoiser_dtype != torch.float32:
-            encoders["torch_dtype"] = {name: denoiser_dtype for name in _denoisers(Path(folder))}
+            given["torch_dtype"] = {name: denoiser_dtype for name in _denoisers(Path(folder))}
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), use_safetensors=True, trust_remote_code=False, variant=_variant(Path(folder)), **encoders
+            str(folder), use_safetensors=True, trust_remote_code=False, variant=_variant(Path(folder)), **given
         )
     except (ModelError, MemoryError):
         raise
@@ -151,7 +151,7 @@ _KEPT_APART = ("dtype", "transformers_version", "architectures")
 
 def _settings(part: Any) -> dict[str, Any]:
     """A part's config less what tells where, when and in which precision it was saved."""
-    config = getattr(part, "config", None)
+    config: Any = getattr(part, "config", None)
     if hasattr(part, "get_vocab"):
         return {"vocabulary": part.get_vocab(), "length": part.model_max_length}
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
@@ -192,8 +192,9 @@ def component_of(pipeline: Any) -> str:
 
 def fresh_denoiser(model: nn.Module, seed: int) -> nn.Module:
     """The denoiser's architecture with random weights drawn from ``seed``: what training from scratch starts at."""
+    kind: Any = type(model)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh, dtype = type(model).from_config(model.config), next(model.parameters()).dtype
+        fresh, dtype = kind.from_config(model.config), next(model.parameters()).dtype
         # casting warns of layers to keep in float32 even where there is nothing to cast
         return fresh if fresh.dtype == dtype else fresh.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class PromptTask:
         if arguments.resolution < 16:
             raise DataError(f"expected a resolution of at least 16 pixels, got {arguments.resolution}.")
         self._arguments, self._pipeline = arguments, pipeline
-        self._read, self._encoded, self._apart = cache(self._read), cache(self._encoded), False
+        self._split, self._encoded, self._apart = cache(self._read), cache(self._encode_split), False
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -82,7 +83,7 @@ class PromptTask:
     def examples(self, side: str, split: str) -> LatentDataset:
         """Encoded images of one split under their prompts."""
         self._check_apart()
-        rows = self._read(side)[1]
+        rows = self._split(side)[1]
         if split not in rows:
             raise DataError(f"expected a split of {side} in {sorted(rows)}, got {split!r}.")
         return self._encoded(side, split)
@@ -94,7 +95,7 @@ class PromptTask:
     def attacker_knows(self, concept: str) -> dict[str, Any]:
         """What an attacker holds beside images of the concept, as DiffusionAttackContext takes it."""
         given, size = self._arguments, self._arguments.resolution
-        shown, rows = self._read(concept)
+        shown, rows = self._split(concept)
         pixels, prior = shown.photos.stacked(rows["attack"]), self.examples("retain", "validation")
         known: dict[str, Any] = {"pixels": pixels, "prior": prior}
         for name in ("other", "placeholder", "generic"):
@@ -114,7 +115,7 @@ class PromptTask:
         if self._apart:
             return
         seen: dict[bytes, str] = {}
-        shown = [self._read(side)[0] for side in self.sides]
+        shown = [self._split(side)[0] for side in self.sides]
         if self._arguments.other_images is not None:
             other = self._other()
             shown.append(replace(other, concepts=[f"other {concept}" for concept in other.concepts]))
@@ -173,13 +174,13 @@ class PromptTask:
         files = [path for _, photos, _ in parts for path in photos.files]
         return _Shown(
             Photos(files, self._arguments.resolution, channels=channels),
-            [caption for _, photos, captions in parts for caption in captions or [None] * len(photos)],
+            [caption for _, photos, captions in parts for caption in captions or repeat(None, len(photos))],
             [name for name, photos, _ in parts for _ in range(len(photos))],
             [digest for name, photos, _ in parts for digest in photos.digests(name)],
         )
 
-    def _encoded(self, side: str, split: str) -> LatentDataset:
-        shown, rows = self._read(side)
+    def _encode_split(self, side: str, split: str) -> LatentDataset:
+        shown, rows = self._split(side)
         return self._encode(shown.subset(rows[split]), side)
 
     def _encode(self, shown: _Shown, side: str) -> LatentDataset:
@@ -203,5 +204,9 @@ class _Shown:
 
     def subset(self, rows: Sequence[int]) -> _Shown:
         """Some of the images."""
-        held = ([part[row] for row in rows] for part in (self.captions, self.concepts, self.digests))
-        return _Shown(self.photos.subset(rows), *held)
+        return _Shown(
+            self.photos.subset(rows),
+            [self.captions[row] for row in rows],
+            [self.concepts[row] for row in rows],
+            [self.digests[row] for row in rows],
+        )

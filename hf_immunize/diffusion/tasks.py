@@ -88,7 +88,7 @@ class ArrayImages:
     def __getitem__(self, row: int) -> dict[str, Any]:
         return {"image": Image.fromarray(self.images[row])}
 
-    def select(self, rows: Sequence[int]) -> ArrayImages:
+    def select(self, rows: Sequence[int] | np.ndarray) -> ArrayImages:
         """Some rows."""
         return ArrayImages(self.images[rows], self.labels[rows], self.names)
 

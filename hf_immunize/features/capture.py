@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -135,7 +135,7 @@ def capture_inputs(model: nn.Module, names: Names) -> Iterator[Captured]:
         )
     caught = Captured(modules, layouts)
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[..., None]:
         return lambda _, args, named: caught._catch(name, args, named)
 
     handles = [model.register_forward_pre_hook(lambda _, args, named: caught._begin(args, named), with_kwargs=True)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ def _try(
         batch = {name: rows[:count] for name, rows in ours.items()}
         values = _watch(model, asked, run, batch)
         if not axes:
-            axes = _feature_axes(model, asked, values, lambda batch=batch: run(batch))
+            axes = _feature_axes(model, asked, values, partial(run, batch))
             again = _watch(model, asked, run, batch)
             noise = {name: _noise(values[name], again[name], axes[name]) for name in asked}
         changed: dict[str, list[Tensor]] = {name: [] for name in asked}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from hf_immunize.features.rows import pool_rows
 
 POOLING = ("mean", "first", "pooler")
 """What the head sees: the mean of all tokens or positions, the first token, or the backbone's own ``pooler_output``."""
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 class HeadedBackboneConfig(PreTrainedConfig):
@@ -43,12 +44,13 @@ class BackboneForImageClassification(PreTrainedModel):
     config_class = HeadedBackboneConfig
     base_model_prefix = "backbone"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def __init__(self, config: HeadedBackboneConfig):
         super().__init__(config)
+        assert config.num_labels is not None, "a head has labels: add_head names them"
         self.num_labels = config.num_labels
         self.backbone = AutoModel.from_config(config.backbone)
         self.classifier = nn.Linear(config.width, config.num_labels)
@@ -79,7 +81,11 @@ def _pooled(output: Any, pooling: str) -> Tensor:
 
 
 def add_head(
-    backbone: PreTrainedModel, labels: int | Sequence[str], *, pooling: str = "mean", problem_type: str | None = None
+    backbone: PreTrainedModel,
+    labels: int | Sequence[str],
+    *,
+    pooling: str = "mean",
+    problem_type: ProblemType | None = None,
 ) -> BackboneForImageClassification:
     """A classifier (or regressor) whose trunk is ``backbone`` itself, not a copy, with a freshly drawn linear head.
 
@@ -100,7 +106,7 @@ def add_head(
         backbone=backbone.config, width=_width(backbone, pooling), pooling=pooling, problem_type=problem_type,
         id2label=dict(enumerate(names)), label2id={name: place for place, name in enumerate(names)},
     )  # fmt: skip
-    model = BackboneForImageClassification(config)
+    model: Any = BackboneForImageClassification(config)  # functools.wraps hides the arguments of its to()
     model.backbone = backbone
     return model.to(device=backbone.device, dtype=backbone.dtype)
 

@@ -16,7 +16,7 @@ def prefer_channels_last(model: nn.Module) -> nn.Module:
     it too.
     """
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        model.to(memory_format=torch.channels_last)
+        _lay(model, torch.channels_last)
     return model
 
 
@@ -28,4 +28,8 @@ def lying_channels_last(model: nn.Module) -> Iterator[nn.Module]:
         yield prefer_channels_last(model)
     finally:
         if preferred:
-            model.to(memory_format=torch.contiguous_format)
+            _lay(model, torch.contiguous_format)
+
+
+def _lay(model: nn.Module, memory_format: torch.memory_format) -> None:
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]  # torch's overloads leave it out

@@ -150,8 +150,8 @@ def declared_features(module: nn.Module) -> tuple[int, int] | None:
         return 1, module.num_features
     if isinstance(module, nn.GroupNorm):
         return 1, module.num_channels
-    if type(module) in (nn.LayerNorm, nn.RMSNorm) and len(module.normalized_shape) == 1:
-        return -1, module.normalized_shape[0]
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return (-1, module.normalized_shape[0]) if len(module.normalized_shape) == 1 else None
     return None
 
 

@@ -137,6 +137,7 @@ def _metadata(certificate: Certificate, options: CardOptions, library: Library) 
     sources = [part.source for part in (*certificate.primary_data, *certificate.harmful_data)]
     datasets = list(options.datasets or dict.fromkeys(source for source in sources if _is_hub_id(source)))
     results = _results(certificate, options.pipeline_tag or library.tag)
+    related: dict[str, Any] = {"base_model_relation": library.relation} if base else {}
     return ModelCardData(
         library_name=library.name,
         pipeline_tag=options.pipeline_tag,
@@ -145,8 +146,8 @@ def _metadata(certificate: Certificate, options: CardOptions, library: Library) 
         datasets=datasets or None,
         tags=["immunized", "model-immunization", "hf_immunize"],
         model_name=_line(certificate.subject.name) or "unnamed",
-        eval_results=[dataclasses.replace(result, **_source(options.repo_id)) for result in results],
-        **({"base_model_relation": library.relation} if base else {}),
+        eval_results=[_with_source(result, options.repo_id) for result in results],
+        **related,
     )
 
 
@@ -156,16 +157,17 @@ def _base_of(certificate: Certificate, options: CardOptions) -> str | None:
     return options.base_model or (name if _is_hub_id(name) else None)
 
 
-def _source(repo_id: str | None) -> dict[str, str]:
-    """Where a figure can be checked. ``verified`` and ``verifyToken`` are left to the Hub's own evaluation service:
-    only it can sign them, and filling them here would claim an evaluation that nobody else has made.
+def _with_source(result: EvalResult, repo_id: str | None) -> EvalResult:
+    """The figure, and where it can be checked. ``verified`` and ``verifyToken`` are left to the Hub's own evaluation
+    service: only it can sign them, and filling them here would claim an evaluation that nobody else has made.
     """
     if repo_id is None:
-        return {}
-    return {
-        "source_name": "certificate.json, checked by hf-immunize verify",
-        "source_url": f"https://huggingface.co/{repo_id}/blob/main/certificate.json",
-    }
+        return result
+    return dataclasses.replace(
+        result,
+        source_name="certificate.json, checked by hf-immunize verify",
+        source_url=f"https://huggingface.co/{repo_id}/blob/main/certificate.json",
+    )
 
 
 def _line(name: str) -> str:

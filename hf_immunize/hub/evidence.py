@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 
 from hf_immunize.errors import RecordError
 from hf_immunize.hub.findings import Findings
 from hf_immunize.hub.inventory import Inventory
 from hf_immunize.hub.names import CERTIFICATE, kind_of, problem_with
-from hf_immunize.hub.untrusted import parse_record
-from hf_immunize.records import AttackTrace, Certificate, Record, UtilityRows
-
-Check = Callable[[str, AttackTrace, Certificate, Findings], None] | Callable[
-    [str, UtilityRows, Certificate, Findings], None]
+from hf_immunize.hub.untrusted import AnyRecord, parse_record
+from hf_immunize.records import AttackTrace, Certificate, UtilityRows
 
 
 def check_evidence(certificate: Certificate, inventory: Inventory, findings: Findings, *, keep: bool = False) -> None:
@@ -21,15 +18,10 @@ def check_evidence(certificate: Certificate, inventory: Inventory, findings: Fin
     Args:
         keep: hold the records in the inventory, for a judge who asks for them next.
     """
-    kinds: list[tuple[Mapping[str, str], type[Record], Check]] = [
-        (certificate.traces, AttackTrace, _check_trace), (certificate.utility_rows, UtilityRows, _check_rows)]
-    for listed, kind, check in kinds:
-        for name, digest in listed.items():
-            record = _certified(kind, name, digest, inventory, findings)
-            if record is not None:
-                check(name, record, certificate, findings)  # type: ignore[arg-type]
-                if keep:
-                    inventory.keep(name, record)
+    for name, trace in _certified(AttackTrace, certificate.traces, inventory, findings, keep):
+        _check_trace(name, trace, certificate, findings)
+    for name, rows in _certified(UtilityRows, certificate.utility_rows, inventory, findings, keep):
+        _check_rows(name, rows, certificate, findings)
     extra = [name for name in inventory.files
              if kind_of(name) == "trace" and name not in certificate.traces and name not in certificate.utility_rows]
     if extra:
@@ -39,8 +31,20 @@ def check_evidence(certificate: Certificate, inventory: Inventory, findings: Fin
 
 
 def _certified(
-    kind: type[Record], name: str, digest: str, inventory: Inventory, findings: Findings
-) -> Record | None:
+    kind: type[AnyRecord], listed: Mapping[str, str], inventory: Inventory, findings: Findings, keep: bool
+) -> Iterator[tuple[str, AnyRecord]]:
+    """The records of certified files by name, one after the other; those that are not what was certified are found."""
+    for name, digest in listed.items():
+        record = _read(kind, name, digest, inventory, findings)
+        if record is not None:
+            yield name, record
+            if keep:
+                inventory.keep(name, record)
+
+
+def _read(
+    kind: type[AnyRecord], name: str, digest: str, inventory: Inventory, findings: Findings
+) -> AnyRecord | None:
     """The record of a certified file; None, and a finding, where it is not what was certified."""
     problem = problem_with(name)
     if problem is not None or kind_of(name) != "trace":
@@ -68,7 +72,7 @@ def _check_trace(name: str, trace: AttackTrace, certificate: Certificate, findin
     if subject is not None and trace.model.weights != subject.weights:
         findings.fail("trace-weights", name, f"an attack on other weights than the {trace.role} of the certificate: "
                       "the certificate cannot rest on it.")
-    told = {entry.attack for entry in (*certificate.cells, *certificate.trainability)}
+    told = {cell.attack for cell in certificate.cells} | {method.attack for method in certificate.trainability}
     if trace.role == "nothing" and certificate.plan is not None:  # what is reached without any model has no verdict
         told = {item.attack for item in certificate.plan.references}
     if trace.attack not in told:

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from io import BufferedReader, FileIO
 from pathlib import Path
 
 from hf_immunize.errors import RecordError
@@ -97,7 +98,7 @@ class Inventory:
         except ValueError as error:
             raise RecordError(f"expected a safetensors header in {name}, got something else: restore it.") from error
 
-    def _open(self, name: str):  # noqa: ANN202  (a raw binary stream)
+    def _open(self, name: str) -> BufferedReader | FileIO:
         if name not in self.files:
             raise RecordError(f"expected {name} in {self.root.name}, got no such file: download or restore it.")
         try:
@@ -105,7 +106,7 @@ class Inventory:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 os.close(handle)
                 raise OSError("it is not a regular file")
-            return os.fdopen(handle, "rb", buffering=0 if name.endswith(".safetensors") else -1)
+            return os.fdopen(handle, "rb", buffering=0) if name.endswith(".safetensors") else os.fdopen(handle, "rb")
         except OSError as error:
             raise RecordError(f"expected to read {name}, got {error.strerror or error}: restore the file.") from error
 

@@ -55,7 +55,7 @@ def fetch(
     with careful(timeout, secret):
         if not local_files_only:
             info = asked("describe the repository", secret,
-                         lambda: api.repo_info(repo_id, revision=revision, token=token))
+                         lambda: api.model_info(repo_id, revision=revision, token=token))
             _refuse_names([item.rfilename for item in info.siblings or []], repo_id)
             revision = info.sha
         folder = asked("send the files", secret, lambda: api.snapshot_download(

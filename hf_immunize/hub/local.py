@@ -103,7 +103,7 @@ def _download(
     secret = api.token if isinstance(api.token, str) else get_token()
     patterns = [*_WANTED, *(["*.py"] if with_code else [])]
     with careful(timeout, secret):
-        info = asked("describe the repository", secret, lambda: api.repo_info(repo_id, revision=revision))
+        info = asked("describe the repository", secret, lambda: api.model_info(repo_id, revision=revision))
         names = [item.rfilename for item in info.siblings or []]
         wanted = [name for name in _parts_of_a_pipeline(names) if _fits(name, patterns)]
         bad = [f"{name!r}: {problem}" for name in wanted if (problem := problem_with(name)) is not None]

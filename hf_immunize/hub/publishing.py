@@ -91,9 +91,8 @@ def publish(
         raise ConfigError("expected a branch or a pull request, got both: leave one out.")
     api = api or HfApi(token=token)
     secret = token or (api.token if isinstance(api.token, str) else get_token())
-    gate = {"policy": policy, "allow_failed": allow_failed, "token": secret,
-            "signing_key": signing_key, "sign_by_default": sign}
-    release = prepare(folder, card=card, repo_id=repo_id, **gate)
+    release = prepare(folder, policy=policy, allow_failed=allow_failed, card=card, repo_id=repo_id,
+                      signing_key=signing_key, sign_by_default=sign, token=secret)
     if dry_run:
         return Publication(repo_id, release.sizes, release.left_out, (), release.verification, dry_run=True)
     with careful(timeout, secret):
@@ -131,7 +130,9 @@ class _Sending:
         additions = self._additions()
         head, present = self._open(private, branch, create_pr)
         deleted = tuple(sorted(name for name in present - set(self.release.digests) if not is_harmless(name)))
-        operations = [*additions, *(CommitOperationDelete(name, is_folder=False) for name in deleted)]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *additions, *(CommitOperationDelete(name, is_folder=False) for name in deleted)
+        ]
         verdict = self.release.verification.certificate
         title = message or f"Publish with certificate: {verdict.overall if verdict else 'unknown'}"
         revision = branch or MAIN
@@ -170,16 +171,16 @@ class _Sending:
         if not create_pr:
             asked("create or find the repository", token,
                   lambda: api.create_repo(repo_id, private=private, exist_ok=True, token=token))
-        info = asked("describe the repository", token, lambda: api.repo_info(repo_id, token=token))
+        info = asked("describe the repository", token, lambda: api.model_info(repo_id, token=token))
         if private and not info.private:
             raise PublishRefusedError(
                 f"expected a private repository, got the public {repo_id}: make it private on the Hub, choose another "
                 "name, or publish openly."
             )
-        if branch not in (None, MAIN):
+        if branch is not None and branch != MAIN:
             asked("create or find the branch", token,
                   lambda: api.create_branch(repo_id, branch=branch, exist_ok=True, token=token))
-            info = asked("describe the branch", token, lambda: api.repo_info(repo_id, revision=branch, token=token))
+            info = asked("describe the branch", token, lambda: api.model_info(repo_id, revision=branch, token=token))
         present = {item.rfilename for item in info.siblings or []}
         if ".gitignore" in present:
             raise PublishRefusedError(

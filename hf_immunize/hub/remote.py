@@ -64,7 +64,7 @@ def asked(doing: str, token: str | None, call: Callable[[], Answer]) -> Answer:
 def may_have_arrived(api: HfApi, repo_id: str, revision: str, parent: str | None, release: Release) -> str | None:
     """After a commit without an answer: the new head when it holds exactly the release, else None."""
     try:
-        head = api.repo_info(repo_id, revision=revision).sha
+        head = api.model_info(repo_id, revision=revision).sha
         return head if head and head != parent and not differences(api, repo_id, head, release) else None
     except Exception:
         return None

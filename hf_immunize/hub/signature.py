@@ -182,7 +182,7 @@ def _private(key_file: str | Path) -> Any:
 
 
 def _hexadecimal(public: Any) -> str:
-    return public.public_bytes_raw().hex()
+    return bytes(public.public_bytes_raw()).hex()
 
 
 def _primitives() -> Any:

@@ -52,7 +52,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def unique_keys(loader: type) -> type:
     """A YAML loader that refuses a mapping with the same key twice, of which readers take either."""
 
-    class Unique(loader):  # type: ignore[misc]
+    class Unique(loader):  # type: ignore[misc]  # a base that is known when it runs
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             if len({repr(key) for key in keys}) != len(keys):

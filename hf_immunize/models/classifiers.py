@@ -85,7 +85,7 @@ def random_classifier(
         ) from error
 
 
-def label_maps(names: Sequence[str]) -> dict[str, dict]:
+def label_maps(names: Sequence[str]) -> dict[str, dict[Any, Any]]:
     """The two entries of a config that name a head's outputs."""
     return {"id2label": dict(enumerate(names)), "label2id": {name: place for place, name in enumerate(names)}}
 

@@ -121,7 +121,7 @@ class Parts:
                 raise ModelError(f"gradient_checkpointing: {error}") from error
             return False
         for block in blocks:
-            block.forward = _again(block.forward, self._norms)  # type: ignore[method-assign]
+            block.forward = _again(block.forward, self._norms)
             self._undo.append(partial(delattr, block, "forward"))
         return True
 

@@ -86,7 +86,7 @@ class Attack:
     made by ``setting``.
     """
 
-    config: type
+    config: type[Any]
     run: Callable[[Any, Sequence[Run]], Iterator[tuple[Run, Result]]]
     family: str
     unit: Literal["step", "solve"] = "step"

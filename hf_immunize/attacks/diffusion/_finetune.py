@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
 from hf_immunize.diffusion import LatentBatch, LatentDataset, denoising_losses, drawing_steps, grid_png, schedule_of
 from hf_immunize.errors import ConfigError
 from hf_immunize.records import Evaluation
+from hf_immunize.records.trace import Outcome
 
 _EVALUATION_RATIO = 1.5
 _LEAST = (
@@ -93,20 +95,24 @@ def finetune(
                 break
             if step in moments and (drawn := context.drawn(model)) is not None:
                 lines.append(drawn)
-    outcome = "diverged" if note else "completed"
+    outcome: Outcome = "diverged" if note else "completed"
     seconds, samples = time.perf_counter() - started, config.steps * config.batch_size
     picture = grid_png(torch.cat(lines), context.pictures) if lines and not note else None
     told = "; ".join(text for text in (note, *held.notes) if text) or None
     return Result(curve, config.steps, seconds, outcome, told, samples, picture=picture)
 
 
-def _step(context, held, parts, config, generator, optimizer, schedule) -> float:
+def _step(
+    context: DiffusionAttackContext, held: Parts, parts: Sequence[tuple[LatentDataset, float]],
+    config: DiffusionFinetune, generator: torch.Generator, optimizer: torch.optim.Optimizer, schedule: Any,
+) -> float:
     """One optimizer step on the weighted losses of all parts; its loss."""
     held.model.train()
     drawn = [(weight, _draw(context, held.model, data, config, generator)) for data, weight in parts]
 
     def backward(place: slice, share: float) -> float:
-        loss = sum(weight * share * _loss(context, held.model, batch, config, place) for weight, batch in drawn)
+        losses = [weight * share * _loss(context, held.model, batch, config, place) for weight, batch in drawn]
+        loss = sum(losses[1:], losses[0])
         loss.backward()
         return float(loss.detach())
 
@@ -129,7 +135,10 @@ class _Drawn:
     seed: int
 
 
-def _draw(context, model, data, config, generator) -> _Drawn:
+def _draw(
+    context: DiffusionAttackContext, model: nn.Module, data: LatentDataset, config: DiffusionFinetune,
+    generator: torch.Generator,
+) -> _Drawn:
     """One batch of the generator's rows, noise and levels."""
     process, place = context.process, next(model.parameters())
     rows = torch.randint(len(data), (config.batch_size,), generator=generator)
@@ -139,7 +148,9 @@ def _draw(context, model, data, config, generator) -> _Drawn:
     return _Drawn(batch, levels, noise, int(torch.randint(2**62, (1,), generator=generator)))
 
 
-def _loss(context, model, drawn: _Drawn, config, place: slice) -> Tensor:
+def _loss(
+    context: DiffusionAttackContext, model: nn.Module, drawn: _Drawn, config: DiffusionFinetune, place: slice
+) -> Tensor:
     """Mean denoising loss of some rows of a batch."""
     process, device = context.process, drawn.noise.device
     latents, levels, noise = drawn.batch.latents[place], drawn.levels[place], drawn.noise[place]

@@ -202,11 +202,12 @@ class DiffusionAttackContext:
     @cached_property
     def exams(self) -> tuple[DenoisingExam, DenoisingExam]:
         """Fixed exams on the validation and the test images."""
-        return tuple(
+        validation, test = (
             DenoisingExam(self.process, split, levels=self.exam_levels, seed=self.exam_seed + place,
                           batch_size=self.eval_batch_size)
             for place, split in enumerate((self.validation, self.test))
         )
+        return validation, test
 
     def drawn(self, model: nn.Module) -> Tensor | None:
         """Pixels the model draws when asked for the concept; the same noise and conditions for every model."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ def run_other_images(context: DiffusionAttackContext, runs: Sequence[Run]) -> It
     if why := lacking(OTHER_IMAGES.needs, context):
         yield from not_applicable(runs, why)
         return
+    assert context.other_images is not None  # as nothing is lacking
     yield from run_finetunes(dataclasses.replace(context, attack=context.other_images, pixels=None), runs, adapted)
 
 
@@ -96,7 +98,7 @@ def _under(name: str) -> Attack:
         if why := lacking((name,), context):
             yield from not_applicable(runs, why)
             return
-        splits = {part: renamed(getattr(context, part), getattr(context, name))
+        splits: dict[str, Any] = {part: renamed(getattr(context, part), getattr(context, name))
                   for part in ("attack", "validation", "test")}
         yield from run_finetunes(dataclasses.replace(context, **splits), runs, adapted)
 

@@ -40,7 +40,8 @@ class _LearnedRow(nn.Module):
     def __init__(self, table: nn.Module, row: int):
         super().__init__()
         self.table, self.row = table, row
-        self.token = nn.Parameter(table.weight[row].detach().float().clone())
+        weight: Any = table.weight
+        self.token = nn.Parameter(weight[row].detach().float().clone())
 
     def forward(self, ids: Tensor) -> Tensor:
         found = self.table(ids)
@@ -112,7 +113,8 @@ def _told_by_name(context: DiffusionAttackContext) -> DiffusionAttackContext:
     """The same exam, whose every question is told by the learned prompt; what is told of sizes stays."""
     inner = context.denoiser
 
-    def call(model: _NewName, noisy: Tensor, timesteps: Tensor, conditions: Any) -> Tensor:
+    def call(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Any) -> Tensor:
+        assert isinstance(model, _NewName)
         told = {
             name: (value.to(noisy) if value.is_floating_point() else value).expand(len(noisy), *value.shape[1:])
             for name, value in model.encoded().items()

@@ -25,13 +25,13 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, parameters: Sequence[nn.Parameter], learning_rate: float, weight_decay: float):
         matrices = [parameter for parameter in parameters if _is_matrix(parameter)]
         others = [parameter for parameter in parameters if not _is_matrix(parameter)]
-        options = {"lr": learning_rate, "weight_decay": weight_decay}
+        options: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
         super().__init__([{"params": matrices}, {"params": others}], options)
         self._flat = [nn.Parameter(_flat(parameter.data)) for parameter in matrices]
         self._parts = [torch.optim.Muon(self._flat, **options), torch.optim.AdamW(others, **options)]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step of both, at the learning rates that the scheduler has set here."""
         for matrix, parameter in zip(self._flat, self.param_groups[0]["params"], strict=True):
             matrix.grad = None if parameter.grad is None else _flat(parameter.grad)
@@ -74,7 +74,7 @@ class Lamb(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step of every tensor that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -111,7 +111,7 @@ class Lars(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One step of every tensor that has a gradient."""
         for group in self.param_groups:
             decay = group["weight_decay"]

@@ -90,6 +90,7 @@ def ridge_headed(context: AttackContext, planned: Run) -> nn.Module:
     """The head is set to the ridge probe of the run's own rows; every weight is trained."""
     model = unfrozen(context, planned)
     head = model.get_submodule(context.head)
+    assert isinstance(head, nn.Linear)  # the new one that every fine-tuning gets
     weight, bias = ridge_head(context, planned.seed, planned.config.penalty)
     with torch.no_grad():
         head.weight.copy_(planned.config.temperature * weight.T)

@@ -21,6 +21,7 @@ from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.linalg import to_double
 from hf_immunize.linalg.whitening import fit_feature_map
 from hf_immunize.records import Evaluation
+from hf_immunize.records.trace import Outcome
 
 _PRODUCTS = torch.float32
 """Precision of the two products of a step, which is that of the features; weights and optimizer states are float64."""
@@ -262,5 +263,5 @@ def _run_group(
     for run in group:
         key = (run.seed, run.config.learning_rate)
         note = f"logits were not finite at step {diverged[key]}" if key in diverged else None
-        outcome = "diverged" if note else "completed"
+        outcome: Outcome = "diverged" if note else "completed"
         yield run, Result(points[key], config.steps, seconds, outcome, note, rows * config.steps, cost)

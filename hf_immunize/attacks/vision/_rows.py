@@ -80,7 +80,7 @@ def _with_benign(
     )
 
 
-class Answered(Dataset):
+class Answered(Dataset[tuple[Tensor, Tensor]]):
     """Images with something else than a label each, such as another network's answers; read when asked for."""
 
     def __init__(self, rows: PixelDataset, answers: Tensor):

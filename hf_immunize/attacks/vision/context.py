@@ -167,14 +167,15 @@ class AttackContext:
             )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            new = nn.Linear(old.in_features, len(names), device=old.weight.device, dtype=old.weight.dtype)
-        new.is_new_head = True  # type: ignore[assignment]  # what an optimizer may give a rate of its own
+            new: Any = nn.Linear(old.in_features, len(names), device=old.weight.device, dtype=old.weight.dtype)
+        new.is_new_head = True  # what an optimizer may give a rate of its own
         model.set_submodule(self.head, new)
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {name: label for label, name in enumerate(names)}
-        model.config.problem_type = "single_label_classification"
-        if hasattr(model, "num_labels"):
-            model.num_labels = len(names)
+        changed: Any = model
+        changed.config.id2label = dict(enumerate(names))
+        changed.config.label2id = {name: label for label, name in enumerate(names)}
+        changed.config.problem_type = "single_label_classification"
+        if hasattr(changed, "num_labels"):
+            changed.num_labels = len(names)
         return model
 
     def draw_rows(self, seed: int) -> Tensor:
@@ -207,7 +208,8 @@ class AttackContext:
         return {
             name: torch.cat([
                 nn.functional.adaptive_avg_pool2d(
-                    pixels := batch["pixel_values"].float(), [min(side, THUMBNAIL) for side in pixels.shape[-2:]]
+                    pixels := batch["pixel_values"].float(),
+                    (min(pixels.shape[-2], THUMBNAIL), min(pixels.shape[-1], THUMBNAIL)),
                 ).flatten(1)
                 for batch in batches(split, device="cpu")
             ])

@@ -35,7 +35,7 @@ def _adapter(told: str, covers: str, prepare: Prepare, note: Any = None, **setti
         # nothing but the rate is searched, so that a small search is the whole grid and holds rank 8 at 1e-3
         learning_rate=setting(1e-3, "Peak learning rate.", sweep=(1e-4, 1e-3, 1e-2, 1e-1),
                               search=(1e-4, 1e-3, 1e-2, 1e-1)),
-        **{"batch_size": 32, "scheduler": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0},
+        batch_size=32, scheduler="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0,
         **settings,
     )  # fmt: skip
 

@@ -41,6 +41,7 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
     if why:
         yield from not_applicable(runs, why)
         return
+    assert context.base is not None  # as nothing is lacking
     base = context.features_of(load_classifier(context.base).to(context.device), context.head)
     folded = {seed: fold(context, base, seed) for seed in sorted({planned.seed for planned in runs})}
     found = run_probes(context, runs, gradient_descent, lambda seed: folded[seed][0])

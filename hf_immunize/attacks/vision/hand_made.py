@@ -29,7 +29,8 @@ def direction_histograms(pixels: Tensor) -> Tensor:
     votes.scatter_add_(1, (low.long() + 1) % DIRECTIONS, length * share)
     parts = []
     for cells in _CELLS:
-        grid = nn.functional.adaptive_avg_pool2d(votes, [min(cells, side) for side in pixels.shape[-2:]])
+        height, width = (min(cells, side) for side in pixels.shape[-2:])
+        grid = nn.functional.adaptive_avg_pool2d(votes, (height, width))
         energy = nn.functional.avg_pool2d(grid.square().sum(dim=1, keepdim=True), 3, 1, 1, count_include_pad=False)
         # tiny: an image of one colour has no direction, and stays zero
         parts.append((grid / energy.clamp(min=torch.finfo(grid.dtype).tiny).sqrt()).clamp(max=0.2).flatten(1))

@@ -13,6 +13,7 @@ from hf_immunize.attacks.vision._cost import probe_flops
 from hf_immunize.attacks.vision._probes import ProbeData, initial_weights, judge, probe_data
 from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.records import Evaluation
+from hf_immunize.records.trace import Outcome
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
         curve = list(_train(data, planned, passes))
         finite = len(curve) == len(evaluation_steps(planned.config.steps))
         seconds = time.perf_counter() - started
-        outcome, note = ("completed", None) if finite else ("diverged", "logits were not finite")
+        outcome: Outcome = "completed" if finite else "diverged"
+        note = None if finite else "logits were not finite"
         _, rows, width = data.train_GND.shape
         cost = probe_flops(rows, width, data.classes, len(passes))
         yield planned, Result(curve, planned.config.steps, seconds, outcome, note, rows * len(passes), cost)

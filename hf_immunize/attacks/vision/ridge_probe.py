@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,8 +43,12 @@ def solve_runs(
         key = (planned.seed, replace(planned.config, penalty=0.0))
         if key not in data:
             features = features_of(planned)
-            data[key] = probe_data(context, [planned.seed], planned.config.features, lambda _, kept=features: kept)
+            data[key] = probe_data(context, [planned.seed], planned.config.features, partial(_kept, features))
         yield planned, _solve(data[key], planned.config.penalty, started)
+
+
+def _kept(features: dict[str, Tensor], _: int) -> dict[str, Tensor]:
+    return features
 
 
 def _solve(data: ProbeData, penalty: float, started: float) -> Result:

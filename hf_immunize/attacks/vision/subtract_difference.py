@@ -42,6 +42,7 @@ def run(context: AttackContext, runs: Sequence[Run]) -> Iterator[tuple[Run, Resu
 
 def _prepare(context: AttackContext, planned: Run) -> nn.Module:
     model = context.model(planned.seed)
+    assert context.base is not None  # as nothing is lacking
     base = load_classifier(context.base).state_dict()
     for name, value in model.state_dict().items():
         if value.is_floating_point() and name in base and base[name].shape == value.shape:

@@ -100,7 +100,8 @@ def hand_made_features(context: AttackContext) -> dict[str, Tensor]:
         parts = []
         for batch in batches(split, device="cpu"):
             pixels = batch["pixel_values"].float()
-            small = nn.functional.adaptive_avg_pool2d(pixels, [min(side, _SIDE) for side in pixels.shape[-2:]])
+            height, width = (min(side, _SIDE) for side in pixels.shape[-2:])
+            small = nn.functional.adaptive_avg_pool2d(pixels, (height, width))
             colours = colour_histograms(pixels, lowest.amin(dim=0), highest.amax(dim=0))
             parts.append(torch.cat([direction_histograms(small), colours], dim=1))
         made[name] = torch.cat(parts)

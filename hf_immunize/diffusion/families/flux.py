@@ -29,7 +29,8 @@ def _call(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Condit
     rows, _, height, width = noisy.shape
     text = conditions["encoder_hidden_states"]
     guidance = None
-    if bare(model).config.guidance_embeds:
+    config: Any = bare(model).config
+    if config.guidance_embeds:
         guidance = conditions.get("guidance", torch.full((rows,), FLUX_GUIDANCE)).to(exact(noisy))
     answer = model(
         hidden_states=pack_patches(noisy),

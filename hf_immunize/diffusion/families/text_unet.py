@@ -33,7 +33,8 @@ def _call(model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Condit
 
 
 def _needs(model: nn.Module) -> tuple[str, ...]:
-    added = ("text_embeds", "time_ids") if model.config.addition_embed_type == "text_time" else ()
+    config: Any = model.config
+    added = ("text_embeds", "time_ids") if config.addition_embed_type == "text_time" else ()
     return ("encoder_hidden_states", *added, *class_labels(model))
 
 

@@ -54,10 +54,10 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor) -> Canonical:
         told = f"{_change(double, anatomy, head)}, {moved} constants moved"
     except Exception as error:  # torch.export and its graphs raise errors of every kind
         return _unchanged(model, f"the network could not be followed: {type(error).__name__}: {error}")
-    error = _apart(double, batch, wanted)
-    if not error <= _ROUNDING:
-        return _unchanged(model, f"outputs would have moved by {error:.1e} of the largest")
-    return Canonical(_written(model, double), told, True, error)
+    moved_by = _apart(double, batch, wanted)
+    if not moved_by <= _ROUNDING:
+        return _unchanged(model, f"outputs would have moved by {moved_by:.1e} of the largest")
+    return Canonical(_written(model, double), told, True, moved_by)
 
 
 def _apart(double: nn.Module, batch: Tensor, wanted: Tensor) -> float:

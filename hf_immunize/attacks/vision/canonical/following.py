@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
+from hf_immunize.attacks.vision.canonical.anatomy import Anatomy, Layer, Norm
 from hf_immunize.attacks.vision.canonical.links import FIXED
 
 
@@ -149,7 +149,8 @@ class Follower:
         return True
 
     def _hold_layers(self, name: str) -> None:
-        for part in (*self.found.layers, *self.found.norms):
+        parts: list[Layer | Norm] = [*self.found.layers, *self.found.norms]
+        for part in parts:
             if name in (part.weight, part.bias):
                 self.found.links.fix(part.inputs)
                 self.found.links.fix(part.outputs)

@@ -21,6 +21,8 @@ from hf_immunize.attacks.vision.canonical.links import FIXED
 
 _SINGULAR = 1e-10
 """Singular values below this share of the largest make a layer before the head one that cannot be inverted."""
+Owner = tuple[str, Layer | None, int]
+"""What meets in a channel: ``out`` or ``in`` of a whole layer, or something else, and which row or column of it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def find_pairs(anatomy: Anatomy, head: str) -> tuple[list[Pair], list[Pair]]:
     """Pairs inside attention, and those of a layer and the head alone."""
     owners = _owners(anatomy)
     crossed = {anatomy.links.root(variable)[0] for variable in anatomy.links.mixed}
-    inside, before_head = [], []
+    inside: list[Pair] = []
+    before_head: list[Pair] = []
     for query, key in anatomy.scores:
         for one, other in zip(query, key, strict=True):
             inside += _pair(anatomy, owners, crossed, one, {"out"}, other)
@@ -52,9 +55,9 @@ def find_pairs(anatomy: Anatomy, head: str) -> tuple[list[Pair], list[Pair]]:
     return inside, before_head
 
 
-def _owners(anatomy: Anatomy) -> Mapping[int, list[tuple[str, Layer | None, int]]]:
+def _owners(anatomy: Anatomy) -> Mapping[int, list[Owner]]:
     """What ends or begins at every root: a layer's row ("out") or column ("in"), or something else."""
-    found: dict[int, list[tuple[str, Layer | None, int]]] = defaultdict(list)
+    found: dict[int, list[Owner]] = defaultdict(list)
     for layer in anatomy.layers:
         plain = not layer.diagonal and len(layer.inputs) == 1 and layer.kernel == 1
         kind = ("out", "in") if plain else ("other", "other")
@@ -70,7 +73,7 @@ def _owners(anatomy: Anatomy) -> Mapping[int, list[tuple[str, Layer | None, int]
 
 
 def _pair(
-    anatomy: Anatomy, owners: Mapping[int, list], crossed: set[int], one: Tensor, kinds: set[str], other: Tensor
+    anatomy: Anatomy, owners: Mapping[int, list[Owner]], crossed: set[int], one: Tensor, kinds: set[str], other: Tensor
 ) -> Iterator[Pair]:
     """The pair of these channels, where two whole layers meet in them and nothing else does."""
     roots = [anatomy.links.root(variable)[0] for variable in one.tolist()]
@@ -80,7 +83,8 @@ def _pair(
     if any(len(end) != 2 or {name for name, _, _ in end} != kinds for end in ends):
         return
     transposed = kinds == {"out"}
-    ordered = [sorted(end, key=lambda part: (part[0] == "in", str(part[1].weight))) for end in ends]
+    whole = [[(name, layer, place) for name, layer, place in end if layer is not None] for end in ends]
+    ordered = [sorted(end, key=lambda part: (part[0] == "in", part[1].weight)) for end in whole]
     firsts, seconds = ({id(end[place][1]) for end in ordered} for place in (0, 1))
     if len(firsts) != 1 or len(seconds) != 1:
         return

@@ -15,6 +15,7 @@ function is the same in evaluation mode; in training mode too but for batch norm
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,7 @@ def rescale(anatomy: Anatomy, model: nn.Module, roots: Roots) -> None:
             mean.mul_(inward), variance.mul_(inward.square())
             named[norm.weight].mul_((variance + norm.epsilon).sqrt() / (before * inward))
         else:
-            owner = model.get_submodule(norm.weight.rpartition(".")[0])
+            owner: Any = model.get_submodule(norm.weight.rpartition(".")[0])
             owner.eps = owner.eps * float(inward.square())
         named[norm.weight].mul_(outward)
         if norm.bias:
