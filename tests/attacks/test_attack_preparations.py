@@ -51,6 +51,7 @@ def digits(digits_base, make_context):
     return build
 
 
+@pytest.mark.slow
 def test_gains_that_the_next_layer_divides_away_stop_plain_attacks_and_not_the_normal_form_nor_relative_steps(digits):
     plain, planted = digits(lambda model: model, 11), digits(huge_gains, 12)
     assert reached(plain, "full_finetune") > 0.9

@@ -49,6 +49,7 @@ def test_attack_twice_and_certify(models, capsys):
     assert not any(str(models) in file.read_text() for file in (models / "immunized").rglob("*.json"))
 
 
+@pytest.mark.slow
 def test_a_benign_task_and_a_public_base(models, capsys):
     """The third task is learned on both sides; attackers who hold the base and benign data run."""
     third = [*TASK, "--benign_dataset", "builder:digits", "--benign_labels", "0,1,2"]

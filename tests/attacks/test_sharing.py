@@ -74,6 +74,7 @@ def test_four_processes_make_every_run_once_and_leave_what_one_leaves(make_conte
     assert curves(tmp_path / "shared") == alone
 
 
+@pytest.mark.slow
 def test_whoever_is_killed_others_finish_his_runs(make_context, tmp_path, alone):
     workers, told = start(make_context(), tmp_path / "shared", 3)
     until = time.monotonic() + 60
@@ -88,6 +89,7 @@ def test_whoever_is_killed_others_finish_his_runs(make_context, tmp_path, alone)
     assert sum(told.get(timeout=5)) == RUNS
 
 
+@pytest.mark.slow
 def test_parts_that_cannot_see_each_other_make_each_its_own_and_the_finals_come_last(make_context, tmp_path, alone):
     context, folder = make_context(), tmp_path / "parts"
     tuned = RUNS - 2 * 2

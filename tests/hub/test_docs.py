@@ -81,6 +81,7 @@ def test_publish_in_five_minutes(hub, tmp_path, reader):
         reader("bash", line.replace("hf-immunize publish", "hf-immunize publish --dry-run"))
 
 
+@pytest.mark.slow
 def test_what_to_believe(hub, tmp_path, reader):
     key = make_key(tmp_path / "key.pem")
     publish(released_vit(tmp_path), "owner/model", api=client(hub), signing_key=tmp_path / "key.pem")

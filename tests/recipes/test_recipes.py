@@ -41,7 +41,7 @@ def test_every_run_file_names_existing_files_and_options_that_its_stages_know(pa
                 assert (ROOT / value).exists(), value
 
 
-@pytest.mark.parametrize("name", ["pretrain.py", "immunize.py"])
+@pytest.mark.parametrize("name", [pytest.param("pretrain.py", marks=pytest.mark.slow), "immunize.py"])
 def test_help_explains_every_option(name):
     done = subprocess.run([sys.executable, str(RECIPES / name), "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -89,6 +89,7 @@ def test_a_task_of_another_base_a_second_run_and_a_changed_run(tmp_path):
     assert other.returncode != 0 and "RunMismatchError" in other.stderr and "options" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_head_trained_on_cached_features_is_that_of_images_and_pickles_are_not_read(tmp_path):
     """pretrain.py: the head alone on a tiny network with BatchNorm, with and without cache_frozen_features."""
     from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessorPil
@@ -134,6 +135,7 @@ def test_two_cpu_processes_run_through_accelerate_launch(tmp_path):
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
 
 
+@pytest.mark.slow
 def test_immunization_during_pretraining_starts_from_a_config_alone(tmp_path):
     """from_scratch: no weights are read, none of theta_0's options is accepted, the record says what the start was."""
     config = ["--config", str(RECIPES.parent / "tests" / "digits.yaml"), "--config",

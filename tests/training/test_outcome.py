@@ -44,7 +44,12 @@ def test_an_objective_that_works_says_so_on_rows_it_has_not_seen(digits, digits_
     assert found.told in caplog.text and "held-out harmful rows" in found.told
 
 
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+LONG = ("sophon_ice", "sophon_klu", "tar_entropy", "trap")
+"""Their losses have tests of their own; a whole run of each takes long."""
+
+
+@pytest.mark.parametrize("objective", [
+    pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in sorted(OBJECTIVES)])
 def test_every_objective_is_measured_and_lowers_its_terms_by_default(digits, digits_base, tmp_path, objective):
     """Nothing set but objective, length and guard."""
     trainer = run(digits, digits_base, tmp_path, objective=objective, max_steps=40, max_primary_drop=1.0)
