@@ -253,6 +253,60 @@ def test_another_model_or_other_rows_are_not_resumed(build, make_vit, make_pixel
             build(CHECKPOINTS, **words).train(resume_from_checkpoint=at)
 
 
+class Rows(torch.utils.data.Dataset):
+    """Rows without columns; each reading is noted, and pixels may be mirrored at random."""
+
+    def __init__(self, pixels, random=False):
+        self.held, self.random, self.read = pixels, random, []
+
+    def __len__(self):
+        return len(self.held)
+
+    def __getitem__(self, row):
+        self.read.append(row)
+        pixels = self.held.pixel_values[row]
+        flipped = self.random and torch.rand(()) < 0.5
+        return {"pixel_values": pixels.flip(-1) if flipped else pixels, "labels": int(self.held.labels[row])}
+
+
+@pytest.mark.parametrize("part", ["pixel_values", "labels"])
+@pytest.mark.parametrize("kind", [lambda pixels: pixels, Rows], ids=["pixels", "dataset"])
+@pytest.mark.parametrize("side", ["train_dataset", "harmful_dataset"])
+def test_one_changed_row_of_all_is_another_dataset(build, make_pixels, tmp_path, side, kind, part):
+    """Row 13 of 24 is none of the eight at equal distances."""
+    build(CHECKPOINTS, **{side: kind(make_pixels(24))}).train()
+    at, other = str(tmp_path / "run" / "checkpoint-2"), make_pixels(24)
+    if part == "labels":
+        other.labels[13] = (other.labels[13] + 1) % 3
+    else:
+        other.pixel_values[13, 0, 0, 0] += 1e-6
+    with pytest.raises(RecordError, match=f"expected the {side} that"):
+        build(CHECKPOINTS, **{side: kind(other)}).train(resume_from_checkpoint=at)
+    build(CHECKPOINTS, **{side: kind(make_pixels(24))}).train(resume_from_checkpoint=at)
+
+
+def test_rows_are_digested_when_training_starts_and_only_where_checkpoints_are_written(build, make_pixels):
+    rows = Rows(make_pixels(240))
+    trainer = build(CHECKPOINTS, train_dataset=rows)
+    assert len(rows.read) <= 8  # none but the constructor's few
+    trainer.train()
+    assert set(rows.read) == set(range(240))
+    others = Rows(make_pixels(240))
+    build(train_dataset=others).train()
+    assert len(set(others.read)) < 120
+
+
+def test_under_a_random_transform_labels_tell_rows_apart_and_workers_read_them(build, make_pixels, tmp_path):
+    options = {**CHECKPOINTS, "dataloader_num_workers": 1}
+    build(options, train_dataset=Rows(make_pixels(40), random=True)).train()
+    at = str(tmp_path / "run" / "checkpoint-2")
+    build(options, train_dataset=Rows(make_pixels(40), random=True)).train(resume_from_checkpoint=at)
+    other = make_pixels(40)
+    other.labels[13] = (other.labels[13] + 1) % 3
+    with pytest.raises(RecordError, match="expected the train_dataset that"):
+        build(options, train_dataset=Rows(other, random=True)).train(resume_from_checkpoint=at)
+
+
 def test_a_checkpoint_holds_only_what_changed_and_resumes_bit_for_bit(build, tmp_path):
     options = {**CHECKPOINTS, "trainable_modules": "last:1"}
     whole = build(options)
