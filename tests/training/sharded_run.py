@@ -1,8 +1,8 @@
 """Whole runs of the vision trainer on this process's share: ``sharded_run.py FOLDER PROCESSES``.
 
 Writes what each cell ends with, by how it was spread: ``one`` for one process, ``ddp``, ``fsdp2`` (as ``accelerate
-launch`` asks for it), ``asked`` (``fsdp=True``) and ``loaded`` (split by from_pretrained) for several. One process comes second: it also finishes
-what several began.
+launch`` asks for it), ``asked`` (``fsdp=True``) and ``loaded`` (split by from_pretrained) for several. One process
+comes second: it also finishes what several began.
 """
 
 import gc
