@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerCallback
 
 from hf_immunize.data import collate_pixels
 from hf_immunize.errors import ConfigError, PublishRefusedError, RecordError
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.training.vision.identity import digest_data
 from hf_immunize.training.vision.metrics import accuracy, bit_accuracy, metrics_of, r2
 from hf_immunize.training.vision.primary import MULTI, REGRESSION, SINGLE
 
@@ -283,6 +285,17 @@ def test_one_changed_row_of_all_is_another_dataset(build, make_pixels, tmp_path,
     with pytest.raises(RecordError, match=f"expected the {side} that"):
         build(CHECKPOINTS, **{side: kind(other)}).train(resume_from_checkpoint=at)
     build(CHECKPOINTS, **{side: kind(make_pixels(24))}).train(resume_from_checkpoint=at)
+
+
+@pytest.mark.parametrize(
+    "other", [{"caption": "b"}, {"image": Image.new("RGB", (2, 2), "red")}, {"pixel_values": [1.0, 2.5]}]
+)
+def test_words_images_and_lists_in_a_row_count(other):
+    row = {"caption": "a", "image": Image.new("RGB", (2, 2), "blue"), "pixel_values": [1.0, 2.0]}
+    rows = [dict(row) for _ in range(12)]
+    digest = digest_data(rows, "rows")
+    assert digest_data([dict(one) for one in rows], "rows") == digest != digest_data(rows[:11], "rows")
+    assert digest_data([*rows[:10], row | other, rows[11]], "rows") != digest
 
 
 def test_rows_are_digested_when_training_starts_and_only_where_checkpoints_are_written(build, make_pixels):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -77,7 +78,9 @@ class _Digests:
 
 def _steady(rows: Any) -> list[str]:
     """Names of the columns that are the same whenever a row is read, as far as a few rows at equal distances tell."""
-    count, moving, columns = len(rows), set(), set()
+    count = len(rows)
+    moving: set[str] = set()
+    columns: set[str] = set()
     for place in sorted({row * count // _ROWS for row in range(_ROWS)} if count > _ROWS else range(count)):
         first, *others = ({name: _digest(part) for name, part in rows[place].items()} for _ in range(_READINGS))
         columns |= first.keys()
@@ -92,8 +95,12 @@ def _digest(value: Any) -> bytes:
 def _bytes(value: Any) -> bytes:
     if isinstance(value, tuple | list):
         return b"".join(_bytes(part) for part in value)
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, Image):
+        return value.tobytes()
     try:
         held = torch.as_tensor(value).detach().cpu().contiguous()
     except (TypeError, ValueError, RuntimeError):
-        return repr(type(value)).encode()  # an image that a transform left in its row
+        return repr(type(value)).encode()  # something that a transform left in its row
     return held.reshape(-1).view(torch.uint8).numpy().tobytes() if held.numel() else b""
