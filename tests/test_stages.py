@@ -103,3 +103,17 @@ def test_networks_of_the_users_own():
         nn.ModuleList(nn.LayerNorm(4) for _ in range(3)), nn.Linear(4, 2),
     )  # fmt: skip
     assert trainable_modules(beside, "last:1") == ["blocks.2", "embeddings.2", "norms.2", "head"]
+
+
+def test_numbered_lists_side_by_side_are_stages():
+    """As timm lays a ResNet out: a stem of more than one layer, layer1 to layer4, pooling and head beside them."""
+    net = nn.Module()
+    net.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    for number in (1, 2, 3):
+        net.add_module(f"layer{number}", nn.Sequential(*(block(4 * number) for _ in range(4 - number))))
+    net.pool, net.fc = nn.AdaptiveAvgPool2d(1), nn.Linear(12, 3)
+    assert find_stages(net) == [["layer1"], ["layer2"], ["layer3"]]
+    assert trainable_modules(net, "last:1") == ["layer3", "pool", "fc"]
+    assert trainable_modules(net, "last:2") == ["layer2", "layer3", "pool", "fc"]
+    with pytest.raises(ModelError, match="expected at most 3 stages"):
+        trainable_modules(net, "last:4")

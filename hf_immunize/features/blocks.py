@@ -57,16 +57,48 @@ def names_after_trunk(model: nn.Module) -> list[str]:
     return [name for name in names[names.index(trunk) + 1 :] if trunk and not name.startswith(f"{trunk}.")]
 
 
+def names_after_stages(model: nn.Module) -> list[str]:
+    """Names of all modules that were registered after the last stage or the trunk. Raises ModelError without either."""
+    siblings = _numbered_siblings(model)
+    if not siblings:
+        return names_after_trunk(model)
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names[names.index(siblings[-1]) + 1 :] if not name.startswith(f"{siblings[-1]}.")]
+
+
+def _numbered_siblings(model: nn.Module) -> list[str]:
+    """Lists side by side whose names differ in a number alone, where these hold more than the trunk; else none.
+
+    A ResNet of timm has no list of stages but layer1 to layer4.
+    """
+    best: list[str] = []
+    most = sum(parameter.numel() for parameter in find_trunk(model)[1].parameters())
+    for name, module in model.named_modules():
+        groups: dict[str, list[tuple[str, int]]] = {}
+        for part, child in module.named_children():
+            stem = part.rstrip("0123456789")
+            size = sum(parameter.numel() for parameter in child.parameters())
+            if stem not in ("", part) and size and isinstance(child, nn.ModuleList | nn.Sequential):
+                groups.setdefault(stem, []).append((_under(name, part), size))
+        for group in groups.values():
+            if len(group) > 1 and (total := sum(size for _, size in group)) > most:
+                best, most = [part for part, _ in group], total
+    return best
+
+
 def find_stages(model: nn.Module) -> list[list[str]]:
     """The modules of each stage of the trunk, in order; of a trunk without stages, of each block.
 
     A list of stages says it by lists of blocks inside. In a plain list of blocks (MobileNetV2, EfficientNet) each
     convolution with a stride begins a new stage; without at least two of these (ViT) every block is one of its own.
-    Lists beside the trunk with as many entries, such as PVT's patch embeddings, belong to its stages one by one.
+    Lists beside the trunk with as many entries, such as PVT's patch embeddings, belong to its stages one by one. Lists
+    that lie side by side and are numbered (layer1 to layer4 of timm's ResNet) are stages as well.
 
     Raises:
         ModelError: the model has no list of blocks.
     """
+    if siblings := _numbered_siblings(model):
+        return [[name] for name in siblings]
     trunk, module = find_trunk(model)
     blocks = block_names(model)
     parent = model.get_submodule(trunk.rpartition(".")[0])

@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from hf_immunize.errors import ModelError
-from hf_immunize.features.blocks import block_names, find_stages, find_trunk, names_after_trunk
+from hf_immunize.features.blocks import block_names, find_stages, find_trunk, names_after_stages
 from hf_immunize.features.capture import base_prefix
 from hf_immunize.features.heads import find_classifier
 
@@ -72,7 +72,7 @@ def trainable_modules(model: nn.Module, patterns: str) -> list[str]:
     every = [f"{name}." for stage in stages for name in stage]
     # Lists beside the trunk that were registered after it hold earlier stages' modules as well.
     after = [
-        name for name in names_after_trunk(model)
+        name for name in names_after_stages(model)
         if not any(f"{name}.".startswith(part) or part.startswith(f"{name}.") for part in every)
     ]  # fmt: skip
     return [name for stage in stages[len(stages) - count :] for name in stage] + after

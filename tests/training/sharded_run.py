@@ -1,8 +1,8 @@
 """Whole runs of the vision trainer on this process's share: ``sharded_run.py FOLDER PROCESSES``.
 
 Writes what each cell ends with, by how it was spread: ``one`` for one process, ``ddp``, ``fsdp2`` (as ``accelerate
-launch`` asks for it) and ``loaded`` (split by from_pretrained) for several. One process comes second: it also finishes
-what several began.
+launch`` asks for it), ``asked`` (``fsdp=True``) and ``loaded`` (split by from_pretrained) for several. One process
+comes second: it also finishes what several began.
 """
 
 import gc
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 gc.freeze()  # Trainer collects garbage before each run, among all that was imported
 folder, processes = Path(sys.argv[1]), int(sys.argv[2])
 ASKED = os.environ.get("ACCELERATE_USE_FSDP", "false")
-WAYS = ("one",) if processes == 1 else ("ddp", "fsdp2", "loaded")
+WAYS = ("one",) if processes == 1 else ("ddp", "fsdp2", "asked", "loaded")
 GUARD = {"max_primary_drop": 40.0, "eval_strategy": "steps", "eval_steps": 1}
 CELLS = {
     "plain": {},
@@ -75,6 +75,7 @@ def trainer_of(way: str, output: Path, cell: str) -> ImmunizationTrainer:
         adam_epsilon=1e-4, per_device_train_batch_size=12 // processes, per_device_harmful_batch_size=24 // processes,
         per_device_eval_batch_size=12 // processes, save_strategy="no", report_to="none", use_cpu=True,
         disable_tqdm=True, dataloader_pin_memory=False, logging_steps=1, feature_cache_dir=str(folder / f"cache-{way}"),
+        fsdp=way == "asked",
     )
     os.environ["ACCELERATE_USE_FSDP"] = ASKED if way == "fsdp2" else "false"
     trainer = ImmunizationTrainer(
@@ -82,7 +83,7 @@ def trainer_of(way: str, output: Path, cell: str) -> ImmunizationTrainer:
         harmful_dataset=pixels(40, 1), eval_dataset=pixels(30, 2),
     )
     assert trainer.args.world_size == processes, (trainer.args.world_size, processes)
-    assert is_sharded(trainer.model) == (way in ("fsdp2", "loaded"))
+    assert is_sharded(trainer.model) == (way in ("fsdp2", "asked", "loaded"))
     return trainer
 
 

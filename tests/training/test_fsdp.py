@@ -23,7 +23,7 @@ CELLS = {
 pytestmark = pytest.mark.slow  # minutes of two processes each; test_distributed.py runs DDP every time
 
 SCRIPTS = {"vision": HERE / "sharded_run.py", "diffusion": HERE / "diffusion" / "sharded_diffusion.py"}
-WAYS = {"vision": ("ddp", "fsdp2", "loaded"), "diffusion": ("ddp", "fsdp2")}
+WAYS = {"vision": ("ddp", "fsdp2", "asked", "loaded"), "diffusion": ("ddp", "fsdp2")}
 REFUSED = {("vision", "attack", "loaded")}
 """The attacker trains a copy, and what was split at loading cannot be copied (test_devices.py)."""
 EACH = [

@@ -10,6 +10,7 @@ from step_builders import relative_error
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.training.core import distributed
 from hf_immunize.training.core.habits import Habits, habits_of
 from hf_immunize.training.vision import harmful_loss, setup
 
@@ -64,6 +65,38 @@ def hold_the_ridge(monkeypatch):
 
     monkeypatch.setattr(harmful_loss, "spectral_adversary", head)
     monkeypatch.setattr(setup, "CHANCE", 5.0)
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """As if another rank had the same rows; how often all ranks' tensors were summed."""
+    calls = []
+
+    def all_reduce(flat):
+        calls.append(flat.numel())
+        flat *= 2
+
+    def begin():
+        monkeypatch.setattr(distributed, "world", lambda: (0, 2))
+        monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+        return calls
+
+    return begin
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("options", [
+    {}, {"attacker_head": "fresh"}, {"attacker_rank": 2}, {"objective": "sophon_ice"}, {"objective": "tar_entropy"},
+], ids=str)
+def test_ranks_exchange_one_sum_for_each_gradient_the_attacker_takes(attacked, two_ranks, options, steps):
+    """His steps and one more for what the defender gets, each with the number that belongs to it."""
+    model, term, _ = attacked(**{"attacker_steps": steps, "attacker_learning_rate": 1e-2, **options})
+    value, gradient = term.gradient(model, 3)
+    calls = two_ranks()
+    again, same = term.gradient(model, 3)
+    assert len(calls) == steps + 1 and min(calls) > 100
+    assert float(again) == pytest.approx(float(value), rel=1e-12)
+    assert all(torch.allclose(same[name], held, rtol=1e-12, atol=1e-15) for name, held in gradient.items())
 
 
 WITHOUT_STEPS = {

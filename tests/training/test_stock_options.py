@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerCallback
 
 from hf_immunize.data import collate_pixels
 from hf_immunize.errors import ConfigError, PublishRefusedError, RecordError
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.training.vision.identity import digest_data
 from hf_immunize.training.vision.metrics import accuracy, bit_accuracy, metrics_of, r2
 from hf_immunize.training.vision.primary import MULTI, REGRESSION, SINGLE
 
@@ -251,6 +253,71 @@ def test_another_model_or_other_rows_are_not_resumed(build, make_vit, make_pixel
     for words, told in ({"model": other}, "model"), ({"harmful_dataset": make_pixels(30, seed=9)}, "harmful_dataset"):
         with pytest.raises(RecordError, match=f"expected the {told} that"):
             build(CHECKPOINTS, **words).train(resume_from_checkpoint=at)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows without columns; each reading is noted, and pixels may be mirrored at random."""
+
+    def __init__(self, pixels, random=False):
+        self.held, self.random, self.read = pixels, random, []
+
+    def __len__(self):
+        return len(self.held)
+
+    def __getitem__(self, row):
+        self.read.append(row)
+        pixels = self.held.pixel_values[row]
+        flipped = self.random and torch.rand(()) < 0.5
+        return {"pixel_values": pixels.flip(-1) if flipped else pixels, "labels": int(self.held.labels[row])}
+
+
+@pytest.mark.parametrize("part", ["pixel_values", "labels"])
+@pytest.mark.parametrize("kind", [lambda pixels: pixels, Rows], ids=["pixels", "dataset"])
+@pytest.mark.parametrize("side", ["train_dataset", "harmful_dataset"])
+def test_one_changed_row_of_all_is_another_dataset(build, make_pixels, tmp_path, side, kind, part):
+    """Row 13 of 24 is none of the eight at equal distances."""
+    build(CHECKPOINTS, **{side: kind(make_pixels(24))}).train()
+    at, other = str(tmp_path / "run" / "checkpoint-2"), make_pixels(24)
+    if part == "labels":
+        other.labels[13] = (other.labels[13] + 1) % 3
+    else:
+        other.pixel_values[13, 0, 0, 0] += 1e-6
+    with pytest.raises(RecordError, match=f"expected the {side} that"):
+        build(CHECKPOINTS, **{side: kind(other)}).train(resume_from_checkpoint=at)
+    build(CHECKPOINTS, **{side: kind(make_pixels(24))}).train(resume_from_checkpoint=at)
+
+
+@pytest.mark.parametrize(
+    "other", [{"caption": "b"}, {"image": Image.new("RGB", (2, 2), "red")}, {"pixel_values": [1.0, 2.5]}]
+)
+def test_words_images_and_lists_in_a_row_count(other):
+    row = {"caption": "a", "image": Image.new("RGB", (2, 2), "blue"), "pixel_values": [1.0, 2.0]}
+    rows = [dict(row) for _ in range(12)]
+    digest = digest_data(rows, "rows")
+    assert digest_data([dict(one) for one in rows], "rows") == digest != digest_data(rows[:11], "rows")
+    assert digest_data([*rows[:10], row | other, rows[11]], "rows") != digest
+
+
+def test_rows_are_digested_when_training_starts_and_only_where_checkpoints_are_written(build, make_pixels):
+    rows = Rows(make_pixels(240))
+    trainer = build(CHECKPOINTS, train_dataset=rows)
+    assert len(rows.read) <= 8  # none but the constructor's few
+    trainer.train()
+    assert set(rows.read) == set(range(240))
+    others = Rows(make_pixels(240))
+    build(train_dataset=others).train()
+    assert len(set(others.read)) < 120
+
+
+def test_under_a_random_transform_labels_tell_rows_apart_and_workers_read_them(build, make_pixels, tmp_path):
+    options = {**CHECKPOINTS, "dataloader_num_workers": 1}
+    build(options, train_dataset=Rows(make_pixels(40), random=True)).train()
+    at = str(tmp_path / "run" / "checkpoint-2")
+    build(options, train_dataset=Rows(make_pixels(40), random=True)).train(resume_from_checkpoint=at)
+    other = make_pixels(40)
+    other.labels[13] = (other.labels[13] + 1) % 3
+    with pytest.raises(RecordError, match="expected the train_dataset that"):
+        build(options, train_dataset=Rows(other, random=True)).train(resume_from_checkpoint=at)
 
 
 def test_a_checkpoint_holds_only_what_changed_and_resumes_bit_for_bit(build, tmp_path):

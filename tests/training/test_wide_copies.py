@@ -7,7 +7,9 @@ import torch
 from denoiser_builders import build_denoiser, build_examples, build_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import ViTForImageClassification
 
+from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.core import distributed
 from hf_immunize.training.core.distributed import average_over_ranks
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
@@ -52,6 +54,29 @@ class Largest(TorchDispatchMode):
             if isinstance(one, torch.Tensor):
                 self.seen[one.dtype] = max(self.seen.get(one.dtype, 0), one.numel())
         return found
+
+
+@pytest.mark.parametrize("objective", ["condition_number", "closed_form_adversary", "simulated_attack", "sophon_ice"])
+def test_no_tensor_of_a_classifiers_run_has_the_size_of_the_model(tmp_path, make_vit, make_pixels, objective):
+    """Guard, teacher, average and checkpoints on. Bytes of one weight at a time are looked at for the digest."""
+    torch.manual_seed(0)
+    config = make_vit().config
+    config.hidden_size, config.intermediate_size = 64, 512
+    model = ViTForImageClassification(config)
+    args = ImmunizationConfig(
+        str(tmp_path), objective=objective, attacker_steps=1, max_steps=2, per_device_train_batch_size=4,
+        per_device_harmful_batch_size=6, per_device_eval_batch_size=4, distillation=0.5, feature_distillation=0.5,
+        ema_decay=0.9, max_primary_drop=50.0, eval_steps=1, save_steps=1, use_cpu=True, report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = ImmunizationTrainer(model, args, train_dataset=make_pixels(8), harmful_dataset=make_pixels(12, seed=1),
+                                  eval_dataset=make_pixels(6, seed=2))  # fmt: skip
+    sizes = sorted(parameter.numel() for parameter in model.parameters())
+    with Largest() as largest:
+        trainer.train()
+    assert largest.seen[torch.float32] >= sizes[-1]  # the mode sees what is made
+    assert largest.seen[torch.float64] < sizes[-1] / 8 and largest.seen[torch.float32] < sum(sizes) / 2
+    assert largest.seen.pop(torch.uint8) == 4 * sizes[-1] and max(largest.seen.values()) < sum(sizes) / 2
 
 
 @pytest.mark.parametrize("options", [{"attacker_rank": 0}, {"attacker_rank": 2}, {"attacker_second_order": True}])

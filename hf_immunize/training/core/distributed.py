@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_immunize.training.core.exchange import RowExchange, world
 
 __all__ = [
-    "RowExchange", "gather_rows", "average_over_ranks", "mean_over_ranks", "sum_over_ranks", "world",
+    "RowExchange", "gather_rows", "average_over_ranks", "average_with", "mean_over_ranks", "sum_over_ranks", "world",
 ]
 
 _BUCKET = 2**28
@@ -52,11 +52,16 @@ def average_over_ranks(gradients: Sequence[Tensor]) -> None:
             torch._foreach_div_(list(gradients), size)
 
 
+def average_with(gradients: Sequence[Tensor], value: Tensor) -> Tensor:
+    """``average_over_ranks``, and the mean of a scalar of the same dtype by the same call, without gradient."""
+    value = value.detach().clone()
+    average_over_ranks([*gradients, value])
+    return value
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean of a scalar over ranks, without gradient."""
-    value = value.detach().clone()
-    average_over_ranks([value])
-    return value
+    return average_with([], value)
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

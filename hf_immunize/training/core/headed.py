@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.training.core.attacker import Attacker
-from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
+from hf_immunize.training.core.distributed import average_over_ranks, average_with
 from hf_immunize.training.core.draws import generator_of
 from hf_immunize.training.core.habits import Habits, habits_of
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerm
@@ -60,6 +60,12 @@ def gain_below_chance(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     """relu(1 − L/log C), L the cross-entropy: how far below chance an attacker is, and no more to gain beyond it."""
     loss = torch.nn.functional.cross_entropy(logits_NC, labels_N)
     return torch.relu(1 - loss / torch.tensor(float(logits_NC.shape[1])).to(logits_NC).log())
+
+
+def _slopes(value: Tensor, parameters: list[nn.Parameter], keep: bool = False) -> dict[nn.Parameter, Tensor]:
+    """Gradients on this rank; zeros where a parameter has no part in the value."""
+    found = torch.autograd.grad(value, parameters, retain_graph=keep, materialize_grads=True)
+    return {parameter: slope.contiguous() for parameter, slope in zip(parameters, found, strict=True)}
 
 
 class HeadedAttack:
@@ -103,15 +109,18 @@ class HeadedAttack:
             if attack_step > 0:
                 with torch.enable_grad():
                     aim = self._aim(logits, labels)
-                value = value + mean_over_ranks(aim).to(value) / self._steps
-                for parameter, slope in self._slopes(aim, weights, keep=attack_step < self._steps).items():
+                value = value + aim.detach().to(value) / self._steps
+                for parameter, slope in _slopes(aim, weights, keep=attack_step < self._steps).items():
                     total[parameter] += slope / self._steps
             if attack_step < self._steps:
                 with torch.enable_grad():
                     loss = torch.nn.functional.cross_entropy(logits, labels)
-                for parameter, slope in self._slopes(loss, [*attacker.trained, *head]).items():
+                slopes = _slopes(loss, [*attacker.trained, *head])
+                average_over_ranks(list(slopes.values()))
+                for parameter, slope in slopes.items():
                     parameter.grad = slope
                 optimizer.step()
+        value = average_with(list(total.values()), value)
         attacker.clear()
         return value, attacker.by_name(total)
 
@@ -127,15 +136,6 @@ class HeadedAttack:
             whole = ((2 * drawn - 1) * width**-0.5).to(features)
             head += [nn.Parameter(whole[:, :-1].clone()), nn.Parameter(whole[:, -1].clone())]
         return features @ head[0].T + head[1], labels.to(features.device)
-
-    def _slopes(
-        self, value: Tensor, parameters: list[nn.Parameter], keep: bool = False
-    ) -> dict[nn.Parameter, Tensor]:
-        """Gradients averaged over ranks; zeros where a parameter has no part in the value."""
-        found = torch.autograd.grad(value, parameters, retain_graph=keep, materialize_grads=True)
-        slopes = [slope.contiguous() for slope in found]
-        average_over_ranks(slopes)
-        return dict(zip(parameters, slopes, strict=True))
 
     def to(self, device: torch.device) -> None:
         """Move what the attacker holds."""

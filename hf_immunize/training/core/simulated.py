@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.training.core.attacker import Attacker
-from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
+from hf_immunize.training.core.distributed import average_with
 from hf_immunize.training.core.habits import Habits
 from hf_immunize.training.core.weight_terms import AttackedTask, Measure
 
@@ -63,7 +63,7 @@ class SimulatedAttack:
         value = weights[0].new_zeros(())
         for attack_step in range(self._steps + 1):
             if attack_step > 0 and self._task.harm is not None:
-                value = value + self._backward(step, attack_step, self._task.harm) / self._steps
+                value = value + self._backward_here(step, attack_step, self._task.harm) / self._steps
                 for parameter in weights:
                     total[parameter] += gradient_of(parameter) / self._steps
                 if attack_step == self._steps:
@@ -76,6 +76,8 @@ class SimulatedAttack:
                         total[parameter] -= gradient_of(parameter) / self._steps
             if attack_step < self._steps:
                 optimizer.step()
+        if self._task.harm is not None:  # so far of this rank's rows; the attacker does not need their mean
+            value = average_with(list(total.values()), value)
         self._attacker.clear()
         self._optimizer = optimizer if self._goes_on else None
         return value, self._attacker.by_name(total)
@@ -131,8 +133,13 @@ class SimulatedAttack:
         if self._optimizer is None:
             self._attacker.draw_factors(self._task.seed, "lora", step)
 
-    def _backward(self, step: int, attack_step: int, what: Measure | None = None) -> Tensor:
-        """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the attacker.
+    def _backward(self, step: int, attack_step: int) -> Tensor:
+        """Mean harmful loss over all ranks' rows; its gradient, averaged over ranks, is left in the attacker."""
+        loss = self._backward_here(step, attack_step)
+        return average_with([gradient_of(parameter) for parameter in self._attacker.asked], loss)
+
+    def _backward_here(self, step: int, attack_step: int, what: Measure | None = None) -> Tensor:
+        """Mean harmful loss over this rank's rows, whose gradient is left in the attacker.
 
         Args:
             what: in the place of the task's loss.
@@ -144,8 +151,7 @@ class SimulatedAttack:
         for parameter in self._attacker.asked:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        average_over_ranks([gradient_of(parameter) for parameter in self._attacker.asked])
-        return mean_over_ranks(loss)
+        return loss.detach()
 
     def _loss(self, step: int, attack_step: int, what: Measure | None = None) -> Tensor:
         """Mean harmful loss over this rank's rows; the same draws whenever it is asked."""

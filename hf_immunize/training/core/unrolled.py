@@ -30,7 +30,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_immunize.errors import ModelError
-from hf_immunize.training.core.distributed import average_over_ranks, mean_over_ranks
+from hf_immunize.training.core.distributed import average_over_ranks, average_with
 from hf_immunize.training.core.simulated import SimulatedAttack, gradient_of
 
 
@@ -99,8 +99,8 @@ class UnrolledAttack(SimulatedAttack):
             directions = {p: update_vjp(gradient[p], adjoint[p], self._rate) for p in self._attacker.trained}
             product = torch.stack([(told[p] * direction).sum() for p, direction in directions.items()]).sum()
             pulled = list(torch.autograd.grad(product, everything, materialize_grads=True))
-        average_over_ranks(pulled)
-        return mean_over_ranks(loss), gradient, dict(zip(everything, pulled, strict=True))
+        loss = average_with(pulled, loss)
+        return loss, gradient, dict(zip(everything, pulled, strict=True))
 
     def _check(self, loss: Tensor) -> None:
         """Once: refuse a graph with operations that may have no second derivative, or a wrong one."""

@@ -27,7 +27,7 @@ def count_labels(dataset: Any, key: str, name: str, *, workers: int = 0) -> Targ
     def read() -> Tensor:
         return targets_of(read_labels(dataset, key, name, workers=workers), name).values
 
-    return targets_of(_once(read, len(dataset)), name)
+    return targets_of(read_once(read, len(dataset)), name)
 
 
 def digest_once(dataset: Any, name: str) -> str:
@@ -36,11 +36,11 @@ def digest_once(dataset: Any, name: str) -> str:
     def read() -> Tensor:
         return torch.tensor(list(bytes.fromhex(digest_rows(dataset, name))), dtype=torch.uint8)
 
-    return bytes(_once(read, 32).tolist()).hex()
+    return bytes(read_once(read, 32).tolist()).hex()
 
 
-def _once(read: Callable[[], Tensor], rows: int) -> Tensor:
-    """What ``read`` gives, as a tensor of ``rows`` rows.
+def read_once(read: Callable[[], Tensor], rows: int) -> Tensor:
+    """What ``read`` gives, as a tensor of ``rows`` rows; one process of each machine reads.
 
     Other processes wait at the lock of a file, not in a collective, which would time out while a large dataset is read.
     """

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
-from hf_immunize.data import is_stream
+from hf_immunize.data import NamedRows, PixelDataset, is_stream
 from hf_immunize.training.core.sharding import whole
+from hf_immunize.training.vision.counting import digest_once, read_once
 
-_ROWS = 8
+_ROWS, _READINGS = 8, 3
+"""How many rows tell which columns change from reading to reading, and how often each is read."""
+
+
+def identity_of(model: nn.Module, data: Mapping[str, Any], workers: int) -> dict[str, str]:
+    """The digests by name; every rank takes part."""
+    return {"model": digest_model(model)} | {name: digest_data(rows, name, workers) for name, rows in data.items()}
 
 
 def digest_model(model: nn.Module) -> str:
@@ -24,31 +35,72 @@ def digest_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def digest_some(rows: Any) -> str:
-    """SHA-256 of the number of rows and of a few rows at equal distances; a stream has none, it may not be read twice.
+def digest_data(rows: Any, name: str, workers: int = 0) -> str:
+    """SHA-256 of every row of a dataset, in order; a stream has none, it may not be read twice.
 
-    Rows that differ when they are read again, as under a random transform, count with their labels alone.
+    One process of each machine reads every row once, in data workers where there are some. Columns that differ when a
+    few rows are read again, as pixels under a random transform, do not count; labels then do.
+
+    Raises:
+        DataError: a row that cannot be read.
     """
     if is_stream(rows):
         return "stream"
+    if isinstance(rows, PixelDataset):  # whose digests are kept on disk where its images are decoded as they are read
+        digest = hashlib.sha256(digest_once(rows, name).encode())
+        digest.update(_bytes(rows.labels))
+        return digest.hexdigest()
+    columns = _steady(rows)
+
+    def read() -> Tensor:
+        digest = hashlib.sha256(f"{len(rows)} rows of {columns}".encode())
+        draws = torch.Generator()  # looking must not change what is drawn in training
+        options: dict[str, Any] = {"batch_size": 64, "num_workers": workers, "generator": draws}
+        loader = DataLoader(NamedRows(rows, name), collate_fn=_Digests(columns), **options)
+        with tqdm(total=len(rows), desc=f"hash of {name}", unit="row", leave=False, disable=None) as bar:
+            for part in loader:
+                digest.update(b"".join(part))
+                bar.update(len(part))
+        return torch.tensor(list(digest.digest()), dtype=torch.uint8)
+
+    return bytes(read_once(read, hashlib.sha256().digest_size).tolist()).hex()
+
+
+class _Digests:
+    """The digest of each row's columns of these names."""
+
+    def __init__(self, columns: Sequence[str]):
+        self._columns = columns
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        return [hashlib.sha256(b"|".join(_digest(row.get(name)) for name in self._columns)).digest() for row in rows]
+
+
+def _steady(rows: Any) -> list[str]:
+    """Names of the columns that are the same whenever a row is read, as far as a few rows at equal distances tell."""
     count = len(rows)
-    digest = hashlib.sha256(f"{count} rows".encode())
+    moving: set[str] = set()
+    columns: set[str] = set()
     for place in sorted({row * count // _ROWS for row in range(_ROWS)} if count > _ROWS else range(count)):
-        digest.update(_digest_row(rows, place).encode())
-    return digest.hexdigest()
+        first, *others = ({name: _digest(part) for name, part in rows[place].items()} for _ in range(_READINGS))
+        columns |= first.keys()
+        moving |= {name for name in first if any(other.get(name) != first[name] for other in others)}
+    return sorted(columns - moving)
 
 
-def _digest_row(rows: Any, place: int) -> str:
-    first, again = ({name: _bytes(part) for name, part in rows[place].items()} for _ in range(2))
-    told = [f"{name}:{hashlib.sha256(part).hexdigest()}" for name, part in sorted(first.items()) if part == again[name]]
-    return "|".join(told)
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(_bytes(value)).digest()
 
 
 def _bytes(value: Any) -> bytes:
     if isinstance(value, tuple | list):
         return b"".join(_bytes(part) for part in value)
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, Image):
+        return value.tobytes()
     try:
         held = torch.as_tensor(value).detach().cpu().contiguous()
     except (TypeError, ValueError, RuntimeError):
-        return repr(type(value)).encode()  # an image that a transform left in its row
+        return repr(type(value)).encode()  # something that a transform left in its row
     return held.reshape(-1).view(torch.uint8).numpy().tobytes() if held.numel() else b""

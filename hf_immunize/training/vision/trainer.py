@@ -51,7 +51,7 @@ from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
-from hf_immunize.training.vision.identity import digest_model, digest_some
+from hf_immunize.training.vision.identity import identity_of
 from hf_immunize.training.vision.keeping import Keeping
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
@@ -403,7 +403,7 @@ class ImmunizationTrainer(StrictTrainer):
     def _identity(self) -> dict[str, str]:
         """What a run that goes on from a checkpoint has to have in common with the one that wrote it."""
         rows = {"train_dataset": self.primary_dataset, "harmful_dataset": self.harmful_dataset}
-        return {"model": digest_model(self.bare)} | {name: digest_some(held) for name, held in rows.items()}
+        return identity_of(self.bare, rows, self.args.dataloader_num_workers)
 
     def _count_rows(self) -> None:
         """Read what no column tells: the labels of harmful rows, once."""

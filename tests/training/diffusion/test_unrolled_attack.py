@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hf_immunize.diffusion import NoiseProcess, denoiser_of
 from hf_immunize.errors import ConfigError, ModelError
-from hf_immunize.training.core import unrolled
+from hf_immunize.training.core import distributed, unrolled
 from hf_immunize.training.core.habits import Habits
 from hf_immunize.training.core.simulated import SimulatedAttack
 from hf_immunize.training.core.unrolled import UnrolledAttack, opaque_operations
@@ -53,6 +53,26 @@ def slope(attack, model, direction, step=1e-6):
         for name, parameter in model.named_parameters():
             parameter += step * direction[name]
     return (values[0] - values[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("kind,calls", [(SimulatedAttack, 4), (UnrolledAttack, 10)])
+def test_ranks_exchange_one_sum_for_each_gradient(monkeypatch, kind, calls):
+    """Three steps of the attacker and the gradient after them; going back, each step has its own and a pull-back."""
+    model = build_denoiser("unet").double()
+    attack, _ = attack_of(model, kind=kind)
+    value, gradient = attack.gradient(model, 5)
+    seen = []
+
+    def all_reduce(flat):  # another rank has the same rows
+        seen.append(flat.numel())
+        flat *= 2
+
+    monkeypatch.setattr(distributed, "world", lambda: (0, 2))
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    again, same = attack.gradient(model, 5)
+    assert len(seen) == calls and min(seen) >= sum(part.numel() for part in gradient.values())
+    assert float(again) == pytest.approx(float(value), rel=1e-12)
+    assert all(torch.allclose(same[name], held, rtol=1e-12, atol=1e-15) for name, held in gradient.items())
 
 
 @pytest.mark.parametrize("rank", [0, 2])
