@@ -1,6 +1,6 @@
 """Build the wheel, install it in a new environment away from the clone, and run a newcomer's main job there.
 
-    python .ci/clean_install.py [--data FOLDER] [--output FOLDER] [--reuse]
+    python .ci/clean_install.py [--data FOLDER] [--output FOLDER] [--whole] [--reuse]
 
 Needs pip alone. With a folder of trained weights and photos the job is a real one (newcomer.py); it is looked for in
 HF_IMMUNIZE_DATA and in shared/data beside the clone. What the job leaves is copied to --output in the end.
@@ -75,10 +75,11 @@ def install(wheel: Path, place: Path, reuse: bool, extra: str = "") -> Path:
     return python
 
 
-def newcomer(python: Path, work: Path, data: Path | None) -> None:
+def newcomer(python: Path, work: Path, data: Path | None, whole: bool = False) -> None:
     """The main job in ``work/job``, by the environment alone."""
     shutil.copy(ROOT / ".ci" / "newcomer.py", work)
-    run(python, work / "newcomer.py", work / "job", *([] if data is None else [data]), cwd=work, env=clean())
+    more = [*([] if data is None else ["--data", data.resolve()]), *(["--whole"] if whole else [])]
+    run(python, work / "newcomer.py", work / "job", *more, cwd=work, env=clean())
 
 
 def found_data() -> Path | None:
@@ -92,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, default=found_data(), help="Folder of trained weights and photos.")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "newcomer", help="Where the job is copied to.")
+    parser.add_argument("--whole", action="store_true", help="The whole exam, which takes hours with real weights.")
     parser.add_argument("--reuse", action="store_true", help="Take dependencies from this environment.")
     given = parser.parse_args()
     start = time.perf_counter()
@@ -100,7 +102,7 @@ def main() -> None:
         wheel = build(work)
         python = install(wheel, work / "venv", given.reuse, extra="[demo]")
         print(f"({time.perf_counter() - start:.0f} s to build and install)", flush=True)
-        newcomer(python, work, None if given.data is None else given.data.resolve())
+        newcomer(python, work, given.data, given.whole)
         shutil.rmtree(given.output, ignore_errors=True)
         shutil.copytree(work / "job" / "job", given.output)
     print(f"{given.output}: report, certificate and models. {time.perf_counter() - start:.0f} s altogether")
