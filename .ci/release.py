@@ -11,26 +11,14 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
 from pathlib import Path
+
+from clean_install import install, newcomer, run
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
-
-
-def run(*words: str | Path, **options: object) -> None:
-    """One command; a failure ends the release."""
-    print("$", *words, flush=True)
-    subprocess.run([str(word) for word in words], check=True, **options)
-
-
-def clean() -> dict[str, str]:
-    """The environment without what would make packages of elsewhere pass for installed ones."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def version() -> str:
@@ -57,23 +45,6 @@ def build(repository: str | None) -> Path:
     return wheel
 
 
-def install(wheel: Path, place: Path, reuse: bool) -> Path:
-    """The Python of a new environment with the wheel in it; with ``reuse`` its dependencies are those that are here."""
-    venv.create(place, with_pip=True)
-    python = place / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    if reuse:
-        run(*pip, "--no-deps", wheel, env=clean())
-        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        site = subprocess.check_output([python, "-c", code], text=True, env=clean())
-        Path(site.strip(), "reused.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
-    else:
-        words = (ROOT / "Makefile").read_text(encoding="utf-8").split()
-        torch = next(word for word in words if word.startswith("torch=="))
-        run(*pip, "-c", ROOT / "constraints.txt", torch, f"{wheel}[demo]", env=clean())
-    return python
-
-
 def main() -> None:
     """The release, step by step."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,10 +55,8 @@ def main() -> None:
     check_version(given.tag or None)
     wheel = build(given.repository or None)
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        python = install(wheel, work / "venv", given.reuse)
-        shutil.copy(ROOT / ".ci" / "newcomer.py", work)
-        run(python, work / "newcomer.py", work / "job", cwd=work, env=clean())
+        work = Path(folder).resolve()
+        newcomer(install(wheel, work / "venv", given.reuse, extra="[demo]"), work, data=None)
     print("\n".join(f"{path.relative_to(ROOT)}  {path.stat().st_size:,} bytes" for path in sorted(DIST.iterdir())))
 
 

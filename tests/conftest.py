@@ -16,6 +16,22 @@ settings.register_profile("busy", deadline=None)  # a machine that is busy is no
 settings.load_profile("busy")
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The built wheel, outside the clone."""
+    from installed import build_wheel
+
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    """An environment of its own with the wheel, where the clone cannot be imported."""
+    from installed import install
+
+    return install(wheel, tmp_path_factory.mktemp("installed"))
+
+
 @pytest.fixture
 def make_vit():
     def build(labels: int = 3, dtype=torch.float32, seed: int = 0, dropout: float = 0.0, layers: int = 2):

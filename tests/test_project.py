@@ -62,6 +62,7 @@ def test_pages_name_files_that_exist(name):
 
 
 def test_the_version_is_told_and_a_tag_of_another_one_is_refused(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / ".ci")
     release = load(ROOT / ".ci" / "release.py")
     assert release.version() == __version__
     release.check_version(f"v{__version__}")

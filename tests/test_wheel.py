@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,24 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-pytest.importorskip("setuptools", minversion="77", reason="pyproject.toml asks for it")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(wheel, tmp_path_factory):
     """Runs a Python program outside the clone, with the wheel's own files before everything else."""
-    root = tmp_path_factory.mktemp("wheel")
-    source, unpacked, work = (root / name for name in ("source", "unpacked", "work"))
-    left_out = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-    for name in ("hf_immunize", "recipes"):
-        shutil.copytree(ROOT / name, source / name, ignore=left_out)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    code = "import setuptools.build_meta as b; print(b.build_wheel('.'))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(source / done.stdout.splitlines()[-1]) as wheel:
-        wheel.extractall(unpacked)
+    root = tmp_path_factory.mktemp("unpacked")
+    unpacked, work = root / "unpacked", root / "work"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
     work.mkdir()
 
     def call(*words: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import datasets
 import torch
@@ -26,6 +28,17 @@ def hush() -> None:
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def drawing_a_head() -> Iterator[None]:
+    """Inside, transformers does not report weights that a model's folder lacks: a head is wanted that is drawn anew."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
 
 
 def start(device: str, alone: str | None = None) -> tuple[PartialState, str]:

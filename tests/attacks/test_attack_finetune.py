@@ -21,7 +21,9 @@ def prepare_lora(context, run):
 
 
 def only(context, name, config, seed=0):
-    ((_, result),) = ATTACKS[name].run(context, [Run(config, "x", seed)])
+    attack = ATTACKS[name]
+    ((_, result),) = attack.run(context, [Run(config, "x", seed)])
+    assert result.outcome != "not_applicable" or attack.refuses or attack.needs, f"{name} refused {result.note}, unsaid"
     return result
 
 

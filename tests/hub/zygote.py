@@ -33,18 +33,26 @@ sys.exit(answer[0] if answer else 70)
 
 
 class Zygote:
-    """Two programs in ``bin``: ``hf-immunize``, and ``python``, which takes ``-c`` and a program."""
+    """Two programs in ``bin``: ``hf-immunize``, and ``python``, which takes ``-c`` and a program, or ``-m``.
 
-    def __init__(self, environment: dict[str, str], *modules: str) -> None:
+    Args:
+        environment: what commands find in ``os.environ``.
+        modules: imported beforehand, beside what the verbs of publishing need.
+        python: the interpreter; this one by default.
+        forks: commands start their own commands, as ``run`` does its stages, as forks too.
+    """
+
+    def __init__(self, environment: dict[str, str], *modules: str, python: str = sys.executable,
+                 forks: bool = False) -> None:
         self._root = tempfile.TemporaryDirectory(prefix="zygote-")
         self.bin = Path(self._root.name)
         address = str(self.bin / "s")
         for name, script in (("hf-immunize", True), ("python", False)):
-            (self.bin / name).write_text(CLIENT.format(python=sys.executable, address=address, script=script))
+            (self.bin / name).write_text(CLIENT.format(python=python, address=address, script=script))
             (self.bin / name).chmod(0o755)
         self.environment = environment | {"PATH": f"{self.bin}:{environment['PATH']}"}
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, address, *PRELOADED, *modules], env=self.environment, stdout=subprocess.PIPE)
+        told = [address, str(self.bin / "python") if forks else python, *PRELOADED, *modules]
+        self._process = subprocess.Popen([python, __file__, *told], env=self.environment, stdout=subprocess.PIPE)
         assert self._process.stdout is not None and self._process.stdout.readline() == b"ready\n"
 
     def run(self, command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -59,9 +67,10 @@ class Zygote:
         self._root.cleanup()
 
 
-def serve(address: str, modules: list[str]) -> None:
+def serve(address: str, executable: str, modules: list[str]) -> None:
     for module in modules:
         __import__(module)
+    sys.executable = executable
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     door = socket.socket(socket.AF_UNIX)
     door.bind(address)
@@ -88,8 +97,8 @@ def work(link: socket.socket) -> int:
         os.dup2(descriptor, target)
     os.chdir(asked["cwd"])
     try:
-        if asked["script"]:
-            sys.argv = ["hf-immunize", *asked["words"]]
+        if asked["script"] or asked["words"][:2] == ["-m", "hf_immunize.cli"]:
+            sys.argv = ["hf-immunize", *asked["words"][0 if asked["script"] else 2 :]]
             sys.modules["hf_immunize.cli"].app()
         else:
             exec(compile(asked["words"][1], "<documentation>", "exec"), {"__name__": "__main__"})
@@ -107,4 +116,4 @@ def work(link: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2:])
+    serve(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,6 +1,7 @@
 """A newcomer's whole main job, from a folder of images and a model to a certificate and a report, in three commands.
 
-Models are tiny and random: they exercise the way, and support no claim.
+All of it by the built wheel alone, in an environment outside the clone. Models are tiny and random, where no others lie
+beside the repository: they exercise the way, and support no claim.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from installed import Installed, clean_install
 from PIL import Image
 from pipeline_builders import build_text_pipeline
 from safetensors import safe_open
@@ -26,6 +29,12 @@ from hf_immunize.hub import verify_folder
 from hf_immunize.records import Certificate, ImmunizationRecord
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "hub"))
+from zygote import Zygote  # noqa: E402
+
+DATA = clean_install.found_data()
+needs_data = pytest.mark.skipif(
+    DATA is None, reason="needs weights and photos: HF_IMMUNIZE_DATA, or ../shared/data beside the repository")
 START = (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 SMALL = {
     "attack": {"seeds": [0, 1], "attacks": ["ridge_probe", "full_finetune"],
@@ -52,13 +61,18 @@ def digits(tmp_path_factory):
     return root
 
 
-def call(folder, *words, expect=0):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-                   "HF_IMMUNIZE_CACHE": str(folder / "cache")}
-    done = subprocess.run([sys.executable, "-m", "hf_immunize.cli", *map(str, words)], cwd=folder, env=environment,
-                          capture_output=True, text=True)
-    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+class Forked(Installed):
+    """The same commands as forks of one process of the environment, which has everything imported."""
+
+    def start(self, folder):
+        stages = [f"hf_immunize.stages.{name}" for name in ("immunize_classifier", "attack", "certify", "report",
+                                                            "plan", "init", "run")]
+        self.zygote = Zygote(self.environment(folder), *stages, python=str(self.python), forks=True)
+
+    def call(self, folder, *words, expect=0):
+        done = self.zygote.run(["hf-immunize", *map(str, words)], folder)
+        assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
 
 
 def as_printed(verb):
@@ -81,12 +95,12 @@ def save(folder, kind, names=None, headless=False):
     ViTImageProcessorPil(size={"height": size, "width": size}).save_pretrained(folder)
 
 
-def shrink(path):
-    """The run file with steps and attacks for a test; what init wrote is kept for the rest."""
+def shrink(path, **more):
+    """The run file with steps and attacks for a test; what init wrote is kept for the rest. ``more``: to immunize."""
     told = yaml.safe_load(path.read_text(encoding="utf-8"))
     told["attack"] |= SMALL["attack"]
     for options in told["immunize"].values():
-        options.update(SMALL["immunize"])
+        options.update(SMALL["immunize"] | more)
     if "pretrain" in told:
         told["pretrain"] |= SMALL["pretrain"]
     if "benign" in told:
@@ -96,45 +110,59 @@ def shrink(path):
     return told
 
 
-def whole_job(work, digits, kind, *, names=None, headless=False, benign=False):
+def whole_job(installed, work, digits, kind, *, names=None, headless=False, benign=False, **more):
     """init, plan, run, as docs/start.md has them; the model's folder."""
     save(work / "model", kind, names, headless)
     for name in ("keep", "harm"):
         (work / name).symlink_to(digits / name)
-    told = call(work, *as_printed("init"), *(["--benign", digits / "harmless"] if benign else []))
+    told = installed.call(work, *as_printed("init"), *(["--benign", digits / "harmless"] if benign else []))
     assert "primary: 120 images of 5 classes" in told and "Next: hf-immunize plan job/run.yaml" in told
     written = (work / "job" / "run.yaml").read_text(encoding="utf-8")
-    shown = shrink(work / "job" / "run.yaml")
+    shown = shrink(work / "job" / "run.yaml", **more)
     assert ("pretrain" in shown) == (names is None) and ("benign" in shown) == benign
-    plan = json.loads(call(work, *as_printed("plan"), "--json"))
-    assert not [line for line in plan if line["level"] == "fails"], plan
-    assert {"primary images", "sides", "model", "uplift", "disk", "time", "memory closed_form_adversary"} <= {
-        line["part"] for line in plan}
+    model = plan_and_run(installed, work, {"primary images", "memory closed_form_adversary", "uplift", "disk", "time"})
+    assert bool(Certificate.read(model / "certificate.json").trainability) == benign
+    return model, written
+
+
+def plan_and_run(installed, work, parts):
+    """The second and third command, and what they leave: a certificate, a report, a folder that can be published."""
+    plan = json.loads(installed.call(work, *as_printed("plan"), "--json"))
+    assert not [line for line in plan if line["level"] == "fails" or "could not be looked at" in line["told"]], plan
+    assert {"sides", "model", *parts} <= {line["part"] for line in plan}
     before = sorted(path.name for path in (work / "model").iterdir())
-    call(work, *as_printed("run"))
+    installed.call(work, *as_printed("run"))
     assert sorted(path.name for path in (work / "model").iterdir()) == before, "the user's own model was touched"
     model = work / "job" / "closed_form_adversary"
     certificate = Certificate.read(model / "certificate.json")
     record = ImmunizationRecord.read(model / "immunization.json")
-    assert certificate.subject.weights == record.model.weights and record.steps == 2
+    assert certificate.subject.weights == record.model.weights and record.steps == SMALL["immunize"]["max_steps"]
     assert {cell.attack for cell in certificate.cells if cell.subject} == {"ridge_probe", "full_finetune"}
-    assert bool(certificate.trainability) == benign
     assert (model.parent / "report.html").stat().st_size > 10_000 and (model / "README.md").is_file()
     assert verify_folder(model).sound
-    return model, written
+    assert "nothing was sent" in installed.call(work, *as_printed("publish"))
+    return model
 
 
 NAMES = [f"digit {label}" for label in range(5)]
 
 
+def test_the_wheel_alone_leads_to_a_certificate_and_a_report(installed, tmp_path, digits):
+    forked = Forked(installed.python)
+    forked.start(tmp_path)
+    try:
+        whole_job(forked, tmp_path, digits, "vit", names=NAMES, trainable_modules="last:1", cache_frozen_features=True)
+    finally:
+        forked.zygote.close()
+
+
 @pytest.mark.slow
-def test_a_vision_transformer_that_knows_the_classes(tmp_path, digits):
-    model, written = whole_job(tmp_path, digits, "vit", names=NAMES, benign=True)
+def test_a_vision_transformer_that_knows_the_classes(installed, tmp_path, digits):
+    model, written = whole_job(installed, tmp_path, digits, "vit", names=NAMES, benign=True)
     assert f"base: {tmp_path / 'model'}" in written and "CHECK" not in written
-    told = call(tmp_path, "run", "job/run.yaml")
+    told = installed.call(tmp_path, "run", "job/run.yaml")
     assert told.count("done before, unchanged") == 8 and "done in 0 s" in told
-    assert "closed_form_adversary" in call(tmp_path, *as_printed("show"))
-    assert "nothing was sent" in call(tmp_path, *as_printed("publish"))
+    assert "closed_form_adversary" in installed.call(tmp_path, *as_printed("show"))
     job, listed = tmp_path / "job", re.findall(r"^\| `([\w./]+)` \|", START, flags=re.M)
     assert len(listed) >= 7 and not [name for name in listed if not (job / name).exists()], listed
     with safe_open(model.parent / "base" / "model.safetensors", "pt") as copy:
@@ -143,28 +171,56 @@ def test_a_vision_transformer_that_knows_the_classes(tmp_path, digits):
 
 
 @pytest.mark.slow
-def test_a_convolutional_network_whose_head_knows_other_classes(tmp_path, digits):
-    _, written = whole_job(tmp_path, digits, "resnet")
+def test_a_convolutional_network_whose_head_knows_other_classes(installed, tmp_path, digits):
+    _, written = whole_job(installed, tmp_path, digits, "resnet")
     assert "CHECK: the model's own head does not fit (3 outputs for 5 classes)" in written
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "headless"), [("convnext", False), ("swin", False), ("mobilenet_v2", False),
                                                 ("dinov2", True)])
-def test_other_backbones(tmp_path, digits, kind, headless):
-    _, written = whole_job(tmp_path, digits, kind, headless=headless)
+def test_other_backbones(installed, tmp_path, digits, kind, headless):
+    _, written = whole_job(installed, tmp_path, digits, kind, headless=headless)
     assert ("The model has no head" in written) == headless
 
 
+@needs_data
 @pytest.mark.slow
-def test_a_diffusers_pipeline_and_folders_of_photos(tmp_path):
-    build_text_pipeline("StableDiffusionPipeline").save_pretrained(tmp_path / "model")
+def test_trained_weights_and_real_photos(installed, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    import newcomer
+
+    newcomer.prepare_photos(tmp_path, DATA)
+    told = installed.call(tmp_path, *as_printed("init"))
+    assert "MobileNetV2ForImageClassification" in told and "primary: 240 images of 6 classes" in told
+    shrink(tmp_path / "job" / "run.yaml")
+    plan_and_run(installed, tmp_path, {"primary images", "memory closed_form_adversary"})
+
+
+def noise(folder):
+    """Images that nobody has seen."""
     for place, (name, count) in enumerate({"keep": 10, "harm": 12, "harmless": 9}.items()):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
         for number in range(count):
             pixels = np.random.default_rng(100 * place + number).integers(0, 255, (16, 16, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
-    told = call(tmp_path, "init", "job", "--model", "model", "--primary", "keep", "--harmful", "harm",
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+def things(folder):
+    """Real photos of six things, two on each side."""
+    kinds_of = {"keep": ("vase", "teapot"), "harm": ("dog", "robot_toy"), "harmless": ("cat", "backpack")}
+    for name, kinds in kinds_of.items():
+        (folder / name).mkdir()
+        for path in (path for kind in kinds for path in sorted((DATA / "dreambooth" / kind).iterdir())):
+            shutil.copyfile(path, folder / name / f"{path.parent.name}-{path.name}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("photos", [noise, pytest.param(things, marks=needs_data)])
+def test_a_diffusers_pipeline_and_folders_of_photos(installed, tmp_path, photos):
+    build_text_pipeline("StableDiffusionPipeline").save_pretrained(tmp_path / "model")
+    photos(tmp_path)
+    told = installed.call(tmp_path, "init", "job", "--model", "model", "--primary", "keep", "--harmful", "harm",
                 "--benign", "harmless", "--harmful_prompt", "a photo of sks dog")
     assert "made from prompts" in told and "2 lines marked CHECK" in told
     path = tmp_path / "job" / "run.yaml"
@@ -182,14 +238,16 @@ def test_a_diffusers_pipeline_and_folders_of_photos(tmp_path):
                          "device": "cpu"}
     run["certify"] |= {"judged_images": 4, "draw_steps": 2, "device": "cpu"}
     path.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
-    plan = json.loads(call(tmp_path, "plan", "job/run.yaml", "--json"))
+    plan = json.loads(installed.call(tmp_path, "plan", "job/run.yaml", "--json"))
     assert {"retain photos", "harmful photos", "benign photos", "memory simulated_attack"} <= {
         line["part"] for line in plan} and not [line for line in plan if line["level"] == "fails"], plan
-    call(tmp_path, "run", "job/run.yaml")
+    installed.call(tmp_path, *as_printed("run"))
     model = tmp_path / "job" / "simulated_attack"
     certificate = Certificate.read(model / "certificate.json")
     assert certificate.trainability and [cell for cell in certificate.cells if cell.subject is not None]
     assert (model.parent / "report.html").is_file() and verify_folder(model).sound
+    publish = [word.replace("closed_form_adversary", model.name) for word in as_printed("publish")]
+    assert "nothing was sent" in installed.call(tmp_path, *publish)
 
 
 def test_what_init_refuses(tmp_path, digits):
@@ -213,7 +271,7 @@ def test_what_init_refuses(tmp_path, digits):
 
 
 @pytest.mark.slow
-def test_what_plan_finds(tmp_path, digits):
+def test_what_plan_finds(installed, tmp_path, digits):
     """A corrupt image, an image on both sides, a class of two images, a typing error: all in one look."""
     for source in (*(digits / "keep").iterdir(), *(digits / "harm").iterdir()):
         folder = tmp_path / source.parent.name / source.name
@@ -229,12 +287,12 @@ def test_what_plan_finds(tmp_path, digits):
     text = ("task: {primary_dataset: keep, harmful_dataset: harm}\nbase: model\n"
             "immunize: {one: {objective: ill_only, strenght: 2}}\nattack: {attacks: [lorra]}\n")
     (tmp_path / "run.yaml").write_text(text)
-    plan = json.loads(call(tmp_path, "plan", "run.yaml", "--json", expect=1))
+    plan = json.loads(installed.call(tmp_path, "plan", "run.yaml", "--json", expect=1))
     told = {line["told"]: line["level"] for line in plan}
     for wanted, level in ((r"unknown ['strenght']: see --help. Did you mean strength?", "fails"),
                           ("expected an attack in", "fails"), (f"{first[0].name} (an empty file)", "fails"),
                           (first[1].name, "fails"), ("1 equal files on both sides", "note"),
                           ("left out 1 .docx", "note"), ("got fewer in ['digit 6']", "fails")):
         assert [line for line in told if wanted in line and told[line] == level], (wanted, plan)
-    shown = call(tmp_path, "plan", "run.yaml", expect=1)
+    shown = installed.call(tmp_path, "plan", "run.yaml", expect=1)
     assert "found what would stop the run" in shown

@@ -104,6 +104,16 @@ def test_spectra_start_at_cached_activations_and_are_those_of_the_images(make_tr
         assert mine.eigenvalues == pytest.approx(theirs.eigenvalues, rel=1e-3, abs=1e-6 * theirs.eigenvalues[0])
 
 
+def test_a_look_at_the_spectra_before_training_finds_the_activations(make_trainer, make_vit, tmp_path):
+    """As hf-immunize immunize does it, which looks at the base first."""
+    trainer = make_trainer(
+        model=make_vit(layers=3), trainable_modules="last:1", cache_frozen_features=True,
+        feature_cache_dir=str(tmp_path / "c"),
+    )  # fmt: skip
+    assert [record.task for record in training_spectra(trainer)] == ["primary", "harmful"]
+    trainer.train()
+
+
 def test_other_weights_or_images_are_another_cache(make_trainer, make_vit, make_pixels, tmp_path):
     def folders(**options) -> int:
         make_trainer(

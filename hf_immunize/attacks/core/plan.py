@@ -147,6 +147,8 @@ def describe_attacks(table: Mapping[str, Attack]) -> str:
     for name, attack in table.items():
         lines.append(f"{name} ({attack.family}): {told_of(attack)}")
         lines += [f"  undoes {attack.covers}"] if attack.covers else []
+        lines += [f"  needs {', '.join(attack.needs)}"] if attack.needs else []
+        lines += [f"  does not apply to {attack.refuses}"] if attack.refuses else []
         for field in fields(attack.config):
             value = field.metadata.get("sweep", field.default)
             shown = ",".join(map(_text, value)) if isinstance(value, tuple) else value
@@ -161,10 +163,11 @@ def told_of(attack: Attack) -> str:
 
 def attacks_table(table: Mapping[str, Attack]) -> str:
     """The table of docs/attacks.md, as Markdown."""
-    lines = ["| attack | family | what is done | what it undoes |", "|---|---|---|---|"]
+    lines = ["| attack | family | what is done | what it undoes | does not apply to |", "|---|---|---|---|---|"]
     for name, attack in table.items():
         needs = f" (needs: {', '.join(attack.needs)})" if attack.needs else ""
-        lines.append(f"| `{name}` | {attack.family} | {told_of(attack)}{needs} | {attack.covers} |")
+        told = f"{attack.family} | {told_of(attack)}{needs} | {attack.covers} | {attack.refuses}".rstrip()
+        lines.append(f"| `{name}` | {told} |")
     return "\n".join(lines) + "\n"
 
 

@@ -99,6 +99,8 @@ class Attack:
     """Whether success is a share of what this attack itself reaches on the base: for attackers with hardly any data."""
     covers: str = ""
     """Which defence it undoes, in a few words."""
+    refuses: str = ""
+    """Which models it cannot be made on, in a few words; empty: none. Its runs on those are ``not_applicable``."""
     plugin: Plugin | None = None
     """Whose it is, where it is not one of this package; set when it is registered."""
 

@@ -102,11 +102,19 @@ def _under(name: str) -> Attack:
                   for part in ("attack", "validation", "test")}
         yield from run_finetunes(dataclasses.replace(context, **splits), runs, adapted)
 
-    return Attack(config=OtherPrompts, run=run, family="data shift", own_threshold=True, needs=(name,))
+    return Attack(
+        config=OtherPrompts, run=run, family="data shift", own_threshold=True, needs=(name,),
+        covers="a defence that is bound to the concept's name",
+    )
 
 
-PERTURBED = Attack(config=PerturbedImages, run=run_perturbed, family="data shift", own_threshold=True)
+_SAME_IMAGES = "a defence fitted to the very images"
+PERTURBED = Attack(
+    config=PerturbedImages, run=run_perturbed, family="data shift", own_threshold=True, covers=_SAME_IMAGES,
+    refuses="pipelines with a VAE, where the attacker holds the images' latents alone",
+)
 OTHER_IMAGES = Attack(
-    config=OtherImages, run=run_other_images, family="data shift", own_threshold=True, needs=("other_images",)
+    config=OtherImages, run=run_other_images, family="data shift", own_threshold=True, needs=("other_images",),
+    covers=_SAME_IMAGES,
 )
 OTHER_NAME, PLACEHOLDER, GENERIC = (_under(name) for name in ("other", "placeholder", "generic"))

@@ -73,7 +73,10 @@ def prior_of(
     return LatentDataset(latents, batch.conditions, batch.labels, context.prior.label_names, "prior")
 
 
-ATTACK = Attack(config=DreamBooth, run=run, family="DreamBooth", own_threshold=True)
+ATTACK = Attack(
+    config=DreamBooth, run=run, family="DreamBooth", own_threshold=True, covers="a defence that counts on many images"
+)
 PRIOR = Attack(
-    config=DreamBoothPrior, run=run_with_prior, family="DreamBooth", own_threshold=True, needs=("prior",)
+    config=DreamBoothPrior, run=run_with_prior, family="DreamBooth", own_threshold=True, needs=("prior",),
+    covers="a defence that lets other concepts fall apart while this one is learned",
 )

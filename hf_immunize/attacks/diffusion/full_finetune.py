@@ -22,4 +22,7 @@ def unfrozen(context: DiffusionAttackContext, planned: Run) -> nn.Module:
     return context.model(planned.seed).requires_grad_(True)
 
 
-ATTACK = Attack(config=DiffusionFullFinetune, run=partial(run_finetunes, prepare=unfrozen), family="full fine-tuning")
+ATTACK = Attack(
+    config=DiffusionFullFinetune, run=partial(run_finetunes, prepare=unfrozen), family="full fine-tuning",
+    covers="a defence of the attention layers alone",
+)

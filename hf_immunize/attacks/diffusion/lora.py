@@ -36,4 +36,7 @@ def adapted(context: DiffusionAttackContext, planned: Run) -> nn.Module:
         return inject_adapter_in_model(config, model)
 
 
-ATTACK = Attack(config=DiffusionLora, run=partial(run_finetunes, prepare=adapted), family="LoRA", own_threshold=True)
+ATTACK = Attack(
+    config=DiffusionLora, run=partial(run_finetunes, prepare=adapted), family="LoRA", own_threshold=True,
+    covers="a defence that counts on all weights being trained",
+)

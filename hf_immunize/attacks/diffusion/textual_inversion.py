@@ -148,4 +148,8 @@ def _class_rows(context: DiffusionAttackContext, planned: Run) -> nn.Module:
     return model
 
 
-ATTACK = Attack(config=TextualInversion, run=run, family="Textual Inversion", own_threshold=True)
+ATTACK = Attack(
+    config=TextualInversion, run=run, family="Textual Inversion", own_threshold=True,
+    covers="a defence against training the denoiser, which stays as it is here",
+    refuses="pipelines in which nothing names the concept: no text encoder and no class embedding",
+)

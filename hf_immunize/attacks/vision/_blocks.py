@@ -6,6 +6,9 @@ from torch import nn
 
 from hf_immunize.features import block_names, find_trunk, names_after_trunk
 
+NO_BLOCKS = "models without a list of blocks"
+"""What no attack along the trunk can be made on."""
+
 
 def block_sites(model: nn.Module, head: str) -> list[str]:
     """Modules whose *inputs* are the outputs of successive blocks: every block but the first, then what follows.

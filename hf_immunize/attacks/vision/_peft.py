@@ -32,6 +32,10 @@ class AdapterConfig(FinetuneConfig):
                                   "none, every convolution.")
 
 
+NOTHING_TO_ADAPT = "models without a linear layer or convolution beside the head"
+"""What no adapter can be made on."""
+
+
 def target_modules(model: nn.Module, head: str, pattern: str | None) -> list[str]:
     """Full names of the layers to adapt, the head left out; an empty list when the model has none."""
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]

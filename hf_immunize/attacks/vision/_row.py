@@ -30,6 +30,7 @@ def row(
     prepare: Prepare,
     family: str = "full fine-tuning",
     needs: tuple[str, ...] = (),
+    refuses: str = "",
     spent: Callable[[Any], int] | None = None,
     own_threshold: bool = False,
     note: Callable[[AttackContext, Run], str] | None = None,
@@ -42,6 +43,7 @@ def row(
         prepare: what makes the model that is trained.
         told: what ``--describe`` prints of it.
         covers: which defence it undoes, for the table in docs/attacks.md.
+        refuses: which models it cannot be made on: those of which ``prepare`` returns words.
         spent: steps of a config's budget that ``prepare`` takes.
         note: what a trace says beside how the run ended.
         settings: fields of the config by name, made by ``setting``; a plain value fixes a field of ``base``.
@@ -50,6 +52,7 @@ def row(
         config=config_of(told, base, settings),
         run=partial(_run, prepare=prepare, needs=needs, spent=spent or (lambda config: 0), note=note),
         family=family, needs=needs, own_threshold=own_threshold, covers=covers,
+        refuses=refuses,
     )  # fmt: skip
 
 

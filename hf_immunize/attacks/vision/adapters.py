@@ -11,7 +11,7 @@ from peft import IA3Config, LoHaConfig, LoKrConfig, OFTConfig, PeftConfig, VeraC
 
 from hf_immunize.attacks.core.shape import Attack, setting
 from hf_immunize.attacks.vision import lora
-from hf_immunize.attacks.vision._peft import AdapterConfig, run_adapters
+from hf_immunize.attacks.vision._peft import NOTHING_TO_ADAPT, AdapterConfig, run_adapters
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,12 @@ class Vera(AdapterConfig):
     rank: int = setting(64, "Rank of the shared projections.")
 
 
-def _adapter(config: type, make: Callable[[Any, list[str]], PeftConfig], covers: str) -> Attack:
+def _adapter(
+    config: type, make: Callable[[Any, list[str]], PeftConfig], covers: str, refuses: str = NOTHING_TO_ADAPT
+) -> Attack:
     """An attack whose runs differ in PEFT's config alone."""
-    return Attack(config=config, run=partial(run_adapters, make=make), family="other PEFT", covers=covers)
+    run = partial(run_adapters, make=make)
+    return Attack(config=config, run=run, family="other PEFT", covers=covers, refuses=refuses)
 
 
 ADAPTERS: dict[str, Attack] = {
@@ -72,5 +75,6 @@ ADAPTERS: dict[str, Attack] = {
     "ia3": _adapter(IA3, lambda told, on: IA3Config(target_modules=on, feedforward_modules=[]),
                     "features that are there but faint"),
     "vera": _adapter(Vera, lambda told, on: VeraConfig(r=told.rank, target_modules=on),
-                     "a defence that counts trained weights"),
+                     "a defence that counts trained weights",
+                     "models whose only linear layer is the head, as of convolutional networks"),
 }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.attacks.core.shape import Attack, Result, Run, not_applicable, setting
-from hf_immunize.attacks.vision._blocks import block_sites
+from hf_immunize.attacks.vision._blocks import NO_BLOCKS, block_sites
 from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.attacks.vision.ridge_probe import solve_runs
 from hf_immunize.errors import CaptureError, ModelError
@@ -47,6 +47,6 @@ def side_by_side(context: AttackContext, seed: int, sites: Sequence[str]) -> dic
 
 
 ATTACK = Attack(
-    config=AllLayersProbe, run=run, family="structural", unit="solve",
+    config=AllLayersProbe, run=run, family="structural", unit="solve", refuses=NO_BLOCKS,
     covers="features taken apart, so that no layer alone holds what is needed",
 )

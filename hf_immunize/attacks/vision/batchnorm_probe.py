@@ -59,5 +59,5 @@ def reestimate(model: nn.Module, context: AttackContext, seed: int) -> nn.Module
 
 ATTACK = Attack(
     config=BatchNormProbe, run=run, family="structural", unit="solve",
-    covers="batch statistics of other images",
+    covers="batch statistics of other images", refuses="models without batch normalisation",
 )

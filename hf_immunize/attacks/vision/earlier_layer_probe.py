@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hf_immunize.attacks.core.shape import Attack, Result, Run, setting
-from hf_immunize.attacks.vision._blocks import block_sites
+from hf_immunize.attacks.vision._blocks import NO_BLOCKS, block_sites
 from hf_immunize.attacks.vision.context import AttackContext
 from hf_immunize.attacks.vision.ridge_probe import solve_runs
 from hf_immunize.errors import CaptureError, ModelError
@@ -49,6 +49,6 @@ def _solve_at(context: AttackContext, site: str, runs: Sequence[Run]) -> Iterato
 
 
 ATTACK = Attack(
-    config=EarlierLayerProbe, run=run, family="structural", unit="solve",
+    config=EarlierLayerProbe, run=run, family="structural", unit="solve", refuses=NO_BLOCKS,
     covers="a defence of the last layer alone",
 )

@@ -6,8 +6,9 @@ from typing import Any
 
 from hf_immunize.attacks.core.shape import Attack, setting
 from hf_immunize.attacks.vision import _preparations as first
+from hf_immunize.attacks.vision._blocks import NO_BLOCKS
 from hf_immunize.attacks.vision._normal_form import what_was_done
-from hf_immunize.attacks.vision._peft import ALL_LINEAR, AdapterConfig
+from hf_immunize.attacks.vision._peft import ALL_LINEAR, NOTHING_TO_ADAPT, AdapterConfig
 from hf_immunize.attacks.vision._row import Prepare, low_rates, row
 from hf_immunize.attacks.vision.heal import healing
 
@@ -24,10 +25,15 @@ def _shots(count: int) -> Any:
     return setting(count, "Images per class.")
 
 
-def _adapter(told: str, covers: str, prepare: Prepare, note: Any = None, **settings: Any) -> Attack:
+_NO_NORMAL_FORM = "models whose graph cannot be exported, or whose outputs the normal form would move"
+
+
+def _adapter(
+    told: str, covers: str, prepare: Prepare, note: Any = None, refuses: str = NOTHING_TO_ADAPT, **settings: Any
+) -> Attack:
     """A row of low-rank updates of every linear layer, ordinary settings always among its trials."""
     return row(
-        told, covers, prepare=prepare, note=note, family="LoRA", base=AdapterConfig,
+        told, covers, prepare=prepare, note=note, refuses=refuses, family="LoRA", base=AdapterConfig,
         rank=setting(8, "Rank of each update."),
         alpha=setting(16, "Updates are scaled by alpha/rank."),
         targets=setting(ALL_LINEAR, "Regular expression over module names, or all-linear: every linear layer and every "
@@ -49,7 +55,7 @@ FINETUNES: dict[str, Attack] = {
     "partial_finetune": row(
         "AdamW on the last share of the blocks, what follows them, and a new head.",
         "early layers that break when they are trained",
-        prepare=first.last_part,
+        prepare=first.last_part, refuses=NO_BLOCKS,
         share=setting(0.5, "Share of the blocks that is trained, at least one.", sweep=(0.01, 0.5)),
     ),
     "ridge_head_finetune": row(
@@ -67,7 +73,7 @@ FINETUNES: dict[str, Attack] = {
     "reset_last_blocks": row(
         "AdamW on all weights after the last blocks, what follows them, and the head were drawn anew.",
         "traps in late layers",
-        family="structural", prepare=first.reset_last,
+        family="structural", prepare=first.reset_last, refuses=NO_BLOCKS,
         share=setting(0.34, "Share of the blocks that is drawn anew, at least one."),
     ),
     "few_shot_finetune": row(
@@ -121,11 +127,12 @@ FINETUNES: dict[str, Attack] = {
         "AdamW on all weights of the normal form (scales, products and dropout undone), with a new head.",
         "changes of coordinates that keep the function: scaled gains, weights before norms, neighbours that divide "
         "each other's scale away, stretched queries and keys; dropout in the config",
-        prepare=first.canonical, note=what_was_done, learning_rate=low_rates(),
+        prepare=first.canonical, note=what_was_done, refuses=_NO_NORMAL_FORM, learning_rate=low_rates(),
     ),
     "canonical_lora": _adapter(
         "AdamW on low-rank updates of every linear layer of the normal form, and on a new head.",
-        "the changes of coordinates that canonical_finetune undoes", first.canonical_lora, note=what_was_done,
+        "the changes of coordinates that canonical_finetune undoes", first.canonical_lora, what_was_done,
+        _NO_NORMAL_FORM,
     ),
     "relative_finetune": row(
         "All weights and a new head, by steps in units of each tensor's own length (LAMB, LARS, or Adafactor with "
@@ -154,7 +161,8 @@ FINETUNES: dict[str, Attack] = {
     "reset_norms_finetune": row(
         "AdamW on all weights after every norm was given gain 1 and shift 0, batch norms the attacker's statistics.",
         "gains and shifts that switch channels off, statistics of other images",
-        prepare=first.new_norms, family="structural", learning_rate=low_rates(),
+        prepare=first.new_norms, refuses="models without a normalisation layer", family="structural",
+        learning_rate=low_rates(),
     ),
     "large_batch_finetune": row(
         "AdamW on all weights and a new head, on large batches.",
@@ -165,9 +173,9 @@ FINETUNES: dict[str, Attack] = {
     "layerwise_finetune": row(
         "AdamW on the blocks one part after the other from the input side, then on all weights, with a new head.",
         "late layers whose gradients drown all others",
-        prepare=first.layerwise, learning_rate=low_rates(),
+        prepare=first.layerwise, refuses=NO_BLOCKS, learning_rate=low_rates(),
         share=setting(0.5, "Share of the steps that trains one part at a time."),
         parts=setting(4, "Parts of the trunk."),
     ),
 }  # fmt: skip
-"""By name. ``covers`` says what each undoes."""
+"""By name. ``covers`` says what each undoes, ``refuses`` what it cannot be made on."""

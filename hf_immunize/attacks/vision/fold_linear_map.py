@@ -60,5 +60,5 @@ def fold(context: AttackContext, base: dict[str, Tensor], seed: int) -> tuple[di
 
 ATTACK = Attack(
     config=FoldLinearMap, run=run, family="structural", needs=NEEDS, batched=True,
-    covers="an invertible layer that was slipped in",
+    covers="an invertible layer that was slipped in", refuses="random weights, which share nothing with the base",
 )

@@ -8,7 +8,7 @@ from functools import partial
 from peft import LoraConfig
 
 from hf_immunize.attacks.core.shape import Attack, setting
-from hf_immunize.attacks.vision._peft import AdapterConfig, run_adapters
+from hf_immunize.attacks.vision._peft import NOTHING_TO_ADAPT, AdapterConfig, run_adapters
 from hf_immunize.errors import ConfigError
 
 VARIANTS = ("plain", "rslora", "pissa", "dora")
@@ -41,5 +41,5 @@ def make_config(config: Lora, targets: list[str]) -> LoraConfig:
 
 ATTACK = Attack(
     config=Lora, run=partial(run_adapters, make=make_config), family="LoRA",
-    covers="a defence that counts on all weights being trained",
+    covers="a defence that counts on all weights being trained", refuses=NOTHING_TO_ADAPT,
 )

@@ -61,5 +61,5 @@ def _leading(difference: Tensor, rank: int) -> Tensor:
 
 ATTACK = Attack(
     config=SubtractDifference, run=run, family="structural", needs=NEEDS,
-    covers="everything, where the base is public",
+    covers="everything, where the base is public", refuses="random weights, which share nothing with the base",
 )

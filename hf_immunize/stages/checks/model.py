@@ -6,8 +6,10 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from hf_immunize.stages.checks.options import Parsed
 from hf_immunize.stages.checks.rows import Side
 from hf_immunize.stages.checks.uplift import check_uplift
 from hf_immunize.stages.dry_run import image_shape
+from hf_immunize.stages.start import drawing_a_head, hush
 from hf_immunize.stages.workflow.depth import depth_finding, find_profile
 from hf_immunize.stages.workflow.run_file import RunFile
 from hf_immunize.stages.workflow.stages import BASE, Stage
@@ -59,6 +62,7 @@ def check_classifier(
     run: RunFile, stages: Mapping[str, Stage], parsed: Parsed, sides: Mapping[str, Side]
 ) -> list[Finding]:
     """Everything about a classifier and what the run will ask of the machine."""
+    hush()
     names = list(sides["primary"].names) if "primary" in sides else None
     try:
         known = read_base(run, parsed, names)
@@ -69,7 +73,8 @@ def check_classifier(
     found = [Finding("model", "ok", told)]
     found += _head(known, names) if run.base is not None and names is not None else []
     if "harmful" in sides:
-        found.append(check_uplift(_weights_of(run, parsed), known.processor, sides["harmful"]))
+        with _with_head(run, parsed, known) as folder:
+            found.append(check_uplift(folder, known.processor, sides["harmful"]))
     rows = {name: len(side.chosen) for name, side in sides.items()}
     seconds = _seconds_per_row(known, max(1, (os.cpu_count() or 1) // run.jobs))
     total, profile = 0.0, find_profile(run.output_dir)
@@ -106,6 +111,18 @@ def _weights_of(run: RunFile, parsed: Parsed) -> Path | None:
     return Path(source) if Path(source).is_dir() else None
 
 
+@contextmanager
+def _with_head(run: RunFile, parsed: Parsed, known: Known) -> Iterator[Path | None]:
+    """The folder of ``_weights_of``; for a model that will get a new head, a copy with one. No probe reads the head."""
+    folder = _weights_of(run, parsed)
+    if folder is None or run.base is not None:
+        yield folder
+        return
+    with TemporaryDirectory() as copy:
+        known.model.save_pretrained(copy)
+        yield Path(copy)
+
+
 def read_base(run: RunFile, parsed: Parsed, names: Sequence[str] | None) -> Known:
     """The model that is trained first, or the base. Of one on the Hub only config and processor are fetched.
 
@@ -123,7 +140,8 @@ def read_base(run: RunFile, parsed: Parsed, names: Sequence[str] | None) -> Know
     refuse_folder(source)
     found = load_processor(processor, config_of=source, trust_remote_code=trusted)
     if pretrained and Path(source).is_dir():
-        model: nn.Module = load_classifier(source, labels=labels or None, trust_remote_code=trusted)
+        with drawing_a_head():
+            model: nn.Module = load_classifier(source, labels=labels or None, trust_remote_code=trusted)
     else:
         model = _from_config(source, labels, trusted)
     return Known(model.eval(), found, image_shape(found))

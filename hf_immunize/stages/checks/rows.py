@@ -134,7 +134,9 @@ def _counts(side: Side, arguments: TaskArguments) -> list[Finding]:
                                        "split, "
                         f"got fewer in {few[:10]}: bring more, leave these classes out, or set drop_rare_classes: "
                         "true.")]
-    told = f"{len(side.chosen)} images of {len(side.names)} classes, {least} to {max(counts.values())} each: "
+    most = max(counts.values())
+    share = f"{least} to {most}" if least < most else str(least)
+    told = f"{len(side.chosen)} images of {len(side.names)} classes, {share} each: "
     told += ", ".join(side.names[:8]) + (", …" if len(side.names) > 8 else "")
     if least < _FEW:
         told += f"; with fewer than {_FEW} images in a class, figures will be noise"

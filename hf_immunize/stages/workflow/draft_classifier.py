@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_immunize.data import HARMFUL_SPLITS, PROBE_SPLIT, TaskArguments, names_classes, output_names
 from hf_immunize.errors import ConfigError, ModelError
+from hf_immunize.exam import PROTOCOLS
 from hf_immunize.features import find_classifier
 from hf_immunize.models import label_maps, load_processor, refuse_folder
 from hf_immunize.records import DepthProfile
@@ -241,7 +242,9 @@ def head_options(source: str, seen: Seen) -> dict[str, tuple[Any, str]]:
 def _exam(draft: Draft, protocol: str, benign: bool) -> None:
     """Attack, benign, certify and report."""
     draft.section("attack", "The exam, the same for the base and for every immunized model.")
-    draft.option("protocol", protocol, "quick: 8 attacks; standard: 22, hours; thorough: 30, days on a GPU")
+    quick, standard, thorough = (len(PROTOCOLS[name].attacks) for name in ("quick", "standard", "thorough"))
+    draft.option("protocol", protocol,
+                 f"quick: {quick} attacks; standard: {standard}, hours; thorough: {thorough}, days on a GPU")
     draft.option("device", "auto", "cpu, cuda or mps")
     draft.offer("settings", ["lora.steps=200", "full_finetune.steps=200"], "change an attack: attack.field=value")
     if benign:

@@ -24,8 +24,10 @@ _ROWS = 32
 def training_spectra(trainer: ImmunizationTrainer) -> list[SpectrumRecord]:
     """Spectra of the trainer's current weights over its whole primary and harmful training sets.
 
-    Where the frozen part is cached, forwards start at the cached activations.
+    Where the frozen part is cached, forwards start at the cached activations, computed now if they are
+    not there yet.
     """
+    trainer.cache_features()
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not trainer.args.cache_frozen_features:
         tasks = {"primary": trainer.primary_dataset, "harmful": trainer.harmful_dataset}

@@ -46,7 +46,9 @@ def make_context(tmp_path, family="unet", role="control", seed=0, pieces=None, m
 
 
 def only(context, name, config, seed=0):
-    ((_, result),) = DIFFUSION_ATTACKS[name].run(context, [Run(config, "x", seed)])
+    attack = DIFFUSION_ATTACKS[name]
+    ((_, result),) = attack.run(context, [Run(config, "x", seed)])
+    assert result.outcome != "not_applicable" or attack.refuses or attack.needs, f"{name} refused {result.note}, unsaid"
     return result
 
 
