@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  (setup.py wants it, and it cannot be imported once others have imported distutils)
 import yaml
 
 from hf_immunize.version import __version__

@@ -31,20 +31,20 @@ RecheckCount = Annotated[
                       "at every evaluation. Takes as long as these attacks.", min=0)
 ]
 ReattackCount = Annotated[
-    int, typer.Option(help="Search afresh: this many attacks with settings and seeds of your own draw, on the model "
-                      "and on its base; the strongest is reported.", min=0)
+    int, typer.Option(help="Look for stronger attacks: this many, with settings and seeds drawn at random, on the "
+                      "model and on its base; the strongest is reported.", min=0)
 ]
 Base = Annotated[
     str | None, typer.Option(help="Folder or Hub id of the base; its weights must be the certificate's control. By "
                              "default the one that the card names, where it is needed.")
 ]
 TaskFile = Annotated[
-    Path | None, typer.Option(help="For both: YAML file with the exam's data options; by default those in the "
-                              "certificate.")
+    Path | None, typer.Option(help="For repeated attacks: YAML file with the exam's data options; by default those in "
+                              "the certificate.")
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="Which trials and settings are drawn; others each time by default. Never take the "
-                             "publisher's.")
+    int | None, typer.Option(help="Seed of the draw of trials and settings; a new one each time by default. Do not "
+                             "use one that the publisher proposes.")
 ]
 RecordFolder = Annotated[
     Path | None, typer.Option(help="For --recheck: folder below which the signed record is written, to be published "

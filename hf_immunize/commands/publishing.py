@@ -34,13 +34,13 @@ def publish(
     policy: PolicyFile = None,
     allow_failed: Annotated[
         bool, typer.Option("--allow-failed", help="Publish although the verdicts do not meet the policy; the card "
-                           "opens with what failed. Nothing lets out a model without its certificate.")
+                           "opens with what failed. No option publishes a model without a certificate.")
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="New repository is private; a public one is refused.")]
     = False,
     branch: Annotated[str | None, typer.Option(help="Commit to this branch.")] = None,
     pr: Annotated[bool, typer.Option("--pr", help="Open a pull request.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go; the network is not asked.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, without network.")] = False,
     sign_key: Annotated[
         Path | None, typer.Option(help="Private key that signs the certificate; by default the one of 'hf-immunize "
                                   "keygen', where there is one.")
@@ -73,12 +73,12 @@ def _tell(done: Any) -> None:
     """What was published, file by file."""
     from hf_immunize.hub.tables import files_table
 
-    what = "would go" if done.dry_run else "published"
+    what = "would be uploaded" if done.dry_run else "published"
     rows = [(name, size, what) for name, size in done.files.items()]
     say(files_table([*rows, *((name, -1, "stays here") for name in done.left_out),
                         *((name, -1, "deleted there") for name in done.deleted)]))
     if done.dry_run:
-        say(f"Dry run: {len(done.files)} files would go to {done.repo_id}; nothing was sent.")
+        say(f"Dry run: {len(done.files)} files would be uploaded to {done.repo_id}; nothing was sent.")
         return
     say(f"Published: {done.pull_request or done.url}")
     if not done.control_compared:

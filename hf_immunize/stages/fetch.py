@@ -1,4 +1,4 @@
-"""Bring a trained model into a folder of its own, where traces and certificate may join it; the original stays."""
+"""Copy a trained model into a folder of its own, for its traces and certificate; the original is not changed."""
 
 from __future__ import annotations
 

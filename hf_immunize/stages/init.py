@@ -28,11 +28,10 @@ class InitOptions:
     model: str = required("Folder (save_pretrained) or Hub id of the model: a classifier, a backbone without a head, "
                           "or a "
                           "diffusers pipeline.")
-    primary: str = required("What the model keeps: folder with a sub-folder of images per class, table, or Hub id; "
-                            "for a "
-                            "pipeline that reads prompts a folder of photos.")
-    harmful: str = required("What it shall not learn: the same kinds of source.")
-    benign: str | None = option(None, "A harmless task that it shall still be able to learn: the same kinds of source.")
+    primary: str = required("What the model has to stay good at: folder with a sub-folder of images per class, table, "
+                            "or Hub id; for a pipeline that reads prompts a folder of photos.")
+    harmful: str = required("What it should be hard to teach the model: the same kinds of source.")
+    benign: str | None = option(None, "A harmless task that should stay easy to teach: the same kinds of source.")
     revision: str | None = option(None, "Branch, tag or commit of a model on the Hub.")
     primary_labels: str | None = option(None, "Classes of the primary source, by name or number; all by default.")
     harmful_labels: str | None = option(None, "Classes of the harmful source.")

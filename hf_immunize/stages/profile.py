@@ -1,4 +1,4 @@
-"""Look where along a classifier's depth the harmful task lies, before defending it: T(n), probes by block, the uplift.
+"""Find out in which layers of a classifier the harmful task can be learned, before defending it.
 
 Only the defender's own rows of the harmful task are used (its split ``defense``, cut in three by content); those of the
 exam stay unseen. Traces lie in output_path/profile, what they say in output_path/profile.json and profile.svg.

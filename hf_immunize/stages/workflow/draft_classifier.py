@@ -117,7 +117,7 @@ def _refuse_one_task(task: TaskArguments) -> None:
 
 
 def _task(draft: Draft, task: dict[str, Any], sides: dict[str, Side]) -> None:
-    draft.section("task", "What the model keeps, what it shall not learn, and what it shall still be able to learn.")
+    draft.section("task", "What the model has to stay good at, what should be hard to teach it, what should stay easy.")
     for name, side in sides.items():
         shown = ", ".join(side.names[:6]) + (", …" if len(side.names) > 6 else "")
         draft.option(f"{name}_dataset", task[f"{name}_dataset"], f"{len(side.chosen)} images, {len(side.names)} "
