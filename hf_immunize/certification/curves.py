@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hf_immunize.records import AttackTrace
 
@@ -11,6 +12,8 @@ ROWS_AT_A_BOUNDARY = 3
 """Test rows that another processor's rounding may put on the other side of a decision, where all seeds agree."""
 LEAST_SCORE = 0.01
 """The same for a score that counts no rows, such as R²."""
+NEAR = 3
+"""Evaluations before and after one within which a curve that falls is restless there."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ def compare_trial(
 ) -> Comparison:
     """Compare each certified run with the new run of its seed, at every evaluation.
 
-    The bound of an evaluation is the range of the new runs there over all seeds, since that is what chance moves; what
-    is certified does not enter it, so that nobody can widen it. A curve may also be late or early by one evaluation.
+    The bound of an evaluation is the range of the new runs there over all seeds, since that is what chance moves, or
+    the deepest fall of any of them within ``NEAR`` evaluations: an attacker whose rate is at the edge of what descends
+    is thrown back now and then, and at which step another processor's rounding decides. What is certified does not
+    enter it, so that nobody can widen it. A curve may also be late or early by one evaluation.
 
     Args:
         stored: certified runs of one trial.
@@ -57,7 +62,7 @@ def compare_trial(
         for place, (mine, theirs) in enumerate(zip(run.curve, new.curve, strict=False)):
             count += 1
             for split in ("validation", "test"):  # trials are chosen on the one and judged on the other
-                bound = max(floor, _range_at(fresh, place, split))
+                bound = max(floor, _range_at(fresh, place, split), _fall_near(fresh, place, split))
                 value, here = getattr(mine, split), getattr(theirs, split)
                 off = _outside(value, [getattr(point, split) for point in new.curve[max(0, place - 1) : place + 2]])
                 if off - bound > worst[0] - worst[1]:
@@ -72,6 +77,12 @@ def _range_at(fresh: Sequence[AttackTrace], place: int, split: str) -> float:
     """How far apart the new runs lie at one evaluation."""
     values = [getattr(run.curve[place], split) for run in fresh if len(run.curve) > place]
     return max(values) - min(values) if values else 0.0
+
+
+def _fall_near(fresh: Sequence[AttackTrace], place: int, split: str) -> float:
+    """The deepest fall from one evaluation to the next of any new run, near this evaluation."""
+    near = [[getattr(point, split) for point in run.curve[max(0, place - NEAR) : place + NEAR + 1]] for run in fresh]
+    return max((before - after for values in near for before, after in pairwise(values)), default=0.0)
 
 
 def _outside(value: float, near: Sequence[float]) -> float:

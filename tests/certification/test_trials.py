@@ -132,6 +132,23 @@ def test_the_bound_is_what_new_seeds_do_and_no_certificate_can_widen_it(exam):
     assert compare_trial(trials[key], again[key], None).bound >= LEAST_SCORE
 
 
+def test_when_a_restless_attacker_is_thrown_back_is_nobodys_lie_and_where_he_ends_is(exam):
+    """At the edge of what descends rounding decides the step: seen with other kernels at a rate of 64."""
+    some = next(runs for runs in exam[2].values() if len(runs) == 3)
+
+    def curves(*scores):
+        return [run.model_copy(update={"outcome": "completed", "note": None, "curve": [
+            Evaluation(step=step + 1, validation=score, test=score) for step, score in enumerate(scores)]})
+            for run in some]
+
+    here = curves(0.6, 0.9, 0.9, 0.4, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert compare_trial(curves(0.6, 0.9, 0.9, 0.9, 0.9, 0.5, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0), here, 30).agrees
+    late = compare_trial(curves(0.6, 0.9, 0.9, 0.4, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 0.5, 1.0), here, 30)
+    assert not late.agrees and "step 11" in late.told
+    calm = curves(0.6, 0.7, 0.8, 0.9, 0.9, 0.9, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0)
+    assert not compare_trial(curves(0.6, 0.9, 0.9, 0.9, 0.9, 0.5, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0), calm, 30).agrees
+
+
 def test_a_run_whose_divergence_hangs_by_a_thread_accuses_nobody(exam):
     trials, again = exam[2:]
     key = next(key for key, runs in trials.items() if learns(runs) and len(runs[0].curve) > 3)
