@@ -145,6 +145,16 @@ def _load_from_hub(source: str, config: str | None, split: str, revision: str | 
     return load_dataset(source, config, split=split, revision=revision)
 
 
+_COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
+
+
+def commit_of(dataset: Any) -> str | None:
+    """The commit of the Hub dataset that these rows were read from, where its files tell of one, else None."""
+    urls = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    found = {match[1] for url in urls if (match := _COMMIT.match(str(url)))}
+    return found.pop() if len(found) == 1 else None
+
+
 def _build(name: str) -> Any:
     if name in BUILDERS:
         return BUILDERS[name]()

@@ -19,7 +19,7 @@ from hf_immunize.data.fingerprint import fingerprint
 from hf_immunize.data.images import BACKGROUND
 from hf_immunize.data.near_duplicates import Looks, Shared, find_shared, group_contents, read_looks
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
-from hf_immunize.data.sources import describe_source, load_source
+from hf_immunize.data.sources import commit_of, describe_source, load_source
 from hf_immunize.data.splits import BENIGN_SPLITS, HARMFUL_SPLITS, PRIMARY_SPLITS, assign_splits, parse_fractions
 from hf_immunize.errors import DataError
 from hf_immunize.records import DatasetFingerprint
@@ -167,6 +167,8 @@ class Task:
             )
         }
         dataset = load_source(self.source, config=own["config"], split=own["split"], revision=own["revision"])
+        self.commit = commit_of(dataset)
+        """Of a dataset on the Hub: which state of it was read, whatever branch was asked for."""
         self._columns: tuple[str, str] = find_columns(
             dataset, own["image_column"], own["label_column"], side=side,
             shared=(arguments.image_column, arguments.label_column),

@@ -105,7 +105,7 @@ def _judge_classifier(
         primary=(task.fingerprint("primary", "test"),),
         harmful=attacker_fingerprints(task, "harmful"),
         benign=attacker_fingerprints(task, "benign") if "benign" in task.sides else (),
-        task=task.described(),
+        task=task.located(),
     )
     return build_certificate(
         folder, base, data, protocol, threshold=options.threshold, feature_module=options.feature_module, device=device

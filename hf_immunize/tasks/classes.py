@@ -59,6 +59,11 @@ class ClassesTask:
         named = {f"{side}_dataset": describe_source(getattr(self._arguments, f"{side}_dataset")) for side in self.sides}
         return self._arguments.described() | named
 
+    def located(self) -> dict[str, Any]:
+        """``described``, and the commit of each Hub dataset that was read: a branch moves, a certificate stays."""
+        found = {f"{side}_revision": commit for side, held in self._loaded.items() if (commit := held.commit)}
+        return self.described() | found
+
     def warn_of_copies(self, *sides: str) -> None:
         """Tell which splits of these sides share images, where defender and judge have to be apart."""
         warn_of_copies(*map(self.side, sides))

@@ -7,8 +7,10 @@ from datasets import ClassLabel, Features, Image, Value
 from image_builders import table, write_images
 
 from hf_immunize.data import Task, TaskArguments, find_columns
+from hf_immunize.data.sources import commit_of
 from hf_immunize.diffusion.tasks import ConceptArguments, ConceptTask
 from hf_immunize.errors import DataError
+from hf_immunize.tasks import ClassesTask
 
 
 @pytest.fixture
@@ -107,6 +109,30 @@ def test_each_side_has_its_own_revision(monkeypatch):
     for side in ("primary", "harmful", "benign"):
         Task(arguments, side)
     assert asked == {"o/primary": "v1", "o/harmful": "0a1b", "o/benign": "main"}
+
+
+def test_a_certificate_names_the_commit_that_was_read_whatever_branch_was_asked_for(monkeypatch):
+    import datasets
+
+    def load(source, config, split, revision):
+        held, commit = table(60), {"o/moves": "ab" * 20, "o/pinned": "cd" * 20}[source]
+        held.info.download_checksums = {f"hf://datasets/{source}@{commit}/data/train-0.parquet": {"num_bytes": 9}}
+        return held
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = ClassesTask(TaskArguments("o/moves", "o/pinned", harmful_revision="cd" * 20), None)
+    for side in task.sides:
+        task.side(side)
+    assert "primary_revision" not in task.described(), "a run is known by what was asked for"
+    assert task.located() == task.described() | {"primary_revision": "ab" * 20, "harmful_revision": "cd" * 20}
+    assert TaskArguments(**task.located()).primary_revision == "ab" * 20
+
+
+def test_rows_that_come_from_no_hub_have_no_commit():
+    held = table(60)
+    assert commit_of(held) is None
+    held.info.download_checksums = {"https://somewhere/x.zip": {}, "hf://datasets/a/b@main/x.parquet": {}}
+    assert commit_of(held) is None
 
 
 def test_options_that_are_off_do_not_change_what_a_run_is_known_by():
