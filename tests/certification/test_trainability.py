@@ -111,6 +111,7 @@ def test_the_base_learns_as_the_base_and_it_is_in_the_certificate(exam_folders, 
         build_certificate(subject, base, exam_data[0], PROTOCOL)
 
 
+@pytest.mark.slow
 def test_a_model_that_learns_nothing_any_more_is_no_success(exam_folders, learn_benign):
     from tiny_exam import sit_exam
 

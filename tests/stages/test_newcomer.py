@@ -250,6 +250,7 @@ def test_a_diffusers_pipeline_and_folders_of_photos(installed, tmp_path, photos)
     assert "nothing was sent" in installed.call(tmp_path, *publish)
 
 
+@pytest.mark.slow
 def test_what_init_refuses(tmp_path, digits):
     save(tmp_path / "model", "vit", NAMES)
     keep, harm = str(digits / "keep"), str(digits / "harm")

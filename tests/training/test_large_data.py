@@ -204,6 +204,7 @@ def test_a_run_with_streams_resumes_exactly(make_trainer, make_vit, files, kind,
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.slow
 def test_an_unlabelled_stream_trains_and_is_measured_and_says_how_batches_are_drawn(make_trainer, caplog):
     with caplog.at_level("WARNING"):
         trainer = make_trainer(harmful=CountedStream(labelled=False), max_steps=2)

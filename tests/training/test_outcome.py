@@ -44,7 +44,7 @@ def test_an_objective_that_works_says_so_on_rows_it_has_not_seen(digits, digits_
     assert found.told in caplog.text and "held-out harmful rows" in found.told
 
 
-LONG = ("sophon_ice", "sophon_klu", "tar_entropy", "trap")
+LONG = ("imma", "rep_noise", "sophon_ice", "sophon_klu", "tar_entropy", "trap")
 """Their losses have tests of their own; a whole run of each takes long."""
 
 
@@ -78,6 +78,7 @@ class _WithoutLabels(torch.utils.data.Dataset):
         return {"pixel_values": self.rows[row]["pixel_values"]}
 
 
+@pytest.mark.slow
 def test_images_without_labels_are_enough_for_a_simulated_attack_by_default(digits, digits_base, tmp_path):
     harmful = {name: _WithoutLabels(rows) for name, rows in digits.items() if name.startswith("harmful")}
     trainer = run(digits | harmful, digits_base, tmp_path, objective="simulated_attack", max_steps=40,

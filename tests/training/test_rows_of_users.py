@@ -42,6 +42,7 @@ def test_a_transform_needs_no_option_and_trains_as_the_same_rows_without_one(mak
     assert by_transform == by_rows and len(by_rows) == 4
 
 
+@pytest.mark.slow
 def test_a_transform_beside_other_heads(make_trainer):
     config = ViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                        intermediate_size=32, num_labels=1, problem_type="regression")

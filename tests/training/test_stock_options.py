@@ -309,6 +309,7 @@ def test_rows_are_digested_when_training_starts_and_only_where_checkpoints_are_w
     assert len(set(others.read)) < 120
 
 
+@pytest.mark.slow
 def test_under_a_random_transform_labels_tell_rows_apart_and_workers_read_them(build, make_pixels, tmp_path):
     options = {**CHECKPOINTS, "dataloader_num_workers": 1}
     build(options, train_dataset=Rows(make_pixels(40), random=True)).train()
