@@ -1,14 +1,16 @@
 """How much resistance a point of utility buys: methods × defence seeds under one exam, from a file of frozen settings.
 
     hf-immunize run recipes/digits-vit/run.yaml --stage public --stage base
+    python benchmarks/frontier_search.py benchmarks/frontier_digits.yaml    # settings, on validation rows alone
     python benchmarks/frontier.py benchmarks/frontier_digits.yaml
     python benchmarks/frontier.py benchmarks/frontier_digits.yaml --table   # from what is there already
+    hf-immunize leaderboard runs/frontier-digits/*-[0-9]                    # the certificates
 
-Every model is made and attacked by the package's own stages; what is done is kept, so that the command can be
-interrupted and given again. Cells are run seed by seed; --seconds stops before a stage once that much time has passed,
-and the table says which cells there are. Slow-downs compare mean curves over attack seeds
-(hf_immunize.certification.mean_curves); their intervals are t intervals over defence seeds. Prints a table and writes
-docs/results/frontier/<name>.json.
+Every model is made, attacked and certified by the package's own stages; what is done is kept, so that the command can
+be interrupted and given again, and several processes may share the work (--part 1/2, --part 2/2). Cells are run seed by
+seed; --seconds stops before a stage once that much time has passed, and the table says which cells there are.
+Slow-downs compare mean curves over attack seeds (hf_immunize.certification.mean_curves); their intervals are t
+intervals over defence seeds. Prints a table and writes docs/results/frontier/<name>.json.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ from hf_immunize.exam.keeps import best_trial, runs_of_trial
 from hf_immunize.metrics import immunization_ratio, mean_interval
 from hf_immunize.models import load_classifier, load_processor
 from hf_immunize.options import make_options
-from hf_immunize.records import AttackTrace, ImmunizationRecord, Provenance, atomic_write
+from hf_immunize.records import AttackTrace, Certificate, ImmunizationRecord, Provenance, atomic_write
 from hf_immunize.stages.attack import AttackOptions, attack_model
 from hf_immunize.stages.base import ImmunizeOptions
+from hf_immunize.stages.certify import CertifyOptions, certify_model
 from hf_immunize.stages.immunize import config_of, immunize_model
 from hf_immunize.stages.pretrain import options_of, pretrain_model
 from hf_immunize.tasks import ClassesTask, family_of
@@ -62,64 +65,110 @@ class Clock:
 
 
 class Frontier:
-    """The models and attacks of one plan."""
+    """The models and attacks of one plan.
 
-    def __init__(self, plan: Mapping[str, Any], clock: Clock):
-        self.plan, self._clock = plan, clock
+    Args:
+        plan: the frozen settings.
+        clock: of this call.
+        found: settings of methods that a search chose, by method.
+        part: this process's place and the number of processes: each makes its share of the models.
+    """
+
+    def __init__(self, plan: Mapping[str, Any], clock: Clock, found: Mapping[str, Mapping[str, Any]],
+                 part: tuple[int, int] = (0, 1)):
+        self.plan, self._clock, self._found, self._part = plan, clock, found, part
         self.output, self.base = Path(plan["output"]), Path(plan["base"])
         (self.task,) = make_options((TaskArguments,), plan["task"], "task")
         self.control = self.output / "base"
         self.primary_test = ClassesTask(self.task, load_processor(self.base)).examples("primary", "test")
 
+    @property
+    def names(self) -> list[str]:
+        """Of every method: those that start from the base, and those that start from random weights."""
+        return [*self.plan["methods"], *self.plan.get("pretraining", {})]
+
     def make_all(self) -> None:
-        """Every stage that is not done, seed by seed."""
-        self._attack(self.base, "control", self.control)
-        for seed in self.plan["defence_seeds"]:
-            for name, options in self.plan["methods"].items():
-                folder = self.folder(name, seed)
-                self._immunize(folder, {**self.plan["shared"], **options, "seed": seed})
-                self._attack(folder, "subject", folder)
-        for name, stages in self.plan.get("ceilings", {}).items():
-            for seed in self.plan["defence_seeds"]:
-                folder = self._pretrained(name, stages, seed)
-                self._attack(folder, "subject", folder)
+        """Every stage that is not done, seed by seed, after the base's own exam."""
+        self.sit_base()
+        models = [(name, seed) for seed in self.plan["defence_seeds"] for name in self.names]
+        for name, seed in models[self._part[0] :: self._part[1]]:
+            folder = self.folder(name, seed)
+            if name in self.plan["methods"]:
+                self.immunize(folder, self.options_of(name, seed))
+            else:
+                self._from_random_weights(name, seed)
+            self.attack(folder, "subject", folder)
+            self._certify(folder)
+
+    def sit_base(self) -> None:
+        """The base's exam and that of attackers without the model; by one process, the others wait for it."""
+        done = self.output / "base_done"
+        while self._part[0] > 0 and not done.is_file():
+            self._clock.check()
+            time.sleep(5)
+        if not done.is_file():
+            self.attack(self.base, "control", self.control)
+            self.attack(self.base, "nothing", self.control)
+            atomic_write(done, "")
+
+    def options_of(self, name: str, seed: int) -> dict[str, Any]:
+        """Of a method that starts from the base."""
+        return {**self.plan["shared"], **self.plan["methods"][name], **self._found.get(name, {}), "seed": seed}
 
     def folder(self, name: str, seed: int) -> Path:
         """Of one model."""
         return self.output / f"{name}-{seed}"
 
-    def _immunize(self, folder: Path, options: Mapping[str, Any]) -> None:
+    def immunize(self, folder: Path, options: Mapping[str, Any], task: TaskArguments | None = None) -> None:
+        """Immunize the base, or what ``options`` name, into a folder that is not there yet."""
         if (folder / "immunization.json").is_file():
             return
         self._clock.check()
-        told = {**options, "base_path": str(self.base), "output_dir": str(folder), "report_to": "none"}
-        immunize_model(self.task, *make_options((ImmunizeOptions, config_of(family_of(self.task))), told, "immunize"))
+        told = {"base_path": str(self.base), **options, "output_dir": str(folder), "report_to": "none"}
+        task = task or self.task
+        immunize_model(task, *make_options((ImmunizeOptions, config_of(family_of(task))), told, "immunize"))
 
-    def _pretrained(self, name: str, stages: Sequence[Mapping[str, Any]], seed: int) -> Path:
-        """A base that was trained by other stages, each starting from the last one's model."""
+    def _from_random_weights(self, name: str, seed: int) -> None:
+        """A base that was trained by other stages, each starting from the last one's model; the last one is judged.
+
+        A stage says ``stage: pretrain`` or ``stage: immunize``, and of the primary task what is its own.
+        """
         before: Path | None = None
+        stages = self.plan["pretraining"][name]
         for place, stage in enumerate(stages):
-            folder = self.folder(name, seed) if place == len(stages) - 1 else self.output / f"{name}-{seed}-{place}"
-            if not (folder / "model.safetensors").is_file():
-                self._clock.check()
-                own = {key: value for key, value in stage.items() if key.startswith("primary_")}
-                (task,) = make_options((TaskArguments,), {**self.plan["task"], **own}, name)
-                told = {key: value for key, value in stage.items() if key not in own}
-                told |= {"output_dir": str(folder), "seed": seed, "use_cpu": True, "save_strategy": "no",
-                         "report_to": "none", "logging_steps": 250}
+            folder = self.folder(name, seed) if place == len(stages) - 1 else self.output / f"{name}-{seed}-stage{place}"
+            own = {key: value for key, value in stage.items() if key.startswith("primary_") and key != "primary_loss_weight"}
+            (task,) = make_options((TaskArguments,), {**self.plan["task"], **own}, name)
+            told = {key: value for key, value in stage.items() if key not in {*own, "stage"}}
+            told |= {"seed": seed, "use_cpu": True, "save_strategy": "no", "logging_steps": 250, "disable_tqdm": True}
+            if stage["stage"] == "immunize":
+                told |= {} if before is None else {"base_path": str(before)}
+                self.immunize(folder, told, task)
+            else:
                 told |= {} if before is None else {"model_name_or_path": str(before)}
-                pretrain_model(task, *make_options(options_of(family_of(task)), told, name))
+                self._pretrain(folder, told, task)
             before = folder
-        assert before is not None
-        return before
 
-    def _attack(self, folder: Path, role: str, into: Path) -> None:
-        for attack in self.plan["attack"]["attacks"]:
-            self._clock.check()
-            settings = [text for text in self.plan["attack"]["settings"] if text.startswith(f"{attack}.")]
-            told = {**self.plan["attack"], "attacks": [attack], "settings": settings, "model_path": str(folder),
-                    "role": role, "output_path": str(into)}
-            attack_model(self.task, *make_options((AttackOptions,), told, "attack"))
+    def _pretrain(self, folder: Path, options: Mapping[str, Any], task: TaskArguments) -> None:
+        if (folder / "model.safetensors").is_file():
+            return
+        self._clock.check()
+        told = {**options, "output_dir": str(folder), "report_to": "none"}
+        pretrain_model(task, *make_options(options_of(family_of(task)), told, "pretrain"))
+
+    def attack(self, folder: Path, role: str, into: Path) -> None:
+        """The plan's exam of one model; runs that are there are not made again."""
+        self._clock.check()
+        told = {**self.plan["attack"], "model_path": str(folder), "role": role, "output_path": str(into)}
+        attack_model(self.task, *make_options((AttackOptions,), told, "attack"))
+
+    def _certify(self, folder: Path) -> None:
+        """The certificate, from a copy of the base's traces beside the base's weights."""
+        if (folder / "certificate.json").is_file():
+            return
+        self._clock.check()
+        told = {"model_path": str(folder), "base_path": str(self.control), "device": self.plan["attack"]["device"]}
+        certify_model(self.task, *make_options((CertifyOptions,), told, "certify"))
 
     def read(self, folder: Path, role: str) -> dict[str, list[AttackTrace]]:
         """Traces by attack."""
@@ -177,7 +226,7 @@ def measure(frontier: Frontier) -> dict[str, Any]:
     without = without_model({"nothing": [run for runs in nothing.values() for run in runs]}, rows, 1 / classes)
     base = frontier.accuracy(frontier.base)
     models = []
-    for name in [*frontier.plan["methods"], *frontier.plan.get("ceilings", {})]:
+    for name in frontier.names:
         for seed in frontier.plan["defence_seeds"]:
             folder = frontier.folder(name, seed)
             subject = frontier.read(folder, "subject")

@@ -16,7 +16,7 @@ from hf_immunize.training.core.options import ImmunizationOptions
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 
 BOTH = {
-    "objective": "condition_number", "weight": "auto", "strength": 0.1, "term_shares": None, "site_layouts": None,
+    "objective": "condition_number", "weight": "auto", "strength": 0.5, "term_shares": None, "site_layouts": None,
     "horizon": "30,300,3000", "harmful_group_rows": 32, "attacker_steps": 4, "attacker_rank": 0,
     "attacker_learning_rate": 1e-3, "attacker_optimizers": "adamw", "attacker_rate_decades": 0.0,
     "primary_loss_weight": 1.0, "distillation": 0.0, "max_primary_drop": None, "max_strength_factor": 8.0,

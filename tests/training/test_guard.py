@@ -37,6 +37,16 @@ def test_the_weights_with_most_progress_within_the_allowance_are_returned():
     assert (record.returned_step, record.held, record.drop) == (2, True, 0.5)
 
 
+def test_progress_within_a_twentieth_of_the_way_is_equal_and_the_later_weights_are_returned():
+    guard = UtilityGuard(1.0, "accuracy", 2.0)
+    guard.base = 90.0
+    model = weight(0)
+    for step, progress in ((1, 1.0), (2, 0.5), (3, 0.0), (4, 0.04), (5, 0.06), (6, 0.03), (7, 0.2)):
+        guard.observe(step, 89.5, progress, 1.0, weight(step))
+    assert guard.choose(model) and guard.best_step == 6 and guard.best_progress == 0.0
+    assert torch.equal(model.state_dict()["weight"], weight(6).state_dict()["weight"])
+
+
 def test_nothing_admissible_leaves_the_choice_to_the_weights_before_immunization():
     guard = UtilityGuard(1.0, "accuracy", 8.0)
     guard.base = 90.0

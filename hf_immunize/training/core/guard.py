@@ -15,6 +15,9 @@ _RECOVERS = 0.75
 _AHEAD = 3.0
 """How many more allowances a drop may take up while the whole run is still ahead: it recovers while the rate falls. On
 MobileNetV2 drops of 2.2 points at a third of the run were gains of 0.2 at its end (allowance 1.0)."""
+_APART = 0.05
+"""Share of the whole way within which progress is equal. On small digits, 40 steps: batches had the term at 0.000 at
+step 24 and at 0.001 at step 40, held-out rows at 0.057 and 0.022."""
 
 
 class HasState(Protocol):
@@ -35,7 +38,9 @@ class UtilityGuard:
     is ``1 + 3·ahead`` times as wide, ``ahead`` the share of the run that is still to come. Below half of the allowance
     itself the factor grows by a quarter, up to ``max_factor``. Of the evaluations within the allowance the one with
     the most progress on the terms is kept, of equal ones the latest; the model before immunization counts as one of
-    them, so there is always something to return.
+    them, so there is always something to return. Progress is of batches that are trained on, a few of them near the
+    end of a short run, and two ends that lie within a twentieth of the whole way are told apart by chance: they are
+    equal here, and the one that trained longer is kept.
 
     Args:
         allowed: largest drop in points of the metric; None watches and reports only.
@@ -67,10 +72,15 @@ class UtilityGuard:
         if not drop <= self.allowed:  # a metric that is not a number holds nothing
             tolerated = drop <= self.allowed * (1 + _AHEAD * ahead) or drop < _RECOVERS * before
             return factor if tolerated else factor / 2
-        if progress <= self.best_progress and _finite(progress):
-            self.best_step, self.best_progress = step, progress
+        if _finite(progress) and progress <= self.best_progress + self._told_apart():
+            self.best_step, self.best_progress = step, min(progress, self.best_progress)
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         return min(factor * 1.25, self.max_factor) if drop <= self.allowed / 2 else factor
+
+    def _told_apart(self) -> float:
+        """How far apart two evaluations' progress has to be: a share of the way between the least and the most."""
+        seen = [row["progress"] for row in self.history if _finite(row["progress"])]
+        return _APART * (max(seen) - min(seen)) if seen else 0.0
 
     def choose(self, model: HasState) -> bool:
         """Load the kept weights into the model; False when only the weights before immunization were good enough."""

@@ -36,7 +36,11 @@ class ImmunizationOptions:
         },
     )
     strength: float = field(
-        default=0.1, metadata={"help": "The one knob: factor on all immunization terms. 0 turns them off."}
+        default=0.5,
+        metadata={
+            "help": "The one knob: factor on all immunization terms. 0 turns them off. With max_primary_drop it is "
+            "where the strength starts; without, lower it where the primary task loses too much."
+        },
     )
     term_shares: str | None = field(
         default=None,
