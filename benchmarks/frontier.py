@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ from hf_immunize.stages.pretrain import options_of, pretrain_model
 from hf_immunize.tasks import ClassesTask, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
+_PRIMARY = ("primary_split", "primary_splits", "primary_labels")
 Traces = Mapping[str, Sequence[AttackTrace]]
 
 
@@ -91,24 +93,29 @@ class Frontier:
         """Every stage that is not done, seed by seed, after the base's own exam."""
         self.sit_base()
         models = [(name, seed) for seed in self.plan["defence_seeds"] for name in self.names]
-        for name, seed in models[self._part[0] :: self._part[1]]:
+        for place, (name, seed) in enumerate(models):
+            # Models that were pre-trained from one another stay in one process.
+            if (place if name in self.plan["methods"] else seed) % self._part[1] != self._part[0]:
+                continue
             folder = self.folder(name, seed)
             if name in self.plan["methods"]:
                 self.immunize(folder, self.options_of(name, seed))
             else:
                 self._from_random_weights(name, seed)
-            self.attack(folder, "subject", folder)
+            self.attack(folder, "subject")
             self._certify(folder)
 
     def sit_base(self) -> None:
         """The base's exam and that of attackers without the model; by one process, the others wait for it."""
-        done = self.output / "base_done"
+        done = self.control / "done"
         while self._part[0] > 0 and not done.is_file():
             self._clock.check()
             time.sleep(5)
         if not done.is_file():
-            self.attack(self.base, "control", self.control)
-            self.attack(self.base, "nothing", self.control)
+            shutil.copytree(self.base, self.control, dirs_exist_ok=True, ignore=lambda at, names: {
+                name for name in names if Path(at, name).is_dir()})  # fmt: skip
+            self.attack(self.control, "control")
+            self.attack(self.control, "nothing")
             atomic_write(done, "")
 
     def options_of(self, name: str, seed: int) -> dict[str, Any]:
@@ -131,13 +138,18 @@ class Frontier:
     def _from_random_weights(self, name: str, seed: int) -> None:
         """A base that was trained by other stages, each starting from the last one's model; the last one is judged.
 
-        A stage says ``stage: pretrain`` or ``stage: immunize``, and of the primary task what is its own.
+        A stage says ``stage: pretrain`` or ``stage: immunize``, and of the primary task what is its own; or ``after``,
+        from which other row's model it goes on.
         """
         before: Path | None = None
         stages = self.plan["pretraining"][name]
         for place, stage in enumerate(stages):
-            folder = self.folder(name, seed) if place == len(stages) - 1 else self.output / f"{name}-{seed}-stage{place}"
-            own = {key: value for key, value in stage.items() if key.startswith("primary_") and key != "primary_loss_weight"}
+            if "after" in stage:
+                before = self.folder(stage["after"], seed)
+                continue
+            last = place == len(stages) - 1
+            folder = self.folder(name, seed) if last else self.output / f"{name}-{seed}-stage{place}"
+            own = {key: value for key, value in stage.items() if key in _PRIMARY}
             (task,) = make_options((TaskArguments,), {**self.plan["task"], **own}, name)
             told = {key: value for key, value in stage.items() if key not in {*own, "stage"}}
             told |= {"seed": seed, "use_cpu": True, "save_strategy": "no", "logging_steps": 250, "disable_tqdm": True}
@@ -156,14 +168,15 @@ class Frontier:
         told = {**options, "output_dir": str(folder), "report_to": "none"}
         pretrain_model(task, *make_options(options_of(family_of(task)), told, "pretrain"))
 
-    def attack(self, folder: Path, role: str, into: Path) -> None:
+    def attack(self, folder: Path, role: str) -> None:
         """The plan's exam of one model; runs that are there are not made again."""
         self._clock.check()
-        told = {**self.plan["attack"], "model_path": str(folder), "role": role, "output_path": str(into)}
+        told = {**self.plan["attack"], "model_path": str(folder), "role": role}
+        told |= {"control_path": str(self.control)} if role == "subject" else {}
         attack_model(self.task, *make_options((AttackOptions,), told, "attack"))
 
     def _certify(self, folder: Path) -> None:
-        """The certificate, from a copy of the base's traces beside the base's weights."""
+        """The certificate, against the base's copy with its traces."""
         if (folder / "certificate.json").is_file():
             return
         self._clock.check()
@@ -235,7 +248,7 @@ def measure(frontier: Frontier) -> dict[str, Any]:
             cells = {attack: judge(runs, control[attack], without.mean, rows) for attack, runs in subject.items()}
             found = {attack: vars(cell) for attack, cell in cells.items() if cell is not None}
             models.append({"method": name, "seed": seed, "drop": base - frontier.accuracy(folder), "cells": found,
-                           **intrinsic(folder)})
+                           **intrinsic(folder), **verdicts(folder)})
     reach = {attack: reach_of(runs, rows) for attack, runs in control.items()}
     return {"base_accuracy": base, "without": without.mean, "without_told": without.told, "test_rows": rows,
             "base": {name: None if item is None else item.mean for name, item in reach.items()},
@@ -258,6 +271,15 @@ def intrinsic(folder: Path) -> dict[str, float | None]:
         outcome.probe_before - outcome.probe_after)
     return {"rir": ratio, "kappa_h": parts["harmful"], "spectral_steps": after / before if after and before else None,
             "probe_lost": lost, "seconds": record.seconds}
+
+
+def verdicts(folder: Path) -> dict[str, Any]:
+    """What the model's certificate says, attack by attack."""
+    file = folder / "certificate.json"
+    if not file.is_file():
+        return {}
+    certificate = Certificate.read(file)
+    return {"overall": certificate.overall, "verdicts": {cell.attack: cell.verdict for cell in certificate.cells}}
 
 
 def weakest(model: Mapping[str, Any]) -> tuple[float, bool] | None:
@@ -323,15 +345,23 @@ def spread(values: Sequence[float]) -> str:
     return middle if found.low is None or found.high is None else f"{middle} ({found.low:+.2f} to {found.high:+.2f})"
 
 
+def settings_of(plan: str | Path) -> dict[str, dict[str, Any]]:
+    """What frontier_search.py chose for every method, where it was run."""
+    file = Path(plan).with_name(f"{Path(plan).stem}_settings.json")
+    return json.loads(file.read_text(encoding="utf-8"))["chosen"] if file.is_file() else {}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("plan", help="a YAML of frozen settings")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no stage after this much time")
     parser.add_argument("--table", action="store_true", help="make nothing, print what is there")
+    parser.add_argument("--part", default="1/1", help="i/n: this process makes the i-th of n shares of the models")
     given = parser.parse_args()
     plan = yaml.safe_load(Path(given.plan).read_text(encoding="utf-8"))
-    frontier = Frontier(plan, Clock(-1 if given.table else given.seconds))
+    place, parts = map(int, given.part.split("/"))
+    frontier = Frontier(plan, Clock(-1 if given.table else given.seconds), settings_of(given.plan), (place - 1, parts))
     if not given.table:
         with contextlib.suppress(TimeoutError):
             frontier.make_all()
