@@ -69,7 +69,8 @@ class Search:
     def value(self, method: str, options: Mapping[str, Any], folder: Path) -> float:
         """log T(trial)/T(base), at the rate that is fastest for the attacker."""
         shutil.rmtree(folder, ignore_errors=True)
-        told = {**self.plan["shared"], **self.plan["methods"][method], **options, "seed": self.told["seed"]}
+        told = {**self.plan["shared"], **self.told["shared"], **self.plan["methods"][method], **options}
+        told["seed"] = self.told["seed"]
         self.frontier.immunize(folder, told)
         record = ImmunizationRecord.read(folder / "immunization.json")
         if record.guard is not None and not (record.guard.returned_step or record.guard.towards_last):
