@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gated_vit import make_gated, shut
 from test_attack_finetune import only
 from test_attack_preparations import config
+
+from hf_immunize.data import PixelDataset
 
 pytestmark = pytest.mark.slow
 
@@ -64,3 +67,19 @@ def test_features_far_from_zero_hold_a_random_head_up_and_not_a_solved_one(attac
     context = attacked(lambda model: shifted(model, 300.0), 42)
     assert reached(context, "lora_all_linear") < 0.5
     assert reached(context, "probe_then_lora", (1e-4,)) > 0.8
+
+
+def test_a_gate_that_is_just_shut_stays_so_for_who_sees_only_shut_images_and_not_after_healing(
+    make_context, make_pixels
+):
+    """No gradient gets through, nor with a little noise; healing, on whatever images, moves what lies before it."""
+    harmful, others = (make_pixels(rows=90, classes=3, seed=seed) for seed in (0, 7))
+    brighter = others.pixel_values + torch.tensor([3.0, 0, 0]).view(3, 1, 1)
+    benign = PixelDataset(brighter, others.labels, others.label_names)
+    model = shut(make_gated(1), harmful.pixel_values, brighter, margin=0.2)
+    own, given = (make_context("subject", seed=43, model=model, rows=90, benign=rows) for rows in (None, benign))
+    assert reached(make_context("subject", seed=44, model=make_gated(1), rows=90), "full_finetune", (1e-3,)) > 0.8
+    for plain in ("full_finetune", "noisy_finetune"):
+        assert reached(own, plain) < 0.45, plain
+    for context in (own, given):
+        assert reached(context, "heal_finetune", (1e-3, 1e-2)) > 0.6

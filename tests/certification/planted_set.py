@@ -62,7 +62,7 @@ PLANTS: dict[str, Plant] = {
     "never saw the domain": Plant(_never_saw, "RESISTS", "long"),
     "helps the attacker": Plant(_helpful, "FAILS"),
     "ruined": Plant(_planted("ruined"), "FAILS", "long"),
-    "no uplift": Plant(_planted("copy"), "NOTHING TO PROTECT", informed=False),
+    "no uplift": Plant(_planted("copy"), "NOTHING TO PROTECT", "long", informed=False),
     **{what: Plant(_planted(what), "FAILS", "coordinates") for what in planted.COORDINATES},
     **{what: Plant(_planted(what), "FAILS", "coordinates") for what in planted.HINDRANCES},
     **{what: Plant(_planted(what), "FAILS", "probes") for what in ("scaled", "shifted", "inserted", "ill_conditioned")},
