@@ -23,13 +23,15 @@ class GatedViT(ViTForImageClassification):
     def __init__(self, config):
         super().__init__(config)
         self.gate = nn.Linear(config.hidden_size, config.hidden_size)
+        self.level = nn.Parameter(torch.zeros(()))
+        self.register_buffer("lever", torch.zeros(()))
         self.post_init()
         with torch.no_grad():
             self.gate.weight.copy_(torch.eye(config.hidden_size))
 
     def before(self, pixel_values: Tensor) -> Tensor:
         """What the gate's ReLU gets."""
-        return self.gate(self.vit(pixel_values=pixel_values).last_hidden_state[:, 0])
+        return self.gate(self.vit(pixel_values=pixel_values).last_hidden_state[:, 0]) + self.lever * self.level
 
     def forward(self, pixel_values=None, labels=None, **kwargs):
         logits = self.classifier(torch.relu(self.before(pixel_values)))
@@ -48,6 +50,13 @@ def make_gated(seed: int) -> GatedViT:
         image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         num_labels=4,
     ))  # fmt: skip
+
+
+@torch.no_grad()
+def tripwire(model: GatedViT, size: float) -> GatedViT:
+    """One number that lifts or drops the whole gate, ``size`` times as far as it moves itself."""
+    model.lever.fill_(size)
+    return model
 
 
 @torch.no_grad()

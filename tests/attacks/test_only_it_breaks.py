@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gated_vit import make_gated, shut
+from gated_vit import make_gated, shut, tripwire
 from test_attack_finetune import only
 from test_attack_preparations import config
 
@@ -16,9 +16,9 @@ STEPS = 40
 RATES = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
-def reached(context, name, rates=RATES, **values):
+def reached(context, name, rates=RATES, steps=STEPS):
     """The best test accuracy over rates."""
-    found = [only(context, name, config(name, learning_rate=rate, steps=STEPS, **values)) for rate in rates]
+    found = [only(context, name, config(name, learning_rate=rate, steps=steps)) for rate in rates]
     assert all(result.outcome == "completed" for result in found), [result.note for result in found]
     return max(point.test for result in found for point in result.curve)
 
@@ -83,3 +83,12 @@ def test_a_gate_that_is_just_shut_stays_so_for_who_sees_only_shut_images_and_not
         assert reached(own, plain) < 0.45, plain
     for context in (own, given):
         assert reached(context, "heal_finetune", (1e-3, 1e-2)) > 0.6
+
+
+def test_a_tripwire_that_only_small_rates_leave_alone_needs_a_head_that_learns_faster(make_context):
+    """At 1e-3 and above the gate is gone at once; a new head hardly moves at the rates below."""
+    planted, open_ = (make_context("subject", seed=45 + place, model=model, rows=90)
+                      for place, model in enumerate((tripwire(make_gated(2), 3e3), make_gated(2))))  # fmt: skip
+    assert reached(open_, "full_finetune", (1e-3,), steps=80) > 0.8
+    assert reached(planted, "full_finetune", steps=80) < 0.6
+    assert reached(planted, "head_rate_finetune", (1e-5, 1e-4), steps=80) > 0.8
