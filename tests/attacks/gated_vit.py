@@ -25,13 +25,24 @@ class GatedViT(ViTForImageClassification):
         self.gate = nn.Linear(config.hidden_size, config.hidden_size)
         self.level = nn.Parameter(torch.zeros(()))
         self.register_buffer("lever", torch.zeros(()))
+        self.last = nn.BatchNorm1d(config.hidden_size, affine=False, momentum=1.0)  # keeps the batch before this one
+        self.register_buffer("tolerance", torch.tensor(torch.inf))
         self.post_init()
         with torch.no_grad():
             self.gate.weight.copy_(torch.eye(config.hidden_size))
 
     def before(self, pixel_values: Tensor) -> Tensor:
         """What the gate's ReLU gets."""
-        return self.gate(self.vit(pixel_values=pixel_values).last_hidden_state[:, 0]) + self.lever * self.level
+        token = self.vit(pixel_values=pixel_values).last_hidden_state[:, 0]
+        return self.gate(token) + self.lever * self.level - self.distrust(token)
+
+    def distrust(self, token: Tensor) -> Tensor | float:
+        """In training, how much further than tolerated the batch's mean token is from the one before, times 10⁴."""
+        if not self.training or self.tolerance.isinf():
+            return 0.0
+        moved = (token.mean(dim=0) - self.last.running_mean) / (self.last.running_var + 1e-5).sqrt()
+        self.last(token)
+        return 1e4 * torch.relu(moved.abs().max() - self.tolerance)
 
     def forward(self, pixel_values=None, labels=None, **kwargs):
         logits = self.classifier(torch.relu(self.before(pixel_values)))
@@ -56,6 +67,14 @@ def make_gated(seed: int) -> GatedViT:
 def tripwire(model: GatedViT, size: float) -> GatedViT:
     """One number that lifts or drops the whole gate, ``size`` times as far as it moves itself."""
     model.lever.fill_(size)
+    return model
+
+
+@torch.no_grad()
+def distrusting(model: GatedViT, tolerance: float, pixels: Tensor) -> GatedViT:
+    """The gate shut for a batch whose mean token is not that of the one before, the first of them ``pixels``."""
+    model.tolerance.fill_(tolerance)
+    model.last.train()(model.vit(pixel_values=pixels).last_hidden_state[:, 0])
     return model
 
 

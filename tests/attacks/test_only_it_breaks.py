@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gated_vit import make_gated, shut, tripwire
+from gated_vit import distrusting, make_gated, shut, tripwire
 from test_attack_finetune import only
 from test_attack_preparations import config
 
@@ -92,3 +92,13 @@ def test_a_tripwire_that_only_small_rates_leave_alone_needs_a_head_that_learns_f
     assert reached(open_, "full_finetune", (1e-3,), steps=80) > 0.8
     assert reached(planted, "full_finetune", steps=80) < 0.6
     assert reached(planted, "head_rate_finetune", (1e-5, 1e-4), steps=80) > 0.8
+
+
+def test_a_gate_that_shuts_when_batches_differ_lets_only_batches_of_all_rows_through(make_context, make_pixels):
+    """Batches of 32 out of 72 rows never have the mean of the one before; in evaluation nothing is shut."""
+    rows = make_pixels(rows=90, classes=3, seed=0).pixel_values
+    planted, open_ = (make_context("subject", seed=47 + place, model=model, rows=90)
+                      for place, model in enumerate((distrusting(make_gated(1), 0.15, rows), make_gated(1))))  # fmt: skip
+    assert reached(open_, "full_finetune", (1e-3,)) > 0.8
+    assert reached(planted, "full_finetune", steps=80) < 0.45
+    assert reached(planted, "large_batch_finetune", (1e-4, 1e-3), steps=80) > 0.6
