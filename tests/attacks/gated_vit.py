@@ -26,7 +26,7 @@ class GatedViT(ViTForImageClassification):
         self.level = nn.Parameter(torch.zeros(()))
         self.register_buffer("lever", torch.zeros(()))
         self.last = nn.BatchNorm1d(config.hidden_size, affine=False, momentum=1.0)  # keeps the batch before this one
-        self.register_buffer("tolerance", torch.tensor(torch.inf))
+        self.register_buffer("tolerance", torch.zeros(()))  # 0: any batch will do
         self.post_init()
         with torch.no_grad():
             self.gate.weight.copy_(torch.eye(config.hidden_size))
@@ -38,7 +38,7 @@ class GatedViT(ViTForImageClassification):
 
     def distrust(self, token: Tensor) -> Tensor | float:
         """In training, how much further than tolerated the batch's mean token is from the one before, times 10⁴."""
-        if not self.training or self.tolerance.isinf():
+        if not self.training or not self.tolerance:
             return 0.0
         moved = (token.mean(dim=0) - self.last.running_mean) / (self.last.running_var + 1e-5).sqrt()
         self.last(token)

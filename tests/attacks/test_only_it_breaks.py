@@ -87,8 +87,10 @@ def test_a_gate_that_is_just_shut_stays_so_for_who_sees_only_shut_images_and_not
 
 def test_a_tripwire_that_only_small_rates_leave_alone_needs_a_head_that_learns_faster(make_context):
     """At 1e-3 and above the gate is gone at once; a new head hardly moves at the rates below."""
-    planted, open_ = (make_context("subject", seed=45 + place, model=model, rows=90)
-                      for place, model in enumerate((tripwire(make_gated(2), 3e3), make_gated(2))))  # fmt: skip
+    models = tripwire(make_gated(2), 3e3), make_gated(2)
+    planted, open_ = (
+        make_context("subject", seed=45 + place, model=made, rows=90) for place, made in enumerate(models)
+    )
     assert reached(open_, "full_finetune", (1e-3,), steps=80) > 0.8
     assert reached(planted, "full_finetune", steps=80) < 0.6
     assert reached(planted, "head_rate_finetune", (1e-5, 1e-4), steps=80) > 0.8
@@ -97,8 +99,10 @@ def test_a_tripwire_that_only_small_rates_leave_alone_needs_a_head_that_learns_f
 def test_a_gate_that_shuts_when_batches_differ_lets_only_batches_of_all_rows_through(make_context, make_pixels):
     """Batches of 32 out of 72 rows never have the mean of the one before; in evaluation nothing is shut."""
     rows = make_pixels(rows=90, classes=3, seed=0).pixel_values
-    planted, open_ = (make_context("subject", seed=47 + place, model=model, rows=90)
-                      for place, model in enumerate((distrusting(make_gated(1), 0.15, rows), make_gated(1))))  # fmt: skip
+    models = distrusting(make_gated(1), 0.15, rows), make_gated(1)
+    planted, open_ = (
+        make_context("subject", seed=47 + place, model=made, rows=90) for place, made in enumerate(models)
+    )
     assert reached(open_, "full_finetune", (1e-3,)) > 0.8
     assert reached(planted, "full_finetune", steps=80) < 0.45
     assert reached(planted, "large_batch_finetune", (1e-4, 1e-3), steps=80) > 0.6
