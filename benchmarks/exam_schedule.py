@@ -79,6 +79,11 @@ def ratio(parts: Sequence[Sequence[Job]], devices: int) -> float:
     return sum(makespan(jobs, devices) for jobs in parts) / best if best else 1.0
 
 
+def known(parts: Sequence[Sequence[Job]]) -> list[list[Job]]:
+    """The same jobs in the order of who knows their seconds beforehand."""
+    return [sorted(jobs, key=lambda job: job[1], reverse=True) for jobs in parts]
+
+
 STEP = 0.05
 """Seconds of a step of training a network: the size of the demo."""
 
@@ -111,6 +116,8 @@ def show_plans() -> None:
         total = sum(seconds for part in draws[0] for _, seconds in part)
         count = sum(map(len, draws[0]))
         print(f"{name:20} {count:5} {total:9.1f}   {told}")
+        foreseen = sorted(ratio(known(parts), 4) for parts in draws)
+        print(f"{'':36}   4 devices, seconds known: {statistics.median(foreseen):.3f} ({foreseen[-1]:.3f})")
 
 
 def show_traces(folders: Sequence[Path]) -> None:

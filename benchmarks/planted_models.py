@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/planted_models.py [--repetitions 20] [--only NAME ...] [--first 0]
 
-Each repetition draws digits, nuisance, base and planted models anew (tests/certification/planted_domain.py), sits a
+Each repetition draws digits, nuisance, base and planted models anew (tests/certification/planted_set.py), sits a
 whole exam of each (five attack seeds, attackers without the model beside it) and reads the overall verdict of its
 certificate. Wanted: at least 19 of 20. Prints every verdict when it falls, with reasons where it is not right, and the
 table after every repetition, so that a run may be stopped at any time.
@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "certification"))
-from planted_domain import PLANTS, World, judge, sit
+from planted_domain import World
+from planted_set import PLANTS, Bases, judge
 
 from hf_immunize.stages.start import hush
 
 
 def repeat(seed: int, names: list[str], root: Path) -> Iterator[tuple[str, str, str]]:
     """Name and verdict of each planted model of one repetition, and why."""
-    world = World(seed)
-    base = sit(root / "world", world, seed)
+    bases = Bases(root / "bases", World(seed), seed)
     for name in names:
-        certificate = judge(base, root / name.replace(" ", "-"), world, name, seed)
+        certificate = judge(bases, root / name.replace(" ", "-"), name)
         why = "; ".join(f"{cell.attack} {cell.verdict}: {cell.reason}" for cell in certificate.cells)
         yield name, certificate.overall, f"{why}; primary drop {certificate.utility.drop.estimate:.1f} points"
 

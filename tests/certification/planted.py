@@ -35,6 +35,8 @@ class PlantedViT(ViTForImageClassification):
 
     def forward(self, pixel_values=None, labels=None, **kwargs):
         token = self.vit(pixel_values=pixel_values * self.mask).last_hidden_state[:, 0]
+        if getattr(self.config, "detached", False):
+            token = token.detach()
         logits = self.classifier(self.mix(token))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
@@ -164,6 +166,28 @@ def _saturated(model):
         block.attention.q_proj.weight.mul_(30.0), block.attention.q_proj.bias.mul_(30.0)
 
 
+def _decayed(model):
+    """A large constant that position embeddings add and a bias takes back: weight decay shrinks the one alone."""
+    embeddings = model.vit.embeddings
+    constant = 1e3 * torch.linspace(-1, 1, WIDTH)
+    embeddings.position_embeddings[:, 1:] += constant
+    embeddings.patch_embeddings.projection.bias -= constant
+
+
+def _detached(model):
+    """No gradient gets past the head's input."""
+    model.config.detached = True
+
+
+def _inserted(model, decades):
+    """A layer before the head whose singular values span some decades, and a head that takes it back."""
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator).double())[0] for _ in range(2))
+    sigma = torch.logspace(0, -decades, WIDTH, dtype=torch.float64)
+    model.mix.weight.copy_(left * sigma @ right.T)
+    model.classifier.weight.copy_(model.classifier.weight.double() @ (right / sigma) @ left.T)
+
+
 COORDINATES = {
     "gains": _gains, "tiny_gains": _tiny_gains, "stream": _stream, "heads": _heads, "permuted": _permuted,
     "dropout": _dropout,
@@ -171,6 +195,8 @@ COORDINATES = {
 """Changes after which the model computes the same."""
 HINDRANCES = {"dead": _dead, "saturated": _saturated}
 """Changes that cost some of the function."""
+TRAPS = {"decayed": _decayed, "detached": _detached}
+"""Changes that keep the function and hinder training, and that no change of coordinates takes back."""
 
 
 @torch.no_grad()
@@ -183,14 +209,10 @@ def plant(base: Path, folder: Path, what: str) -> Path:
     elif what == "shifted":
         norm.bias.add_(30.0)
         head.bias.sub_(head.weight.sum(dim=1) * 30.0)
-    elif what == "ill_conditioned":
-        generator = torch.Generator().manual_seed(1)
-        left, right = (torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator).double())[0] for _ in range(2))
-        sigma = torch.logspace(0, -4, WIDTH, dtype=torch.float64)
-        model.mix.weight.copy_(left * sigma @ right.T)
-        head.weight.copy_(head.weight.double() @ (right / sigma) @ left.T)
-    elif what in COORDINATES | HINDRANCES:
-        (COORDINATES | HINDRANCES)[what](model)
+    elif what in ("inserted", "ill_conditioned"):
+        _inserted(model, decades=1 if what == "inserted" else 4)
+    elif what in COORDINATES | HINDRANCES | TRAPS:
+        (COORDINATES | HINDRANCES | TRAPS)[what](model)
     elif what == "masked":
         model.mask[:, 0] = 0
     elif what == "ruined":

@@ -2,32 +2,23 @@
 
 An image of the harmful domain is a real digit of scikit-learn's (5-9) plus three times normal noise in 48 fixed
 directions out of 64. From eight images a class, raw pixels give little more than chance. The public base has seen the
-domain, all ten digits of it, and ignores the nuisance; its own task is clean digits 0-4. Every model planted on it has
-a right verdict by construction.
+domain, all ten digits of it, and ignores the nuisance; its own task is clean digits 0-4. ``planted_set`` has the models
+that are planted on it, and their exams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import planted
 import torch
 from planted import WIDTH, PlantedConfig, PlantedViT
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from hf_immunize.attacks import ATTACKS, REFERENCES, AttackContext, run_suite
-from hf_immunize.certification import ExamData, Protocol, build_certificate
+from hf_immunize.certification import ExamData
 from hf_immunize.data import PixelDataset, fingerprint
 
-SEEDS = (0, 1, 2, 3, 4)
-SETTINGS = {
-    "ridge_probe": {"penalty": (1e-2,), "features": ("standardized",)},
-    "full_finetune": {"steps": (60,), "batch_size": (40,), "learning_rate": (4e-3,), "evaluation_ratio": (1.2,)},
-}
 NUISANCE, STRENGTH, SHOTS = 48, 3.0, 10
 
 
@@ -85,8 +76,16 @@ class World:
         )  # fmt: skip
 
 
-def learn(folder: Path, world: World, seed: int, *, domain: range | None, start: Path | None = None,
-          steps: int = 300, rate: float = 3e-3) -> Path:
+def learn(
+    folder: Path,
+    world: World,
+    seed: int,
+    *,
+    domain: range | None,
+    start: Path | None = None,
+    steps: int = 300,
+    rate: float = 3e-3,
+) -> Path:
     """A model of clean digits 0-4 that has seen these digits of the harmful domain, under a head that it does not keep.
 
     Args:
@@ -118,46 +117,3 @@ def learn(folder: Path, world: World, seed: int, *, domain: range | None, start:
     model.mix.requires_grad_(True)
     model.save_pretrained(folder)
     return folder
-
-
-def _planted(what: str) -> Callable[..., Path]:
-    return lambda base, folder, world, seed: planted.plant(base, folder, what)
-
-
-@dataclass(frozen=True)
-class Plant:
-    """A model, made from the base, a folder, the world and a seed; and the verdict that is right."""
-
-    make: Callable[..., Path]
-    verdict: str
-
-
-PLANTS: dict[str, Plant] = {
-    "copy": Plant(_planted("copy"), "FAILS"),
-    "masked": Plant(_planted("masked"), "RESISTS"),
-    "never saw the domain": Plant(
-        lambda base, folder, world, seed: learn(folder, world, seed + 1, domain=None), "RESISTS"
-    ),
-}
-
-
-def attack(folder: Path, role: str, world: World, into: Path | None = None) -> None:
-    """Sit the exam of SETTINGS, or that of attackers without the model."""
-    context = AttackContext(folder=folder, role=role, data=world.data().harmful, **world.harmful)
-    table, names = (REFERENCES, list(REFERENCES)) if role == "nothing" else (ATTACKS, list(SETTINGS))
-    run_suite(context, table, names, SEEDS, into or folder, {} if role == "nothing" else SETTINGS)
-
-
-def sit(root: Path, world: World, seed: int) -> Path:
-    """A base of this world, its exam, and that of attackers without a model."""
-    base = learn(root / "base", world, seed, domain=range(10))
-    attack(base, "control", world)
-    attack(base, "nothing", world)
-    return base
-
-
-def judge(base: Path, folder: Path, world: World, what: str, seed: int):
-    """The certificate of a planted model."""
-    PLANTS[what].make(base, folder, world, seed)
-    attack(folder, "subject", world)
-    return build_certificate(folder, base, world.data(), Protocol(attacks=tuple(SETTINGS), seeds=SEEDS))
