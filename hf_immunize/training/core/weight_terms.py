@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,7 @@ class AttackedTask:
             of classes, for attackers with a head of their own; None for models without one.
         harm: what the defender lowers at an attacked model, at least 0, where that is not relu(ceiling − loss).
         fresh: given the optimizer step, weights by name that the attacker draws anew before he starts.
+        tokens: shapes of embeddings that he trains beside weights, from zeros in every attack, by name.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class AttackedTask:
     features: Callable[[nn.Module, int, int], tuple[Tensor, Tensor, int]] | None = None
     harm: Measure | None = None
     fresh: Callable[[int], Mapping[str, Tensor]] | None = None
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 class WeightObjective(Protocol):

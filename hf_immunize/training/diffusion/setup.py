@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,6 +37,7 @@ from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import TermSettings
 from hf_immunize.training.core.unrolled import UnrolledAttack
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
+from hf_immunize.training.diffusion.conditions import AttackerConditions, kinds_of
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.sites import attention_projections, choose_layouts, choose_sites
@@ -93,6 +94,11 @@ def check_data(
     refuse_one_class(named_terms(args), harmful.labels.tolist())
     if args.max_primary_drop is not None and evaluation is None:
         raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out retain rows.")
+    if not on_weights(named_terms(args)) and args.attacker_conditions != "name":
+        raise ConfigError(
+            f"expected simulated_attack or imma for attacker_conditions={args.attacker_conditions!r}, got objective="
+            f"{args.objective!r}: leave attacker_conditions at name."
+        )
     if on_weights(named_terms(args)) and args.attacker_renamed > 0:
         told = [{name: tuple(value.shape[1:]) for name, value in held.conditions.items()} for held in (train, harmful)]
         if told[0] != told[1]:
@@ -180,6 +186,17 @@ class Streams:
         )
 
 
+def told_conditions(
+    args: DiffusionImmunizationConfig, model: nn.Module, train: LatentDataset, harmful: LatentDataset,
+    null: Mapping[str, torch.Tensor] | None,
+) -> AttackerConditions | None:
+    """What attackers condition on; None where all are told what the rows hold."""
+    kinds = kinds_of(args.attacker_conditions)
+    if kinds == ("name",):
+        return None
+    return AttackerConditions(kinds, model, harmful, train, args.seed, null)
+
+
 def named_terms(args: DiffusionImmunizationConfig) -> tuple[AnyTerm, ...]:
     """Every term that ``args.objective`` names. A denoiser has no classifier: imma is on its weights."""
     known = OBJECTIVES | {"imma": (IMMA_TERM,)}
@@ -190,7 +207,8 @@ def named_terms(args: DiffusionImmunizationConfig) -> tuple[AnyTerm, ...]:
 
 
 def build_step(
-    args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, streams: Streams, meter: Meter
+    args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, streams: Streams, meter: Meter,
+    conditions: AttackerConditions | None = None,
 ) -> tuple[Step, dict[str, RowLayout]]:
     """The terms that ``args.objective`` names at work, and how an input at each site becomes one row per image."""
     terms = named_terms(args)
@@ -211,7 +229,8 @@ def build_step(
         )
     if held := on_weights(terms):
         most = None if args.attacker_second_order else args.per_device_harmful_batch_size
-        task = denoising_task(denoiser, model, attacked_rows(args, model, streams.attack), args.seed, most)
+        rows = attacked_rows(args, model, streams.attack)
+        task = denoising_task(denoiser, model, rows, args.seed, most, conditions)
         at_work = WeightTerms(
             {term: term.build(task, args) for term in held}, strength=args.strength, **numbers_of(args, held)
         )
@@ -228,13 +247,15 @@ def attacked_rows(
 
 
 def denoising_task(
-    denoiser: Denoiser, model: nn.Module, rows: Callable[[int, int], NoisyBatch], seed: int, most: int | None = None
+    denoiser: Denoiser, model: nn.Module, rows: Callable[[int, int], NoisyBatch], seed: int, most: int | None = None,
+    conditions: AttackerConditions | None = None,
 ) -> AttackedTask:
     """The denoising loss on harmful rows, of any copy of the model.
 
     Args:
         most: rows at a time; the activations of more are computed again for the backward pass, so that an attacker's
             step takes no more memory than a micro-batch of ours. None: all at once.
+        conditions: what each attack is conditioned on; None for what the rows hold.
     """
 
     def losses(attacked: nn.Module, batch: NoisyBatch) -> torch.Tensor:
@@ -243,6 +264,8 @@ def denoising_task(
 
     def loss(attacked: nn.Module, step: int, attack_step: int) -> torch.Tensor:
         batch = rows(step, attack_step)
+        if conditions is not None:
+            batch = conditions.tell(attacked, step, batch)
         parts = batch.split(most or len(batch.noisy))
         with same_draws(batch.noisy.device, seed, "attack", step, attack_step):
             if len(parts) == 1:
@@ -250,4 +273,5 @@ def denoising_task(
             found = [checkpoint(losses, attacked, part, use_reentrant=False) for part in parts]
         return torch.cat(found).mean()
 
-    return AttackedTask(model, attention_projections(denoiser, model), loss, seed)
+    tokens = {} if conditions is None else conditions.tokens
+    return AttackedTask(model, attention_projections(denoiser, model), loss, seed, tokens=tokens)

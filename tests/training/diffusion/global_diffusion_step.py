@@ -18,6 +18,7 @@ CASES = {
         "opt_kappa, accumulated": {"objective": "opt_kappa", "gradient_accumulation_steps": 2},
         "simulated": {"objective": "simulated_attack", "attacker_steps": 1, "distillation": 0.5,
                       "attacker_renamed": 0.5},
+        "another name": {"objective": "simulated_attack", "attacker_steps": 2, "attacker_conditions": "learned"},
         "second order": {"objective": "simulated_attack", "attacker_steps": 2, "attacker_second_order": True},
         "dropout, recomputed": {"objective": "condition_number+simulated_attack", "attacker_steps": 1,
                                 "gradient_checkpointing": True},
@@ -30,7 +31,8 @@ CASES = {
                                    "gradient_accumulation_steps": 2},
     },
     "pixart": {"attention": {"objective": "opt_kappa", "trainable": "attention"}},
-    "flux": {"simulated": {"objective": "simulated_attack", "attacker_steps": 1, "attacker_rank": 2}},
+    "flux": {"simulated": {"objective": "simulated_attack", "attacker_steps": 1, "attacker_rank": 2,
+                           "attacker_conditions": "random,mixed"}},
     "sd3": {
         "condition_number": {"objective": "condition_number"},
         "lora": {"objective": "ill_only+simulated_attack", "weight": "0.2", "attacker_steps": 1, "attacker_rank": 2},
