@@ -27,8 +27,8 @@ from hf_immunize.records import ImmunizationRecord, ModelFingerprint, Provenance
 from hf_immunize.stages.base import ImmunizeOptions, fetch_base, require_outcome
 from hf_immunize.tasks import family_of
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
-from hf_immunize.training.diffusion.conditions import kinds_of
 from hf_immunize.training.diffusion.config import scientific_options
+from hf_immunize.training.diffusion.setup import asks_for_none
 
 
 class PipelineDefence:
@@ -65,9 +65,8 @@ class PipelineDefence:
         )  # fmt: skip
 
     def _null(self, train: LatentDataset) -> Mapping[str, Tensor] | None:
-        """What the pipeline makes of the empty prompt, where attackers are told that and it reads text."""
-        asked = "none" in kinds_of(self._args.attacker_conditions)
-        if not asked or "class_labels" in train.conditions or reader_of(self._pipeline) is None:
+        """What the pipeline makes of the empty prompt, where something is told that and it reads text."""
+        if not asks_for_none(self._args) or "class_labels" in train.conditions or reader_of(self._pipeline) is None:
             return None
         return encode_prompt(self._pipeline, "", 8 * train.latents.shape[-1])
 

@@ -146,6 +146,11 @@ class AttackerConditions:
             told[name] = row.expand(rows, *value.shape[1:])
         return replace(batch, conditions={**batch.conditions, **told})
 
+    def untell(self, asked: nn.Module) -> None:
+        """Tables of ``asked`` answer as ever."""
+        for name in self._told_tables:
+            vars(asked.get_submodule(name)).pop("told", None)
+
     def _row(self, name: str, drawn: Draw, like: Tensor) -> Tensor:
         """One row of a condition; labels only matter to tables that answer as ever."""
         first, second = drawn.first[name].to(like), drawn.second[name].to(like)

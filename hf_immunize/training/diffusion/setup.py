@@ -22,11 +22,13 @@ from hf_immunize.training.core.attack_terms import IMMA_TERM, SIMULATED_TERM, bu
 from hf_immunize.training.core.balancing import check_numbers, numbers_of
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.draws import same_draws
+from hf_immunize.training.core.erasure import ESD
 from hf_immunize.training.core.launching import refuse_deepspeed_of, sharding_ourselves
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
 from hf_immunize.training.core.registry import (
     OBJECTIVES,
+    OF_DENOISERS,
     AnyTerm,
     on_features,
     on_weights,
@@ -37,6 +39,7 @@ from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import TermSettings
 from hf_immunize.training.core.unrolled import UnrolledAttack
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
+from hf_immunize.training.diffusion.asking import denoise_of
 from hf_immunize.training.diffusion.conditions import AttackerConditions, kinds_of
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
@@ -189,17 +192,24 @@ class Streams:
 def told_conditions(
     args: DiffusionImmunizationConfig, model: nn.Module, train: LatentDataset, harmful: LatentDataset,
     null: Mapping[str, torch.Tensor] | None,
-) -> AttackerConditions | None:
-    """What attackers condition on; None where all are told what the rows hold."""
+) -> tuple[AttackerConditions | None, AttackerConditions | None]:
+    """What attackers condition on, and how rows are told no name; None where nothing asks for it."""
     kinds = kinds_of(args.attacker_conditions)
-    if kinds == ("name",):
-        return None
-    return AttackerConditions(kinds, model, harmful, train, args.seed, null)
+    told = partial(AttackerConditions, model=model, concept=harmful, retained=train, seed=args.seed, null=null)
+    return (
+        None if kinds == ("name",) else told(kinds),
+        told(("none",)) if ESD in named_terms(args) else None,
+    )
+
+
+def asks_for_none(args: DiffusionImmunizationConfig) -> bool:
+    """Whether something in a run is told no name, for which a denoiser of text needs the empty prompt."""
+    return "none" in kinds_of(args.attacker_conditions) or ESD in named_terms(args)
 
 
 def named_terms(args: DiffusionImmunizationConfig) -> tuple[AnyTerm, ...]:
     """Every term that ``args.objective`` names. A denoiser has no classifier: imma is on its weights."""
-    known = OBJECTIVES | {"imma": (IMMA_TERM,)}
+    known = OBJECTIVES | OF_DENOISERS | {"imma": (IMMA_TERM,)}
     if args.attacker_second_order:
         exact = partial(build_attack, False, kind=UnrolledAttack)
         known |= {"simulated_attack": (replace(SIMULATED_TERM, build=exact),)}
@@ -208,7 +218,7 @@ def named_terms(args: DiffusionImmunizationConfig) -> tuple[AnyTerm, ...]:
 
 def build_step(
     args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, streams: Streams, meter: Meter,
-    conditions: AttackerConditions | None = None,
+    conditions: AttackerConditions | None = None, unnamed: AttackerConditions | None = None,
 ) -> tuple[Step, dict[str, RowLayout]]:
     """The terms that ``args.objective`` names at work, and how an input at each site becomes one row per image."""
     terms = named_terms(args)
@@ -230,7 +240,10 @@ def build_step(
     if held := on_weights(terms):
         most = None if args.attacker_second_order else args.per_device_harmful_batch_size
         rows = attacked_rows(args, model, streams.attack)
-        task = denoising_task(denoiser, model, rows, args.seed, most, conditions)
+        task = replace(
+            denoising_task(denoiser, model, rows, args.seed, most, conditions),
+            denoise=denoise_of(denoiser, erasure_rows(model, streams.attack), unnamed, args.seed),
+        )
         at_work = WeightTerms(
             {term: term.build(task, args) for term in held}, strength=args.strength, **numbers_of(args, held)
         )
@@ -244,6 +257,15 @@ def attacked_rows(
     place, width = next(model.parameters()), 2 if args.attacker_goes_on else args.attacker_steps + 1
     dtype = dtype_of_rows(model)
     return lambda step, attack_step: stream.batch(step * width + attack_step, place.device, dtype)
+
+
+def erasure_rows(model: nn.Module, attack: RenamedStream) -> dict[str, Callable[[int], NoisyBatch]]:
+    """Rows of the concept under its own name, and as many of what is retained, of each step."""
+    place, dtype = next(model.parameters()), dtype_of_rows(model)
+    return {
+        "named": lambda step: attack.concept.batch(step, place.device, dtype),
+        "related": lambda step: attack.names.batch(step, place.device, dtype),
+    }
 
 
 def denoising_task(

@@ -93,8 +93,8 @@ class DiffusionImmunizationTrainer:
         eval_dataset: held-out retain rows for the guard.
         harmful_eval_dataset: rows of the concept that are not trained on, by which ``outcome`` says whether it worked;
             those of ``harmful_dataset`` without them.
-        null_conditions: what the denoiser is told of no prompt, one row by condition, for ``attacker_conditions`` none;
-            a denoiser that is told classes needs none.
+        null_conditions: what the denoiser is told of no prompt, one row by condition, for ``attacker_conditions`` none
+            and for esd; a denoiser that is told classes needs none.
         validate: called with the bare model and the step every ``validation_steps``, e.g. to draw images with a fixed
             seed; on the main process only, in evaluation mode.
         before_update: called with this trainer after each step's gradients are complete.
@@ -149,7 +149,7 @@ class DiffusionImmunizationTrainer:
         self.watch = Watch(named_terms(args))
         self.meter = Meter(self.watch)
         told = told_conditions(args, self.bare, train_dataset, harmful_dataset, null)
-        self.terms, self.layouts = build_step(args, self.denoiser, self.bare, self.streams, self.meter, told)
+        self.terms, self.layouts = build_step(args, self.denoiser, self.bare, self.streams, self.meter, *told)
         self._teacher = None
         if args.distillation > 0:
             if plugin is not None:

@@ -19,6 +19,8 @@ CASES = {
         "simulated": {"objective": "simulated_attack", "attacker_steps": 1, "distillation": 0.5,
                       "attacker_renamed": 0.5},
         "another name": {"objective": "simulated_attack", "attacker_steps": 2, "attacker_conditions": "learned"},
+        "erasure": {"objective": "esd+meta_unlearning", "weight": "1"},
+        "held near": {"objective": "resalign_moreau", "attacker_steps": 1},
         "second order": {"objective": "simulated_attack", "attacker_steps": 2, "attacker_second_order": True},
         "dropout, recomputed": {"objective": "condition_number+simulated_attack", "attacker_steps": 1,
                                 "gradient_checkpointing": True},
