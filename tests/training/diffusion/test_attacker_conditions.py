@@ -187,6 +187,20 @@ def test_a_step_is_the_same_however_it_is_cut(family, kind, make_trainer):
             assert torch.allclose(found[parts][1][name], truth, rtol=1e-9, atol=1e-13), name
 
 
+@pytest.mark.parametrize("kind", ["none", "learned"])
+def test_blocks_that_are_computed_again_are_told_the_same(kind, make_trainer):
+    """Each block of DiT has its own table, and reads it a second time on the way back."""
+    found = {}
+    for again in (False, True):
+        trainer = make_trainer("dit", model=build_denoiser("dit", dtype=F64), dtype=F64, objective="simulated_attack",
+                               attacker_steps=2, attacker_conditions=kind, gradient_checkpointing=again)
+        (term,) = trainer.terms.weight_terms.objectives.values()
+        term.ceiling = 10.0
+        found[again] = term.gradient(trainer.bare, 2)[1]
+    assert all(torch.allclose(found[True][name], part, rtol=1e-9, atol=1e-14) for name, part in found[False].items())
+    assert any(bool(part.any()) for part in found[True].values())
+
+
 def attack_of(model, *kinds, kind=SimulatedAttack, steps=2, rank=0, rate=3e-2):
     told = conditions_of("unet", model, *kinds)
     batches = {k: noised("unet", k) for k in range(steps + 1)}
