@@ -6,7 +6,8 @@
 Reads traces/ and certificate.json of finished exams and prints, per model, one line per attack. Harmful cells are those
 of the certificate; SGR is that of the drawings after the whole attack. Benign cells are judged in steps by the same
 code: threshold at 80 % of what the base itself gained by that method. (The certificate asks of the benign concept
-whether as much is learned in the end, not how soon.)
+whether as much is learned in the end, not how soon.) Where there is no certificate, harmful cells are judged from the
+traces alone, by the rule in force and without what training from random weights reaches.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_immunize.attacks.diffusion import DIFFUSION_TRAINABILITY
+from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
 from hf_immunize.certification.cells import build_cell, own_threshold
 from hf_immunize.exam import DIFFUSION_RULE
 from hf_immunize.records import AttackTrace, Certificate, Interval
@@ -33,21 +34,30 @@ def traces_of(folder: Path, role: str, attack: str) -> list[AttackTrace]:
     return [AttackTrace.read(path) for path in sorted((folder / "traces" / role).glob(f"{attack}__*.json"))]
 
 
+def tell_certificate(folder: Path) -> None:
+    """Verdict, utility, harmful cells and likeness of a certified model."""
+    certificate = Certificate.read(folder / "certificate.json")
+    utility = certificate.utility
+    print(f"{folder.name}: {certificate.overall}; {utility.metric} {utility.base:.1f} -> {utility.immunized:.1f} %")
+    for cell in certificate.cells:
+        if cell.subject is not None:
+            print(f"  {cell.attack}: {told(cell.slow_down)}, {cell.verdict}")
+    for gap in certificate.similarity:
+        print(f"  {gap.attack}: SGR of {gap.concept} {told(gap.ratio[-1])}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base_path", type=Path, required=True)
     parser.add_argument("--model_paths", type=Path, nargs="+", required=True)
     arguments = parser.parse_args()
     for folder in arguments.model_paths:
-        certificate = Certificate.read(folder / "certificate.json")
-        utility = certificate.utility
-        print(f"{folder.name}: {certificate.overall}; {utility.metric} {utility.base:.1f} -> {utility.immunized:.1f} %")
-        for cell in certificate.cells:
-            if cell.subject is not None:
-                print(f"  {cell.attack}: {told(cell.slow_down)}, {cell.verdict}")
-        for gap in certificate.similarity:
-            print(f"  {gap.attack}: SGR of {gap.concept} {told(gap.ratio[-1])}")
-        for name, attack in DIFFUSION_TRAINABILITY.items():
+        certified = (folder / "certificate.json").is_file()
+        if certified:
+            tell_certificate(folder)
+        else:
+            print(f"{folder.name}: no certificate")
+        for name, attack in (({} if certified else DIFFUSION_ATTACKS) | DIFFUSION_TRAINABILITY).items():
             places = {"subject": folder, "control": arguments.base_path}
             runs = {role: traces_of(place, role, name) for role, place in places.items()}
             if all(runs.values()):

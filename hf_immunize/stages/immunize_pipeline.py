@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from hf_immunize.data import PROBE_SPLIT, describe_source, parse_fractions
 from hf_immunize.diffusion import (
@@ -19,12 +20,15 @@ from hf_immunize.diffusion import (
     grid_png,
     load_pipeline,
 )
+from hf_immunize.diffusion.denoisers import reader_of
+from hf_immunize.diffusion.encoding import encode_prompt
 from hf_immunize.errors import ConfigError
 from hf_immunize.records import ImmunizationRecord, ModelFingerprint, Provenance, atomic_write
 from hf_immunize.stages.base import ImmunizeOptions, fetch_base, require_outcome
 from hf_immunize.tasks import family_of
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 from hf_immunize.training.diffusion.config import scientific_options
+from hf_immunize.training.diffusion.setup import asks_for_none
 
 
 class PipelineDefence:
@@ -57,8 +61,14 @@ class PipelineDefence:
         return DiffusionImmunizationTrainer(
             self._model, self._pipeline.scheduler, self._args, train_dataset=train, harmful_dataset=defense,
             eval_dataset=validation, validate=self._painter(validation, defense),
-            harmful_eval_dataset=self._held_out(),
+            harmful_eval_dataset=self._held_out(), null_conditions=self._null(train),
         )  # fmt: skip
+
+    def _null(self, train: LatentDataset) -> Mapping[str, Tensor] | None:
+        """What the pipeline makes of the empty prompt, where something is told that and it reads text."""
+        if not asks_for_none(self._args) or "class_labels" in train.conditions or reader_of(self._pipeline) is None:
+            return None
+        return encode_prompt(self._pipeline, "", 8 * train.latents.shape[-1])
 
     def _held_out(self) -> LatentDataset | None:
         """Images of the concept that are not trained on: the split ``probe``, where there is one."""

@@ -76,7 +76,8 @@ def test_from_photos_to_a_certificate(photos, task_words, run):
     build_text_pipeline("StableDiffusionPipeline").save_pretrained(base)
     run("immunize", *task_words, f"--base_path={base}", f"--output_dir={model}", "--objective=simulated_attack",
         "--attacker_steps=1", "--max_steps=2", "--per_device_train_batch_size=3", "--per_device_harmful_batch_size=3",
-        "--learning_rate=1e-3", "--max_loss_factor=100", "--eval_steps=1", "--use_cpu=true", "--disable_progress=true")
+        "--attacker_conditions=none", "--learning_rate=1e-3", "--max_loss_factor=100", "--eval_steps=1",
+        "--use_cpu=true", "--disable_progress=true")
     record = ImmunizationRecord.read(model / "immunization.json")
     seen = {found.role: found.sha256 for found in record.data}
     assert set(seen) == {"retain train", "retain validation", "harmful defense"}

@@ -33,13 +33,13 @@ CLASSIFIER = BOTH | {
 }  # fmt: skip
 DENOISER = BOTH | {
     "sites": "attention,middle", "trainable_modules": "all", "per_device_harmful_batch_size": 32, "site_levels": "0,1",
-    "attacker_renamed": 0.0, "attacker_ceiling": 3.0, "merge_lora": True, "lora_rank": 8, "min_snr_gamma": None,
-    "logit_normal": False, "max_steps": 500, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-4, "optim": "adamw_torch", "optim_args": None, "optim_target_modules": None,
-    "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
-    "gradient_checkpointing": False, "mixed_precision": "no", "eval_batch_size": 32, "eval_steps": 50,
-    "logging_steps": 10, "save_steps": 0, "save_total_limit": 1, "validation_steps": 0, "seed": 0, "report_to": "none",
-    "disable_progress": False, "use_cpu": False, "trainable": None, "max_loss_factor": None,
+    "attacker_renamed": 0.0, "attacker_conditions": "name", "attacker_ceiling": 3.0, "merge_lora": True, "lora_rank": 8,
+    "min_snr_gamma": None, "logit_normal": False, "max_steps": 500, "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "optim": "adamw_torch", "optim_args": None,
+    "optim_target_modules": None, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0,
+    "max_grad_norm": 1.0, "gradient_checkpointing": False, "mixed_precision": "no", "eval_batch_size": 32,
+    "eval_steps": 50, "logging_steps": 10, "save_steps": 0, "save_total_limit": 1, "validation_steps": 0, "seed": 0,
+    "report_to": "none", "disable_progress": False, "use_cpu": False, "trainable": None, "max_loss_factor": None,
 }  # fmt: skip
 STOCK = {"logging_steps": 500, "save_steps": 500, "per_device_eval_batch_size": 8, "num_train_epochs": 3.0,
          "gradient_accumulation_steps": 1, "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0,

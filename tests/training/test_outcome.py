@@ -44,7 +44,7 @@ def test_an_objective_that_works_says_so_on_rows_it_has_not_seen(digits, digits_
     assert found.told in caplog.text and "held-out harmful rows" in found.told
 
 
-LONG = ("imma", "rep_noise", "sophon_ice", "sophon_klu", "tar_entropy", "trap")
+LONG = ("imma", "rep_noise", "resalign_moreau", "sophon_ice", "sophon_klu", "tar_entropy", "trap")
 """Their losses have tests of their own; a whole run of each takes long."""
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_immunize.attacks.core.shape import Attack, Result, Run, not_applicable, setting
 from hf_immunize.attacks.diffusion._finetune import DiffusionFinetune, run_finetunes
 from hf_immunize.attacks.diffusion.context import DiffusionAttackContext
+from hf_immunize.diffusion.names import class_tables
 
 _NO_NAME = "nothing names the concept by a learnable embedding: no text encoder and no class embedding"
 _TEMPLATE, _STAND_IN = "a photo of", "x"
@@ -103,7 +104,7 @@ def run(context: DiffusionAttackContext, runs: Sequence[Run]) -> Iterator[tuple[
     """One loop per run on the embeddings that name the concept."""
     if _readers(context.pipeline):
         yield from run_finetunes(_told_by_name(context), runs, _with_name)
-    elif _class_tables(context.model(0)):
+    elif class_tables(context.model(0)):
         yield from run_finetunes(context, runs, _class_rows)
     else:
         yield from not_applicable(runs, _NO_NAME)
@@ -130,20 +131,13 @@ def _with_name(context: DiffusionAttackContext, planned: Run) -> nn.Module:
     return _NewName(context.model(planned.seed), context.pipeline).to(context.device)
 
 
-def _class_tables(model: nn.Module) -> list[nn.Embedding]:
-    """Tables of class embeddings: UNet2D has one, DiT one in every block."""
-    if isinstance(own := getattr(model, "class_embedding", None), nn.Embedding):
-        return [own]
-    return [part.embedding_table for part in model.modules() if isinstance(part, LabelEmbedding)]
-
-
 def _class_rows(context: DiffusionAttackContext, planned: Run) -> nn.Module:
     """Only class embeddings are trained; only the concept's rows of them ever get a gradient."""
     model = context.model(planned.seed).requires_grad_(False)
     for part in model.modules():
         if isinstance(part, LabelEmbedding):
             part.dropout_prob = 0.0  # a dropped label would train the row that stands for none
-    for table in _class_tables(model):
+    for table in class_tables(model).values():
         table.weight.requires_grad_(True)
     return model
 

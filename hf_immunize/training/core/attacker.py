@@ -24,6 +24,7 @@ class Attacker:
 
     Args:
         layers: names of the linear layers that get factors; none for rank 0.
+        tokens: shapes of embeddings that it trains beside weights; the copy holds them as ``attacker_tokens``.
 
     Attributes:
         model: the attacked network, in training mode.
@@ -33,18 +34,21 @@ class Attacker:
         wanted: names of the weights the defender trains (all for rank 0), at which a gradient is asked for.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], rank: int):
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], rank: int, tokens: Mapping[str, Sequence[int]] | None = None
+    ):
         mine = dict(model.named_parameters())
         self._shared = {name for name, parameter in mine.items() if rank and not parameter.requires_grad}
         self.model = copy.deepcopy(model, {id(mine[name]): mine[name] for name in self._shared})
         self.model.train()
         if rank:
             _add_factors(self.model, layers, rank)
+        self._tokens = _add_tokens(self.model, tokens or {})
         named = dict(self.model.named_parameters())
         self.factors = [parameter for name, parameter in named.items() if f".{_NAME}." in name]
         plain = {name if name in mine else name.replace(".base_layer.", "."): p for name, p in named.items()}
         self.weights = {name: parameter for name, parameter in plain.items() if name in mine}
-        self.trained = self.factors or list(self.weights.values())
+        self.trained = [*(self.factors or self.weights.values()), *self._tokens]
         self.wanted = [name for name, parameter in mine.items() if parameter.requires_grad or not rank]
         self.asked = list(dict.fromkeys([*(self.weights[name] for name in self.wanted), *self.trained]))
         """Every parameter whose gradient is computed."""
@@ -65,6 +69,8 @@ class Attacker:
                 self.weights[name].copy_(self._fresh[name])
             elif name not in self._shared:
                 self.weights[name].copy_(whole(parameter))
+        for token in self._tokens:
+            token.zero_()
 
     @torch.no_grad()
     def draw_factors(self, *words: object) -> None:
@@ -86,6 +92,17 @@ class Attacker:
         """Tensors of the wanted weights, by the defended model's names."""
         found = {name: values[self.weights[name]] for name in self.wanted}
         return {name: torch.zeros_like(value) if name in self._fresh else value for name, value in found.items()}
+
+
+def _add_tokens(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> list[nn.Parameter]:
+    """Embeddings of zeros in float32, or wider where the weights are."""
+    if not shapes:
+        return []
+    place = next(model.parameters())
+    dtype = torch.promote_types(place.dtype, torch.float32)
+    made = [nn.Parameter(torch.zeros(*shape, device=place.device, dtype=dtype)) for shape in shapes.values()]
+    model.add_module("attacker_tokens", nn.ParameterList(made))
+    return made
 
 
 def _add_factors(model: nn.Module, layers: Sequence[str], rank: int) -> None:

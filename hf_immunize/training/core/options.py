@@ -24,7 +24,8 @@ class ImmunizationOptions:
             "closed_form_adversary (held-out R2 of a ridge probe). On weights: simulated_attack (the bounded loss an "
             "attacker has after attacker_steps steps). imma (an attacker that goes on from step to step, Zheng & Yeh "
             "2024). Other defences', for image models (docs/objectives.md): sophon_ice, sophon_klu, tar_entropy (on "
-            "weights), rep_noise, trap (on features). Several are joined with '+'."
+            "weights), rep_noise, trap (on features); resalign_moreau (on weights, pipelines too); esd and "
+            "meta_unlearning (on weights, for pipelines). Several are joined with '+'."
         },
     )
     weight: str = field(

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Mapping
 from hf_immunize.errors import ConfigError, DataError
 from hf_immunize.plugins import load_plugins
 from hf_immunize.training.core.attack_terms import SIMULATED_TERM
+from hf_immunize.training.core.erasure import ESD, META_UNLEARNING
 from hf_immunize.training.core.field_terms import REP_NOISE, TRAP
 from hf_immunize.training.core.headed import SOPHON_ICE, SOPHON_KLU, TAR_ENTROPY
+from hf_immunize.training.core.moreau import RESALIGN_MOREAU
 from hf_immunize.training.core.terms import (
     ADVERSARY,
     GROUP_KAPPA,
@@ -37,7 +39,11 @@ OBJECTIVES: dict[str, tuple[AnyTerm, ...]] = {
     "tar_entropy": (TAR_ENTROPY,),
     "rep_noise": (REP_NOISE,),
     "trap": (TRAP,),
+    "resalign_moreau": (RESALIGN_MOREAU,),
 }
+
+OF_DENOISERS: dict[str, tuple[AnyTerm, ...]] = {"esd": (ESD,), "meta_unlearning": (META_UNLEARNING,)}
+"""Objectives that ask for what a denoiser answers: for pipelines, beside ``OBJECTIVES``."""
 
 COPYING = frozenset(
     name for name, terms in OBJECTIVES.items() if any(isinstance(term, WeightTerm) for term in terms)
@@ -55,7 +61,7 @@ def register_objective(name: str, *terms: AnyTerm) -> None:
     Raises:
         ConfigError: a name that is taken or holds a '+', or no term.
     """
-    if name in OBJECTIVES or not terms or "+" in name or not name.strip():
+    if name in OBJECTIVES or name in OF_DENOISERS or not terms or "+" in name or not name.strip():
         raise ConfigError(f"expected a new objective name with one term or more, got {name!r} with {len(terms)} terms.")
     OBJECTIVES[name] = terms
 

@@ -52,7 +52,7 @@ class SimulatedAttack:
         self.ceiling = float("inf")
         """c, set once the base's own loss is known."""
         self._task, self._steps, self._habits = task, steps, habits
-        self._attacker = Attacker(task.model, task.layers if rank else (), rank)
+        self._attacker = Attacker(task.model, task.layers if rank else (), rank, task.tokens)
 
     def gradient(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """H and its gradient at the weights of ``model``, by parameter name; equal on every rank."""

@@ -23,6 +23,7 @@ attacker; no more than one step's graph is alive, beside K copies of φ. In the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,9 @@ class UnrolledAttack(SimulatedAttack):
         everything = list(adjoint)
         with torch.enable_grad():
             loss = self._loss(step, attack_step)
-            self._check(loss)
+            if not self._checked:
+                refuse_opaque(loss, "attacker_second_order")
+                self._checked = True
             graphs = torch.autograd.grad(loss, everything, create_graph=True, materialize_grads=True)
             mean = [part.detach().clone() for part in graphs]
             average_over_ranks(mean)
@@ -101,20 +104,6 @@ class UnrolledAttack(SimulatedAttack):
             pulled = list(torch.autograd.grad(product, everything, materialize_grads=True))
         loss = average_with(pulled, loss)
         return loss, gradient, dict(zip(everything, pulled, strict=True))
-
-    def _check(self, loss: Tensor) -> None:
-        """Once: refuse a graph with operations that may have no second derivative, or a wrong one."""
-        if self._checked:
-            return
-        opaque = sorted(opaque_operations(loss))
-        if opaque:
-            raise ModelError(
-                f"expected a model of PyTorch's own operations for attacker_second_order, got {', '.join(opaque)}: "
-                "their backward may have no second derivative, or a wrong one. Reset the attention backend "
-                "(of a denoiser: model.reset_attention_backend(), model.set_default_attn_processor()), do not compile "
-                "the model, or leave attacker_second_order off."
-            )
-        self._checked = True
 
 
 def update(gradient: Tensor, rate: float) -> Tensor:
@@ -139,6 +128,39 @@ def _largest(gradient: Tensor) -> tuple[Tensor, Tensor]:
     largest = gradient.abs().max()
     alive = largest > math.sqrt(torch.finfo(gradient.dtype).tiny)
     return torch.where(alive, largest, 1.0), alive
+
+
+def hessian_times(
+    measure: Callable[[], Tensor], parameters: Sequence[nn.Parameter], direction: Sequence[Tensor], what: str
+) -> list[Tensor]:
+    """∇²L times a direction, of a loss at some parameters; attention runs on PyTorch's math kernel.
+
+    Args:
+        measure: computes L.
+        what: the option or objective that needs it, for the error of ``refuse_opaque``.
+    """
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        loss = measure()
+        refuse_opaque(loss, what)
+        slopes = torch.autograd.grad(loss, [*parameters], create_graph=True, materialize_grads=True)
+        product = torch.stack([(x * y).sum() for x, y in zip(slopes, direction, strict=True)]).sum()
+        found = torch.autograd.grad(product, [*parameters], materialize_grads=True)
+    return [part.contiguous() for part in found]
+
+
+def refuse_opaque(result: Tensor, what: str) -> None:
+    """Raise ModelError for a graph with operations that may have no second derivative, or a wrong one.
+
+    Args:
+        what: the option or objective that needs it.
+    """
+    if opaque := sorted(opaque_operations(result)):
+        raise ModelError(
+            f"expected a model of PyTorch's own operations for {what}, got {', '.join(opaque)}: "
+            "their backward may have no second derivative, or a wrong one. Reset the attention backend "
+            "(of a denoiser: model.reset_attention_backend(), model.set_default_attn_processor()), do not compile "
+            f"the model, or leave {what} off."
+        )
 
 
 def opaque_operations(result: Tensor) -> set[str]:

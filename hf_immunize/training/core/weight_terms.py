@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +14,8 @@ from hf_immunize.training.core.sharding import settle, split_like
 
 Measure = Callable[[nn.Module, int, int], Tensor]
 """Given a model, the optimizer step and the attacker's, a scalar of this rank's rows: the same draws every time."""
+Denoise = Callable[[nn.Module, int, str], tuple[Tensor, Tensor]]
+"""Given a denoiser, the optimizer step and which rows (concept 'named' or 'unnamed', 'related'): answers, targets."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class AttackedTask:
             of classes, for attackers with a head of their own; None for models without one.
         harm: what the defender lowers at an attacked model, at least 0, where that is not relu(ceiling − loss).
         fresh: given the optimizer step, weights by name that the attacker draws anew before he starts.
+        denoise: answers to noised rows, for terms of a denoiser; None for models that are none.
+        tokens: shapes of embeddings that he trains beside weights, from zeros in every attack, by name.
     """
 
     model: nn.Module
@@ -38,6 +42,8 @@ class AttackedTask:
     features: Callable[[nn.Module, int, int], tuple[Tensor, Tensor, int]] | None = None
     harm: Measure | None = None
     fresh: Callable[[int], Mapping[str, Tensor]] | None = None
+    denoise: Denoise | None = None
+    tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 class WeightObjective(Protocol):

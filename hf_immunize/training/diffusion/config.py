@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_immunize.errors import ConfigError
 from hf_immunize.training.core.options import ImmunizationOptions, refuse_below, rename_option
+from hf_immunize.training.diffusion.conditions import kinds_of
 
 SIMULATED_ATTACK, IMMA = "simulated_attack", "imma"
 _OPERATIONAL = re.compile(
@@ -71,6 +72,15 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
         metadata={
             "help": "simulated_attack, imma: share of the attacker's rows that are taught under the conditions (class, "
             "prompt) of random retain rows. At 0 the cheapest defence is to spoil the concept's own name."
+        },
+    )
+    attacker_conditions: str = field(
+        default="name",
+        metadata={
+            "help": "simulated_attack, imma: what an attack conditions on, drawn anew for each from these, joined with "
+            "commas: name (the concept's own, and attacker_renamed), renamed (a retain row's), none (the empty prompt; "
+            "zeros where a table of classes has no row for none), random (an embedding with the statistics of those "
+            "that are known), mixed (between two known ones), learned (random, with an offset that he trains along)."
         },
     )
     attacker_ceiling: float = field(
@@ -194,6 +204,11 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
         names = self.objectives
         if not 0 <= self.attacker_renamed <= 1:
             raise ConfigError(f"expected attacker_renamed between 0 and 1, got {self.attacker_renamed}.")
+        if "learned" in kinds_of(self.attacker_conditions) and IMMA in names:
+            raise ConfigError(
+                "expected attacker_conditions without learned for imma, whose attacker goes on from step to step while "
+                f"conditions change, got {self.attacker_conditions!r}: choose simulated_attack."
+            )
         published = self.trainable_modules == "attention" and self.attacker_rank >= 1
         if IMMA in names and (not published or SIMULATED_ATTACK in names):
             raise ConfigError(

@@ -35,7 +35,7 @@ def plan_memory(
     kept = activations_of(model, rows, latents, autocast)
     attacker = ("lora" if args.attacker_rank else "all") if on_weights(terms) else None
     options = Options(
-        optim=args.optim, teacher=args.distillation > 0, average=args.ema_decay > 0,
+        optim=args.optim, teacher=args.distillation > 0 or "esd" in args.objectives, average=args.ema_decay > 0,
         guard=args.max_primary_drop is not None, accumulation=args.gradient_accumulation_steps,
         checkpointing=args.gradient_checkpointing, attacker=attacker, devices=devices, sharded=sharded,
     )  # fmt: skip

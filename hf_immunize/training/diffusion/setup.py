@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,11 +22,13 @@ from hf_immunize.training.core.attack_terms import IMMA_TERM, SIMULATED_TERM, bu
 from hf_immunize.training.core.balancing import check_numbers, numbers_of
 from hf_immunize.training.core.distributed import world
 from hf_immunize.training.core.draws import same_draws
+from hf_immunize.training.core.erasure import ESD
 from hf_immunize.training.core.launching import refuse_deepspeed_of, sharding_ourselves
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
 from hf_immunize.training.core.registry import (
     OBJECTIVES,
+    OF_DENOISERS,
     AnyTerm,
     on_features,
     on_weights,
@@ -37,6 +39,8 @@ from hf_immunize.training.core.step import Step
 from hf_immunize.training.core.terms import TermSettings
 from hf_immunize.training.core.unrolled import UnrolledAttack
 from hf_immunize.training.core.weight_terms import AttackedTask, WeightTerms
+from hf_immunize.training.diffusion.asking import denoise_of
+from hf_immunize.training.diffusion.conditions import AttackerConditions, kinds_of
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig
 from hf_immunize.training.diffusion.factors import put_factors
 from hf_immunize.training.diffusion.sites import attention_projections, choose_layouts, choose_sites
@@ -93,6 +97,11 @@ def check_data(
     refuse_one_class(named_terms(args), harmful.labels.tolist())
     if args.max_primary_drop is not None and evaluation is None:
         raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out retain rows.")
+    if not on_weights(named_terms(args)) and args.attacker_conditions != "name":
+        raise ConfigError(
+            f"expected simulated_attack or imma for attacker_conditions={args.attacker_conditions!r}, got objective="
+            f"{args.objective!r}: leave attacker_conditions at name."
+        )
     if on_weights(named_terms(args)) and args.attacker_renamed > 0:
         told = [{name: tuple(value.shape[1:]) for name, value in held.conditions.items()} for held in (train, harmful)]
         if told[0] != told[1]:
@@ -180,9 +189,27 @@ class Streams:
         )
 
 
+def told_conditions(
+    args: DiffusionImmunizationConfig, model: nn.Module, train: LatentDataset, harmful: LatentDataset,
+    null: Mapping[str, torch.Tensor] | None,
+) -> tuple[AttackerConditions | None, AttackerConditions | None]:
+    """What attackers condition on, and how rows are told no name; None where nothing asks for it."""
+    kinds = kinds_of(args.attacker_conditions)
+    told = partial(AttackerConditions, model=model, concept=harmful, retained=train, seed=args.seed, null=null)
+    return (
+        None if kinds == ("name",) else told(kinds),
+        told(("none",)) if ESD in named_terms(args) else None,
+    )
+
+
+def asks_for_none(args: DiffusionImmunizationConfig) -> bool:
+    """Whether something in a run is told no name, for which a denoiser of text needs the empty prompt."""
+    return "none" in kinds_of(args.attacker_conditions) or ESD in named_terms(args)
+
+
 def named_terms(args: DiffusionImmunizationConfig) -> tuple[AnyTerm, ...]:
     """Every term that ``args.objective`` names. A denoiser has no classifier: imma is on its weights."""
-    known = OBJECTIVES | {"imma": (IMMA_TERM,)}
+    known = OBJECTIVES | OF_DENOISERS | {"imma": (IMMA_TERM,)}
     if args.attacker_second_order:
         exact = partial(build_attack, False, kind=UnrolledAttack)
         known |= {"simulated_attack": (replace(SIMULATED_TERM, build=exact),)}
@@ -190,7 +217,8 @@ def named_terms(args: DiffusionImmunizationConfig) -> tuple[AnyTerm, ...]:
 
 
 def build_step(
-    args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, streams: Streams, meter: Meter
+    args: DiffusionImmunizationConfig, denoiser: Denoiser, model: nn.Module, streams: Streams, meter: Meter,
+    conditions: AttackerConditions | None = None, unnamed: AttackerConditions | None = None,
 ) -> tuple[Step, dict[str, RowLayout]]:
     """The terms that ``args.objective`` names at work, and how an input at each site becomes one row per image."""
     terms = named_terms(args)
@@ -211,7 +239,11 @@ def build_step(
         )
     if held := on_weights(terms):
         most = None if args.attacker_second_order else args.per_device_harmful_batch_size
-        task = denoising_task(denoiser, model, attacked_rows(args, model, streams.attack), args.seed, most)
+        rows = attacked_rows(args, model, streams.attack)
+        task = replace(
+            denoising_task(denoiser, model, rows, args.seed, most, conditions),
+            denoise=denoise_of(denoiser, erasure_rows(model, streams.attack), unnamed, args.seed),
+        )
         at_work = WeightTerms(
             {term: term.build(task, args) for term in held}, strength=args.strength, **numbers_of(args, held)
         )
@@ -227,14 +259,25 @@ def attacked_rows(
     return lambda step, attack_step: stream.batch(step * width + attack_step, place.device, dtype)
 
 
+def erasure_rows(model: nn.Module, attack: RenamedStream) -> dict[str, Callable[[int], NoisyBatch]]:
+    """Rows of the concept under its own name, and as many of what is retained, of each step."""
+    place, dtype = next(model.parameters()), dtype_of_rows(model)
+    return {
+        "named": lambda step: attack.concept.batch(step, place.device, dtype),
+        "related": lambda step: attack.names.batch(step, place.device, dtype),
+    }
+
+
 def denoising_task(
-    denoiser: Denoiser, model: nn.Module, rows: Callable[[int, int], NoisyBatch], seed: int, most: int | None = None
+    denoiser: Denoiser, model: nn.Module, rows: Callable[[int, int], NoisyBatch], seed: int, most: int | None = None,
+    conditions: AttackerConditions | None = None,
 ) -> AttackedTask:
     """The denoising loss on harmful rows, of any copy of the model.
 
     Args:
         most: rows at a time; the activations of more are computed again for the backward pass, so that an attacker's
             step takes no more memory than a micro-batch of ours. None: all at once.
+        conditions: what each attack is conditioned on; None for what the rows hold.
     """
 
     def losses(attacked: nn.Module, batch: NoisyBatch) -> torch.Tensor:
@@ -243,6 +286,8 @@ def denoising_task(
 
     def loss(attacked: nn.Module, step: int, attack_step: int) -> torch.Tensor:
         batch = rows(step, attack_step)
+        if conditions is not None:
+            batch = conditions.tell(attacked, step, batch)
         parts = batch.split(most or len(batch.noisy))
         with same_draws(batch.noisy.device, seed, "attack", step, attack_step):
             if len(parts) == 1:
@@ -250,4 +295,5 @@ def denoising_task(
             found = [checkpoint(losses, attacked, part, use_reentrant=False) for part in parts]
         return torch.cat(found).mean()
 
-    return AttackedTask(model, attention_projections(denoiser, model), loss, seed)
+    tokens = {} if conditions is None else conditions.tokens
+    return AttackedTask(model, attention_projections(denoiser, model), loss, seed, tokens=tokens)

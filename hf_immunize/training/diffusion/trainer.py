@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -67,6 +67,7 @@ from hf_immunize.training.diffusion.setup import (
     check_data,
     choose_trainable,
     named_terms,
+    told_conditions,
 )
 from hf_immunize.training.diffusion.stream import NoisyBatch, NoisyStream
 
@@ -92,6 +93,8 @@ class DiffusionImmunizationTrainer:
         eval_dataset: held-out retain rows for the guard.
         harmful_eval_dataset: rows of the concept that are not trained on, by which ``outcome`` says whether it worked;
             those of ``harmful_dataset`` without them.
+        null_conditions: what the denoiser is told of no prompt, one row by condition, for ``attacker_conditions`` none
+            and for esd; a denoiser that is told classes needs none.
         validate: called with the bare model and the step every ``validation_steps``, e.g. to draw images with a fixed
             seed; on the main process only, in evaluation mode.
         before_update: called with this trainer after each step's gradients are complete.
@@ -110,6 +113,7 @@ class DiffusionImmunizationTrainer:
         harmful_dataset: LatentDataset,
         eval_dataset: LatentDataset | None = None,
         harmful_eval_dataset: LatentDataset | None = None,
+        null_conditions: Mapping[str, Tensor] | None = None,
         validate: Callable[[nn.Module, int], None] | None = None,
         before_update: Callable[[DiffusionImmunizationTrainer], None] | None = None,
     ):
@@ -119,7 +123,7 @@ class DiffusionImmunizationTrainer:
         self._validate, self._before_update = validate, before_update
         self._rows = {"train_dataset": train_dataset, "harmful_dataset": harmful_dataset, "eval_dataset": eval_dataset}
         with fits_memory("model, optimizer and the copies that the objective needs", _LARGER):
-            self._build(model, train_dataset, harmful_dataset, eval_dataset)
+            self._build(model, train_dataset, harmful_dataset, eval_dataset, null_conditions)
             self._outcome_meter = self._make_outcome(harmful_dataset, harmful_eval_dataset)
         self.outcome: OutcomeRecord | None = None
         self.step = 0
@@ -129,7 +133,7 @@ class DiffusionImmunizationTrainer:
 
     def _build(
         self, model: nn.Module, train_dataset: LatentDataset, harmful_dataset: LatentDataset,
-        eval_dataset: LatentDataset | None,
+        eval_dataset: LatentDataset | None, null: Mapping[str, Tensor] | None,
     ) -> None:
         args = self.args
         plugin = sharding_plugin() if world()[1] > 1 else None
@@ -144,7 +148,8 @@ class DiffusionImmunizationTrainer:
         self.streams = Streams.of(args, self.process, train_dataset, harmful_dataset)
         self.watch = Watch(named_terms(args))
         self.meter = Meter(self.watch)
-        self.terms, self.layouts = build_step(args, self.denoiser, self.bare, self.streams, self.meter)
+        told = told_conditions(args, self.bare, train_dataset, harmful_dataset, null)
+        self.terms, self.layouts = build_step(args, self.denoiser, self.bare, self.streams, self.meter, *told)
         self._teacher = None
         if args.distillation > 0:
             if plugin is not None:

@@ -19,8 +19,8 @@ def make_trainer(tmp_path):
         family="unet", model=None, train=None, harmful=None, evaluation=None, scheduler=None, dtype=None, **options
     ):
         kind = {} if dtype is None else {"dtype": dtype}
-        hooks = {name: options.pop(name) for name in ("validate", "before_update", "harmful_eval_dataset")
-                 if name in options}
+        hooks = {name: options.pop(name) for name in ("validate", "before_update", "harmful_eval_dataset",
+                                                      "null_conditions") if name in options}
         settings = {
             "output_dir": str(tmp_path / "run"), "max_steps": 3, "per_device_train_batch_size": 6,
             "per_device_harmful_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1, "use_cpu": True,
