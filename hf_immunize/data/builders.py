@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ _PUBLIC, _PLACES, _PLACES_LATER = 900, 16, 8
 """Of the digits, how many the public split shows; at how many places each is shown there, and in the other split."""
 
 
+@cache
 def digits() -> Any:
     """scikit-learn's 1797 handwritten digits (8×8, UCI Optical Recognition) as a ``datasets.Dataset``."""
     images, labels = _scikit_digits("digits")
     return _labelled(images, labels)
 
 
+@cache  # the stages of one process ask again and again, and encoding 21,576 images takes seconds
 def scattered_digits() -> Any:
     """scikit-learn's digits at random places of a 16×16 canvas, as a ``DatasetDict`` of two splits.
 
