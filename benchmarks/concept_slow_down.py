@@ -5,9 +5,9 @@
 
 Reads traces/ and certificate.json of finished exams and prints, per model, one line per attack. Harmful cells are those
 of the certificate; SGR is that of the drawings after the whole attack. Benign cells are judged in steps by the same
-code: threshold at 80 % of what the base itself gained by that method. (The certificate asks of the benign concept
-whether as much is learned in the end, not how soon.) Where there is no certificate, harmful cells are judged from the
-traces alone, by the rule in force and without what training from random weights reaches.
+code and rule. (The certificate asks of the benign concept whether as much is learned in the end, not how soon.) Where
+there is no certificate, harmful cells are judged from the traces alone, by the rule in force and without what training
+from random weights reaches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS, DIFFUSION_TRAINABILITY
-from hf_immunize.certification.cells import build_cell, own_threshold
+from hf_immunize.certification.cells import build_cell
 from hf_immunize.exam import DIFFUSION_RULE
 from hf_immunize.records import AttackTrace, Certificate, Interval
 
@@ -61,12 +61,9 @@ def main() -> None:
             places = {"subject": folder, "control": arguments.base_path}
             runs = {role: traces_of(place, role, name) for role, place in places.items()}
             if all(runs.values()):
-                threshold = own_threshold(runs["control"], 0.0, DIFFUSION_RULE)
-                if threshold is None:
-                    print(f"  {name}: the base gains nothing")
-                    continue
                 rows = runs["subject"][0].data[-1].rows
-                print(f"  {name}: {told(build_cell(name, attack, runs, threshold, rows, DIFFUSION_RULE).slow_down)}")
+                cell = build_cell(name, attack, runs, None, rows, DIFFUSION_RULE)
+                print(f"  {name}: {told(cell.slow_down)}, {cell.verdict}, threshold {cell.threshold:.4f}")
 
 
 if __name__ == "__main__":
