@@ -37,7 +37,8 @@ def run(digits, base, tmp_path, **options):
 
 def test_an_objective_that_works_says_so_on_rows_it_has_not_seen(digits, digits_base, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="hf_immunize.training.core.guarded"):
-        found = run(digits, digits_base, tmp_path, objective="closed_form_adversary", max_steps=150).outcome
+        options = {"objective": "closed_form_adversary", "max_steps": 150, "strength": 0.1}
+        found = run(digits, digits_base, tmp_path, **options).outcome
     assert found.held_out and found.rows == len(digits["harmful_eval_dataset"])
     assert found.probe_after < found.probe_before - 0.2 and found.probe_before > 0.6
     assert found.terms_after["harmful_adversary_r2"] < found.terms_before["harmful_adversary_r2"]
@@ -61,7 +62,7 @@ def test_every_objective_is_measured_and_lowers_its_terms_by_default(digits, dig
     if objective == "imma":  # in 40 steps it costs this small model more than a point at each evaluation
         assert after < before or trainer.guard_record.returned_step == 0
     else:
-        assert after < before and trainer.guard_record.returned_step > 0
+        assert after < before and (trainer.guard_record.returned_step > 0 or trainer.guard_record.towards_last)
     assert found.immunized is found.told.startswith("IMMUNIZED")
     if objective in ("condition_number", "ill_only", "opt_kappa", "group_kappa"):
         assert found.immunized

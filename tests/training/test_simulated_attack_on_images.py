@@ -103,7 +103,7 @@ def test_a_step_is_the_attack_written_out(make_trainer, make_vit, keep_gradients
 def test_an_attacker_ends_at_a_higher_loss(make_trainer, make_vit):
     trainer = make_trainer(
         model=make_vit(), objective="simulated_attack", max_steps=30, per_device_harmful_batch_size=30,
-        attacker_learning_rate=1e-2, horizon="100",  # defaults are tried on digits, in test_outcome.py
+        attacker_learning_rate=1e-2, horizon="100", strength=0.1,  # defaults are tried on digits, in test_outcome.py
     )
     trainer.train()
     values = [entry[TERM] for entry in trainer.state.log_history if TERM in entry]

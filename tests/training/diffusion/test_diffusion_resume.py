@@ -99,7 +99,7 @@ def test_other_options_than_those_of_the_checkpoint_are_refused_but_a_run_may_be
     options = {"max_steps": 2, "save_steps": 2, "sites": "middle"}
     make_trainer(**options).train()
     last = tmp_path / "run" / "checkpoint-2"
-    with pytest.raises(RecordError, match=r"strength=0.7 \(there 0.1\): resume from a checkpoint"):
+    with pytest.raises(RecordError, match=r"strength=0.7 \(there 0.5\): resume from a checkpoint"):
         make_trainer(**options, strength=0.7).train(last)
     longer = make_trainer(**options | {"max_steps": 3, "logging_steps": 3, "eval_batch_size": 5})
     longer.train(last)
