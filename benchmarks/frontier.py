@@ -50,6 +50,8 @@ from hf_immunize.stages.pretrain import options_of, pretrain_model
 from hf_immunize.tasks import ClassesTask, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
+_PROBE = "_probe"
+"""In the name of every attacker that trains no weight of the network."""
 _PRIMARY = ("primary_split", "primary_splits", "primary_labels")
 Traces = Mapping[str, Sequence[AttackTrace]]
 
@@ -246,7 +248,7 @@ def measure(frontier: Frontier) -> dict[str, Any]:
             if not subject:
                 continue
             cells = {attack: judge(runs, control[attack], without.mean, rows) for attack, runs in subject.items()}
-            found = {attack: vars(cell) for attack, cell in cells.items() if cell is not None}
+            found = {attack: {**vars(cell), "probe": _PROBE in attack} for attack, cell in cells.items() if cell}
             models.append({"method": name, "seed": seed, "drop": base - frontier.accuracy(folder), "cells": found,
                            **intrinsic(folder), **verdicts(folder)})
     reach = {attack: reach_of(runs, rows) for attack, runs in control.items()}
@@ -283,9 +285,12 @@ def verdicts(folder: Path) -> dict[str, Any]:
 
 
 def weakest(model: Mapping[str, Any]) -> tuple[float, bool] | None:
-    """The smallest slow-down of the attackers that take steps, and whether it is only known from below."""
-    found = [(cell["ratio"], cell["censored"]) for cell in model["cells"].values() if cell["ratio"] is not None]
-    return min(found, default=None)
+    """The smallest slow-down of the attackers that train the network, and whether it is only known from below.
+
+    Probes are told by what they reach: in steps a probe is over at its first evaluation, on every model.
+    """
+    cells = [cell for name, cell in model["cells"].items() if _PROBE not in name and cell["ratio"] is not None]
+    return min(((cell["ratio"], cell["censored"]) for cell in cells), default=None)
 
 
 def correlations(models: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
@@ -301,8 +306,8 @@ def correlations(models: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, 
 
 def table(found: Mapping[str, Any], attacks: Sequence[str]) -> str:
     """Markdown: one row per method."""
-    lines = ["| method | defence seeds | points lost | " + " | ".join(attacks) + " | weakest attacker | front |"]
-    lines.append("|" + "---|" * (len(attacks) + 5))
+    lines = ["| method | defence seeds | points lost | " + " | ".join(attacks) + " | fastest | front | certificates |"]
+    lines.append("|" + "---|" * (len(attacks) + 6))
     rows = {}
     for name in dict.fromkeys(model["method"] for model in found["models"]):
         mine = [model for model in found["models"] if model["method"] == name]
@@ -313,16 +318,17 @@ def table(found: Mapping[str, Any], attacks: Sequence[str]) -> str:
         front = not any(d <= drop and r >= ratio and (d < drop or r > ratio) for d, r, *_ in rows.values())
         lost = spread([model["drop"] for model in mine])
         cells = [shown([model["cells"][attack] for model in mine if attack in model["cells"]]) for attack in attacks]
-        parts = [name, str(len(mine)), lost, *cells, slow(worst), "●" if front else ""]
+        told = ", ".join(sorted({model["overall"] for model in mine if "overall" in model}))
+        parts = [name, str(len(mine)), lost, *cells, slow(worst), "●" if front else "", told]
         lines.append(f"| {' | '.join(parts)} |")
     return "\n".join(lines)
 
 
 def shown(cells: Sequence[Mapping[str, Any]]) -> str:
-    """A slow-down, or what solves keep."""
+    """A slow-down, or what probes keep."""
     if not cells:
         return "not run"
-    if all(cell["ratio"] is None for cell in cells):
+    if all(cell["ratio"] is None or cell["probe"] for cell in cells):
         return f"{100 * fmean(cell['kept'] for cell in cells):.1f} %"
     return slow([(cell["ratio"], cell["censored"]) for cell in cells if cell["ratio"] is not None])
 
@@ -334,7 +340,7 @@ def slow(found: Sequence[tuple[float, bool]]) -> str:
     logs = mean_interval([math.log(ratio) for ratio, _ in found])
     least = "≥ " if any(censored for _, censored in found) else ""
     middle = f"{least}{math.exp(fmean(math.log(ratio) for ratio, _ in found)):.2f}×"
-    return middle if logs.low is None or logs.high is None else (
+    return middle if len(found) < 3 or logs.low is None or logs.high is None else (
         f"{middle} ({math.exp(logs.low):.2f} to {math.exp(logs.high):.2f})")
 
 
@@ -342,7 +348,8 @@ def spread(values: Sequence[float]) -> str:
     """A mean with its t interval."""
     found = mean_interval(values)
     middle = f"{fmean(values):+.2f}"
-    return middle if found.low is None or found.high is None else f"{middle} ({found.low:+.2f} to {found.high:+.2f})"
+    return middle if len(values) < 3 or found.low is None or found.high is None else (
+        f"{middle} ({found.low:+.2f} to {found.high:+.2f})")
 
 
 def settings_of(plan: str | Path) -> dict[str, dict[str, Any]]:

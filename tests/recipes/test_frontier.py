@@ -63,16 +63,19 @@ def test_a_cell_is_the_ratio_of_mean_curves_and_a_bound_where_the_budget_ends(fr
 
 def test_the_table_marks_what_no_other_method_is_better_than(frontier):
     def model(method, seed, drop, ratio, censored=False):
-        cells = {"full_finetune": {"ratio": ratio, "censored": censored, "kept": 0.5, "seeds": 3},
-                 "ridge_probe": {"ratio": None, "censored": False, "kept": 0.4, "seeds": 3}}  # fmt: skip
+        own = {"censored": False, "seeds": 3, "probe": False}
+        cells = {"full_finetune": {**own, "ratio": ratio, "censored": censored, "kept": 0.5},
+                 "ridge_probe": {**own, "ratio": None, "kept": 0.4, "probe": True},
+                 "whitened_probe_gd": {**own, "ratio": 1.0, "kept": 0.3, "probe": True}}  # fmt: skip
         return {"method": method, "seed": seed, "drop": drop, "cells": cells, "rir": ratio * 2}
 
-    models = [model("a", 0, 1.0, 2.0), model("a", 1, 1.2, 2.2), model("b", 0, 2.0, 1.5), model("c", 0, 3.0, 4.0, True),
+    models = [model("a", 0, 1.0, 2.0), model("a", 1, 1.2, 2.2), model("a", 2, 1.1, 2.1),
+              model("b", 0, 2.0, 1.5), model("c", 0, 3.0, 4.0, True),
               model("d", 0, 0.1, 1.1)]  # fmt: skip
-    lines = frontier.table({"models": models}, ["full_finetune", "ridge_probe"]).splitlines()
+    lines = frontier.table({"models": models}, ["full_finetune", "ridge_probe", "whitened_probe_gd"]).splitlines()
     rows = {line.split("|")[1].strip(): line for line in lines[2:]}
     assert [name for name, line in rows.items() if "●" in line] == ["a", "c", "d"]
-    assert "+1.10 (" in rows["a"] and "2.10× (" in rows["a"] and "40.0 %" in rows["a"]
+    assert "+1.10 (" in rows["a"] and "2.10× (" in rows["a"] and "40.0 %" in rows["a"] and "30.0 %" in rows["a"]
     assert "≥ 4.00×" in rows["c"] and "(" not in rows["c"]  # one defence seed has no interval
     rho, count = frontier.correlations(models)["rir"]
-    assert rho == pytest.approx(1.0) and count == 5
+    assert rho == pytest.approx(1.0) and count == 6
