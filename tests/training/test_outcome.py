@@ -45,6 +45,18 @@ def test_an_objective_that_works_says_so_on_rows_it_has_not_seen(digits, digits_
     assert found.told in caplog.text and "held-out harmful rows" in found.told
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 40}, {"max_steps": -1, "num_train_epochs": 3}], ids=["40", "epochs"])
+@pytest.mark.parametrize("allowed", [None, 1.0])
+def test_a_number_of_steps_or_epochs_alone_takes_the_probe_half_of_its_gain(
+    digits, digits_base, tmp_path, length, allowed
+):
+    del digits["harmful_eval_dataset"]  # 300 rows tell it better than 94
+    trainer = run(digits, digits_base, tmp_path, objective="closed_form_adversary", max_primary_drop=allowed, **length)
+    assert trainer.outcome.immunized, trainer.outcome.told
+    assert trainer.guard_record.drop <= 1.6  # three of 192 images, where nothing guards
+    assert trainer.guard_record.held is (None if allowed is None else True)
+
+
 LONG = ("imma", "rep_noise", "resalign_moreau", "sophon_ice", "sophon_klu", "tar_entropy", "trap")
 """Their losses have tests of their own; a whole run of each takes long."""
 
