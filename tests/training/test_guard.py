@@ -148,6 +148,27 @@ def test_a_drop_may_be_wider_while_there_are_steps_to_recover_in_but_not_the_cho
     assert guard.choose(model) and float(model.weight) == 6.0
 
 
+def test_a_drop_is_waited_for_only_while_the_terms_still_fall():
+    """On the digits demo the term stood at 0.001 from step 120 of 400 on, the drop beyond its allowance."""
+    factors = []
+    for falling in (True, False):
+        guard, factor = UtilityGuard(1.0, "accuracy", 8.0), 1.0
+        guard.base = 90.0
+        terms = [1.0, 0.5, 0.2, 0.0] if falling else [1.0, 0.02, 0.01, 0.0]
+        for step, progress in enumerate(terms, start=1):
+            factor = guard.observe(step, 88.2, progress, factor, weight(step), ahead=0.9)
+        factors.append(factor)
+    assert factors == [1.0, 0.25]
+
+
+def test_terms_that_were_not_measured_buy_nothing():
+    guard = UtilityGuard(1.0, "accuracy", 8.0)
+    guard.base = 90.0
+    assert guard.observe(1, 88.2, float("nan"), 1.0, weight(1), ahead=0.9) == 1.0, "nothing to compare with yet"
+    assert guard.observe(2, 88.2, 0.5, 1.0, weight(2), ahead=0.9) == 1.0
+    assert guard.observe(3, 88.2, float("nan"), 1.0, weight(3), ahead=0.9) == 0.5
+
+
 def test_the_trainer_tells_the_guard_how_much_of_the_run_is_ahead(make_trainer, make_pixels, monkeypatch):
     told = []
     observe = UtilityGuard.observe

@@ -34,13 +34,14 @@ class UtilityGuard:
     """Adapts the strength factor at each evaluation and remembers the best weights within the allowance.
 
     Above the allowance the factor is halved, unless the drop has shrunk by a quarter since the last evaluation: it
-    takes steps to recover, and a factor that is halved meanwhile ends at nothing. For the same reason this allowance
-    is ``1 + 3·ahead`` times as wide, ``ahead`` the share of the run that is still to come. Below half of the allowance
-    itself the factor grows by a quarter, up to ``max_factor``. Of the evaluations within the allowance the one with
-    the most progress on the terms is kept, of equal ones the latest; the model before immunization counts as one of
-    them, so there is always something to return. Progress is of batches that are trained on, a few of them near the
-    end of a short run, and two ends that lie within a twentieth of the whole way are told apart by chance: they are
-    equal here, and the one that trained longer is kept.
+    takes steps to recover, and a factor that is halved meanwhile ends at nothing. For the same reason this allowance is
+    ``1 + 3·ahead`` times as wide, ``ahead`` the share of the run that is still to come, for as long as the terms go on
+    falling: a drop that buys nothing more is not waited for. Below half of the allowance itself the factor grows by a
+    quarter, up to ``max_factor``. Of the evaluations within the allowance the one with the most progress on the terms
+    is kept, of equal ones the latest; the model before immunization counts as one of them, so there is always something
+    to return. Progress is of batches that are trained on, a few of them near the end of a short run, and two ends that
+    lie within a twentieth of the whole way are told apart by chance: they are equal here, and the one that trained
+    longer is kept.
 
     Args:
         allowed: largest drop in points of the metric; None watches and reports only.
@@ -66,16 +67,22 @@ class UtilityGuard:
         assert self.base is not None, "the base metric is measured before training"
         drop = self.base - metric
         before = self.history[-1]["drop"] if self.history else float("-inf")
+        buys = self._buys(progress)
         self.history.append({"step": step, "metric": metric, "drop": drop, "progress": progress, "factor": factor})
         if self.allowed is None:
             return factor
         if not drop <= self.allowed:  # a metric that is not a number holds nothing
-            tolerated = drop <= self.allowed * (1 + _AHEAD * ahead) or drop < _RECOVERS * before
-            return factor if tolerated else factor / 2
+            waited_for = buys and drop <= self.allowed * (1 + _AHEAD * ahead)
+            return factor if waited_for or drop < _RECOVERS * before else factor / 2
         if _finite(progress) and progress <= self.best_progress + self._told_apart():
             self.best_step, self.best_progress = step, min(progress, self.best_progress)
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         return min(factor * 1.25, self.max_factor) if drop <= self.allowed / 2 else factor
+
+    def _buys(self, progress: float) -> bool:
+        """Whether the terms are lower than at every evaluation before, by more than chance."""
+        seen = [row["progress"] for row in self.history if _finite(row["progress"])]
+        return not seen or (_finite(progress) and progress < min(seen) - self._told_apart())
 
     def _told_apart(self) -> float:
         """How far apart two evaluations' progress has to be: a share of the way between the least and the most."""
