@@ -134,6 +134,7 @@ DIFFUSION_PROTOCOLS: dict[str, Protocol] = {
         rule=DIFFUSION_RULE,
         trials=4,
         tuning_seeds=1,
+        adaptation=Adaptation(),
         trainability=BENIGN_DIFFUSION,
     ),
     "diffusion_standard": Protocol(
@@ -148,6 +149,8 @@ DIFFUSION_PROTOCOLS: dict[str, Protocol] = {
         rule=DIFFUSION_RULE,
         trials=4,
         tuning_seeds=1,
+        adaptation=Adaptation(most=2),
+        search=Search(),
         trainability=BENIGN_DIFFUSION,
     ),
 }

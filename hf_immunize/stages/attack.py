@@ -35,7 +35,7 @@ from hf_immunize.hub import local_folder, working_folder
 from hf_immunize.models import reads_images
 from hf_immunize.options import option, required
 from hf_immunize.records import AttackTrace
-from hf_immunize.stages.following import AfterBase, OnBase, adapting_attacks, read_base
+from hf_immunize.stages.following import AfterBase, OnBase, adapting_attacks, attacked_base, read_base
 from hf_immunize.stages.price import Price
 from hf_immunize.stages.start import DEVICE_HELP, hush, start
 from hf_immunize.stages.words import choose_family, read_words, refuse_foreign
@@ -222,9 +222,8 @@ def _effort(plan: AttackPlan, options: AttackOptions, output: Path) -> tuple[Map
     if options.role == "control":
         paths = sorted((output / "traces" / "nothing").glob("*.json"))
         return {}, OnBase(plan.protocol, plan.adapting, [AttackTrace.read(path) for path in paths])
-    beside = options.role in ("scratch", "alternative") and (output / "traces" / "control").is_dir()
-    here = str(output) if beside else None
-    folder = options.control_path or here
+    beside = output if options.role in ("scratch", "alternative") else None
+    folder = options.control_path or attacked_base(beside, options.base_path)
     if folder is None:
         print("budgets and ranges are those asked for: name the attacked base with --control_path to follow it.")
         return {}, None

@@ -47,6 +47,12 @@ def adapting_attacks(
     return tuple(name for name, steps in asked.items() if steps == {asked_budget(protocol.name, name)})
 
 
+def attacked_base(*folders: str | Path | None) -> Path | None:
+    """The first of these folders that holds runs on a base, which nobody then has to name; None where none does."""
+    paths = [Path(folder) for folder in folders if folder is not None]
+    return next((path for path in paths if (path / "traces" / "control").is_dir()), None)
+
+
 def read_base(folder: Path) -> dict[str, list[AttackTrace]]:
     """The runs on the base, and of attackers without the model, that lie in its folder.
 

@@ -1,14 +1,13 @@
 """Effort follows the base: budgets until the base's steps × factor × margin fit, ranges until the best lies inside."""
 
 import dataclasses
-import math
 
 import pytest
-from trace_builders import MODEL, data, reaching, side_of, trace
+from formula_exam import Formula, sit
+from trace_builders import reaching, side_of, trace
 
 from hf_immunize.attacks import ATTACKS, TRAINABILITY, parse_settings, run_suite
 from hf_immunize.attacks.core.effort import Effort
-from hf_immunize.attacks.core.shape import Result, evaluation_steps
 from hf_immunize.attacks.core.sharing import Share
 from hf_immunize.certification.adapting import Lines, budgets_of, follow_base, next_budget, next_widening
 from hf_immunize.certification.cells import build_cell
@@ -17,8 +16,7 @@ from hf_immunize.certification.uplift import Reach
 from hf_immunize.errors import IncompleteExamError
 from hf_immunize.exam import PROTOCOLS
 from hf_immunize.exam.presets import run_departures
-from hf_immunize.records import Adaptation, AttackTrace, Evaluation
-from hf_immunize.stages.following import AfterBase, OnBase, adapting_attacks, read_base
+from hf_immunize.records import Adaptation, AttackTrace
 
 QUICK, NAME = PROTOCOLS["quick"], "full_finetune"
 SETTINGS = parse_settings(QUICK.settings, ATTACKS)
@@ -66,47 +64,6 @@ def test_a_rank_is_doubled():
     runs = [reaching(10 if rank == 64 else 500, trial=f"learning_rate=0.1,rank={rank}",
                      config={"learning_rate": 0.1, "rank": rank}) for rank in (1, 8, 64)]
     assert next_widening(runs, 0.5, LINES).name == "learning_rate=0.1,rank=128"
-
-
-@dataclasses.dataclass
-class Formula:
-    """An exam without a model: the good rate is 0.1, which the range does not have, and the model is slowed 5 times."""
-
-    role: str
-    tau: float = 60.0
-    slowed: float = 5.0
-    good: float = 0.1
-    device = "cpu"
-    data = tuple(data())
-    fingerprint = MODEL
-    described = {"attack_fraction": 0.8}
-
-    def holding(self, need):
-        return None
-
-    def run(self, context, runs):
-        for run in runs:
-            off = abs(math.log10(run.config.learning_rate / context.good))
-            tau = context.tau * 3**off * (1 + 0.02 * run.seed) * (context.slowed if context.role == "subject" else 1)
-            curve = [Evaluation(step=step, validation=(score := 0.9 * (1 - math.exp(-step / tau))), test=score)
-                     for step in evaluation_steps(run.config.steps)]
-            yield run, Result(curve, run.config.steps, 0.1, samples=32 * run.config.steps)
-
-
-def sit(folder, role, after=None, share=None, **formula):
-    context = Formula(role, **formula)
-    table = {NAME: dataclasses.replace(ATTACKS[NAME], run=context.run)}
-    names = adapting_attacks(QUICK, table, [NAME], SETTINGS, QUICK.trials)
-    assert names == (NAME,)
-    if role == "control":
-        efforts, follow, decided = {}, OnBase(QUICK, names, []), None
-    else:
-        found = AfterBase(QUICK, names, read_base(after))
-        efforts, follow, decided = found.efforts(), found, found.decided
-    run_suite(context, table, [NAME], QUICK.seeds, folder, SETTINGS, trials=QUICK.trials,
-              tuning_seeds=QUICK.tuning_seeds, efforts=efforts, follow=follow, decided=decided,
-              share=share)
-    return [AttackTrace.read(path) for path in sorted((folder / "traces" / role).glob("*.json"))]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Seeds that can change nothing are left out, and no others."""
 
 import pytest
-from test_adapting import sit
+from formula_exam import sit
 from trace_builders import side_of
 
 from hf_immunize.attacks import ATTACKS, TRAINABILITY

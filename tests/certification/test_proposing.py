@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import pytest
-from test_adapting import NAME, Formula
+from formula_exam import Formula
 from trace_builders import trace
 
 from hf_immunize.attacks import ATTACKS, TRAINABILITY, parse_settings, run_suite
@@ -19,6 +19,7 @@ from hf_immunize.exam.presets import run_departures
 from hf_immunize.records import AttackTrace, Evaluation, Provenance, Search
 from hf_immunize.stages.following import AfterBase, OnBase, adapting_attacks, read_base
 
+NAME = "full_finetune"
 HERE = Provenance.here("cpu")
 SEARCH = Search(further=6, batch=2)
 OPTIMUM = 3e-3
