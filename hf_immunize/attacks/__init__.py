@@ -3,8 +3,9 @@
 import sys
 
 from hf_immunize.attacks.core.plan import parse_settings, plan_runs, plan_trials
+from hf_immunize.attacks.core.rounds import count_runs
 from hf_immunize.attacks.core.shape import Attack, Result, Role, Run, evaluation_steps, setting
-from hf_immunize.attacks.core.suite import SuiteSummary, count_runs, run_suite
+from hf_immunize.attacks.core.suite import SuiteSummary, run_suite
 from hf_immunize.attacks.registering import register_attack
 from hf_immunize.attacks.vision import (
     ATTACKS,

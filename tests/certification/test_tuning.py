@@ -150,7 +150,7 @@ def test_a_suite_compares_on_some_seeds_and_runs_the_best_on_the_others(sit, tmp
 @pytest.mark.slow
 def test_a_suite_runs_every_finalist_on_the_other_seeds(sit, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "hf_immunize.attacks.core.suite.finalists", lambda traces: tuple(sorted({run.trial for run in traces})[:2])
+        "hf_immunize.attacks.core.rounds.finalists", lambda traces: tuple(sorted({run.trial for run in traces})[:2])
     )
     assert sit("subject", "two").made == 6 + 3 + 2 * 2
     seeds = {}

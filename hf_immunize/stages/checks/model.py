@@ -283,7 +283,7 @@ def _steps(args: Any, rows: Mapping[str, int]) -> float:
 def _attack_time(stage: Stage, held: tuple[Any, ...], both: float, everything: float) -> float:
     """Seconds of the attacks that train the network; probes cost their features, which are made once."""
     from hf_immunize.attacks.core.plan import find_attack, plan_runs
-    from hf_immunize.attacks.core.suite import count_runs
+    from hf_immunize.attacks.core.rounds import count_runs
 
     plan = AttackPlan.of(held[1], find_family(stage.options))
     total = 0.0
