@@ -51,3 +51,12 @@ def test_leaving_out_seeds_changes_no_verdict(simulated, case):
         whole, short = (simulated.Simulator(9000 + exam, 5, curtailed=early) for early in (False, True))
         assert draw(whole).verdict == draw(short).verdict
         assert short.spent in (3, 5)
+
+
+def test_leaving_out_seeds_saves_some_of_a_copy_of_the_base_and_changes_no_verdict(simulated):
+    spent = []
+    for exam in range(20):
+        whole, short = (simulated.Simulator(7000 + exam, 5, tuned=True, curtailed=early) for early in (False, True))
+        assert whole.cell(1.0).verdict == short.cell(1.0).verdict == "FAILS"
+        spent.append(short.spent)
+    assert spent.count(3) >= 10 and whole.spent == 5
