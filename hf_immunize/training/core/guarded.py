@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -57,8 +58,9 @@ class GuardedRun:
         self._terms.factor = self.guard.observe(step, points, progress, self._terms.factor, self._part, ahead=ahead)
         return {"primary_drop": self.guard.base - points, "strength_factor": self._terms.factor}
 
-    def finish(self, measure: Callable[[str], float]) -> UtilityGuardRecord:
-        """Load the best weights within the allowance, or those from before.
+    def finish(self, measure: Callable[[str], float]) -> UtilityGuardRecord | None:
+        """Load the best weights within the allowance, or those from before; None where a metric that guards nothing
+        is no number in the end.
 
         Where training went on to better terms at a drop that was not allowed, the weights lie on the line from the
         best ones within the allowance (or from before) to the last ones, as far along it as the allowance reaches:
@@ -81,7 +83,11 @@ class GuardedRun:
         if guard.allowed is not None and not guard.base - final <= guard.allowed:
             self._give_back(f"was not held when the chosen weights were measured again ({final:.2f} points)")
             guard.best_step, share = 0, 0.0
-            final = measure("final")
+            again = measure("final")
+            final = again if math.isfinite(again) else guard.base  # of the same weights, before training
+        if not math.isfinite(final):
+            logger.warning(f"{guard.metric} of the trained weights is {final}: its drop is not known.")
+            return None
         return guard.record(final).model_copy(update={"towards_last": share or None})
 
     def _went_on(self) -> bool:

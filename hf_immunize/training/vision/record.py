@@ -67,7 +67,10 @@ def immunization_record(
 ) -> ImmunizationRecord:
     """Describe the run whose weights were saved in ``folder``; ``spectra`` are those of base and immunized model."""
     if trainer.guard_record is None:
-        raise RecordError("expected a finished run with an eval_dataset, got none: the record says what utility cost.")
+        raise RecordError(
+            "expected a finished run with an eval_dataset and a metric on it, got none: the record says what utility "
+            "cost. Pass both to the trainer (guard_metric names the metric)."
+        )
     model = trainer.accelerator.unwrap_model(trainer.model)
     saved = ModelFingerprint.of_folder(
         folder, name=Path(folder).name, architecture=original_class(model).__name__, parameters=model.num_parameters()

@@ -49,6 +49,7 @@ from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly
 from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
+from hf_immunize.training.vision.guard_metric import base_points, points_of, refuse_lower_is_better
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.identity import identity_of
@@ -143,6 +144,7 @@ class ImmunizationTrainer(StrictTrainer):
 
     def _check(self, model: nn.Module, args: ImmunizationConfig, primary: Any, harmful: Any, evaluation: Any) -> None:
         """Refuse what cannot be trained, and find head, sites and tasks."""
+        refuse_lower_is_better(args.guard_metric)
         refuse_model(args, model)
         refuse_non_finite(model, "the model before immunization")
         if args.trainable_modules is not None:
@@ -416,13 +418,15 @@ class ImmunizationTrainer(StrictTrainer):
         if self.objective is not None:
             self.objective.settings = self.settings
 
-    def _measure_base(self) -> float:
+    def _measure_base(self) -> float | None:
         """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
-        if self._base_labels is None:
-            return self._points(self.evaluate(metric_key_prefix="base"), "base")
-        self._base_labels.open = True
-        points = self._points(self.evaluate(metric_key_prefix="base"), "base")
-        self._base_labels.refuse_other_order(output_names(self.bare.config.id2label), "eval_dataset")
+        labels = self._base_labels
+        if labels is not None:
+            labels.open = True
+        metrics = self.evaluate(metric_key_prefix="base")
+        points = base_points(metrics, self.guard.metric, guards=self.guard.allowed is not None)
+        if labels is not None:
+            labels.refuse_other_order(output_names(self.bare.config.id2label), "eval_dataset")
         return points
 
     def _measure_references(self) -> None:
@@ -446,10 +450,7 @@ class ImmunizationTrainer(StrictTrainer):
         super().log(logs, start_time)
 
     def _points(self, metrics: dict[str, float], prefix: str = "eval") -> float:
-        key = f"{prefix}_{self.guard.metric}"
-        if key not in metrics:
-            raise ConfigError(f"expected metric {self.guard.metric!r} in {sorted(metrics)}: set guard_metric.")
-        return 100.0 * metrics[key]
+        return points_of(metrics, self.guard.metric, prefix)
 
     def _probe(self, model: nn.Module, rows: int) -> float | None:
         return self._outcome_meter.probe(model, rows)  # of cached rows once there are such
@@ -488,7 +489,8 @@ class ImmunizationTrainer(StrictTrainer):
             self.guard_record = self.guarded.finish(
                 lambda what: self._points(self.evaluate(metric_key_prefix=what), what)
             )
-            self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})
+            if self.guard_record is not None:
+                self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})
         self.outcome = self._outcome_meter.record(self.bare)
         if self.outcome is not None:
             self.log(logged(self.outcome))

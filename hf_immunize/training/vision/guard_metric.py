@@ -1,0 +1,67 @@
+"""The metric that the guard compares: a share of 0..1, higher is better, that an evaluation gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from transformers.utils import logging
+
+from hf_immunize.errors import ConfigError
+
+logger = logging.get_logger(__name__)
+
+
+def refuse_lower_is_better(metric: str) -> None:
+    """Raise ConfigError for a loss: a guard holds a drop, and a loss that drops is one that gets better."""
+    if metric.lower().endswith("loss"):
+        raise ConfigError(
+            f"expected a guard_metric of which more is better, got {metric!r}: a loss is better when it drops, which "
+            "the guard would forbid. Name a share of 0..1, such as accuracy, that compute_metrics gives."
+        )
+
+
+def points_of(metrics: Mapping[str, float], metric: str, prefix: str = "eval") -> float:
+    """The metric of one evaluation in points, hundredths of its share.
+
+    Raises:
+        ConfigError: an evaluation without it.
+    """
+    key = f"{prefix}_{metric}"
+    if key not in metrics:
+        raise ConfigError(f"expected metric {metric!r} in {sorted(metrics)}: set guard_metric.")
+    return 100.0 * metrics[key]
+
+
+def base_points(metrics: Mapping[str, float], metric: str, *, guards: bool, prefix: str = "base") -> float | None:
+    """The metric of the model before immunization, in points; None where it cannot be compared and need not be.
+
+    Args:
+        guards: whether ``max_primary_drop`` rests on it; without, it is only watched.
+
+    Raises:
+        ConfigError: it is missing, not finite, or no share of 0..1, and is to guard.
+    """
+    try:
+        points = points_of(metrics, metric, prefix)
+        _refuse_incomparable(points / 100, metric)
+    except ConfigError as error:
+        if guards:
+            raise
+        logger.warning(f"The primary metric is not watched, {error}")
+        return None
+    return points
+
+
+def _refuse_incomparable(base: float, metric: str) -> None:
+    if not math.isfinite(base):
+        raise ConfigError(
+            f"expected a finite {metric!r} of the model before immunization, got {base}: no drop from it can be told. "
+            "Mend compute_metrics, or name another guard_metric."
+        )
+    if base > 1:
+        raise ConfigError(
+            f"expected a share of 0..1 as {metric!r} of the model before immunization, got {base:g}: max_primary_drop "
+            "is in points, hundredths of such a share. Divide a percentage by 100 in compute_metrics, or name another "
+            "guard_metric."
+        )
