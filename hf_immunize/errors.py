@@ -31,6 +31,10 @@ class SpectrumError(ImmunizeError, ValueError):
     """A matrix whose spectrum is not defined: empty, not finite, or zero."""
 
 
+class DecompositionError(SpectrumError):
+    """A decomposition that failed: a matrix with NaN, infinite or far too large values."""
+
+
 class RecordError(ImmunizeError, ValueError):
     """A file on disk that is missing, truncated, tampered with, or of an unknown schema."""
 

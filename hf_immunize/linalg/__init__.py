@@ -1,6 +1,7 @@
 """Numerics of the package: dtype, rank floors, eigen-solvers and their gradients. Imports torch only."""
 
 from hf_immunize.linalg.attacker import softmax_descent
+from hf_immunize.linalg.converging import converging
 from hf_immunize.linalg.frechet import frechet_distance
 from hf_immunize.linalg.linear_map import LinearMap, fit_linear_map, truncated
 from hf_immunize.linalg.ridge import (
@@ -27,6 +28,7 @@ __all__ = [
     "Spectrum",
     "SpectrumStatus",
     "check_features",
+    "converging",
     "fit_linear_map",
     "frechet_distance",
     "r_squared",

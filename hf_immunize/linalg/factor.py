@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.converging import converging
 from hf_immunize.linalg.spectrum import check_features, singular_value_floor, to_double
 
 
@@ -75,6 +76,7 @@ class MomentFactor:
         return factor_features(self.factor_RD @ to_double(theta_DE.detach()), tolerance=tolerance)
 
 
+@converging()
 def factor_features(
     features_ND: Tensor,
     *,
@@ -100,6 +102,7 @@ def factor_features(
     return _cut(sigma, right_t.T, tolerance, eps=torch.finfo(feature_dtype or features_ND.dtype).eps, power=1)
 
 
+@converging()
 def feature_singular_values(
     features_ND: Tensor, *, tolerance: float | None = None, feature_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, float]:
@@ -135,6 +138,7 @@ def _feature_tolerance(
     return float(singular_value_floor(sigma[0], frobenius, rows or count, width, dtype or features_ND.dtype) / sigma[0])
 
 
+@converging()
 def factor_moment(moment_DD: Tensor, *, tolerance: float | None = None) -> MomentFactor:
     """Factor of a given symmetric positive semidefinite K.
 

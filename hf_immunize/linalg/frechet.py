@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.converging import converging
 from hf_immunize.linalg.spectrum import check_features, to_double
 
 
+@converging()
 def frechet_distance(first_ND: Tensor, second_MD: Tensor) -> float:
     """‖μ₁ − μ₂‖² + Tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) of features N×D and M×D (Dowson & Landau 1982; FID, Heusel et al. 2017).
 

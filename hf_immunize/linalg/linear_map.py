@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.converging import converging
 from hf_immunize.linalg.spectrum import check_features, to_double
 from hf_immunize.linalg.whitening import FeatureMap, fit_feature_map
 
@@ -55,6 +56,7 @@ def fit_linear_map(source_ND: Tensor, target_NE: Tensor) -> LinearMap:
     return LinearMap(whitening, white.T @ (target - mean) / len(white), mean)
 
 
+@converging()
 def truncated(matrix_DE: Tensor, rank: int) -> Tensor:
     """The best approximation of rank at most ``rank`` in every unitarily invariant norm (Eckart, Young 1936)."""
     left, sigma, right = torch.linalg.svd(to_double(matrix_DE), full_matrices=False)

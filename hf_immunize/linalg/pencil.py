@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.converging import converging
 from hf_immunize.linalg.factor import MomentFactor
 
 
@@ -50,6 +51,7 @@ class CommonPencil:
         return float(self.values_C[0] / self.values_C[-1])
 
 
+@converging()
 def common_pencil(primary: MomentFactor, harmful: MomentFactor) -> CommonPencil:
     """Block-diagonalize two second moments by congruence; O(D³), from factors, so K is never formed.
 
@@ -108,6 +110,7 @@ def _seen_of_null(primary: MomentFactor, harmful: MomentFactor) -> tuple[Tensor,
     return seen, right_t, max(above, harmful.rank - primary.rank), tolerance
 
 
+@converging()
 def union_basis(primary: MomentFactor, harmful: MomentFactor) -> Tensor:
     """Orthonormal basis (D×U) of range(K_P) + range(K_H)."""
     _, right_t, only_h, _ = _seen_of_null(primary, harmful)

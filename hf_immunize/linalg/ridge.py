@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.converging import converging
 from hf_immunize.linalg.spectrum import check_features, singular_value_floor, to_double
 
 
+@converging()
 def ridge_weights(phi_ND: Tensor, labels_NC: Tensor, penalty: Tensor) -> Tensor:
     """Minimiser W (D×C) of ‖ΦW − Y‖² + penalty·‖W‖², by a Cholesky solve on the smaller of the N×N and D×D sides.
 
     Inputs are float64 and already centred. ``penalty`` is a positive zero-dimensional tensor. For a stack ``...``×N×D
     there is a penalty for each (shape ``...``) and labels may be shared; W is ``...``×D×C.
+
+    Raises:
+        DecompositionError: features that are NaN, infinite or too large.
     """
     rows, width = phi_ND.shape[-2:]
     side = min(rows, width)
@@ -33,6 +38,7 @@ def r_squared(residual_NC: Tensor, labels_NC: Tensor) -> Tensor:
     return 1 - residual_NC.square().sum(dim=(-2, -1)) / labels_NC.square().sum(dim=(-2, -1))
 
 
+@converging()
 def spectral_adversary(
     support_ND: Tensor,
     support_labels_NC: Tensor,
@@ -54,6 +60,7 @@ def spectral_adversary(
 
     Raises:
         SpectrumError: fewer than two support rows, widths that differ, or a horizon that is not positive.
+        DecompositionError: features that are NaN, infinite or too large.
     """
     for features in (support_ND, query_MD):
         check_features(features, stacked=True)
@@ -141,6 +148,7 @@ def ridge_r_squared(
     return torch.stack([r_squared(wanted - found.to(wanted), residual) for found in answers])
 
 
+@converging()
 def _ridge_answers(
     support_ND: Tensor, targets_NC: Tensor, query_MD: Tensor, horizons: Sequence[float],
     feature_dtype: torch.dtype | None,

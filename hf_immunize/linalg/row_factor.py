@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.converging import converging
 from hf_immunize.linalg.ridge import steps_to_residual
 from hf_immunize.linalg.spectrum import Spectrum, check_features, moment_floor, singular_value_floor, to_double
 
@@ -80,6 +81,7 @@ class RowFactor:
         return self._triangle
 
     @cached_property
+    @converging()
     def _decomposed(self) -> tuple[Tensor, Tensor] | None:
         """Left singular vectors of R_Φ and the S singular values; None for rows that are not finite."""
         triangle = self._absorb()

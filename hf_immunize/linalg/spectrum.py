@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.converging import converging
 
 
 class SpectrumStatus(enum.StrEnum):
@@ -231,6 +232,7 @@ def second_moment_spectrum(
     return second_moment_spectra(features_ND, centered=centered, method=method, feature_dtype=feature_dtype)
 
 
+@converging()
 def second_moment_spectra(
     features_GND: Tensor, *, centered: bool = True, method: str = "auto", feature_dtype: torch.dtype | None = None
 ) -> Spectrum:
@@ -241,6 +243,7 @@ def second_moment_spectra(
 
     Raises:
         SpectrumError: not floating ``...``×N×D, or an unknown method.
+        DecompositionError: features that are finite, but so large that their squares are not.
     """
     check_features(features_GND, stacked=True)
     dtype = feature_dtype or features_GND.dtype

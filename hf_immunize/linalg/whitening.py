@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize.errors import SpectrumError
+from hf_immunize.linalg.converging import converging
 from hf_immunize.linalg.spectrum import check_features, singular_value_floor, to_double
 
 FEATURE_MAPS = ("raw", "centered", "standardized", "whitened")
@@ -29,6 +30,7 @@ class FeatureMap:
         return (to_double(features_ND) - self.mean_1D) @ self.matrix_DD
 
 
+@converging()
 def fit_feature_map(features_ND: Tensor, kind: str) -> FeatureMap:
     """Fit one of FEATURE_MAPS on the attacker's training rows Φ (N×D).
 

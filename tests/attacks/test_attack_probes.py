@@ -9,8 +9,8 @@ from equality import units_apart
 from torch import nn
 
 from hf_immunize.attacks import ATTACKS, Run, _probes, evaluation_steps, plan_runs, run_suite
-from hf_immunize.attacks.vision._probes import initial_weights, probe_data
-from hf_immunize.attacks.vision.ridge_probe import RidgeProbe
+from hf_immunize.attacks.vision._probes import ProbeData, initial_weights, probe_data
+from hf_immunize.attacks.vision.ridge_probe import RidgeProbe, _solve
 from hf_immunize.linalg.whitening import fit_feature_map
 from hf_immunize.records import AttackTrace
 
@@ -66,6 +66,14 @@ def test_batched_probes_equal_torch_optim_one_by_one(make_context, name, config,
         found = results[run.trial, run.seed]
         wanted = one_by_one(context, run.seed, replace(config, learning_rate=run.config.learning_rate), optimizer)
         assert np.array(as_tuples(found.curve)) == pytest.approx(np.array(wanted), abs=1e-9), run.trial
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e200])
+def test_a_ridge_solve_that_fails_is_an_attack_that_diverged(value):
+    rows = torch.full((1, 6, 3), value, dtype=torch.float64) * torch.arange(1, 7)[None, :, None]
+    data = ProbeData(rows, torch.arange(6)[None] % 2, rows, torch.arange(6) % 2, validation_rows=3, classes=2)
+    found = _solve(data, penalty=0.1, started=0.0)
+    assert found.outcome == "diverged" and "the solve failed: expected a matrix that can be" in found.note
 
 
 @pytest.mark.parametrize("name", ["linear_probe_gd", "linear_probe_momentum", "whitened_probe_gd"])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.trainer_callback import TrainerCallback
 
-from hf_immunize.errors import ModelError, TrainingDivergedError
+from hf_immunize.errors import DecompositionError, ModelError, TrainingDivergedError
+from hf_immunize.linalg import ridge_accuracies
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.registry import terms_of
@@ -149,3 +150,23 @@ def test_harmful_features_that_collapse_are_the_goal_and_no_divergence(make_trai
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
     assert len(logs) == 4 and all("harmful_log_kappa" not in row and "primary_log_kappa" in row for row in logs)
+
+
+@pytest.mark.parametrize("objective", ["closed_form_adversary", "simulated_attack", "trap"])
+def test_features_that_cannot_be_decomposed_are_a_step_that_diverged(make_trainer, objective):
+    trainer = make_trainer(learning_rate=1e30, max_steps=6, max_grad_norm=0.0, objective=objective)
+    with pytest.raises(TrainingDivergedError, match=r"expected finite losses and spectra.*at step \d"):
+        trainer.train()
+
+
+def test_values_that_broke_before_a_decomposition_did_are_named():
+    watch = Watch([])
+    watch.step = 3
+    with pytest.raises(TrainingDivergedError, match="without a spectrum at step 3.*lower the learning rate"):
+        with watch.over_steps():
+            ridge_accuracies(torch.full((4, 2), math.nan), torch.tensor([0, 1, 0, 1]), torch.zeros(4, 2),
+                             torch.tensor([0, 1, 0, 1]), [1.0])  # fmt: skip
+    with pytest.raises(TrainingDivergedError, match=r"\['primary_loss'\] at step 3"):
+        with watch.over_steps():
+            watch.add({"primary_loss": torch.tensor(math.nan)})
+            raise DecompositionError("no")

@@ -14,7 +14,8 @@ from hf_immunize.attacks.core.shape import Attack, Result, Run, setting
 from hf_immunize.attacks.vision._cost import ridge_flops
 from hf_immunize.attacks.vision._probes import ProbeData, probe_data
 from hf_immunize.attacks.vision.context import AttackContext
-from hf_immunize.linalg import ridge_weights
+from hf_immunize.errors import DecompositionError
+from hf_immunize.linalg import converging, ridge_weights
 from hf_immunize.records import Evaluation
 
 
@@ -55,12 +56,13 @@ def _solve(data: ProbeData, penalty: float, started: float) -> Result:
     phi, judged = data.train_GND[0, :, :-1], data.judged_GMD[0, :, :-1]
     labels = torch.nn.functional.one_hot(data.train_labels_GN[0], data.classes).to(phi)
     mean, label_mean = phi.mean(dim=0), labels.mean(dim=0)
-    sigma_1 = torch.linalg.matrix_norm(phi - mean, ord=2)
-    # tiny: features that are zero everywhere must still solve (to weights of zero, and accuracy at chance).
-    shift = (penalty * sigma_1.square()).clamp(min=torch.finfo(phi.dtype).tiny)
     try:
+        with converging():
+            sigma_1 = torch.linalg.matrix_norm(phi - mean, ord=2)
+        # tiny: features that are zero everywhere must still solve (to weights of zero, and accuracy at chance).
+        shift = (penalty * sigma_1.square()).clamp(min=torch.finfo(phi.dtype).tiny)
         weights = ridge_weights(phi - mean, labels - label_mean, shift)
-    except torch.linalg.LinAlgError as error:
+    except DecompositionError as error:
         return Result([], 1, time.perf_counter() - started, "diverged", f"the solve failed: {error}")
     hits = (((judged - mean) @ weights + label_mean).argmax(dim=1) == data.judged_labels_M).double()
     held = data.validation_rows

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_immunize import regularizers
+from hf_immunize.linalg import converging
 from hf_immunize.training.core.measured import Rows, Term, TermSettings
 
 BANDWIDTHS = (0.5, 1.0, 2.0, 4.0)
@@ -44,6 +45,7 @@ def noise_discrepancy(features_ND: Tensor, bandwidths: tuple[float, ...] = BANDW
     return total / len(bandwidths)
 
 
+@converging()
 def probe_trap(features_ND: Tensor, labels_N: Tensor, classes: int, steps: int = TRAP_STEPS) -> Tensor:
     """softplus(ΔL − ΔL₂): how much more a probe's few steps gain than the local quadratic says; ≥ 0.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from hf_immunize.errors import TrainingDivergedError
+from hf_immunize.errors import DecompositionError, TrainingDivergedError
 from hf_immunize.training.core.registry import AnyTerm
 
 _LONGEST = 50
@@ -71,6 +72,22 @@ class Watch:
                 f"expected finite losses and spectra, got {sorted(set(broken[first]))} at step {first}: lower the "
                 "learning rate or the strength, and check the images for constant or broken ones. Nothing was saved."
             )
+
+    @contextmanager
+    def over_steps(self) -> Iterator[None]:
+        """Around the steps of a run: a decomposition that fails is a step that diverged.
+
+        Raises:
+            TrainingDivergedError: the step is named, with the values that had stopped being finite before it if any.
+        """
+        try:
+            yield
+        except DecompositionError as error:
+            self.settle()
+            raise TrainingDivergedError(
+                f"expected finite losses and spectra, got features without a spectrum at step {self.step} ({error}): "
+                "lower the learning rate or the strength. Nothing was saved."
+            ) from error
 
     def progress(self) -> float:
         """Sum over terms of their mean since the last call, each on its own scale; lower is better. Infinity for

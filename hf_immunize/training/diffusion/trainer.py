@@ -253,7 +253,8 @@ class DiffusionImmunizationTrainer:
         hidden = self.args.disable_progress or not self.accelerator.is_local_main_process
         with tqdm(total=self.args.max_steps, initial=self.step, desc="immunize", unit="step", disable=hidden) as bar:
             while self.step < self.args.max_steps:
-                self._take_step()
+                with self.watch.over_steps():
+                    self._take_step()
                 bar.update()
                 self._after_step(bar)
         self._finish()

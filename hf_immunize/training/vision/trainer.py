@@ -340,7 +340,8 @@ class ImmunizationTrainer(StrictTrainer):
                 if self.args.distillation:
                     self._measure_temperature()
                 set_seed(self.args.seed)  # so that measuring first changes nothing in what is trained
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with self.watch.over_steps():
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Primary micro-batches of one optimizer step, each with its harmful batch attached."""
