@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.certification.primary_rows import ACCURACY, judge_utility
-from hf_immunize.data import PixelDataset, batches, for_model, refuse_other_labels
+from hf_immunize.data import PixelDataset, batches, for_model, id2label_of, refuse_other_labels
 from hf_immunize.features import prefer_channels_last
 from hf_immunize.records import Answers, ModelFingerprint, Utility, UtilityRows
 
@@ -37,7 +37,7 @@ def answered(model: nn.Module, dataset: PixelDataset, *, is_base: bool = False) 
         DataError: ``is_base``, and the model tells the classes apart but calls them by other labels.
     """
     config: Any = model.config
-    own = for_model(dataset, config.id2label)
+    own = for_model(dataset, id2label_of(config))
     predicted = predicted_labels(model, own)
     if is_base:
         refuse_other_labels(predicted, own.labels, own.label_names, dataset.name)

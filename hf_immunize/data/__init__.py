@@ -1,6 +1,13 @@
 """Data of both tasks: sources, content-hash splits, pixels, fingerprints, and the harmful stream."""
 
-from hf_immunize.data.alignment import align_labels, for_model, names_classes, output_names, refuse_other_labels
+from hf_immunize.data.alignment import (
+    align_labels,
+    for_model,
+    id2label_of,
+    names_classes,
+    output_names,
+    refuse_other_labels,
+)
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
 from hf_immunize.data.caching import cache_folder, identity_of, is_shared
 from hf_immunize.data.classes import Classes, parse_labels, read_classes, select_classes
@@ -87,6 +94,7 @@ __all__ = [
     "for_model",
     "forward_rows",
     "has_transform",
+    "id2label_of",
     "identity_of",
     "is_shared",
     "is_stream",

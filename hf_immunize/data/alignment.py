@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from math import comb
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def align_labels(names: Sequence[str], id2label: Mapping[int, str], where: str) 
 
     Args:
         names: of the data set's classes, in the order of its label ids.
-        id2label: of the model's config.
+        id2label: of the model's config (``id2label_of``).
         where: what the data set is called in messages.
 
     Raises:
@@ -60,6 +61,14 @@ def align_labels(names: Sequence[str], id2label: Mapping[int, str], where: str) 
             "or choose the classes that the model knows with primary_labels."
         )
     return [places[_plain(name)][0] for name in names]
+
+
+def id2label_of(config: Any) -> dict[int, str]:
+    """``id2label`` of a model's config; ``LABEL_0``, … where it says how many outputs there are and no more (PVT)."""
+    held = getattr(config, "id2label", None)
+    if held is not None:
+        return dict(held)
+    return {number: f"LABEL_{number}" for number in range(getattr(config, "num_labels", None) or 0)}
 
 
 def output_names(id2label: Mapping[int, str]) -> list[str]:

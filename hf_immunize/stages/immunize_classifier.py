@@ -7,7 +7,15 @@ from typing import Any
 
 from transformers import set_seed
 
-from hf_immunize.data import PROBE_SPLIT, PixelDataset, TaskArguments, describe_source, for_model, names_classes
+from hf_immunize.data import (
+    PROBE_SPLIT,
+    PixelDataset,
+    TaskArguments,
+    describe_source,
+    for_model,
+    id2label_of,
+    names_classes,
+)
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.models import label_maps, load_classifier, load_processor, random_classifier
 from hf_immunize.records import ImmunizationRecord, ModelFingerprint
@@ -45,7 +53,7 @@ class ClassifierDefence:
 
     def trainer(self, train: PixelDataset, validation: PixelDataset, defense: PixelDataset) -> ImmunizationTrainer:
         """The Trainer, after a look at the base's spectra."""
-        labels = self._model.config.id2label
+        labels = id2label_of(self._model.config)
         made = ImmunizationTrainer(
             model=self._model, args=self._args, train_dataset=for_model(train, labels), harmful_dataset=defense,
             eval_dataset=for_model(validation, labels), processing_class=self._processor,
@@ -105,7 +113,7 @@ def _load_weights(folder: Path, options: ImmunizeOptions, label_names: list[str]
 
 def _check_labels(model: Any, label_names: list[str]) -> None:
     """Raise ModelError for a head that neither has as many outputs as there are classes nor names them."""
-    if model.config.num_labels != len(label_names) and not names_classes(model.config.id2label):
+    if model.config.num_labels != len(label_names) and not names_classes(id2label_of(model.config)):
         raise ModelError(
             f"expected a base with {len(label_names)} labels, got {model.config.num_labels}: train its head on "
             "the primary task first (hf-immunize pretrain), or set id2label in its config.json."

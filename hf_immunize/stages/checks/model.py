@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_immunize.data import names_classes, output_names
+from hf_immunize.data import id2label_of, names_classes, output_names
 from hf_immunize.errors import ImmunizeError
 from hf_immunize.features import trainable_modules
 from hf_immunize.models import label_maps, load_classifier, load_processor, refuse_folder
@@ -163,8 +163,8 @@ def _from_config(source: str, labels: Mapping[str, Any], trusted: bool) -> nn.Mo
 def _head(known: Known, names: Sequence[str]) -> list[Finding]:
     """Whether a trained base has an output for each class of the primary task."""
     config = known.model.config
-    if names_classes(config.id2label):
-        outputs = output_names(config.id2label)
+    if names_classes(id2label_of(config)):
+        outputs = output_names(id2label_of(config))
         if unknown := [name for name in names if name not in outputs]:
             level: Level = "fails" if config.num_labels != len(names) else "note"
             return [Finding("head", level, f"expected an output for each class of the primary data, got none called "

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_immunize.data import HARMFUL_SPLITS, PROBE_SPLIT, TaskArguments, names_classes, output_names
+from hf_immunize.data import HARMFUL_SPLITS, PROBE_SPLIT, TaskArguments, id2label_of, names_classes, output_names
 from hf_immunize.errors import ConfigError, ModelError
 from hf_immunize.exam import PROTOCOLS
 from hf_immunize.features import find_classifier
@@ -66,7 +66,7 @@ def look_at(source: str, names: Sequence[str], revision: str | None = None) -> S
             f"{type(error).__name__}: {error}: check the path, or see hf_immunize.add_head for other backbones."
         ) from error
     headed = any("ForImageClassification" in str(kind) for kind in own.architectures or [])
-    return Seen(model, dict(own.id2label) if headed else None, image_shape(processor), find_classifier(model))
+    return Seen(model, id2label_of(own) if headed else None, image_shape(processor), find_classifier(model))
 
 
 def draft_classifier(

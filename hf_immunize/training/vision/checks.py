@@ -14,6 +14,7 @@ from hf_immunize.data import (
     check_source,
     first_row,
     for_model,
+    id2label_of,
     is_stream,
     label_names_of,
     names_classes,
@@ -102,9 +103,9 @@ def matched(model: Any, dataset: Any) -> Any:
     """A PixelDataset with the labels of the model's outputs, by name; anything else as it is (see ``check_head``)."""
     if isinstance(dataset, dict):
         return {name: matched(model, rows) for name, rows in dataset.items()}
-    if not isinstance(dataset, PixelDataset) or not names_classes(model.config.id2label):
+    if not isinstance(dataset, PixelDataset) or not names_classes(id2label_of(model.config)):
         return dataset
-    return for_model(dataset, model.config.id2label)
+    return for_model(dataset, id2label_of(model.config))
 
 
 def check_head(model: Any, primary: Any, kind: str, name: str = "train_dataset") -> None:
@@ -117,13 +118,13 @@ def check_head(model: Any, primary: Any, kind: str, name: str = "train_dataset")
     names = label_names_of(primary) if kind == SINGLE else None
     if names is None:
         return
-    if len(names) != model.config.num_labels and not names_classes(model.config.id2label):
+    if len(names) != model.config.num_labels and not names_classes(id2label_of(model.config)):
         raise ModelError(
             f"expected a head with {len(names)} outputs, one for each class of {name}, got {model.config.num_labels}: "
             f"load the model with num_labels={len(names)} and train that head first, or pass the rows its head was "
             "trained on."
         )
-    places = align_labels(names, model.config.id2label, name)
+    places = align_labels(names, id2label_of(model.config), name)
     if moved := [place for place, output in enumerate(places) if place != output]:
         told = ", ".join(f"{names[place]!r} is label {place} and output {places[place]}" for place in moved[:5])
         raise DataError(

@@ -20,6 +20,7 @@ from hf_immunize.data import (
     NamedStream,
     collate_pixels,
     has_transform,
+    id2label_of,
     is_stream,
     named_workers,
     output_names,
@@ -427,7 +428,7 @@ class ImmunizationTrainer(StrictTrainer):
         metrics = self.evaluate(metric_key_prefix="base")
         points = base_points(metrics, self.guard.metric, guards=self.guard.allowed is not None)
         if labels is not None:
-            labels.refuse_other_order(output_names(self.bare.config.id2label), "eval_dataset")
+            labels.refuse_other_order(output_names(id2label_of(self.bare.config)), "eval_dataset")
         return points
 
     def _measure_references(self) -> None:
