@@ -6,7 +6,7 @@ from hf_immunize.features.capture import Captured, capture_inputs
 from hf_immunize.features.extract import extract_features, feature_batches
 from hf_immunize.features.finding import find_layouts, unmoved_inputs
 from hf_immunize.features.headed import BackboneForImageClassification, HeadedBackboneConfig, add_head
-from hf_immunize.features.heads import find_classifier
+from hf_immunize.features.heads import find_classifier, under_adapters
 from hf_immunize.features.layout import lying_channels_last, prefer_channels_last
 from hf_immunize.features.patterns import linear_sites, match_modules, trainable_modules
 from hf_immunize.features.rows import RowLayout, parse_layouts, pool_rows
@@ -35,5 +35,6 @@ __all__ = [
     "pool_rows",
     "prefer_channels_last",
     "trainable_modules",
+    "under_adapters",
     "unmoved_inputs",
 ]

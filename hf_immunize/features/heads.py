@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
@@ -21,12 +22,17 @@ def find_classifier(model: nn.Module) -> str:
     Raises:
         ModelError: no linear head, or more than one; the candidates are listed.
     """
+    if (plain := under_adapters(model)) is not model:
+        place = next(name for name, module in model.named_modules() if module is plain)
+        return f"{place}.{find_classifier(plain)}"
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     inside = base_prefix(model)
+    beside = _beside_adapters(model)
     fitting = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and (labels is None or module.out_features == labels)
+        and not name.startswith(beside)
     ]
     heads = [name for name in fitting if inside is None or not name.startswith(inside)]
     if not heads and inside is not None:
@@ -34,6 +40,23 @@ def find_classifier(model: nn.Module) -> str:
     if len(heads) == 1:
         return heads[0]
     raise _not_one(model, heads, labels)
+
+
+def under_adapters(model: nn.Module) -> Any:
+    """The model that a ``PeftModel`` wraps, its adapters within; any other model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if callable(unwrap) else model
+
+
+def _beside_adapters(model: nn.Module) -> tuple[str, ...]:
+    """What names begin with of layers that PEFT put beside a model's own, or has put out of use."""
+    found = []
+    for name, module in model.named_modules():
+        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+            found.append(f"{name}.original_module")  # its copy is what runs, and what is trained
+        elif hasattr(module, "base_layer"):
+            found += [f"{name}.{part}" for part, _ in module.named_children() if part != "base_layer"]
+    return tuple(found)
 
 
 def _named_by_base(model: nn.Module, inside: str) -> list[str]:

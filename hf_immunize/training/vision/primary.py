@@ -22,6 +22,7 @@ from hf_immunize.data import (
     whole_number,
 )
 from hf_immunize.errors import DataError
+from hf_immunize.features import under_adapters
 
 SINGLE, MULTI, REGRESSION, UNLABELLED = (
     "single_label_classification",
@@ -37,7 +38,7 @@ def kind_of(model: Any, first: Mapping[str, Any]) -> str:
     Args:
         first: the first primary row.
     """
-    if len(first) and label_key(first) is None and "ForImageClassification" not in type(model).__name__:
+    if len(first) and label_key(first) is None and "ForImageClassification" not in type(under_adapters(model)).__name__:
         return UNLABELLED
     return getattr(model.config, "problem_type", None) or SINGLE
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_immunize.errors import CaptureError, ConfigError, ModelError
-from hf_immunize.features import RowLayout, capture_inputs, find_layouts, linear_sites, parse_layouts, unmoved_inputs
+from hf_immunize.features import (
+    RowLayout,
+    capture_inputs,
+    find_layouts,
+    linear_sites,
+    parse_layouts,
+    under_adapters,
+    unmoved_inputs,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +73,7 @@ def choose_layouts(
         ConfigError: layouts of sites that are not there, or that are none.
     """
     asked = parse_layouts(given, list(dict.fromkeys(sites)))
-    taken = inspect.signature(model.forward).parameters
+    taken = inspect.signature(under_adapters(model).forward).parameters
     named = {name: value for name, value in row.items() if name in taken and name not in _LABELS}
     inputs = {name: torch.as_tensor(value)[None] for name, value in named.items()}
     try:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.features import under_adapters
 from hf_immunize.training.core.launching import refuse_deepspeed_of, sharding_plugin
 from hf_immunize.training.core.registry import COPYING
 from hf_immunize.training.core.sharding import is_sharded
@@ -166,6 +167,12 @@ def refuse_model(args: Any, model: nn.Module) -> None:
             )
         if getattr(module, "gradient_checkpointing", False):
             _refuse_checkpointed(args, module)
+    if under_adapters(model) is not model and args.attacker_rank and _simulates(args):
+        raise ConfigError(
+            f"expected attacker_rank=0 for {_simulates(args)[0]} of a {type(model).__name__}, got "
+            f"{args.attacker_rank}: factors of an attacker's own beside those of PEFT were not tried. Set "
+            "attacker_rank=0, or train the model itself (merge_and_unload)."
+        )
     _refuse_split(model)
     if is_sharded(model):
         refuse_sharded(args)
