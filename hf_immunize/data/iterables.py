@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hf_immunize.data.rows import NEVER_WRAPPED, as_mapping, check_rows, fetch, named_error
+from hf_immunize.data.rows import NEVER_WRAPPED, as_mapping, check_finite, check_rows, fetch, named_error
 from hf_immunize.errors import DataError
 
 
@@ -52,7 +52,7 @@ class NamedStream(IterableDataset[Any]):
         limit: rows after which it ends.
 
     Raises:
-        DataError: a row that cannot be read, see ``fetch``; ``repeat`` without a row.
+        DataError: a row that cannot be read, see ``fetch``, or whose pixels are not finite; ``repeat`` without a row.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class NamedStream(IterableDataset[Any]):
                 raise
             except Exception as error:
                 raise named_error(error, number, self.name) from error
+            check_finite(row, number, self.name)
             if self._check is not None:
                 self._check(row, number, self.name)
             yield row

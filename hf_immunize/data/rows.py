@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -66,6 +67,21 @@ def as_mapping(row: Any, number: int, name: str) -> Mapping[str, Any]:
         f"expected rows that are dicts in {name}, got a {type(row).__name__}{parts} in row {number}: return "
         "{'pixel_values': image, 'labels': label} from the dataset's __getitem__."
     )
+
+
+def check_finite(row: Any, number: int, name: str) -> None:
+    """Raise DataError for pixels, as a tensor or an array, with a NaN or an infinity: the row is named."""
+    pixels = row.get("pixel_values") if isinstance(row, Mapping) else None
+    if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f":
+        pixels = torch.as_tensor(np.ascontiguousarray(pixels))
+    if not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
+        return
+    # One bad pixel makes the sum no number, and a sum is several times as fast as a look at each.
+    if not bool(pixels.sum().isfinite()) and not bool(pixels.isfinite().all()):
+        raise DataError(
+            f"expected finite pixels in {name}, got NaN or infinity in row {number}: remove the image, or check the "
+            "image processor's mean and standard deviation."
+        )
 
 
 def fetch(dataset: Any, row: int, name: str) -> Any:
@@ -188,7 +204,7 @@ class NamedRows(Dataset[Any]):
 
     Raises:
         DataError: for a dataset without numbered rows; and when a row is read that the dataset cannot give, see
-            ``fetch``.
+            ``fetch``, or whose pixels are not finite.
     """
 
     def __init__(self, rows: Any, name: str, check: Callable[[Any, int, str], None] | None = None):
@@ -202,6 +218,7 @@ class NamedRows(Dataset[Any]):
         return self._checked(fetch(self.rows, row, self.name), row)
 
     def _checked(self, found: Any, row: int) -> Any:
+        check_finite(found, row, self.name)
         if self._check is not None:
             self._check(found, row, self.name)
         return found

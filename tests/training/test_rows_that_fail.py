@@ -7,9 +7,11 @@ import time
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
+from hf_immunize.data import NamedStream
 from hf_immunize.errors import ConfigError, DataError, ModelError, WorkerError
+from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 
 
 class Fails(Dataset):
@@ -26,6 +28,10 @@ class Fails(Dataset):
         if row == self._place:
             if self._how == "raises":
                 raise OSError("cannot identify image file 'cat.jpg'")
+            if self._how in ("NaN", "NaN array", "infinity"):
+                pixels = self._rows[row]["pixel_values"].clone()
+                pixels[0, 0, 0] = float("inf" if self._how == "infinity" else "nan")
+                return self._rows[row] | {"pixel_values": pixels.numpy() if "array" in self._how else pixels}
             if torch.utils.data.get_worker_info() is not None:
                 time.sleep(8) if self._how == "hangs" else os._exit(1)
         return self._rows[row]
@@ -46,6 +52,33 @@ NAMES = {"primary": "train_dataset", "harmful": "harmful_dataset", "evaluation":
 def test_a_row_that_raises_is_named(make_trainer, make_pixels, side, workers):
     with pytest.raises(DataError, match=rf"row 5 of {NAMES[side]}, got OSError: cannot identify image file 'cat.jpg'"):
         start(make_trainer, make_pixels, side, "raises", dataloader_num_workers=workers)
+
+
+@pytest.mark.parametrize("how", ["NaN", "NaN array", "infinity"])
+@pytest.mark.parametrize("side", NAMES)
+def test_a_row_with_pixels_that_are_no_numbers_is_named(make_trainer, make_pixels, side, how):
+    with pytest.raises(DataError, match=rf"finite pixels in {NAMES[side]}, got NaN or infinity in row 5: remove"):
+        start(make_trainer, make_pixels, side, how)
+
+
+def test_such_a_row_of_the_held_out_ones_or_of_a_stream_is_named(make_trainer, make_vit, make_pixels, tmp_path):
+    rows = {"train_dataset": make_pixels(24), "harmful_dataset": make_pixels(30, seed=1)}
+    args = ImmunizationConfig(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+    held = Fails(make_pixels(24, seed=2), "NaN")
+    with pytest.raises(DataError, match="finite pixels in harmful_eval_dataset, got NaN or infinity in row 5"):
+        ImmunizationTrainer(make_vit(), args, **rows, harmful_eval_dataset=held).train()
+    with pytest.raises(DataError, match="finite pixels in train_dataset, got NaN or infinity in row 5"):
+        list(NamedStream(Endless(held), "train_dataset"))
+
+
+class Endless(IterableDataset):
+    """Rows in order, without numbers."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def __iter__(self):
+        yield from (self._rows[row] for row in range(len(self._rows)))
 
 
 @pytest.mark.parametrize(
