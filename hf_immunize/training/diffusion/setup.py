@@ -80,15 +80,23 @@ def check_data(
     train: LatentDataset | None,
     harmful: LatentDataset | None,
     evaluation: LatentDataset | None,
+    held: LatentDataset | None = None,
 ) -> None:
-    """Raise DataError, ModelError or ConfigError for data or a model that this run cannot use."""
+    """Raise DataError, ModelError or ConfigError for data or a model that this run cannot use.
+
+    Args:
+        held: harmful rows that are not trained on.
+    """
     _refuse_narrow(denoiser, model, args)
     refuse_non_finite(model, "the model before immunization")
     if train is None or harmful is None:
         missing = "train_dataset" if train is None else "harmful_dataset"
         raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
-    for dataset in (train, harmful, *([evaluation] if evaluation is not None else [])):
-        denoiser.probe(model, dataset.latents, dataset.conditions)
+    named = {"train_dataset": train, "harmful_dataset": harmful, "eval_dataset": evaluation}
+    for name, dataset in {**named, "harmful_eval_dataset": held}.items():
+        if dataset is not None:
+            _check_rows(denoiser, model, name, dataset)
+            _check_shape(train, name, dataset)
     if len(harmful) < 2:
         raise DataError(
             f"expected at least two images of the concept in harmful_dataset, got {len(harmful)}: one image has no "
@@ -109,10 +117,21 @@ def check_data(
                 f"expected retain and harmful rows with conditions of one shape for attacker_renamed, got {told[0]} "
                 f"and {told[1]}: encode both with one pipeline."
             )
-    if train.latents.shape[1:] != harmful.latents.shape[1:]:
+
+def _check_rows(denoiser: Denoiser, model: nn.Module, name: str, dataset: LatentDataset) -> None:
+    """Ask the model about the first row; the dataset is named where that fails."""
+    try:
+        denoiser.probe(model, dataset.latents, dataset.conditions)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+def _check_shape(train: LatentDataset, name: str, dataset: LatentDataset) -> None:
+    """Raise DataError for rows of the concept of another shape than the retain rows': terms compare both."""
+    if "harmful" in name and train.latents.shape[1:] != dataset.latents.shape[1:]:
         raise DataError(
             f"expected harmful latents of the retain latents' shape {tuple(train.latents.shape[1:])}, got "
-            f"{tuple(harmful.latents.shape[1:])}: encode both at one resolution with one VAE."
+            f"{tuple(dataset.latents.shape[1:])} in {name}: encode both at one resolution with one VAE."
         )
 
 

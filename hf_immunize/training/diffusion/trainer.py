@@ -123,7 +123,7 @@ class DiffusionImmunizationTrainer:
         self._validate, self._before_update = validate, before_update
         self._rows = {"train_dataset": train_dataset, "harmful_dataset": harmful_dataset, "eval_dataset": eval_dataset}
         with fits_memory("model, optimizer and the copies that the objective needs", _LARGER):
-            self._build(model, train_dataset, harmful_dataset, eval_dataset, null_conditions)
+            self._build(model, train_dataset, harmful_dataset, eval_dataset, harmful_eval_dataset, null_conditions)
             self._outcome_meter = self._make_outcome(harmful_dataset, harmful_eval_dataset)
         self.outcome: OutcomeRecord | None = None
         self.step = 0
@@ -133,12 +133,12 @@ class DiffusionImmunizationTrainer:
 
     def _build(
         self, model: nn.Module, train_dataset: LatentDataset, harmful_dataset: LatentDataset,
-        eval_dataset: LatentDataset | None, null: Mapping[str, Tensor] | None,
+        eval_dataset: LatentDataset | None, held: LatentDataset | None, null: Mapping[str, Tensor] | None,
     ) -> None:
         args = self.args
         plugin = sharding_plugin() if world()[1] > 1 else None
         self.bare: Any = model.to(self.accelerator.device)
-        check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset)
+        check_data(self.denoiser, model, args, train_dataset, harmful_dataset, eval_dataset, held)
         self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         choose_trainable(self.denoiser, model.train(), args.trainable_modules, args.lora_rank)
         if args.gradient_checkpointing:

@@ -9,7 +9,8 @@ from torch import nn
 
 from hf_immunize.data import collate_pixels, forward_rows
 from hf_immunize.errors import ConfigError
-from hf_immunize.training.vision.collators import collate_with_labels
+from hf_immunize.training.vision.checks import dtype_of_images
+from hf_immunize.training.vision.collators import InPrecision, collate_with_labels
 from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.frozen import FeatureCache, check_repeatable
 from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
@@ -47,7 +48,7 @@ def cache_of(
         args.feature_cache_dir,
         model,
         boundary,
-        WithoutTargets(collate_with_labels(collate_pixels, forwards.kind)),
+        WithoutTargets(InPrecision(collate_with_labels(collate_pixels, forwards.kind), dtype_of_images(model))),
         str(accelerator.mixed_precision),
         accelerator.autocast,
         min(forward_rows(boundary.image, args.device), most_rows),

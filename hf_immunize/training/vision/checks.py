@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_immunize.data import (
     PixelDataset,
@@ -17,14 +20,17 @@ from hf_immunize.data import (
     id2label_of,
     is_stream,
     label_names_of,
+    model_channels,
     names_classes,
     pixel_shape,
 )
-from hf_immunize.errors import ConfigError, DataError, ModelError
-from hf_immunize.features import capture_inputs, find_classifier, linear_sites
+from hf_immunize.errors import ConfigError, DataError, ImmunizeError, ModelError
+from hf_immunize.features import capture_inputs, find_classifier, linear_sites, under_adapters
 from hf_immunize.training.core.registry import AnyTerm
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.primary import SINGLE, UNLABELLED, check_known_labels, kind_of
+
+_PACKAGE = Path(__file__).parents[2]
 
 
 def head_of(model: nn.Module, args: Any) -> str:
@@ -45,6 +51,15 @@ def head_of(model: nn.Module, args: Any) -> str:
         return linear_sites(model, args.sites)[-1]
 
 
+def refuse_no_model(model: Any) -> None:
+    """Raise ModelError for what is no model, a name or nothing: θ₀ has to be there before anything is checked."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"expected a model, got {model!r}: load it first, as AutoModelForImageClassification.from_pretrained(...) "
+            "does. model_init is not called, since the guard and distillation compare with the model passed in."
+        )
+
+
 def check_data(
     model: nn.Module, primary: Any, harmful: Any, evaluation: Any, terms: Sequence[AnyTerm]
 ) -> tuple[str, Mapping[str, Any], HarmfulTask]:
@@ -61,6 +76,7 @@ def check_data(
     for name, rows in (("train_dataset", primary), ("harmful_dataset", harmful), *_parts(evaluation)):
         check_source(rows, name)
     first = first_row(primary, "train_dataset")
+    pixels = _checked_pixels(model, first)
     kind = kind_of(model, first)
     check_known_labels(model, primary, kind, "train_dataset")
     check_head(model, primary, kind)
@@ -68,13 +84,56 @@ def check_data(
         check_known_labels(model, rows, kind, name)
         check_head(model, rows, kind, name)
     task = HarmfulTask(harmful, "harmful_dataset", terms)
-    shapes = pixel_shape(first, "train_dataset"), pixel_shape(task.first, "harmful_dataset")
-    if shapes[0] != shapes[1]:
+    check_size(pixels.shape, task)
+    return kind, {**first, "pixel_values": pixels}, task
+
+
+def _checked_pixels(model: nn.Module, first: Mapping[str, Any]) -> Tensor:
+    """The first primary image in the precision of the model's weights; DataError for another number of channels."""
+    shape, channels = pixel_shape(first, "train_dataset"), model_channels(under_adapters(model))
+    if channels is not None and shape[0] != channels:
+        last = " Move the channels to the front, with pixels.permute(2, 0, 1)." if shape[-1] == channels else ""
         raise DataError(
-            f"expected harmful images of the primary images' size {tuple(shapes[0])}, got {tuple(shapes[1])}: "
+            f"expected pixel_values of the model's {channels} channel(s), C x H x W, in train_dataset, got shape "
+            f"{tuple(shape)} in row 0: preprocess the images with the model's processor.{last}"
+        )
+    return torch.as_tensor(first["pixel_values"]).to(dtype_of_images(model))
+
+
+def dtype_of_images(model: nn.Module) -> torch.dtype:
+    """The precision of the weights that read images."""
+    return next((part.dtype for part in model.parameters() if part.is_floating_point()), torch.float32)
+
+
+def check_size(size: torch.Size, task: HarmfulTask) -> None:
+    """Raise DataError for harmful images of another size than the primary ones'."""
+    other = pixel_shape(task.first, task.name)
+    if size != other:
+        raise DataError(
+            f"expected harmful images of the primary images' size {tuple(size)} in {task.name}, got {tuple(other)}: "
             "preprocess both with the same image processor."
         )
-    return kind, first, task
+
+
+@contextmanager
+def forward_of_first(row: Mapping[str, Any]) -> Iterator[None]:
+    """Around the first forwards, which are of one row: what the model's own code raises there is named.
+
+    Raises:
+        DataError: another error of the model's than one of memory.
+    """
+    try:
+        yield
+    except (ImmunizeError, torch.OutOfMemoryError):
+        raise
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        if _PACKAGE in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parents:
+            raise  # no forward's
+        shape = tuple(torch.as_tensor(row["pixel_values"]).shape)
+        raise DataError(
+            f"expected images that the model takes in train_dataset, got {shape} in row 0, on which its forward raised "
+            f"{type(error).__name__}: {error} Preprocess the images with the model's processor."
+        ) from error
 
 
 def refuse_streams(args: Any, streams: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,26 @@ def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[...,
         return found | {"labels": labels if labels.dtype == torch.long and labels.dim() == 1 else labels.float()}
 
     return collated
+
+
+class InPrecision:
+    """A collator whose pixels have the precision of the model's weights: NumPy's own default, float64, is another.
+
+    Args:
+        given: makes the batch.
+        dtype: of the weights that read images.
+    """
+
+    def __init__(self, given: Callable[..., Any], dtype: torch.dtype):
+        self._given, self._dtype = given, dtype
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Any:
+        """One batch."""
+        batch = self._given(rows)
+        pixels = batch.get("pixel_values") if isinstance(batch, Mapping) else None
+        if isinstance(pixels, Tensor) and pixels.is_floating_point() and pixels.dtype != self._dtype:
+            return {**batch, "pixel_values": pixels.to(self._dtype)}
+        return batch
 
 
 class UnmixedCollator:

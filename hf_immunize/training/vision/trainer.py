@@ -24,6 +24,7 @@ from hf_immunize.data import (
     is_stream,
     named_workers,
     output_names,
+    pixel_shape,
 )
 from hf_immunize.errors import ConfigError
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
@@ -44,8 +45,18 @@ from hf_immunize.training.vision.before import measure_references, measure_tempe
 from hf_immunize.training.vision.caching import cache_of, with_cached_images, with_cached_rows
 from hf_immunize.training.vision.callbacks import Averaging, Ending, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer
-from hf_immunize.training.vision.checks import check_data, check_unlabelled, head_of, matched, refuse_streams
-from hf_immunize.training.vision.collators import UnmixedCollator, collate_with_labels
+from hf_immunize.training.vision.checks import (
+    check_data,
+    check_size,
+    check_unlabelled,
+    dtype_of_images,
+    forward_of_first,
+    head_of,
+    matched,
+    refuse_no_model,
+    refuse_streams,
+)
+from hf_immunize.training.vision.collators import InPrecision, UnmixedCollator, collate_with_labels
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly
 from hf_immunize.training.vision.forwards import Forwards
@@ -120,24 +131,28 @@ class ImmunizationTrainer(StrictTrainer):
     ):
         if args.max_primary_drop is not None and eval_dataset is None:
             raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out primary rows.")
+        refuse_no_model(model)
         train_dataset, eval_dataset = matched(model, train_dataset), matched(model, eval_dataset)
         self._check(model, args, train_dataset, harmful_dataset, eval_dataset)
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset = harmful_eval_dataset
-        rows = harmful_eval_dataset
-        held = None if rows is None else HarmfulTask(rows, "harmful_eval_dataset", self.terms)
+        held = None
+        if harmful_eval_dataset is not None:
+            held = HarmfulTask(harmful_eval_dataset, "harmful_eval_dataset", self.terms)
+            check_size(pixel_shape(self.harmful_task.first, "harmful_dataset"), held)
         metrics = compute_metrics or metrics_of(self.kind)
         self._base_labels = BaseLabels(metrics) if metrics is not None and self.kind == SINGLE else None
         check_stock_options(args, self.kind, metrics)
-        ours = collate_with_labels(collate_pixels, self.kind)
-        self._plain_collator = collate_with_boundary(UnmixedCollator(data_collator, ours) if data_collator else ours)
+        ours, dtype = collate_with_labels(collate_pixels, self.kind), dtype_of_images(model)
+        plain = UnmixedCollator(data_collator, ours) if data_collator else ours
+        self._plain_collator = collate_with_boundary(InPrecision(plain, dtype))
         with resumable(args, model):
             super().__init__(
                 model=model,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                data_collator=collate_with_boundary(data_collator or ours),
+                data_collator=collate_with_boundary(InPrecision(data_collator or ours, dtype)),
                 compute_metrics=self._base_labels or metrics,
                 **kwargs,
             )
@@ -156,7 +171,8 @@ class ImmunizationTrainer(StrictTrainer):
         self.kind, first, self.harmful_task = check_data(model, primary, harmful, evaluation, self.terms)
         if self.kind == UNLABELLED:
             check_unlabelled(model, args, first, self.site)
-        self._look_at(model, args, first)
+        with forward_of_first(first):
+            self._look_at(model, args, first)
 
     def _build(self, model: nn.Module, collator: Any, held: HarmfulTask | None) -> None:
         """What Trainer's own constructor has to have run for: devices, precision, callbacks."""
