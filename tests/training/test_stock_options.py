@@ -298,6 +298,49 @@ def test_words_images_and_lists_in_a_row_count(other):
     assert digest_data([*rows[:10], row | other, rows[11]], "rows") != digest
 
 
+@pytest.mark.parametrize("side,kind,metric", [
+    ("eval_dataset", lambda rows: rows, "accuracy"), ("eval_dataset", lambda rows: {"near": rows}, "near_accuracy"),
+    ("harmful_eval_dataset", Rows, "accuracy"),
+], ids=["one", "several", "harmful"])  # fmt: skip
+def test_rows_that_are_measured_and_not_trained_on_are_the_runs_own_as_well(
+    build, make_pixels, tmp_path, side, kind, metric
+):
+    """The guard's base is of the old rows, and what it compares with it would be of the new ones."""
+    options = {**CHECKPOINTS, "max_primary_drop": 100.0, "guard_metric": metric}
+    build(options, **{side: kind(make_pixels(18, seed=5))}).train()
+    at = str(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(RecordError, match=f"expected the {side} that"):
+        build(options, **{side: kind(make_pixels(18, seed=6))}).train(resume_from_checkpoint=at)
+    build(options, **{side: kind(make_pixels(18, seed=5))}).train(resume_from_checkpoint=at)
+
+
+def test_options_that_decide_what_the_guard_compares_are_those_of_the_checkpoint(build, tmp_path):
+    build({**CHECKPOINTS, "objective": "condition_number"}).train()
+    at = str(tmp_path / "run" / "checkpoint-2")
+    for options, told in (({"objective": "ill_only"}, r"objective='ill_only' \(there 'condition_number'\)"),
+                          ({"sites": "lora"}, r"sites='lora' \(there 'head'\)"),
+                          ({"guard_metric": "f1"}, r"guard_metric='f1' \(there 'accuracy'\)")):
+        with pytest.raises(RecordError, match=f"expected the options that .* got {told}: what the guard compares"):
+            build({**CHECKPOINTS, "objective": "condition_number", **options}).train(resume_from_checkpoint=at)
+    free = {"max_steps": 6, "learning_rate": 1e-4, "strength": 0.3, "logging_steps": 1, "save_steps": 5}
+    longer = build({**CHECKPOINTS, "objective": "condition_number", **free})
+    longer.train(resume_from_checkpoint=at)
+    assert longer.state.global_step == 6
+
+
+def test_a_checkpoint_that_is_not_there_is_not_looked_for_on_the_hub(build, tmp_path):
+    with pytest.raises(RecordError, match="expected the folder of a checkpoint, got .*checkpoint-99, which is not th"):
+        build(CHECKPOINTS).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-99"))
+
+
+def test_evaluation_rows_may_be_added_where_nothing_is_guarded(build, make_pixels, tmp_path):
+    build(CHECKPOINTS, eval_dataset=None).train()
+    at = str(tmp_path / "run" / "checkpoint-2")
+    build(CHECKPOINTS, harmful_eval_dataset=make_pixels(18, seed=5)).train(resume_from_checkpoint=at)
+    with pytest.raises(RecordError, match="expected the eval_dataset that"):
+        build({**CHECKPOINTS, "max_primary_drop": 1.0}).train(resume_from_checkpoint=at)
+
+
 def test_rows_are_digested_when_training_starts_and_only_where_checkpoints_are_written(build, make_pixels):
     rows = Rows(make_pixels(240))
     trainer = build(CHECKPOINTS, train_dataset=rows)

@@ -17,6 +17,8 @@ from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.sharding import whole_on_cpu
 from hf_immunize.training.core.watch import Watch
 
+ABSENT = "none"
+"""The digest of a dataset that a run does not have."""
 TENSORS, PLAIN = "immunization_state.safetensors", "immunization_state.json"
 
 
@@ -42,6 +44,8 @@ class CheckpointState:
         self._guard, self._watch = guard, watch
         self.identity: Mapping[str, str] = {}
         """Digests of what the run started from, by name; another run's checkpoint is refused."""
+        self.options: Mapping[str, str] = {}
+        """Options that decide what the guard compares, by name; a checkpoint of others is refused."""
 
     def save(self, folder: Path, *, write: bool = True) -> None:
         """Write both files into a checkpoint folder, with whole tensors where they are split over ranks.
@@ -53,7 +57,7 @@ class CheckpointState:
         for part, stateful in self._parts.items():
             tensors |= {f"{part}.{name}": value for name, value in stateful.state().items()}
         found, watched = whole_on_cpu(tensors, keep=write), self._watch.state()
-        told = {"guard": plain, "watch": watched, "identity": dict(self.identity)}
+        told = {"guard": plain, "watch": watched, "identity": dict(self.identity), "options": dict(self.options)}
         if write:
             atomic_write(folder / TENSORS, save(found))
             atomic_write(folder / PLAIN, json.dumps(told))
@@ -74,6 +78,7 @@ class CheckpointState:
                 f"expected {TENSORS} and {PLAIN} in {folder}, got {error}: resume from a checkpoint that "
                 "ImmunizationTrainer wrote completely."
             ) from error
+        self._refuse_options(plain.get("options", {}), folder)
         self._refuse_another(plain.get("identity", {}), folder)
         for part, stateful in self._parts.items():
             try:
@@ -86,8 +91,20 @@ class CheckpointState:
         self._guard.load_state(_under(tensors, "guard"), guarded)
         self._watch.load_state(watched)
 
+    def _refuse_options(self, written: Mapping[str, str], folder: Path) -> None:
+        known = sorted(written.keys() & self.options.keys())
+        if other := [name for name in known if written[name] != self.options[name]]:
+            told = ", ".join(f"{name}={self.options[name]} (there {written[name]})" for name in other)
+            raise RecordError(
+                f"expected the options that {folder} was written with, got {told}: what the guard compares would be "
+                "two different things. Resume with the options of that run, or train into another output_dir."
+            )
+
     def _refuse_another(self, written: Mapping[str, str], folder: Path) -> None:
-        other = sorted(name for name in written.keys() & self.identity.keys() if written[name] != self.identity[name])
+        # Who guards nothing may begin to watch; a guard has no base in such a checkpoint.
+        free = {name for name, digest in written.items() if digest == ABSENT and self._guard.allowed is None}
+        known = (written.keys() & self.identity.keys()) - free
+        other = sorted(name for name in known if written[name] != self.identity[name])
         if other:
             raise RecordError(
                 f"expected the {' and '.join(other)} that {folder} was written with, got other content: resume with "

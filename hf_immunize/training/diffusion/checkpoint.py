@@ -20,6 +20,7 @@ from hf_immunize.training.core.changing import ChangingPart
 from hf_immunize.training.core.sharding import whole_on_cpu
 from hf_immunize.training.diffusion.optimizer_state import as_tree, flatten_state, of_tree, restore_state
 
+HELD = "harmful_eval_dataset"
 _MODEL, _OPTIMIZER, _MARK = "model.safetensors", "optimizer.safetensors", "trainer_state.json"
 
 _WHOLE = "expected a whole checkpoint of this model and these options"
@@ -91,6 +92,8 @@ def check_options(folder: Path, options: Mapping[str, Any]) -> None:
     if not isinstance(written, dict):
         raise RecordError(f"{_WHOLE} in {folder}, got options {written!r}: {_WHAT_TO_DO}")
     free = {"max_steps"} if str(options["lr_scheduler_type"]).startswith("constant") else set()
+    if None in (options.get(HELD), written.get(HELD)):
+        free.add(HELD)  # what is measured on them in the end is measured on the model before immunization again
     names = sorted((written.keys() | options.keys()) - free)
     other = [name for name in names if written.get(name) != options.get(name)]
     if other:

@@ -53,7 +53,14 @@ from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.step import Measured
 from hf_immunize.training.core.teacher import Teacher
 from hf_immunize.training.core.watch import Watch
-from hf_immunize.training.diffusion.checkpoint import check_options, load_loop, prune_checkpoints, save_loop, unmark
+from hf_immunize.training.diffusion.checkpoint import (
+    HELD,
+    check_options,
+    load_loop,
+    prune_checkpoints,
+    save_loop,
+    unmark,
+)
 from hf_immunize.training.diffusion.config import DiffusionImmunizationConfig, scientific_options
 from hf_immunize.training.diffusion.draws import share_draws, unshare_draws
 from hf_immunize.training.diffusion.factors import NOTABLE, merge_factors, told_rounding
@@ -122,6 +129,7 @@ class DiffusionImmunizationTrainer:
         self.accelerator = accelerator_of(args)
         self._validate, self._before_update = validate, before_update
         self._rows = {"train_dataset": train_dataset, "harmful_dataset": harmful_dataset, "eval_dataset": eval_dataset}
+        self._rows[HELD] = harmful_eval_dataset
         with fits_memory("model, optimizer and the copies that the objective needs", _LARGER):
             self._build(model, train_dataset, harmful_dataset, eval_dataset, harmful_eval_dataset, null_conditions)
             self._outcome_meter = self._make_outcome(harmful_dataset, harmful_eval_dataset)

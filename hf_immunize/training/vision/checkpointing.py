@@ -22,6 +22,15 @@ CHANGED = "changed.safetensors"
 """In a checkpoint of a model that is frozen in part: the weights that are not."""
 
 
+def refuse_missing_checkpoint(resume: Any) -> None:
+    """Raise RecordError for a checkpoint by the name of a folder that is not there."""
+    if isinstance(resume, str | Path) and not Path(resume).is_dir():
+        raise RecordError(
+            f"expected the folder of a checkpoint, got {resume}, which is not there: check the path, or pass True for "
+            "the newest one of output_dir."
+        )
+
+
 class StrictTrainer(ShardedTrainer):
     """A ``Trainer`` that replaces how checkpoints are saved and loaded.
 

@@ -14,15 +14,35 @@ from tqdm.auto import tqdm
 
 from hf_immunize.data import NamedRows, PixelDataset, is_stream
 from hf_immunize.training.core.sharding import whole
+from hf_immunize.training.core.state import ABSENT
 from hf_immunize.training.vision.counting import digest_once, read_once
 
+_COMPARED = (
+    "objective", "sites", "site_weights", "site_layouts", "feature_module", "horizon", "memorization",
+    "harmful_group_rows", "attacker_steps", "attacker_rank", "attacker_head", "attacker_depths", "guard_metric",
+)  # fmt: skip
 _ROWS, _READINGS = 8, 3
 """How many rows tell which columns change from reading to reading, and how often each is read."""
 
 
 def identity_of(model: nn.Module, data: Mapping[str, Any], workers: int) -> dict[str, str]:
     """The digests by name; every rank takes part."""
-    return {"model": digest_model(model)} | {name: digest_data(rows, name, workers) for name, rows in data.items()}
+    return {"model": digest_model(model)} | {name: digest_parts(rows, name, workers) for name, rows in data.items()}
+
+
+def digest_parts(parts: Any, name: str, workers: int = 0) -> str:
+    """``digest_data`` of one dataset, or of several by their names; ``ABSENT`` for none."""
+    if parts is None:
+        return ABSENT
+    if not isinstance(parts, dict):
+        return digest_data(parts, name, workers)
+    found = {str(part): digest_data(rows, f"{name}[{part!r}]", workers) for part, rows in parts.items()}
+    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def compared_options(args: Any) -> dict[str, str]:
+    """The options that decide which numbers the guard compares, as text."""
+    return {name: repr(getattr(args, name)) for name in _COMPARED}
 
 
 def digest_model(model: nn.Module) -> str:

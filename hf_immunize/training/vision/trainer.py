@@ -44,7 +44,7 @@ from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.before import measure_references, measure_temperature
 from hf_immunize.training.vision.caching import cache_of, with_cached_images, with_cached_rows
 from hf_immunize.training.vision.callbacks import Averaging, Ending, Watching
-from hf_immunize.training.vision.checkpointing import StrictTrainer
+from hf_immunize.training.vision.checkpointing import StrictTrainer, refuse_missing_checkpoint
 from hf_immunize.training.vision.checks import (
     check_data,
     check_size,
@@ -64,7 +64,7 @@ from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate
 from hf_immunize.training.vision.guard_metric import base_points, points_of, refuse_lower_is_better
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
-from hf_immunize.training.vision.identity import identity_of
+from hf_immunize.training.vision.identity import compared_options, identity_of
 from hf_immunize.training.vision.keeping import Keeping
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
@@ -135,7 +135,7 @@ class ImmunizationTrainer(StrictTrainer):
         train_dataset, eval_dataset = matched(model, train_dataset), matched(model, eval_dataset)
         self._check(model, args, train_dataset, harmful_dataset, eval_dataset)
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
-        self.harmful_eval_dataset = harmful_eval_dataset
+        self.harmful_eval_dataset, self._evaluated = harmful_eval_dataset, eval_dataset
         held = None
         if harmful_eval_dataset is not None:
             held = HarmfulTask(harmful_eval_dataset, "harmful_eval_dataset", self.terms)
@@ -344,12 +344,14 @@ class ImmunizationTrainer(StrictTrainer):
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
+        refuse_missing_checkpoint(resume_from_checkpoint)
         self.cache_features()
         self._count_rows()
         with named_workers("train_dataset", self.args.dataloader_timeout):
             self._outcome_meter.start(self.bare)  # the model is θ₀ until a checkpoint is loaded
             if resume_from_checkpoint or self.args.save_strategy != "no":
                 self.checkpoint_state.identity = self._identity()
+                self.checkpoint_state.options = compared_options(self.args)
             if not resume_from_checkpoint:
                 if self.eval_dataset is not None and self.kind != UNLABELLED:
                     self.guard.base = self._measure_base()
@@ -423,6 +425,9 @@ class ImmunizationTrainer(StrictTrainer):
     def _identity(self) -> dict[str, str]:
         """What a run that goes on from a checkpoint has to have in common with the one that wrote it."""
         rows = {"train_dataset": self.primary_dataset, "harmful_dataset": self.harmful_dataset}
+        rows["eval_dataset"] = self._evaluated
+        if self.harmful_eval_dataset is not None:
+            rows["harmful_eval_dataset"] = self.harmful_eval_dataset
         return identity_of(self.bare, rows, self.args.dataloader_num_workers)
 
     def _count_rows(self) -> None:

@@ -107,11 +107,19 @@ def test_other_options_than_those_of_the_checkpoint_are_refused_but_a_run_may_be
     whole.train()
     assert equal(weights(longer), weights(whole))
     other = build_examples("unet", 12, seed=8, label=9)
+    make_trainer(**options, harmful_eval_dataset=other).train(last)  # who had none may have some
     for change, message in (
+        ({"evaluation": build_examples("unet", 6, seed=9)}, "eval_dataset="),
         ({"model": build_denoiser("unet", seed=3)}, "model="), ({"harmful": other}, "harmful_dataset=")
     ):
         with pytest.raises(RecordError, match=f"written with, got {message}"):
             make_trainer(**options, **change).train(last)
+    held = {**options, "output_dir": str(tmp_path / "held")}
+    make_trainer(**held, harmful_eval_dataset=other).train()
+    with pytest.raises(RecordError, match="written with, got harmful_eval_dataset="):
+        make_trainer(**held, harmful_eval_dataset=build_examples("unet", 12, seed=6, label=9)).train(
+            tmp_path / "held" / "checkpoint-2"
+        )
     bent = {**options, "lr_scheduler_type": "cosine", "output_dir": str(tmp_path / "bent")}
     make_trainer(**bent).train()
     with pytest.raises(RecordError, match=r"max_steps=3 \(there 2\)"):
