@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 import hf_immunize.features.headed  # noqa: F401  (makes the Auto classes know models made by add_head)
 from hf_immunize.errors import ModelError
-from hf_immunize.models.folders import refuse_folder, variant_of
+from hf_immunize.models.folders import no_folder, refuse_folder, variant_of
 from hf_immunize.models.weights import refuse_non_finite
 
 
@@ -106,9 +106,10 @@ def load_processor(
     try:
         found = AutoImageProcessor.from_pretrained(str(source), backend="pil", trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
+        where = "" if Path(source).exists() else no_folder(source)
         raise ModelError(
-            f"expected an image processor in {source}, got {type(error).__name__}: {error}: save it beside the model "
-            "with save_pretrained."
+            f"expected an image processor in {source}, got {where}{type(error).__name__}: {error}: save it beside the "
+            "model with save_pretrained."
         ) from error
     try:
         known = AutoConfig.from_pretrained(str(config_of or source), trust_remote_code=trust_remote_code)

@@ -10,6 +10,7 @@ from hf_immunize.errors import ModelError
 
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".onnx", ".h5", ".msgpack")
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _CONFIGS = ("config.json", "model_index.json")
 _PLAIN = re.compile(r"^(pytorch_|diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors$")
 _VARIANT = re.compile(r"^(?:pytorch_|diffusion_pytorch_)?model\.(?P<variant>[A-Za-z0-9_]+)(-\d+-of-\d+)?\.safetensors$")
@@ -37,6 +38,20 @@ def variant_of(folder: str | Path) -> str | None:
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds a PEFT adapter in the place of a whole model."""
     return (Path(folder) / "adapter_config.json").is_file()
+
+
+def no_folder(source: str | Path) -> str:
+    """In words, that a source is not on this disk, for a message that goes on with what the Hub said of it.
+
+    Raises:
+        ModelError: the source cannot be the id of a repository either: a path that was mistyped.
+    """
+    if not _HUB_ID.fullmatch(str(source)):
+        raise ModelError(
+            f"expected the folder of a model, or an id on the Hub (NAME or OWNER/NAME), got {str(source)!r}: there is "
+            "no such folder. Check the path."
+        )
+    return "no such folder here, and from the Hub "
 
 
 def refuse_folder(source: str | Path) -> None:

@@ -83,7 +83,7 @@ def test_bad_options(make_context, changes, message):
 def test_missing_model_and_processor(tmp_path):
     with pytest.raises(ModelError, match="expected an image classifier saved with save_pretrained in .*check the path"):
         load_classifier(tmp_path / "nothing")
-    with pytest.raises(ModelError, match="expected an image processor in .*save it beside the model"):
+    with pytest.raises(ModelError, match="expected the folder of a model, or an id on the Hub .*Check the path"):
         load_processor(tmp_path / "nothing")
 
 

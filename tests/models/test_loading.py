@@ -10,11 +10,24 @@ import torch
 from denoiser_builders import build_denoiser
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from hf_immunize.errors import ModelError
 from hf_immunize.features import add_head
-from hf_immunize.models import load_classifier, random_classifier, refuse_below_float32, refuse_folder, variant_of
+from hf_immunize.models import (
+    load_classifier,
+    load_processor,
+    random_classifier,
+    refuse_below_float32,
+    refuse_folder,
+    variant_of,
+)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
@@ -101,6 +114,22 @@ def test_a_single_file_says_how_to_convert_it(make_vit, tmp_path):
             load_classifier(source)
     with pytest.raises(ModelError, match="got 'mistyped.ckpt', which is not there"):
         refuse_folder(tmp_path / "mistyped.ckpt")
+
+
+@pytest.mark.parametrize("source,told", [
+    ("no/where/at all", r"expected the folder of a model, or an id on the Hub .*: there is no such folder. Check the"),
+    ("/nowhere", "there is no such folder"),
+    ("mistyped", "an image processor in mistyped, got no such folder here, and from the Hub OSError: "),
+])  # fmt: skip
+def test_a_model_that_is_not_there_is_not_told_to_be_a_repository(monkeypatch, tmp_path, source, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", refuse_everything)
+    with pytest.raises(ModelError, match=told):
+        load_processor(source)
+
+
+def refuse_everything(*_, **__):
+    raise OSError("Repo id must be in the form 'repo_name' or 'namespace/repo_name'")
 
 
 def test_pickles_and_quantized_weights_are_refused_by_what_they_are(make_vit, tmp_path):

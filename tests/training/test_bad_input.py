@@ -69,6 +69,21 @@ def test_a_primary_batch_of_one_stops_with_its_reason(make_trainer):
         make_trainer(per_device_train_batch_size=1, objective="opt_kappa").train()
 
 
+@pytest.mark.parametrize("labels,value,told", [
+    (3, [0.0, 1.0, 0.0], r"one class in each row of train_dataset for problem_type=None, got 3 numbers in row 0: set "
+     r"model.config.problem_type='multi_label_classification' for labels of 0 and 1, or 'regression'"),
+    (1, 2.5, r"a head of at least two outputs for problem_type=None, got one, with the label 2.5 in row 0 of "
+     r"train_dataset: set model.config.problem_type='regression'"),
+], ids=["vectors", "numbers"])  # fmt: skip
+def test_labels_that_are_no_classes_say_how_to_declare_them(make_trainer, make_vit, labels, value, told):
+    rows = Rows([row() | {"labels": value} for _ in range(12)])
+    with pytest.raises(DataError, match=told):
+        make_trainer(make_vit(labels=labels), primary=rows)
+    tensors = Rows([one | {"labels": torch.tensor(one["labels"])} for one in rows])
+    with pytest.raises(DataError, match=told):
+        make_trainer(make_vit(labels=labels), primary=tensors)
+
+
 def test_a_model_without_a_linear_head(make_trainer, make_vit):
     with pytest.raises(ModelError, match="expected one linear classification head"):
         make_trainer(model=ViTModel(make_vit().config))

@@ -28,7 +28,7 @@ from hf_immunize.errors import ConfigError, DataError, ImmunizeError, ModelError
 from hf_immunize.features import capture_inputs, find_classifier, linear_sites, under_adapters
 from hf_immunize.training.core.registry import AnyTerm
 from hf_immunize.training.vision.harmful_task import HarmfulTask
-from hf_immunize.training.vision.primary import SINGLE, UNLABELLED, check_known_labels, kind_of
+from hf_immunize.training.vision.primary import SINGLE, UNLABELLED, check_known_labels, kind_of, refuse_other_problem
 
 _PACKAGE = Path(__file__).parents[2]
 
@@ -78,6 +78,8 @@ def check_data(
     first = first_row(primary, "train_dataset")
     pixels = _checked_pixels(model, first)
     kind = kind_of(model, first)
+    if kind == SINGLE:
+        refuse_other_problem(model, first)
     check_known_labels(model, primary, kind, "train_dataset")
     check_head(model, primary, kind)
     for name, rows in _parts(evaluation) if kind != UNLABELLED else ():

@@ -43,6 +43,32 @@ def kind_of(model: Any, first: Mapping[str, Any]) -> str:
     return getattr(model.config, "problem_type", None) or SINGLE
 
 
+def refuse_other_problem(model: Any, first: Mapping[str, Any], name: str = "train_dataset") -> None:
+    """Raise DataError for labels that are no class, of a head that is said to tell classes apart (or of which nothing
+    is said): transformers guesses what it trains from the first batch, and a guard has to know before.
+
+    Args:
+        first: the first primary row.
+    """
+    key, outputs = label_key(first), model.config.num_labels
+    try:
+        label = torch.as_tensor(first[key]) if key is not None else torch.tensor(0)
+    except (TypeError, ValueError, RuntimeError):
+        return  # the check of labels says what it is
+    said = getattr(model.config, "problem_type", None)
+    if label.numel() > 1:
+        raise DataError(
+            f"expected one class in each row of {name} for problem_type={said!r}, got {label.numel()} numbers in row "
+            f"0: set model.config.problem_type='{MULTI}' for labels of 0 and 1, or '{REGRESSION}' for numbers."
+        )
+    if outputs == 1:
+        raise DataError(
+            f"expected a head of at least two outputs for problem_type={said!r}, got one, with the label "
+            f"{label.tolist()} in row 0 of {name}: set model.config.problem_type='{REGRESSION}' for numbers, or load "
+            "the model with num_labels of its classes."
+        )
+
+
 def check_primary_labels(model: Any, primary: Any, kind: str, name: str = "train_dataset") -> list[int] | Tensor:
     """The labels of every primary row, checked against the head before training; rows are read if they have to be.
 
