@@ -19,6 +19,7 @@ from hf_immunize.linalg import to_double
 from hf_immunize.records import OutcomeRecord
 from hf_immunize.training.core.outcome import achieved, lowered, shown
 from hf_immunize.training.core.registry import AnyTerm, on_features
+from hf_immunize.training.core.status import defined
 from hf_immunize.training.core.terms import Rows, TermSettings
 from hf_immunize.training.diffusion.stream import NoisyBatch
 
@@ -98,7 +99,8 @@ class ConceptOutcome:
             for site, (share, _) in self._sites.items():
                 rows = Rows(to_double(whole[site]), torch.cat(labels), whole[site].dtype)
                 try:
-                    values[term.name] = values.get(term.name, 0.0) + share * float(term.measure(rows, self._settings))
+                    value = defined(term.name, float(term.measure(rows, self._settings)))
+                    values[term.name] = values.get(term.name, 0.0) + share * value
                 except SpectrumError:  # features of one point: collapse, which is the goal, has no condition number
                     continue
         return values

@@ -19,6 +19,7 @@ from hf_immunize.records import OutcomeRecord
 from hf_immunize.regularizers import alternate_within_classes
 from hf_immunize.training.core.outcome import achieved, lowered, shown
 from hf_immunize.training.core.registry import AnyTerm, on_features
+from hf_immunize.training.core.status import defined
 from hf_immunize.training.core.terms import Rows, TermSettings
 from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
 
@@ -150,7 +151,7 @@ class OutcomeMeter:
             for site, share in self._sites.items():
                 rows = Rows(to_double(whole[site]), classes, whole[site].dtype)
                 values.append(share * float(term.measure(rows, self.settings)))
-            terms[term.name] = sum(values)
+            terms[term.name] = defined(term.name, sum(values))
         terms |= self._on_weights(model) if self._on_weights else {}
         return Measured(terms, _probe(whole[self._head], self._targets))
 

@@ -26,7 +26,7 @@ from hf_immunize.data import (
     output_names,
     pixel_shape,
 )
-from hf_immunize.errors import ConfigError
+from hf_immunize.errors import ConfigError, SpectrumError
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
 from hf_immunize.training.core.average import WeightAverage
@@ -514,7 +514,10 @@ class ImmunizationTrainer(StrictTrainer):
             )
             if self.guard_record is not None:
                 self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})
-        self.outcome = self._outcome_meter.record(self.bare)
+        try:
+            self.outcome = self._outcome_meter.record(self.bare)
+        except SpectrumError as error:  # nothing to compare is no reason to lose what was trained
+            logger.warning(f"NOT MEASURED: whether it worked cannot be said. {error}")
         if self.outcome is not None:
             self.log(logged(self.outcome))
             logger.warning(self.outcome.told)
