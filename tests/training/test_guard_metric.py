@@ -38,9 +38,10 @@ def test_a_base_that_no_drop_can_be_told_from_stops_before_training(build, value
     assert trainer.state.global_step == 0
 
 
-def test_a_loss_guards_nothing(build):
-    with pytest.raises(ConfigError, match="of which more is better, got 'near_loss'"):
-        build(max_primary_drop=1.0, guard_metric="near_loss")
+@pytest.mark.parametrize("metric", ["loss", "near_loss", "RMSE", "error"])
+def test_a_loss_guards_nothing(build, metric):
+    with pytest.raises(ConfigError, match=f"of which more is better, got '{metric}'"):
+        build(max_primary_drop=1.0, guard_metric=metric)
 
 
 def test_without_a_guard_a_metric_of_ones_own_is_not_asked_for(build, make_pixels, caplog):

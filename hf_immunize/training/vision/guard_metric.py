@@ -13,11 +13,11 @@ logger = logging.get_logger(__name__)
 
 
 def refuse_lower_is_better(metric: str) -> None:
-    """Raise ConfigError for a loss: a guard holds a drop, and a loss that drops is one that gets better."""
-    if metric.lower().endswith("loss"):
+    """Raise ConfigError for a loss or an error by its name: a guard holds a drop, and these get better by one."""
+    if metric.lower().endswith(("loss", "error", "mse", "mae")):
         raise ConfigError(
-            f"expected a guard_metric of which more is better, got {metric!r}: a loss is better when it drops, which "
-            "the guard would forbid. Name a share of 0..1, such as accuracy, that compute_metrics gives."
+            f"expected a guard_metric of which more is better, got {metric!r}: it is better when it drops, which the "
+            "guard would forbid. Name a share of 0..1, such as accuracy, that compute_metrics gives."
         )
 
 
