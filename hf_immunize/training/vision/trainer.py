@@ -489,7 +489,7 @@ class ImmunizationTrainer(StrictTrainer):
                 lambda what: self._points(self.evaluate(metric_key_prefix=what), what)
             )
             self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})
-        self.outcome = self._outcome_meter.record(self.bare)
+        self.outcome = self._outcome_meter.record(self.bare, self.guard_record)
         if self.outcome is not None:
             self.log(logged(self.outcome))
             logger.warning(self.outcome.told)
