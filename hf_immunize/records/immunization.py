@@ -60,8 +60,8 @@ class OutcomeRecord(Part):
     probe_metric: Literal["accuracy", "r2"] | None = "accuracy"
     """Null without a probe."""
     gradient_steps_before: float | None = None
-    """Steps of gradient descent at the largest stable rate for half of ``probe_before``'s gain over chance; null without
-    a probe."""
+    """Steps of gradient descent at the largest stable rate for half of ``probe_before``'s gain over chance; null
+    without a probe."""
     gradient_steps_after: float | None = None
     """The same on the features after training; null where no number of steps gets that far, or without a probe."""
     loss_before: float | None = None

@@ -102,8 +102,8 @@ def draft_classifier(
 
 
 _PROBED, _MOST_PROBED, _PROBED_ROWS, _LEAST_PROBED_ROWS = 0.05, 0.15, 6, 4
-"""Share of the harmful rows by which training is judged, at least and at most; how many of a class these are to be, about,
-and how many they have to be."""
+"""Share of the harmful rows by which training is judged, at least and at most; how many of a class these are to be,
+about, and how many they have to be."""
 
 
 def _refuse_one_task(task: TaskArguments) -> None:

@@ -38,7 +38,8 @@ def test_a_run_that_changes_nothing_is_not_immunized_and_require_leaves_with_an_
     trainer = make_trainer(objective="ill_only", max_steps=1, learning_rate=1e-12)
     trainer.train()
     assert not trainer.outcome.immunized and not trainer.outcome.held_out
-    assert "NOT IMMUNIZED: " in capsys.readouterr().out and "on 12 images of the concept it was trained on" in trainer.outcome.told
+    assert "NOT IMMUNIZED: " in capsys.readouterr().out
+    assert "on 12 images of the concept it was trained on" in trainer.outcome.told
     with pytest.raises(NotImmunizedError, match="asked for by require, got NOT IMMUNIZED"):
         require_outcome(ImmunizeOptions("base", require=True), trainer.outcome)
     require_outcome(ImmunizeOptions("base"), trainer.outcome)
