@@ -59,6 +59,11 @@ class OutcomeRecord(Part):
     """The same in one line."""
     probe_metric: Literal["accuracy", "r2"] | None = "accuracy"
     """Null without a probe."""
+    gradient_steps_before: float | None = None
+    """Steps of gradient descent at the largest stable rate for half of ``probe_before``'s gain over chance; null
+    without a probe."""
+    gradient_steps_after: float | None = None
+    """The same on the features after training; null where no number of steps gets that far, or without a probe."""
     loss_before: float | None = None
     """Mean denoising loss of a pipeline on these images before training; null for classifiers."""
     loss_after: float | None = None

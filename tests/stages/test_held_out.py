@@ -21,6 +21,13 @@ def test_a_part_of_the_defenders_rows_is_held_out_and_the_attackers_stay_as_they
     assert sum(found[name] for name in ("defense", "probe")) == pytest.approx(HARMFUL_SPLITS["defense"])
 
 
-@pytest.mark.parametrize("counts, held", [([120, 120], True), ([119, 500], False), ([8, 8], False)])
+@pytest.mark.parametrize("least, share", [(200, 0.05), (120, 0.05), (60, 0.1), (30, 0.15)])
+def test_small_classes_give_a_larger_share_so_that_about_six_rows_of_each_tell(least, share):
+    found = parse_fractions(splits_with_probe(side([least, 300])))
+    assert found["probe"] == pytest.approx(share) and found["defense"] == pytest.approx(0.35 - share)
+
+
+@pytest.mark.parametrize("counts, held", [
+    ([120, 120], True), ([60, 500], True), ([27, 27], True), ([26, 500], False), ([8, 8], False)])
 def test_classes_of_few_images_are_all_trained_on(counts, held):
     assert (splits_with_probe(side(counts)) is not None) == held

@@ -124,7 +124,7 @@ def test_the_default_rate_and_strength_move_the_term_further_than_what_they_repl
     assert lost["default"] > 2 * lost["rate"] and lost["default"] > lost["strength"] + 0.02, lost
 
 
-@pytest.mark.parametrize("objective", ["condition_number", "simulated_attack"])
+@pytest.mark.parametrize("objective", ["condition_number", "simulated_attack", "imma"])
 def test_a_denoiser_trains_guarded_with_a_number_of_steps_alone(tmp_path, objective):
     """Shorter than eval_steps=50: the last step is evaluated; rows are fewer than a batch."""
     model = build_denoiser("unet")

@@ -13,7 +13,7 @@ from hf_immunize.errors import ConfigError, DataError, SpectrumError
 from hf_immunize.linalg import ridge_r_squared
 from hf_immunize.training.core.registry import OBJECTIVES, terms_of
 from hf_immunize.training.vision.harmful_task import HarmfulTask
-from hf_immunize.training.vision.outcome import Measured, judge
+from hf_immunize.training.vision.judging import Measured, judge
 
 TELLING = sorted(name for name in OBJECTIVES if any(term.tells_classes_apart for term in terms_of(name)))
 FREE = sorted(set(OBJECTIVES) - set(TELLING))
@@ -69,11 +69,11 @@ def test_terms_that_need_no_classes_train_and_are_measured(make_trainer, make_pi
     assert found.probe_metric == metric
     if metric is None:
         assert found.probe_before is None and found.probe_after is None and found.chance is None
-        assert "no probe on harmful rows" in found.told
+        assert "no probe on 30 harmful rows" in found.told
         assert not any("harmful_probe" in entry for entry in trainer.state.log_history)
     else:
         assert found.chance == 0 and found.probe_before <= 1 and "R2" in found.told
-    assert set(found.terms_before) == {term.name for term in terms_of(objective) if term.side == "harmful"}
+    assert {term.name for term in terms_of(objective) if term.side == "harmful"} <= set(found.terms_before)
 
 
 def test_a_simulated_attacker_of_numbers_ends_at_a_higher_error(make_trainer, make_pixels, make_vit):
@@ -201,6 +201,6 @@ def test_the_ridge_r2_is_that_of_a_solved_system(rows, width, columns, horizon):
 def test_without_a_probe_the_terms_alone_decide():
     harmful = [term for term in terms_of("ill_only") if term.side == "harmful"]
     before, after = (Measured({"harmful_r_ill": value}, None) for value in (1.0, 0.1))
-    immunized, told = judge(before, after, None, harmful, True)
+    immunized, told = judge(before, after, None, harmful, "held-out harmful rows")
     assert immunized and "no probe on held-out harmful rows" in told
-    assert judge(after, before, None, harmful, True)[0] is False
+    assert judge(after, before, None, harmful, "rows")[0] is False

@@ -10,7 +10,8 @@ from hf_immunize.linalg import ridge_accuracies
 from hf_immunize.models import load_classifier
 from hf_immunize.training.core.registry import OBJECTIVES, terms_of
 from hf_immunize.training.core.terms import Term
-from hf_immunize.training.vision.outcome import Measured, judge, pick_rows
+from hf_immunize.training.vision.judging import Measured, judge
+from hf_immunize.training.vision.outcome import pick_rows
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_every_objective_is_measured_and_lowers_its_terms_by_default(digits, dig
     trainer = run(digits, digits_base, tmp_path, objective=objective, max_steps=40, max_primary_drop=1.0)
     found = trainer.outcome
     harmful = [term for term in trainer.terms if term.side == "harmful"]
-    assert set(found.terms_after) == {term.name for term in harmful}
+    assert {term.name for term in harmful} <= set(found.terms_after)
     before, after = (sum(t.progress(of[t.name]) for t in harmful) for of in (found.terms_before, found.terms_after))
     assert trainer.guard_record.held
     if objective == "imma":  # in 40 steps it costs this small model more than a point at each evaluation
@@ -77,7 +78,7 @@ def test_every_objective_is_measured_and_lowers_its_terms_by_default(digits, dig
         assert after < before and (trainer.guard_record.returned_step > 0 or trainer.guard_record.towards_last)
     assert found.immunized is found.told.startswith("IMMUNIZED")
     if objective in ("condition_number", "ill_only", "opt_kappa", "group_kappa"):
-        assert found.immunized
+        assert found.immunized and found.gradient_steps_after > 2 * found.gradient_steps_before
 
 
 class _WithoutLabels(torch.utils.data.Dataset):
@@ -120,14 +121,71 @@ def test_conditioning_says_whom_it_does_not_stop():
     terms = terms_of("condition_number")
     harmful = [term for term in terms if term.side == "harmful"]
     before, after = (Measured({"harmful_r_ill": value}, 0.8) for value in (1.0, 0.1))
-    immunized, told = judge(before, after, 0.2, harmful, False)
+    immunized, told = judge(before, after, 0.2, harmful, "harmful rows")
     assert immunized and "no others" in told and "80.0 -> 80.0 %" in told
-    assert judge(after, before, 0.2, harmful, False)[0] is False
+    assert judge(after, before, 0.2, harmful, "harmful rows")[0] is False
+
+
+def by_steps(first: int, top: float = 0.8) -> tuple[float, ...]:
+    """Probes that are at chance (0.2) before the power of ten ``first``, and at the top from there on."""
+    return tuple(0.2 if place < first else top for place in range(9))
+
+
+@pytest.mark.parametrize("first, immunized, told", [
+    (2, True, "3.16 -> 31.6 steps"), (1, False, "3.16 -> 3.16 steps"), (0, False, "3.16 -> 1 steps"),
+    (9, True, "3.16 -> more than 1e+08 steps")])
+def test_conditioning_has_to_slow_who_descends_the_raw_gradient(first, immunized, told):
+    """The term fell in each case; half of the way from 0.2 to 0.8 is reached between two powers of ten."""
+    harmful = [term for term in terms_of("group_kappa") if term.side == "harmful"]
+    before = Measured({harmful[0].name: -5.0}, 0.8, by_steps(1))
+    after = Measured({harmful[0].name: -9.0}, 0.8, by_steps(first))
+    found = judge(before, after, 0.2, harmful, "harmful rows")
+    assert found[0] is immunized and told in found[1], found[1]
+
+
+@pytest.mark.parametrize("objective", ["condition_number", "ill_only"])
+def test_features_that_are_only_larger_immunize_nobody(digits, digits_base, tmp_path, objective):
+    """Twice the features and half of the head: the same answers, R_ill a sixteenth or so, and nobody is held up."""
+    trainer = run(digits, digits_base, tmp_path, objective=objective, max_steps=1, learning_rate=1e-12)
+    meter, model = trainer._outcome_meter, trainer.model
+    meter.start(model)
+    norm = model.get_submodule("vit.layernorm")
+    with torch.no_grad():
+        for values in (norm.weight, norm.bias):
+            values.mul_(2)
+        model.classifier.weight.div_(2)
+    found = meter.record(model)
+    assert found.terms_after["harmful_r_ill"] < 0.5 * found.terms_before["harmful_r_ill"]
+    assert not found.immunized and found.gradient_steps_after == pytest.approx(found.gradient_steps_before, rel=0.05)
+
+
+def test_a_run_that_destroyed_the_primary_task_is_no_success_and_says_so(digits, digits_base, tmp_path):
+    trainer = run(digits, digits_base, tmp_path, objective="closed_form_adversary", strength=50.0, learning_rate=0.02)
+    found = trainer.outcome
+    assert trainer.guard_record.drop > 20 and found.probe_after < found.probe_before - 0.2
+    assert not found.immunized and "The primary task was lost with it: set max_primary_drop" in found.told
+    assert f"accuracy {trainer.guard_record.base:.2f} -> {trainer.guard_record.final:.2f} points" in found.told
+
+
+def test_rows_that_cannot_be_measured_are_told_of(digits, digits_base, tmp_path, caplog):
+    rows = digits["harmful_eval_dataset"]
+    first = [rows.labels.tolist().index(label) for label in range(5)]
+    held = torch.utils.data.Subset(rows, first)  # one row of each class
+    with caplog.at_level("WARNING", logger="hf_immunize.training.vision.outcome"):
+        found = run(digits | {"harmful_eval_dataset": held}, digits_base, tmp_path, max_steps=1)
+    assert found.outcome is None and "NOT MEASURED: whether it worked cannot be said. expected" in caplog.text
+
+
+def test_rows_that_were_trained_on_are_called_that(digits, digits_base, tmp_path):
+    del digits["harmful_eval_dataset"]
+    found = run(digits, digits_base, tmp_path, max_steps=2).outcome
+    assert f"{found.rows} harmful rows it was trained on" in found.told and not found.held_out
 
 
 WHOM = {
     "condition_number": "no others", "ill_only": "no others", "opt_kappa": "no others", "group_kappa": "no others",
-    "closed_form_adversary": "the layers before them", "imma": "a probe in closed form is another one",
+    "closed_form_adversary": "the layers before them", "esd": "may bring it back", "meta_unlearning": "later steps",
+    "imma": "a probe in closed form is another one",
     "rep_noise": "fine-tuning, go on", "trap": "more steps, or a closed form, go on",
 }
 
@@ -137,7 +195,7 @@ def test_success_says_what_it_means_and_whom_it_does_not_stop(objective):
     harmful = [term for term in terms_of(objective) if term.side == "harmful"]
     ends = ((1.0, 0.8), (0.1, 0.3))
     before, after = (Measured({term.name: value for term in harmful}, probe) for value, probe in ends)
-    immunized, told = judge(before, after, 0.2, harmful, True)
+    immunized, told = judge(before, after, 0.2, harmful, "rows")
     assert immunized and told.endswith(".") and WHOM.get(objective, "a probe in closed form is another one") in told
 
 
@@ -145,7 +203,7 @@ def test_objectives_together_say_each_and_a_term_of_ones_own_leaves_it_to_the_ex
     terms = [term for term in terms_of("ill_only+group_kappa+rep_noise") if term.side == "harmful"]
     mine = Term("harmful_mine", "harmful", lambda rows, settings: rows.features.mean())
     before, after = (Measured({term.name: value for term in (*terms, mine)}, 0.8) for value in (1.0, 0.1))
-    told = judge(before, after, 0.2, [*terms, mine], True)[1]
+    told = judge(before, after, 0.2, [*terms, mine], "rows")[1]
     assert told.count("no others") == 1 and "closer to noise" in told and "of your own" in told
 
 
@@ -155,14 +213,14 @@ def test_a_logarithm_has_to_fall_by_a_twentieth_of_what_it_speaks_of(objective, 
     """log kappa of 14 that rises by 0.3 is a kappa 1.35 times as large."""
     harmful = [term for term in terms_of(objective) if term.side == "harmful"]
     before, after = (Measured({harmful[0].name: value}, 0.8) for value in (-14.0, -14.0 - fall))
-    assert judge(before, after, 0.2, harmful, True)[0] is immunized
+    assert judge(before, after, 0.2, harmful, "rows")[0] is immunized
 
 
 @pytest.mark.parametrize("after,immunized", [(0.51, False), (0.49, True), (0.2, True)])
 def test_a_probe_has_to_lose_half_of_its_gain(after, immunized):
     terms = terms_of("closed_form_adversary")
     before = Measured({"harmful_adversary_r2": 0.5}, 0.8)
-    assert judge(before, Measured({"harmful_adversary_r2": 0.1}, after), 0.2, terms, True)[0] is immunized
+    assert judge(before, Measured({"harmful_adversary_r2": 0.1}, after), 0.2, terms, "rows")[0] is immunized
 
 
 def test_rows_are_picked_class_by_class():

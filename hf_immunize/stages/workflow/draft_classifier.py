@@ -101,8 +101,9 @@ def draft_classifier(
     return told + [f"{name}: {len(side.chosen)} images of {len(side.names)} classes" for name, side in sides.items()]
 
 
-_PROBED, _PROBED_ROWS = 0.05, 6
-"""Share of the harmful rows by which training is judged, and how many of a class these have to be, about."""
+_PROBED, _MOST_PROBED, _PROBED_ROWS, _LEAST_PROBED_ROWS = 0.05, 0.15, 6, 4
+"""Share of the harmful rows by which training is judged, at least and at most; how many of a class these are to be,
+about, and how many they have to be."""
 
 
 def _refuse_one_task(task: TaskArguments) -> None:
@@ -138,10 +139,11 @@ def _task(draft: Draft, task: dict[str, Any], sides: dict[str, Side]) -> None:
 
 def splits_with_probe(harmful: Side) -> str | None:
     """The default splits with a part of the defender's rows held out; None where that leaves a class under four."""
-    shares = dict(HARMFUL_SPLITS)
-    if min(Counter(harmful.labels).values()) * _PROBED < _PROBED_ROWS:
+    shares, least = dict(HARMFUL_SPLITS), min(Counter(harmful.labels).values())
+    probed = round(min(max(_PROBED, _PROBED_ROWS / least), _MOST_PROBED), 3)
+    if least * probed < _LEAST_PROBED_ROWS:
         return None
-    shares = {"defense": round(shares.pop("defense") - _PROBED, 4), PROBE_SPLIT: _PROBED, **shares}
+    shares = {"defense": round(shares.pop("defense") - probed, 4), PROBE_SPLIT: probed, **shares}
     return ",".join(f"{name}={share:g}" for name, share in shares.items())
 
 

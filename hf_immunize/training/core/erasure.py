@@ -156,5 +156,11 @@ def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
     return torch.where(lengths > 0, _dot(a, b) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny), 0.0)
 
 
-ESD = WeightTerm("harmful_erasure", lambda task, _: Erasure(task))
-META_UNLEARNING = WeightTerm("harmful_relearning_cosine", lambda task, _: MetaUnlearning(task))
+ESD = WeightTerm(
+    "harmful_erasure", lambda task, _: Erasure(task), erases=True,
+    achieves="The concept is drawn less under its own name; no attacker was simulated: fine-tuning may bring it back.",
+)
+META_UNLEARNING = WeightTerm(
+    "harmful_relearning_cosine", lambda task, _: MetaUnlearning(task), erases=True,
+    achieves="A first step towards the concept costs more of what is retained; later steps were not simulated.",
+)

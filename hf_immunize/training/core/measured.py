@@ -102,6 +102,10 @@ class Term:
     own site alone. Saves time; a term that does not is measured site by site."""
     is_log: bool = False
     """Whether its values are logarithms themselves: 0.05 less is then a twentieth less of what it measures."""
+    conditions: bool = False
+    """Whether it is against attackers who descend the raw gradient, so that the steps of one say whether it worked."""
+    of_scale: bool = False
+    """Whether features times a number change its value, which holds nobody up: it does not say that a run worked."""
     achieves: str = ""
     """Said of a run that lowered it: what that means, and whom it does not stop."""
 

@@ -78,9 +78,11 @@ _PROBED = "Probes of these features find less; who trains the layers before them
 _FOLLOWED = "It holds up the attacker that was simulated; a probe in closed form is another one."
 
 _stacked = partial(Term, stacked=True)
-_conditioning = partial(_stacked, achieves=_SLOWED)
+_conditioning = partial(_stacked, conditions=True, achieves=_SLOWED)
 _of_classes = partial(_stacked, tells_classes_apart=True)
-R_ILL = _conditioning("harmful_r_ill", "harmful", lambda rows, _: ill_conditioned(rows.spectrum), logarithmic=True)
+R_ILL = _conditioning(
+    "harmful_r_ill", "harmful", lambda rows, _: ill_conditioned(rows.spectrum), logarithmic=True, of_scale=True
+)
 R_WELL = _stacked("primary_r_well", "primary", lambda rows, _: well_conditioned(rows.spectrum), logarithmic=True)
 LOG_KAPPA_H = _conditioning(
     "harmful_negative_log_kappa", "harmful", lambda rows, _: -log_condition(rows.spectrum), full_precision=True,

@@ -25,7 +25,9 @@ def weight_term(name: str, measure: Callable[[nn.Module], Tensor]) -> WeightTerm
     def build(task: AttackedTask, options: Any) -> MeasuredWeights:
         return MeasuredWeights(name, measure)
 
-    return WeightTerm(name, build, sees_rows=False)
+    return WeightTerm(
+        name, build, sees_rows=False, achieves="Whom a term on weights alone holds up is for the exam to say."
+    )
 
 
 class MeasuredWeights:

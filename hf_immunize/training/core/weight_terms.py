@@ -78,6 +78,10 @@ class WeightTerm:
     stops_closed_form: bool = False
     sees_rows: bool = True
     """Whether it asks for the loss on harmful rows, which for a classifier need classes."""
+    erases: bool = False
+    """Whether it is to make the model know less at once, so that its loss on harmful rows has to rise."""
+    achieves: str = "It holds up the attacker that was simulated; {other} is another one."
+    """Said of a run that lowered it; ``{other}`` is an attacker that no simulated one stands for."""
 
     def progress(self, value: float) -> float:
         """A number that falls as the term is minimised."""

@@ -11,6 +11,8 @@ from hf_immunize.training.core.options import ImmunizationOptions, refuse_below,
 from hf_immunize.training.diffusion.conditions import kinds_of
 
 SIMULATED_ATTACK, IMMA = "simulated_attack", "imma"
+_IMMA_RANK = 4
+"""What diffusers' LoRA examples train, and IMMA's attackers with them."""
 _OPERATIONAL = re.compile(
     r"^(output_dir|eval_batch_size|logging_.*|save_.*|validation_steps|probe_steps|report_to|disable_progress|use_cpu)$"
 )
@@ -39,7 +41,8 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
         default="all",
         metadata={
             "help": "Weights that are trained: 'all', 'attention' projections only, or 'lora' factors on these, which "
-            "are merged in the end."
+            "are merged in the end. imma, as it was published: attention where this and attacker_rank are not set, "
+            "against an attacker of rank 4."
         },
     )
     max_primary_drop: float | None = field(
@@ -165,6 +168,8 @@ class DiffusionImmunizationConfig(ImmunizationOptions, _Folder):
                 raise ConfigError(f"expected max_loss_factor of at least 1, and finite, got {self.max_loss_factor}.")
             self.max_loss_factor = round(100 * (self.max_loss_factor - 1), 9)
             rename_option(self, "max_loss_factor", "max_primary_drop")
+        if IMMA in self.objectives and (self.trainable_modules, self.attacker_rank) == ("all", 0):
+            self.trainable_modules, self.attacker_rank = "attention", _IMMA_RANK
         self.check_options()
 
     def check_options(self) -> None:

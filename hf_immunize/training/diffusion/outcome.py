@@ -6,6 +6,7 @@ lowers it is for the exam to say.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,15 +17,18 @@ from hf_immunize.diffusion import Denoiser, DenoisingExam
 from hf_immunize.errors import SpectrumError
 from hf_immunize.features import RowLayout, capture_inputs
 from hf_immunize.linalg import to_double
-from hf_immunize.records import OutcomeRecord
-from hf_immunize.training.core.outcome import achieved, lowered, shown
+from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
+from hf_immunize.training.core.outcome import Kept, achieved, in_scale_free_terms, lowered, shown, verdict
 from hf_immunize.training.core.registry import AnyTerm, on_features
 from hf_immunize.training.core.status import defined
 from hf_immunize.training.core.terms import Rows, TermSettings
+from hf_immunize.training.core.weight_terms import WeightTerm
 from hf_immunize.training.diffusion.stream import NoisyBatch
 
 MOST_ROWS = 256
 """Noised rows that terms on features are measured on."""
+_MOST = 1.25
+"""How many times as large the retain loss may be where no allowance was named."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class ConceptOutcome:
         on_weights: Callable[[nn.Module], dict[str, float]] | None,
     ):
         self._denoiser, self._rows, self._exam, self._count = denoiser, rows, exam, count
-        self._judged = [term for term in terms if term.side == "harmful"]
+        self._judged = in_scale_free_terms(terms)
         self._settings, self._sites, self._on_weights = settings, dict(sites), on_weights
         self.held_out = held_out
         self.before: Seen | None = None
@@ -105,22 +109,32 @@ class ConceptOutcome:
                     continue
         return values
 
-    def record(self, model: nn.Module) -> OutcomeRecord | None:
+    def record(self, model: nn.Module, guard: UtilityGuardRecord | None = None) -> OutcomeRecord | None:
         """Before against after; None where nothing was measured before."""
         if self.before is None:
             return None
         before, after = self.before, self.measure(model)
         known = [term for term in self._judged if term.name in before.terms and term.name in after.terms]
-        immunized = bool(known) and lowered(known, before.terms, after.terms)
-        where = "held-out images of the concept" if self.held_out else "images of the concept"
-        told = (
-            f"{'IMMUNIZED' if immunized else 'NOT IMMUNIZED'}: {shown(known, before.terms, after.terms)}; denoising "
-            f"loss on {where} {before.loss:.4g} -> {after.loss:.4g}. "
-        )
-        told += achieved(known, "one with another name, optimizer or rate") if immunized else (
-            "Train longer (max_steps), raise strength or max_primary_drop, or train more weights.")
+        works = bool(known) and lowered(known, before.terms, after.terms)
+        if any(isinstance(term, WeightTerm) and term.erases for term in known):
+            works = works and after.loss > before.loss
+        where = "held-out images of the concept" if self.held_out else "images of the concept it was trained on"
+        found = [
+            shown(known, before.terms, after.terms),
+            f"denoising loss on {self._count} {where} {before.loss:.4g} -> {after.loss:.4g}",
+        ]
+        other = achieved(known, "one with another name, optimizer or rate")
+        immunized, told = verdict(works, kept_of(guard), found, other, "weights")
         return OutcomeRecord(
             rows=self._count, held_out=self.held_out, chance=None, probe_metric=None, probe_before=None,
             probe_after=None, terms_before=before.terms, terms_after=after.terms, loss_before=before.loss,
-            loss_after=after.loss, immunized=immunized, told=told.strip(),
+            loss_after=after.loss, immunized=immunized, told=told,
         )
+
+
+def kept_of(guard: UtilityGuardRecord | None) -> Kept:
+    """What the retain loss was and is; points are -100 log of it."""
+    if guard is None:
+        return Kept()
+    base, final = (math.exp(-points / 100) for points in (guard.base, guard.final))
+    return Kept(f"retain loss {base:.4g} -> {final:.4g}", guard.allowed is None and not final <= _MOST * base)

@@ -439,7 +439,7 @@ class DiffusionImmunizationTrainer:
         if self._guarded.on:
             self.guard_record = self._guarded.finish(lambda what: self._points())
         with self.accelerator.autocast():
-            self.outcome = self._outcome_meter.record(self.bare)
+            self.outcome = self._outcome_meter.record(self.bare, self.guard_record)
         if self.outcome is not None:
             self.accelerator.print(self.outcome.told)
         merged = self.args.trainable_modules == "lora" and self.args.merge_lora

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from transformers.utils import logging
 
 from hf_immunize.data import NamedRows, NamedStream, Targets, targets_of, unlabelled
 from hf_immunize.errors import SpectrumError
 from hf_immunize.features import Captured
 from hf_immunize.linalg import ridge_accuracies, ridge_r_squared, to_double
-from hf_immunize.records import OutcomeRecord
+from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
 from hf_immunize.regularizers import alternate_within_classes
-from hf_immunize.training.core.outcome import achieved, lowered, shown
+from hf_immunize.training.core.outcome import in_scale_free_terms
 from hf_immunize.training.core.registry import AnyTerm, on_features
 from hf_immunize.training.core.status import defined
 from hf_immunize.training.core.terms import Rows, TermSettings
 from hf_immunize.training.vision.harmful_task import HarmfulTask, WithoutTargets
+from hf_immunize.training.vision.judging import HORIZONS, Measured, gradient_steps, judge, kept_of
 
-_HORIZONS = tuple(10.0**power for power in range(9))
+logger = logging.get_logger(__name__)
+
 _MOST_ROWS = 2048
 _BATCH = 32
-_LOST = 0.5
-"""Share of the probe's gain over chance that has to be gone."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Harmful terms and what the ridge probe reached at one moment; None without a probe."""
-
-    terms: dict[str, float]
-    probe: float | None
 
 
 def pick_rows(labels: Sequence[int], most: int = _MOST_ROWS) -> list[int]:
@@ -79,16 +71,20 @@ class OutcomeMeter:
         self._most = min(_BATCH, most_rows)
         self.task, self._collate, self._workers = task, collate, workers
         self._capture, self._sites, self._head = capture, dict(sites), head
-        self._judged = [term for term in terms if term.side == "harmful"]
+        self._judged = in_scale_free_terms(terms)
         self._terms, self.settings, self._on_weights = on_features(self._judged), settings, on_weights
         self.held_out = held_out
         self.before: Measured | None = None
+        self.unmeasured: str | None = None
+        """Why nothing can be said."""
         self._targets: Targets | None = None
 
     def start(self, model: nn.Module) -> None:
         """Remember the model before training; nothing where the rows do not allow it, as one row of a class."""
-        with contextlib.suppress(SpectrumError):
+        try:
             self.before = self.measure(model)
+        except SpectrumError as error:
+            self.unmeasured = str(error)
 
     def _batches(self, most: int = _MOST_ROWS) -> Iterator[Any]:
         """The collated batches of the rows that are measured, and the labels of each row."""
@@ -133,7 +129,7 @@ class OutcomeMeter:
             SpectrumError: fewer than two classes with two rows each, or features without a spectrum.
         """
         whole, targets = self._look(model, [self._head], most)
-        return _probe(whole[self._head], targets)
+        return max(_probes(whole[self._head], targets), default=None)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Measured:
@@ -153,19 +149,26 @@ class OutcomeMeter:
                 values.append(share * float(term.measure(rows, self.settings)))
             terms[term.name] = defined(term.name, sum(values))
         terms |= self._on_weights(model) if self._on_weights else {}
-        return Measured(terms, _probe(whole[self._head], self._targets))
+        scores = _probes(whole[self._head], self._targets)
+        return Measured(terms, max(scores, default=None), tuple(scores))
 
-    def record(self, model: nn.Module) -> OutcomeRecord | None:
-        """Before against after; None where nothing was measured before."""
+    def record(self, model: nn.Module, guard: UtilityGuardRecord | None = None) -> OutcomeRecord | None:
+        """Before against after; None where nothing was measured before, which is said."""
         if self.before is None:
+            logger.warning(f"NOT MEASURED: whether it worked cannot be said. {self.unmeasured or ''}".strip())
             return None
         after = self.measure(model)
         assert self._targets is not None
         metric, chance = _metric_of(self._targets)
-        immunized, told = judge(self.before, after, chance, self._judged, self.held_out)
+        rows = f"{len(self._targets)} {'held-out harmful rows' if self.held_out else 'harmful rows it was trained on'}"
+        immunized, told = judge(self.before, after, chance, self._judged, rows, kept_of(guard))
+        if immunized and not self.held_out:
+            told += " Pass harmful_eval_dataset (in a run file: a split 'probe') to hear of rows it was not trained on."
+        before, later = gradient_steps(self.before, after, chance)
         return OutcomeRecord(
             rows=len(self._targets), held_out=self.held_out, chance=chance, probe_metric=metric,
-            probe_before=self.before.probe, probe_after=after.probe,
+            probe_before=self.before.probe, probe_after=after.probe, gradient_steps_before=before,
+            gradient_steps_after=later if later is not None and math.isfinite(later) else None,
             terms_before=self.before.terms, terms_after=after.terms, immunized=immunized, told=told,
         )
 
@@ -192,11 +195,11 @@ def _metric_of(targets: Targets) -> tuple[Literal["accuracy", "r2"] | None, floa
     return "accuracy", float(counts.max() / counts.sum())
 
 
-def _probe(features_ND: Tensor, targets: Targets) -> float | None:
-    """The best ridge probe of ``_HORIZONS``, each half of the rows judged by the other; None without targets."""
+def _probes(features_ND: Tensor, targets: Targets) -> list[float]:
+    """Ridge probes of ``HORIZONS``, each half of the rows judged by the other; none without targets."""
     metric, _ = _metric_of(targets)
     if metric is None:
-        return None
+        return []
     if metric == "accuracy":
         one, other = alternate_within_classes(targets.values)
         measure: Callable[..., Tensor] = ridge_accuracies
@@ -205,8 +208,8 @@ def _probe(features_ND: Tensor, targets: Targets) -> float | None:
         measure = ridge_r_squared
     known = targets.values
     pairs = ((one, other), (other, one))
-    found = [measure(features_ND[a], known[a], features_ND[b], known[b], _HORIZONS) for a, b in pairs]
-    return float(torch.stack(found).mean(dim=0).max())
+    found = [measure(features_ND[a], known[a], features_ND[b], known[b], HORIZONS) for a, b in pairs]
+    return [float(score) for score in torch.stack(found).mean(dim=0)]
 
 
 def logged(outcome: OutcomeRecord) -> dict[str, float]:
@@ -215,39 +218,3 @@ def logged(outcome: OutcomeRecord) -> dict[str, float]:
     found |= {f"{name}_before": value for name, value in outcome.terms_before.items()}
     found |= {f"{name}_after": value for name, value in outcome.terms_after.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def judge(
-    before: Measured, after: Measured, chance: float | None, terms: Sequence[AnyTerm], held_out: bool
-) -> tuple[bool, str]:
-    """Whether the objective reached what it is for, and that in one line.
-
-    An objective against probes in closed form is to take the probe at least half of its gain over chance. One that
-    conditions features, or simulates an attacker, is to lower its terms; the line says whom that does not stop.
-    """
-    lower = lowered(terms, before.terms, after.terms)
-    telling = any(term.stops_closed_form for term in terms)
-    immunized = lower and (_lost(before.probe, after.probe, chance) >= _LOST if telling else True)
-    told = (
-        f"{'IMMUNIZED' if immunized else 'NOT IMMUNIZED'}: {shown(terms, before.terms, after.terms)}; "
-        f"{_told(before.probe, after.probe, chance, 'held-out harmful rows' if held_out else 'harmful rows')}"
-    )
-    if not immunized:
-        return False, f"{told}. Train longer (max_steps), raise strength or max_primary_drop, or train more layers."
-    return True, f"{told}. {achieved(terms)}".strip()
-
-
-def _lost(before: float | None, after: float | None, chance: float | None) -> float:
-    """The share of its gain over chance that the probe has lost."""
-    if before is None or after is None or chance is None or before <= chance:
-        return 0.0
-    return (before - after) / (before - chance)
-
-
-def _told(before: float | None, after: float | None, chance: float | None, rows: str) -> str:
-    """What the probe says, in words."""
-    if before is None or after is None or chance is None:
-        return f"no probe on {rows}, which have no classes or one"
-    if chance == 0:
-        return f"ridge probe on {rows} R2 {before:.3g} -> {after:.3g}"
-    return f"ridge probe on {rows} {100 * before:.1f} -> {100 * after:.1f} % (chance {100 * chance:.1f} %)"

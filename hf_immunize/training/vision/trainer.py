@@ -515,8 +515,9 @@ class ImmunizationTrainer(StrictTrainer):
             if self.guard_record is not None:
                 self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})
         try:
-            self.outcome = self._outcome_meter.record(self.bare)
+            self.outcome = self._outcome_meter.record(self.bare, self.guard_record)
         except SpectrumError as error:  # nothing to compare is no reason to lose what was trained
+            self.outcome = None
             logger.warning(f"NOT MEASURED: whether it worked cannot be said. {error}")
         if self.outcome is not None:
             self.log(logged(self.outcome))

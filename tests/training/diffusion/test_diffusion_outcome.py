@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from denoiser_builders import build_examples
 
 from hf_immunize.errors import NotImmunizedError
+from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.stages.base import ImmunizeOptions, require_outcome
+from hf_immunize.training.diffusion.outcome import Seen, kept_of
 
 
 def held_out():
@@ -26,7 +30,7 @@ def test_every_kind_of_objective_is_measured_before_and_after(make_trainer, obje
     assert found.held_out and found.rows == 12 and found.probe_before is None and found.chance is None
     assert len(found.terms_before) >= 1 and found.terms_before.keys() == found.terms_after.keys()
     assert found.loss_before > 0 and found.loss_before != found.loss_after
-    assert "denoising loss on held-out images of the concept" in found.told
+    assert "denoising loss on 12 held-out images of the concept" in found.told
     assert found.told.startswith("IMMUNIZED: " if found.immunized else "NOT IMMUNIZED: ")
 
 
@@ -34,7 +38,8 @@ def test_a_run_that_changes_nothing_is_not_immunized_and_require_leaves_with_an_
     trainer = make_trainer(objective="ill_only", max_steps=1, learning_rate=1e-12)
     trainer.train()
     assert not trainer.outcome.immunized and not trainer.outcome.held_out
-    assert "NOT IMMUNIZED: " in capsys.readouterr().out and "on images of the concept" in trainer.outcome.told
+    assert "NOT IMMUNIZED: " in capsys.readouterr().out
+    assert "on 12 images of the concept it was trained on" in trainer.outcome.told
     with pytest.raises(NotImmunizedError, match="asked for by require, got NOT IMMUNIZED"):
         require_outcome(ImmunizeOptions("base", require=True), trainer.outcome)
     require_outcome(ImmunizeOptions("base"), trainer.outcome)
@@ -45,6 +50,30 @@ def test_a_run_that_lowers_the_term_says_so(make_trainer):
                            harmful_eval_dataset=held_out())
     trainer.train()
     assert trainer.outcome.immunized, trainer.outcome.told
+
+
+@pytest.mark.parametrize("objective", ["esd", "meta_unlearning"])
+@pytest.mark.parametrize("loss, immunized", [(0.0, True), (1e9, False)])
+def test_a_concept_that_is_denoised_better_than_before_was_not_erased(make_trainer, objective, loss, immunized):
+    trainer = make_trainer(objective=objective, max_steps=1)
+    trainer.train()
+    meter = trainer._outcome_meter
+    meter.before = Seen({name: 1e9 for name in meter.before.terms}, loss)  # the term fell, whatever it is now
+    found = meter.record(trainer.bare)
+    assert found.immunized is immunized and "simulated; one with" not in found.told
+
+
+def guarded(base: float, final: float, allowed: float | None) -> UtilityGuardRecord:
+    points = [-100 * math.log(loss) for loss in (base, final)]
+    return UtilityGuardRecord(metric="retain", base=points[0], final=points[1], drop=points[0] - points[1],
+                              allowed=allowed, held=None, returned_step=0, history=[])
+
+
+def test_a_retain_loss_that_grew_by_more_than_a_quarter_is_no_success_where_nothing_was_allowed():
+    assert kept_of(None).told == "" and not kept_of(None).gone
+    assert kept_of(guarded(0.06, 0.086, None)).gone and not kept_of(guarded(0.06, 0.07, None)).gone
+    assert not kept_of(guarded(0.06, 0.086, 50.0)).gone, "the guard has the word"
+    assert kept_of(guarded(0.06, 0.086, None)).told == "retain loss 0.06 -> 0.086"
 
 
 @pytest.mark.parametrize("objective", ["ill_only", "imma", "simulated_attack"])

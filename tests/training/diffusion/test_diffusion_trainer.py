@@ -238,7 +238,7 @@ def narrow_text(family):
         ({"attacker_steps": 0}, ConfigError, "attacker_steps of at least 1"),
         ({"trainable": "some"}, ConfigError, "'all', 'attention' or 'lora'"),
         ({"attacker_renamed": 1.5}, ConfigError, "between 0 and 1"),
-        ({"objective": "imma"}, ConfigError, "imma as it was published"),
+        ({"objective": "imma", "trainable": "lora"}, ConfigError, "imma as it was published"),
         ({"objective": "imma+simulated_attack", "trainable": "attention", "attacker_rank": 2}, ConfigError, "beside"),
         ({"trainable": "lora", "lora_rank": 0}, ConfigError, "lora_rank of at least 1"),
         ({"primary_loss_weight": 0.0}, ConfigError, "keeps the model"),
