@@ -176,6 +176,17 @@ def test_rows_that_cannot_be_measured_are_told_of(digits, digits_base, tmp_path,
     assert found.outcome is None and "NOT MEASURED: whether it worked cannot be said. expected" in caplog.text
 
 
+def test_the_order_of_the_rows_does_not_matter_to_terms_on_groups(digits, digits_base, tmp_path):
+    """Folders give rows class by class; batches of training mix them."""
+    held, found = digits["harmful_eval_dataset"], {}
+    by_class = torch.utils.data.Subset(held, held.labels.argsort().tolist())
+    for name, rows in {"as they are": held, "by class": by_class}.items():
+        trainer = run(digits | {"harmful_eval_dataset": rows}, digits_base, tmp_path / name, objective="group_kappa",
+                      max_steps=1, learning_rate=1e-12)
+        found[name] = trainer.outcome.terms_before["harmful_negative_group_log_kappa"]
+    assert found["by class"] == pytest.approx(found["as they are"], abs=0.12)
+
+
 def test_rows_that_were_trained_on_are_called_that(digits, digits_base, tmp_path):
     del digits["harmful_eval_dataset"]
     found = run(digits, digits_base, tmp_path, max_steps=2).outcome

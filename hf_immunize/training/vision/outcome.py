@@ -141,11 +141,13 @@ class OutcomeMeter:
         whole, self._targets = self._look(model, {*self._sites, self._head}, _MOST_ROWS)
         of_classes = self._targets.kind == "classes"
         classes = self._targets.values if of_classes else torch.zeros(len(self._targets), dtype=torch.long)
+        # as batches are: of rows that lie class by class, a term on small groups would see one class at a time
+        mixed = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
         terms = {}
         for term in self._terms:
             values = []
             for site, share in self._sites.items():
-                rows = Rows(to_double(whole[site]), classes, whole[site].dtype)
+                rows = Rows(to_double(whole[site])[mixed], classes[mixed], whole[site].dtype)
                 values.append(share * float(term.measure(rows, self.settings)))
             terms[term.name] = defined(term.name, sum(values))
         terms |= self._on_weights(model) if self._on_weights else {}
