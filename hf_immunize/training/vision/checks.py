@@ -117,6 +117,19 @@ def check_size(size: torch.Size, task: HarmfulTask) -> None:
         )
 
 
+def held_out_of(rows: Any, harmful: HarmfulTask, terms: Sequence[AnyTerm]) -> HarmfulTask | None:
+    """Harmful rows that training does not see, once they are like those that it does; None where there are none.
+
+    Raises:
+        DataError: rows that are unlike, see ``HarmfulTask`` and ``check_size``.
+    """
+    if rows is None:
+        return None
+    held = HarmfulTask(rows, "harmful_eval_dataset", terms)
+    check_size(pixel_shape(harmful.first, "harmful_dataset"), held)
+    return held
+
+
 @contextmanager
 def forward_of_first(row: Mapping[str, Any]) -> Iterator[None]:
     """Around the first forwards, which are of one row: what the model's own code raises there is named.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_immunize.data import collate_pixels
+from hf_immunize.training.vision.frozen import collate_with_boundary
 from hf_immunize.training.vision.primary import SINGLE
 
 logger = logging.get_logger(__name__)
@@ -39,6 +41,22 @@ def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[...,
         return found | {"labels": labels if labels.dtype == torch.long and labels.dim() == 1 else labels.float()}
 
     return collated
+
+
+def collators_of(
+    given: Callable[..., Any] | None, kind: str, dtype: torch.dtype
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The collator of primary training rows, and the one of all others, which never mixes images.
+
+    Args:
+        given: the user's; None for ours.
+        kind: of the primary task.
+        dtype: of the weights that read images.
+    """
+    ours = collate_with_labels(collate_pixels, kind)
+    plain = UnmixedCollator(given, ours) if given else ours
+    first, second = (collate_with_boundary(InPrecision(one, dtype)) for one in (given or ours, plain))
+    return first, second
 
 
 class InPrecision:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from transformers.utils import logging
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.training.core.guard import UtilityGuard
+from hf_immunize.training.vision.metrics import BaseLabels
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +52,23 @@ def base_points(metrics: Mapping[str, float], metric: str, *, guards: bool, pref
             raise
         logger.warning(f"The primary metric is not watched, {error}")
         return None
+    return points
+
+
+def measured_base(
+    evaluate: Callable[..., dict[str, float]], labels: BaseLabels | None, names: Sequence[str], guard: UtilityGuard,
+) -> float | None:
+    """The guarded metric of the model before immunization, in points, by an evaluation of it; see ``base_points``.
+
+    Args:
+        labels: sees its answers; raises DataError where the model calls the classes otherwise than the rows do.
+        names: what the model calls its outputs.
+    """
+    if labels is not None:
+        labels.open = True
+    points = base_points(evaluate(metric_key_prefix="base"), guard.metric, guards=guard.allowed is not None)
+    if labels is not None:
+        labels.refuse_other_order(names, "eval_dataset")
     return points
 
 

@@ -155,12 +155,16 @@ class OutcomeMeter:
         return Measured(terms, max(scores, default=None), tuple(scores))
 
     def record(self, model: nn.Module, guard: UtilityGuardRecord | None = None) -> OutcomeRecord | None:
-        """Before against after; None where nothing was measured before, which is said."""
-        if self.before is None:
+        """Before against after; None where either could not be measured, which is said."""
+        after = None
+        if self.before is not None:
+            try:
+                after = self.measure(model)
+            except SpectrumError as error:  # nothing to compare is no reason to lose what was trained
+                self.unmeasured = str(error)
+        if self.before is None or after is None or self._targets is None:
             logger.warning(f"NOT MEASURED: whether it worked cannot be said. {self.unmeasured or ''}".strip())
             return None
-        after = self.measure(model)
-        assert self._targets is not None
         metric, chance = _metric_of(self._targets)
         rows = f"{len(self._targets)} {'held-out harmful rows' if self.held_out else 'harmful rows it was trained on'}"
         immunized, told = judge(self.before, after, chance, self._judged, rows, kept_of(guard))

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from hf_immunize.data import (
     Labels,
+    NamedRows,
+    NamedStream,
     as_mapping,
     check_label_range,
     find_labels,
@@ -118,6 +120,11 @@ def _key_of(found: Labels, name: str) -> str:
     if found.key is None:
         raise DataError(f"expected a 'labels' column in {name}, got none: rename the label column to 'labels'.")
     return found.key
+
+
+def named(rows: Any, name: str, check: RowCheck, *, repeat: bool) -> Any:
+    """Rows or a stream that name themselves and the row in what they raise; a stream that repeats begins again."""
+    return NamedStream(rows, name, repeat=repeat, check=check) if is_stream(rows) else NamedRows(rows, name, check)
 
 
 class RowCheck:

@@ -29,6 +29,19 @@ from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics
 
 
+def attacker_of(args: ImmunizationConfig, model: nn.Module, head: str) -> LoraAttacker | None:
+    """The attacker of ``imma`` with LoRA factors; None where none is asked for."""
+    if not args.attacker_rank or "imma" not in args.objectives:
+        return None
+    return LoraAttacker(model, head, rank=args.attacker_rank, rate=args.attacker_learning_rate, seed=args.seed)
+
+
+def preconditioner_of(args: ImmunizationConfig, model: nn.Module) -> Preconditioner | None:
+    """What preconditions gradients; None where none is asked for."""
+    patterns = args.precondition_gradients
+    return Preconditioner(model, patterns, args.precondition_ridge) if patterns else None
+
+
 def settings_of(args: ImmunizationConfig, harmful_classes: int | None) -> TermSettings:
     """The options that terms on features depend on."""
     return TermSettings(

@@ -16,17 +16,13 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from hf_immunize.data import (
-    NamedRows,
-    NamedStream,
-    collate_pixels,
     has_transform,
     id2label_of,
     is_stream,
     named_workers,
     output_names,
-    pixel_shape,
 )
-from hf_immunize.errors import ConfigError, SpectrumError
+from hf_immunize.errors import ConfigError
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
 from hf_immunize.training.core.average import WeightAverage
@@ -36,7 +32,6 @@ from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import GlobalObjective
-from hf_immunize.training.core.preconditioning import Preconditioner
 from hf_immunize.training.core.registry import terms_of
 from hf_immunize.training.core.sharding import reach
 from hf_immunize.training.core.state import CheckpointState, Stateful
@@ -47,32 +42,38 @@ from hf_immunize.training.vision.callbacks import Averaging, Ending, Watching
 from hf_immunize.training.vision.checkpointing import StrictTrainer, refuse_missing_checkpoint
 from hf_immunize.training.vision.checks import (
     check_data,
-    check_size,
     check_unlabelled,
     dtype_of_images,
     forward_of_first,
     head_of,
+    held_out_of,
     matched,
     refuse_no_model,
     refuse_streams,
 )
-from hf_immunize.training.vision.collators import InPrecision, UnmixedCollator, collate_with_labels
+from hf_immunize.training.vision.collators import collators_of
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly
 from hf_immunize.training.vision.forwards import Forwards
-from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
-from hf_immunize.training.vision.guard_metric import base_points, points_of, refuse_lower_is_better
+from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, freeze_all_but
+from hf_immunize.training.vision.guard_metric import measured_base, points_of, refuse_lower_is_better
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.identity import compared_options, identity_of
 from hf_immunize.training.vision.keeping import Keeping
-from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
-from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck
+from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck, named
 from hf_immunize.training.vision.probing import Probing
 from hf_immunize.training.vision.rows_of_step import rows_of_step
-from hf_immunize.training.vision.setup import attacked_task, build_step, learn_attack, settings_of
+from hf_immunize.training.vision.setup import (
+    attacked_task,
+    attacker_of,
+    build_step,
+    learn_attack,
+    preconditioner_of,
+    settings_of,
+)
 from hf_immunize.training.vision.sharded import resumable
 from hf_immunize.training.vision.sites import choose_layouts, choose_sites
 from hf_immunize.training.vision.stock_options import check_stock_options
@@ -136,23 +137,18 @@ class ImmunizationTrainer(StrictTrainer):
         self._check(model, args, train_dataset, harmful_dataset, eval_dataset)
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset, self._evaluated = harmful_eval_dataset, eval_dataset
-        held = None
-        if harmful_eval_dataset is not None:
-            held = HarmfulTask(harmful_eval_dataset, "harmful_eval_dataset", self.terms)
-            check_size(pixel_shape(self.harmful_task.first, "harmful_dataset"), held)
+        held = held_out_of(harmful_eval_dataset, self.harmful_task, self.terms)
         metrics = compute_metrics or metrics_of(self.kind)
         self._base_labels = BaseLabels(metrics) if metrics is not None and self.kind == SINGLE else None
         check_stock_options(args, self.kind, metrics)
-        ours, dtype = collate_with_labels(collate_pixels, self.kind), dtype_of_images(model)
-        plain = UnmixedCollator(data_collator, ours) if data_collator else ours
-        self._plain_collator = collate_with_boundary(InPrecision(plain, dtype))
+        collator, self._plain_collator = collators_of(data_collator, self.kind, dtype_of_images(model))
         with resumable(args, model):
             super().__init__(
                 model=model,
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                data_collator=collate_with_boundary(InPrecision(data_collator or ours, dtype)),
+                data_collator=collator,
                 compute_metrics=self._base_labels or metrics,
                 **kwargs,
             )
@@ -218,12 +214,7 @@ class ImmunizationTrainer(StrictTrainer):
         args = self.args
         self.watch = Watch(self.terms)
         self.meter = Meter(self.watch)
-        self.attacker = None
-        if args.attacker_rank and "imma" in args.objectives:
-            rank, rate = args.attacker_rank, args.attacker_learning_rate
-            self.attacker = LoraAttacker(model, self.site, rank=rank, rate=rate, seed=args.seed)
-        patterns = args.precondition_gradients
-        self.preconditioner = Preconditioner(model, patterns, args.precondition_ridge) if patterns else None
+        self.attacker, self.preconditioner = attacker_of(args, model, self.site), preconditioner_of(args, model)
         self.forwards = Forwards(
             args, kind=self.kind, head=self.site, sites=list(self.site_weights),
             layers=list(self.preconditioner.layers) if self.preconditioner else [], layouts=self.layouts,
@@ -314,11 +305,7 @@ class ImmunizationTrainer(StrictTrainer):
         """
         training = description == "Training"
         dataset, name = self._readable(dataset, description), "train_dataset" if training else "eval_dataset"
-        check = RowCheck(self.model, self.kind)
-        if is_stream(dataset):
-            rows: Any = NamedStream(dataset, name, repeat=training, check=check)
-        else:
-            rows = NamedRows(dataset, name, check)
+        rows = named(dataset, name, RowCheck(self.model, self.kind), repeat=training)
         kept = self.data_collator
         self.data_collator = kept if training else self._plain_collator  # a mixed image has no right answer
         try:
@@ -424,10 +411,9 @@ class ImmunizationTrainer(StrictTrainer):
 
     def _identity(self) -> dict[str, str]:
         """What a run that goes on from a checkpoint has to have in common with the one that wrote it."""
-        rows = {"train_dataset": self.primary_dataset, "harmful_dataset": self.harmful_dataset}
-        rows["eval_dataset"] = self._evaluated
-        if self.harmful_eval_dataset is not None:
-            rows["harmful_eval_dataset"] = self.harmful_eval_dataset
+        rows = {"train_dataset": self.primary_dataset, "harmful_dataset": self.harmful_dataset,
+                "eval_dataset": self._evaluated}
+        rows |= {} if self.harmful_eval_dataset is None else {"harmful_eval_dataset": self.harmful_eval_dataset}
         return identity_of(self.bare, rows, self.args.dataloader_num_workers)
 
     def _count_rows(self) -> None:
@@ -443,14 +429,8 @@ class ImmunizationTrainer(StrictTrainer):
 
     def _measure_base(self) -> float | None:
         """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
-        labels = self._base_labels
-        if labels is not None:
-            labels.open = True
-        metrics = self.evaluate(metric_key_prefix="base")
-        points = base_points(metrics, self.guard.metric, guards=self.guard.allowed is not None)
-        if labels is not None:
-            labels.refuse_other_order(output_names(id2label_of(self.bare.config)), "eval_dataset")
-        return points
+        names = output_names(id2label_of(self.bare.config))
+        return measured_base(self.evaluate, self._base_labels, names, self.guard)
 
     def _measure_references(self) -> None:
         """G wherever a balance needs it and has none yet."""
@@ -472,9 +452,6 @@ class ImmunizationTrainer(StrictTrainer):
             logs = {**logs, **means, "strength": self.step.strength}
         super().log(logs, start_time)
 
-    def _points(self, metrics: dict[str, float], prefix: str = "eval") -> float:
-        return points_of(metrics, self.guard.metric, prefix)
-
     def _probe(self, model: nn.Module, rows: int) -> float | None:
         return self._outcome_meter.probe(model, rows)  # of cached rows once there are such
 
@@ -491,7 +468,9 @@ class ImmunizationTrainer(StrictTrainer):
         return metrics
 
     def _checked(self, metrics: dict[str, float]) -> dict[str, float]:
-        return self.guarded.check(self.state.global_step, self._points(metrics), self.state.max_steps)
+        return self.guarded.check(
+            self.state.global_step, points_of(metrics, self.guard.metric, "eval"), self.state.max_steps
+        )
 
     @property
     def saved_step(self) -> int:
@@ -510,15 +489,11 @@ class ImmunizationTrainer(StrictTrainer):
             if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
                 self.log(self._checked(self.evaluate()))
             self.guard_record = self.guarded.finish(
-                lambda what: self._points(self.evaluate(metric_key_prefix=what), what)
+                lambda what: points_of(self.evaluate(metric_key_prefix=what), self.guard.metric, what)
             )
             if self.guard_record is not None:
                 self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})
-        try:
-            self.outcome = self._outcome_meter.record(self.bare, self.guard_record)
-        except SpectrumError as error:  # nothing to compare is no reason to lose what was trained
-            self.outcome = None
-            logger.warning(f"NOT MEASURED: whether it worked cannot be said. {error}")
+        self.outcome = self._outcome_meter.record(self.bare, self.guard_record)
         if self.outcome is not None:
             self.log(logged(self.outcome))
             logger.warning(self.outcome.told)
