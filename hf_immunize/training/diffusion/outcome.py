@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,19 @@ class Seen:
 
     terms: dict[str, float]
     loss: float
+    at: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By term on features what each site adds to it; sites where it is not defined are missing."""
+
+
+def at_same_sites(before: Seen, after: Seen) -> tuple[dict[str, float], dict[str, float]]:
+    """Terms of both, each summed over the sites at which it is defined both times; without those that have none."""
+    common = {name: set(found) & set(after.at.get(name, ())) for name, found in before.at.items()}
+    sums = [
+        {name: value for name, value in seen.terms.items() if name not in common}
+        | {name: sum(seen.at[name][site] for site in sites) for name, sites in common.items() if sites}
+        for seen in (before, after)
+    ]
+    return sums[0], sums[1]
 
 
 class ConceptOutcome:
@@ -80,14 +93,15 @@ class ConceptOutcome:
         was_training = model.training
         model.eval()
         try:
-            terms = self._of_features(model) if self._settings is not None else {}
+            at = self._of_features(model) if self._settings is not None else {}
+            terms = {name: sum(found.values()) for name, found in at.items()}
             terms |= self._on_weights(model) if self._on_weights else {}
-            return Seen(terms, self._exam.ask(self._denoiser, model).loss)
+            return Seen(terms, self._exam.ask(self._denoiser, model).loss, at)
         finally:
             model.train(was_training)
 
     @torch.no_grad()
-    def _of_features(self, model: nn.Module) -> dict[str, float]:
+    def _of_features(self, model: nn.Module) -> dict[str, dict[str, float]]:
         parts: dict[str, list[Tensor]] = {site: [] for site in self._sites}
         labels = []
         for batch in self._rows():
@@ -98,13 +112,13 @@ class ConceptOutcome:
             labels.append(batch.labels.cpu())
         whole = {site: torch.cat(found) for site, found in parts.items()}
         assert self._settings is not None
-        values: dict[str, float] = {}
+        values: dict[str, dict[str, float]] = {}
         for term in on_features(self._judged):
             for site, (share, _) in self._sites.items():
                 rows = Rows(to_double(whole[site]), torch.cat(labels), whole[site].dtype)
                 try:
                     value = defined(term.name, float(term.measure(rows, self._settings)))
-                    values[term.name] = values.get(term.name, 0.0) + share * value
+                    values.setdefault(term.name, {})[site] = share * value
                 except SpectrumError:  # features of one point: collapse, which is the goal, has no condition number
                     continue
         return values
@@ -114,20 +128,21 @@ class ConceptOutcome:
         if self.before is None:
             return None
         before, after = self.before, self.measure(model)
-        known = [term for term in self._judged if term.name in before.terms and term.name in after.terms]
-        works = bool(known) and lowered(known, before.terms, after.terms)
+        first, last = at_same_sites(before, after)
+        known = [term for term in self._judged if term.name in first and term.name in last]
+        works = bool(known) and lowered(known, first, last)
         if any(isinstance(term, WeightTerm) and term.erases for term in known):
             works = works and after.loss > before.loss
         where = "held-out images of the concept" if self.held_out else "images of the concept it was trained on"
         found = [
-            shown(known, before.terms, after.terms),
+            shown(known, first, last),
             f"denoising loss on {self._count} {where} {before.loss:.4g} -> {after.loss:.4g}",
         ]
         other = achieved(known, "one with another name, optimizer or rate")
         immunized, told = verdict(works, kept_of(guard), found, other, "weights")
         return OutcomeRecord(
             rows=self._count, held_out=self.held_out, chance=None, probe_metric=None, probe_before=None,
-            probe_after=None, terms_before=before.terms, terms_after=after.terms, loss_before=before.loss,
+            probe_after=None, terms_before=first, terms_after=last, loss_before=before.loss,
             loss_after=after.loss, immunized=immunized, told=told,
         )
 

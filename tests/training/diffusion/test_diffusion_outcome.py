@@ -11,7 +11,7 @@ from denoiser_builders import build_examples
 from hf_immunize.errors import NotImmunizedError
 from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.stages.base import ImmunizeOptions, require_outcome
-from hf_immunize.training.diffusion.outcome import Seen, kept_of
+from hf_immunize.training.diffusion.outcome import Seen, at_same_sites, kept_of
 
 
 def held_out():
@@ -61,6 +61,15 @@ def test_a_concept_that_is_denoised_better_than_before_was_not_erased(make_train
     meter.before = Seen({name: 1e9 for name in meter.before.terms}, loss)  # the term fell, whatever it is now
     found = meter.record(trainer.bare)
     assert found.immunized is immunized and "simulated; one with" not in found.told
+
+
+def test_a_term_is_compared_at_the_sites_where_it_is_defined_both_times():
+    """A site whose features collapsed drops out of both sums, not of one."""
+    before = Seen({"kappa": -12.0, "attack": 0.5}, 1.0, {"kappa": {"a": -5.0, "b": -7.0}})
+    after = Seen({"kappa": -5.0, "attack": 0.4}, 1.0, {"kappa": {"a": -5.0}})
+    assert at_same_sites(before, after) == ({"kappa": -5.0, "attack": 0.5}, {"kappa": -5.0, "attack": 0.4})
+    gone = Seen({"attack": 0.4}, 1.0)
+    assert at_same_sites(before, gone) == ({"attack": 0.5}, {"attack": 0.4})
 
 
 def guarded(base: float, final: float, allowed: float | None) -> UtilityGuardRecord:
