@@ -79,7 +79,7 @@ class Described(Protocol):
 
 
 def unmeasured_cell(name: str, attack: Described, verdict: Any, reason: str, threshold: float) -> Cell:
-    """The cell of an attack without figures: NOT RUN or NOT APPLICABLE."""
+    """The cell of an attack without figures: NOT RUN, NOT APPLICABLE, or INCONCLUSIVE where the base alone has them."""
     nothing = Interval(estimate=None, low=None, high=None, samples=0)
     return Cell(
         attack=name, family=attack.family, unit=attack.unit, budget=0, threshold=threshold, seeds=[], subject=None,
@@ -90,6 +90,8 @@ def unmeasured_cell(name: str, attack: Described, verdict: Any, reason: str, thr
 
 _NO_SUBJECT = "the exam has this attack, but it was not run"
 _NO_CONTROL = "run on this model but not on its base: without a control there is nothing to compare with"
+
+_ON_BASE_ALONE = "does not apply to this model ({}), but to its base: what could not be tried has not been resisted"
 
 
 def build_cell(
@@ -116,6 +118,8 @@ def build_cell(
     if scratch:
         check_same_exam(name, subject, scratch, "scratch")
     if all(trace.outcome == "not_applicable" for trace in subject):
+        if any(trace.outcome != "not_applicable" for trace in control):
+            return unmeasured_cell(name, attack, "INCONCLUSIVE", _ON_BASE_ALONE.format(subject[0].note), threshold)
         return unmeasured_cell(name, attack, "NOT APPLICABLE", str(subject[0].note), threshold)
     sat = {role: found for role in ("subject", "control", "scratch") if (found := traces.get(role, ()))}
     return check_curtailed(

@@ -74,13 +74,14 @@ def test_the_normal_form_computes_the_same_in_single_precision(name):
 
 
 def test_and_in_training_mode_with_the_statistics_of_the_batch():
+    """Whatever running statistics the model came with: by those of its images it computes what it did by its own."""
     model, images = build_classifier("resnet", dtype=torch.float64), pixels("resnet", 8)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eps = 1e-12  # beside the variance; what a batch of no variance becomes is epsilon's own affair
     found = canonicalise(model, find_classifier(model), images).model
-    assert not torch.equal(logits(model, images), logits(model.train(), images))
-    assert torch.allclose(logits(found.train(), images), logits(model, images), atol=1e-9)
+    assert torch.allclose(logits(found.train(), images), logits(model.eval(), images), atol=1e-9)
+    assert not torch.allclose(logits(model.train(), images), logits(model.eval(), images), atol=1e-2)
 
 
 @torch.no_grad()

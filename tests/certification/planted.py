@@ -188,12 +188,23 @@ def _inserted(model, decades):
     model.classifier.weight.copy_(model.classifier.weight.double() @ (right / sigma) @ left.T)
 
 
+def _unexcited(model):
+    """Other powers for every channel of the gains, and a hidden unit in every block that never fires: what it would write
+    is 10⁶ times as large as what others do."""
+    _tiny_gains(model)
+    draws = torch.Generator().manual_seed(1)
+    for block in model.vit.layers:
+        least = int(block.mlp.fc2.weight.norm(dim=0).argmin())
+        block.mlp.fc1.bias[least] = -100.0
+        block.mlp.fc2.weight[:, least] = 1e6 * torch.randn(block.mlp.fc2.out_features, generator=draws)
+
+
 COORDINATES = {
     "gains": _gains, "tiny_gains": _tiny_gains, "stream": _stream, "heads": _heads, "permuted": _permuted,
     "dropout": _dropout,
 }  # fmt: skip
 """Changes after which the model computes the same."""
-HINDRANCES = {"dead": _dead, "saturated": _saturated}
+HINDRANCES = {"dead": _dead, "saturated": _saturated, "unexcited": _unexcited}
 """Changes that cost some of the function."""
 TRAPS = {"decayed": _decayed, "detached": _detached}
 """Changes that keep the function and hinder training, and that no change of coordinates takes back."""

@@ -100,3 +100,11 @@ def test_the_checklist_names_what_is_missing_and_only_that():
         assert words not in lines, words
     away = [run.model_copy(update={"outcome": "not_applicable", "note": "no base"}) for run in wide]
     assert "distillation into a fresh copy" in " | ".join(lines_not_run(away, []))
+
+
+def test_an_attack_that_applies_to_the_base_alone_has_not_been_resisted():
+    """A model made so that its normal form cannot be found would else be spared this attacker in silence."""
+    nothing = [trace([], outcome="not_applicable", note="could not be followed", seed=seed) for seed in (0, 1, 2)]
+    cell = build_cell("canonical_finetune", ATTACKS["canonical_finetune"],
+                      {"subject": nothing, "control": side_of("control", (10, 12, 10))}, None, 200, Rule())
+    assert cell.verdict == "INCONCLUSIVE" and "could not be followed" in cell.reason and "its base" in cell.reason

@@ -54,9 +54,10 @@ def test_leaving_out_seeds_changes_no_verdict(simulated, case):
 
 
 def test_leaving_out_seeds_saves_some_of_a_copy_of_the_base_and_changes_no_verdict(simulated):
-    spent = []
+    spent, verdicts = [], []
     for exam in range(20):
         whole, short = (simulated.Simulator(7000 + exam, 5, tuned=True, curtailed=early) for early in (False, True))
-        assert whole.cell(1.0).verdict == short.cell(1.0).verdict == "FAILS"
+        verdicts.append(whole.cell(1.0).verdict)
+        assert short.cell(1.0).verdict == verdicts[-1]
         spent.append(short.spent)
-    assert spent.count(3) >= 10 and whole.spent == 5
+    assert spent.count(3) >= 10 and whole.spent == 5 and verdicts.count("FAILS") >= 18

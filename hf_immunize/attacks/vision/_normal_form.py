@@ -13,14 +13,17 @@ from hf_immunize.attacks.core.shape import Run
 from hf_immunize.attacks.vision.canonical import Canonical, canonicalise
 from hf_immunize.attacks.vision.context import AttackContext
 
-_LOOKED_AT = 4
-"""Images on which the normal form is checked."""
+_CHECKED_ON, _LOOKED_AT = 4, 64
+"""Images on which the normal form is checked, and by which statistics and what excites a weight are told."""
 
 
 def normal_form(context: AttackContext, seed: int) -> Canonical:
     """The attacked model in normal form, found once per model."""
-    images = context.attack.subset(torch.arange(min(_LOOKED_AT, len(context.attack)))).pixel_values
-    return context.once("normal form", seed, lambda: canonicalise(context.model(seed), context.head, images))
+    count = len(context.attack)
+    spread = torch.linspace(0, count - 1, min(_LOOKED_AT, count)).round().long()  # rows may lie class by class
+    images = context.attack.subset(spread).pixel_values
+    few = images[torch.linspace(0, len(images) - 1, min(_CHECKED_ON, len(images))).round().long()]
+    return context.once("normal form", seed, lambda: canonicalise(context.model(seed), context.head, few, images))
 
 
 def canonical_model(context: AttackContext, seed: int) -> nn.Module | str:

@@ -2,7 +2,8 @@
 
 What makes a network hard to train can lie in nothing but its coordinates: gains of 2^24 that the next layer divides
 away, convolutions multiplied by 1000 before a batch norm, queries stretched and keys shrunk. ``canonicalise`` undoes
-all changes of coordinates of these kinds at once, without the base and without data.
+all changes of coordinates of these kinds at once, without the base. From images it takes what only data tell
+(``on_data``): statistics that no data have, weights that nothing excites.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
+from hf_immunize.attacks.vision.canonical.on_data import LOOKS
 from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
 from hf_immunize.attacks.vision.canonical.scales import rescale, settle
@@ -21,6 +23,8 @@ from hf_immunize.attacks.vision.canonical.shifts import unshift
 
 _ROUNDING = 1e-8
 """How far outputs in float64 may move, in units of the largest, before the normal form is thrown away."""
+_WRITTEN = 0.01
+"""The same in the precision that the model came with: a network in which more is lost is another one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Canonical:
 
 
 @torch.no_grad()
-def canonicalise(model: nn.Module, head: str, pixels: Tensor) -> Canonical:
+def canonicalise(model: nn.Module, head: str, pixels: Tensor, images: Tensor | None = None) -> Canonical:
     """The normal form of an image classifier, in the precision, mode and place it came with; the model itself is kept.
 
     Works in float64 on what a forward's graph shows (``following``), and is checked on the pixels: where the graph
@@ -43,27 +47,42 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor) -> Canonical:
 
     Args:
         head: name of the linear layer that the attacker will replace.
-        pixels: a few images (N×C×H×W, at least one).
+        pixels: a few images (N×C×H×W, at least one), by which the result is checked.
+        images: the images that the attacker has; by default the same.
     """
     double = copy.deepcopy(model).to("cpu", torch.float64).eval()
     batch = torch.cat([pixels, pixels])[: max(2, len(pixels))].to("cpu", torch.float64)
     wanted = double(pixel_values=batch).logits
     try:
+        _, silenced = (look(double, (pixels if images is None else images).to(batch)) for look in LOOKS)
         anatomy = find_anatomy(double, batch)
         moved = _without_shifts(double, anatomy, head, batch, wanted)
-        told = f"{_change(double, anatomy, head)}, {moved} constants moved"
+        told = f"{_change(double, anatomy, head)}, {moved} constants moved, {silenced} inputs silenced"
     except Exception as error:  # torch.export and its graphs raise errors of every kind
         return _unchanged(model, f"the network could not be followed: {type(error).__name__}: {error}")
     moved_by = _apart(double, batch, wanted)
     if not moved_by <= _ROUNDING:
         return _unchanged(model, f"outputs would have moved by {moved_by:.1e} of the largest")
-    return Canonical(_written(model, double), told, True, moved_by)
+    made = _written(model, double)
+    lost = _lost(made, batch, wanted)
+    if not lost <= max(_WRITTEN, 16 * torch.finfo(_precision(made)).eps):
+        return _unchanged(model, f"outputs would have moved by {lost:.1e} of the largest in the model's own precision")
+    return Canonical(made, told, True, moved_by)
 
 
 def _apart(double: nn.Module, batch: Tensor, wanted: Tensor) -> float:
     """How far outputs are from the wanted ones, in units of the largest."""
     found = double(pixel_values=batch).logits
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def _lost(made: nn.Module, batch: Tensor, wanted: Tensor) -> float:
+    """How far a model's outputs in its own precision are from the wanted ones, in units of the largest."""
+    return _apart(copy.deepcopy(made).cpu().eval(), batch.to(_precision(made)), wanted)
+
+
+def _precision(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def _without_shifts(double: nn.Module, anatomy: Anatomy, head: str, batch: Tensor, wanted: Tensor) -> int:

@@ -1,0 +1,133 @@
+"""What only data tell of a network: statistics that no data have, and weights that nothing ever excites.
+
+Both hide scales from whoever looks at weights alone. Running statistics that lie cost nothing in evaluation mode, and
+make another network of the model as soon as it trains by the statistics of batches. A column of 10⁶ behind a unit that
+never fires, or a colour that no image has, changes no output, and is what the length of its rows is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+_AT_A_TIME = 16
+_ROUNDED = 1e-13
+"""Variance in units of the mean square that is rounding of float64."""
+_ENOUGH = 32
+"""Rows that have to be seen before an input counts as silent: a rectified unit is silent on half of them anyway."""
+_NOTHING = 1e-10
+"""Share of a row's output below which what an input adds to it is nothing: far below what outputs may move by."""
+
+
+class _Moments:
+    """Sum, sum of squares and number of values of every channel, over all that came by."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: Tensor | float = 0.0
+        self.second: Tensor | float = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """``values``: anything × channels."""
+        self.count += len(values)
+        self.first = self.first + values.sum(dim=0)
+        self.second = self.second + values.square().sum(dim=0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Of every channel."""
+        return torch.as_tensor(self.first) / self.count
+
+    @property
+    def square(self) -> Tensor:
+        """Mean square of every channel."""
+        return torch.as_tensor(self.second) / self.count
+
+
+def _rows(module: nn.Module, values: Tensor) -> Tensor:
+    """Channels last, everything else in rows."""
+    last = values if isinstance(module, nn.Linear) or values.dim() < 3 else values.movedim(1, -1)
+    return last.reshape(-1, last.shape[-1])
+
+
+def _watched(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], images: Tensor
+) -> Iterator[tuple[Any, _Moments]]:
+    """Every module of these kinds that runs, with the moments of its inputs."""
+    found: dict[nn.Module, _Moments] = {}
+
+    def listen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.setdefault(module, _Moments()).add(_rows(module, inputs[0]))
+
+    hooks = [module.register_forward_pre_hook(listen) for module in model.modules() if isinstance(module, kinds)]
+    try:
+        for batch in images.split(_AT_A_TIME):
+            model(pixel_values=batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    yield from found.items()
+
+
+@torch.no_grad()
+def refit_statistics(model: nn.Module, images: Tensor) -> int:
+    """Give batch norms the statistics of these images, and the gains and shifts with which they compute what they did.
+
+    μ, v of the images, m, s the running ones: γ' = γ√(v+ε)/√(s+ε), β' = β + γ(μ−m)/√(s+ε). In evaluation mode the
+    function is the same; in training mode it then is nearly so too. A channel that does not vary has no scale that any
+    image tells, and gets one of 1.
+
+    Args:
+        model: in evaluation mode, float64; changed in place.
+
+    Returns:
+        How many batch norms were looked at.
+    """
+    done = 0
+    for norm, moments in _watched(model, (_BatchNorm,), images):
+        if norm.running_mean is None or norm.running_var is None or norm.weight is None or norm.bias is None:
+            continue
+        mean, variance = moments.mean, moments.square - moments.mean.square()
+        varies = variance > _ROUNDED * moments.square
+        slope = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias + slope * (mean - norm.running_mean)
+        norm.weight.copy_(torch.where(varies, slope * (variance + norm.eps).sqrt(), 1.0))
+        norm.running_var.copy_(torch.where(varies, variance, 1.0))
+        norm.bias.copy_(shift), norm.running_mean.copy_(mean)
+        done += 1
+    return done
+
+
+@torch.no_grad()
+def silence_unheard(model: nn.Module, images: Tensor) -> int:
+    """Set the weights of linear maps and convolutions to zero whose inputs add nothing to any row on these images.
+
+    Where fewer than 32 rows (images, tokens, places) come by, nothing is.
+
+    Args:
+        model: in evaluation mode, float64; changed in place.
+
+    Returns:
+        How many input channels were silenced that had weights.
+    """
+    done = 0
+    for layer, moments in _watched(model, (nn.Linear, nn.Conv2d), images):
+        if moments.count < _ENOUGH:
+            continue
+        groups = getattr(layer, "groups", 1)
+        weight = layer.weight.reshape(groups, layer.weight.shape[0] // groups, layer.weight.shape[1], -1)
+        lengths = weight.square().sum(dim=-1)  # groups × rows × inputs
+        added = lengths * moments.square.reshape(groups, 1, -1)
+        unheard = (added <= _NOTHING**2 * added.sum(dim=-1, keepdim=True)).all(dim=1)
+        unheard &= (lengths > 0).any(dim=1)
+        layer.weight.copy_(weight.masked_fill(unheard[:, None, :, None], 0.0).view_as(layer.weight))
+        done += int(unheard.sum())
+    return done
+
+
+LOOKS: tuple[Callable[[nn.Module, Tensor], int], ...] = (refit_statistics, silence_unheard)
+"""In this order: the second reads what layers get, which the first does not change."""
