@@ -189,8 +189,8 @@ def _inserted(model, decades):
 
 
 def _unexcited(model):
-    """Other powers for every channel of the gains, and a hidden unit in every block that never fires: what it would write
-    is 10⁶ times as large as what others do."""
+    """Other powers for every channel of the gains, and a hidden unit in every block that never fires: what it would
+    write is 10⁶ times as large as what others do."""
     _tiny_gains(model)
     draws = torch.Generator().manual_seed(1)
     for block in model.vit.layers:
