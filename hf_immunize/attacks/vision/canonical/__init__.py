@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
-from hf_immunize.attacks.vision.canonical.on_data import LOOKS
+from hf_immunize.attacks.vision.canonical.on_data import LOOKS, refit_statistics
 from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
 from hf_immunize.attacks.vision.canonical.scales import rescale, settle
 from hf_immunize.attacks.vision.canonical.shifts import unshift
+from hf_immunize.attacks.vision.canonical.streams import balance_streams
 
 _ROUNDING = 1e-8
 """How far outputs in float64 may move, in units of the largest, before the normal form is thrown away."""
@@ -54,10 +55,16 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor, images: Tensor | N
     batch = torch.cat([pixels, pixels])[: max(2, len(pixels))].to("cpu", torch.float64)
     wanted = double(pixel_values=batch).logits
     try:
-        _, silenced = (look(double, (pixels if images is None else images).to(batch)) for look in LOOKS)
+        seen = (pixels if images is None else images).to(batch)
+        _, silenced = (look(double, seen) for look in LOOKS)
         anatomy = find_anatomy(double, batch)
+        # first of all, so that streams are balanced from one start
+        scales = _scale(double, anatomy, _variables(sum(find_pairs(anatomy, head), [])))
+        if streams := balance_streams(anatomy, double, lambda: _apart(double, batch, wanted) <= _ROUNDING):
+            refit_statistics(double, seen)
         moved = _without_shifts(double, anatomy, head, batch, wanted)
-        told = f"{_change(double, anatomy, head)}, {moved} constants moved, {silenced} inputs silenced"
+        told = (f"{_change(double, anatomy, head, scales)}, {moved} constants moved, {silenced} inputs silenced, "
+                f"{streams} streams balanced")
     except Exception as error:  # torch.export and its graphs raise errors of every kind
         return _unchanged(model, f"the network could not be followed: {type(error).__name__}: {error}")
     moved_by = _apart(double, batch, wanted)
@@ -110,19 +117,25 @@ def _unchanged(model: nn.Module, why: str) -> Canonical:
     return Canonical(copy.deepcopy(model), why[:300], False)
 
 
-def _change(model: nn.Module, anatomy: Anatomy, head: str) -> str:
+def _scale(model: nn.Module, anatomy: Anatomy, apart: Tensor) -> int:
+    """Give every channel its scale but those that are set by other means; how many scales changed."""
+    roots = settle(anatomy, dict(model.named_parameters()) | dict(model.named_buffers()), apart)
+    rescale(anatomy, model, roots)
+    return int((roots.log != 0).sum())
+
+
+def _change(model: nn.Module, anatomy: Anatomy, head: str, scales: int) -> str:
     """Normalise a float64 model in place and say how much of it took part."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     inside, before_head = find_pairs(anatomy, head)
-    roots = settle(anatomy, named, _variables([*inside, *before_head]))
-    rescale(anatomy, model, roots)
+    _scale(model, anatomy, _variables([*inside, *before_head]))
     for pair in inside:
         balance_pair(pair, named)
-    rescale(anatomy, model, settle(anatomy, named, _variables(before_head)))  # now that the products' rows are known
+    _scale(model, anatomy, _variables(before_head))  # now that the products' rows are known
     straightened = [orthogonalise(pair, named) for pair in before_head]
     return (
         f"normal form: {len(anatomy.norms)} norms, {len(anatomy.layers)} linear maps, "
-        f"{int((roots.log != 0).sum())} scales set, {len(inside) + sum(straightened)} products balanced"
+        f"{scales} scales set, {len(inside) + sum(straightened)} products balanced"
     )
 
 
