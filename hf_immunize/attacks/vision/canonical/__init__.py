@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
-from hf_immunize.attacks.vision.canonical.on_data import LOOKS, refit_statistics
+from hf_immunize.attacks.vision.canonical.on_data import refit_statistics, silence_unheard
 from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
 from hf_immunize.attacks.vision.canonical.scales import rescale, settle
@@ -56,7 +56,8 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor, images: Tensor | N
     wanted = double(pixel_values=batch).logits
     try:
         seen = (pixels if images is None else images).to(batch)
-        _, silenced = (look(double, seen) for look in LOOKS)
+        refit_statistics(double, seen)
+        silenced = silence_unheard(double, seen)
         anatomy = find_anatomy(double, batch)
         # first of all, so that streams are balanced from one start
         scales = _scale(double, anatomy, _variables(sum(find_pairs(anatomy, head), [])))

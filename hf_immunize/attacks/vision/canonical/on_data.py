@@ -7,7 +7,7 @@ never fires, or a colour that no image has, changes no output, and is what the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -127,7 +127,3 @@ def silence_unheard(model: nn.Module, images: Tensor) -> int:
         layer.weight.copy_(weight.masked_fill(unheard[:, None, :, None], 0.0).view_as(layer.weight))
         done += int(unheard.sum())
     return done
-
-
-LOOKS: tuple[Callable[[nn.Module, Tensor], int], ...] = (refit_statistics, silence_unheard)
-"""In this order: the second reads what layers get, which the first does not change."""
