@@ -40,15 +40,7 @@ from hf_immunize.training.core.launching import sharding_plugin
 from hf_immunize.training.core.measured import Side
 from hf_immunize.training.core.meter import Meter
 from hf_immunize.training.core.objective import MicroBatch
-from hf_immunize.training.core.sharding import (
-    original_class,
-    reach,
-    reduced_later,
-    settle,
-    shard,
-    whole,
-    whole_copy,
-)
+from hf_immunize.training.core.sharding import original_class, reach, reduced_later, settle, shard, whole, whole_copy
 from hf_immunize.training.core.state import CheckpointState, Stateful
 from hf_immunize.training.core.step import Measured
 from hf_immunize.training.core.teacher import Teacher
