@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 import shutil
 from functools import partial
 from pathlib import Path
@@ -149,3 +151,18 @@ def test_the_readme_tells_the_figures_of_the_results_and_these_those_of_the_cert
             elif "−" in text:
                 drop = float(text.split("−")[1])
                 assert drop == pytest.approx(cell.accuracy_drop.estimate, abs=0.0051), (model, name)
+
+
+@pytest.mark.parametrize("backbone", ["mobilenetv2", "dinov2"])
+def test_the_pages_on_photos_tell_the_figures_of_their_runs(backbone):
+    """docs/vision.md has every row of docs/results/vision as the benchmark prints it, docs/results.md its range."""
+    table = runpy.run_path(str(ROOT / "benchmarks" / "vision_recipe.py"))["table"]
+    runs = json.loads((ROOT / "docs" / "results" / "vision" / f"{backbone}.json").read_text("utf-8"))["rows"]
+    page = (ROOT / "docs" / "vision.md").read_text("utf-8")
+    printed = table(runs).splitlines()
+    assert len(printed) == len(runs) + 2 > 2
+    for line in printed:
+        assert line in page, line
+    losses = sorted(row["defended"]["lost"] for row in runs)
+    told = f"{losses[0]:.0f} to {losses[-1]:.0f} % of" if len(runs) > 1 else f"{losses[0]:.0f} % of"
+    assert told in re.sub(r"\s+", " ", PAGES["docs/results.md"])
