@@ -82,15 +82,14 @@ def run_suite(
     sitting = _Sitting(context, table, Path(folder) / "traces" / context.role, overwrite, progress)
     courses = {}
     for name in names:
-        attack = find_attack(name, table)
-        asked = compared_runs(attack, seeds, (settings or {}).get(name), trials, tuning_seeds)
+        asked = compared_runs(find_attack(name, table), seeds, (settings or {}).get(name), trials, tuning_seeds)
         effort = (efforts or {}).get(name, Effort())
-        courses[name] = Course(name, attack, asked, seeds, sitting.found, effort, follow, decided).rounds()
+        course = Course(name, find_attack(name, table), asked, seeds, sitting.found, effort, follow, decided)
+        courses[name] = course.rounds()
     queue = Queue(courses, share)
     sitting.sit(queue)
     sitting.claims.clear()
-    diverged = sum(trace.outcome == "diverged" for trace in sitting.all)
-    return SuiteSummary(sitting.made, len(sitting.all) - sitting.made, diverged, sum(queue.blocked.values()))
+    return sitting.summary(blocked=sum(queue.blocked.values()))
 
 
 @dataclasses.dataclass
@@ -109,6 +108,11 @@ class _Sitting:
     def __post_init__(self) -> None:
         self.claims = Claims(self.target.parents[1] / ".running" / self.context.role)
         self._provenance = Provenance.here(self.context.device)
+
+    def summary(self, blocked: int) -> SuiteSummary:
+        """What was made and what was there; ``blocked`` runs wait for others."""
+        diverged = sum(trace.outcome == "diverged" for trace in self.all)
+        return SuiteSummary(self.made, len(self.all) - self.made, diverged, blocked)
 
     def sit(self, queue: Queue) -> None:
         """Make what is missing, the most urgent first of what nobody else is at."""

@@ -78,6 +78,18 @@ def build_step(
     return Step(objective, at_work, meter, preconditioner=preconditioner)
 
 
+def refitted_error(found: Tensor, rows: dict[str, Any], classes: int | None, args: ImmunizationConfig) -> Tensor:
+    """The error on rows N×D of the refitted head that generalises best, which an attacker would take."""
+
+    def at(horizon: float) -> Tensor:
+        if "answers" in rows:
+            return refitted_answers_loss(found, rows["answers"].cpu(), horizon, exact=args.attacker_second_order)
+        assert classes is not None  # else there are answers
+        return refitted_head_loss(found, rows["labels"].cpu(), horizon, classes, exact=args.attacker_second_order)
+
+    return torch.stack([at(horizon) for horizon in args.horizons]).min()
+
+
 def attacked_task(
     forwards: Forwards, model: nn.Module, batch: Callable[[int], dict[str, Any]], task: HarmfulTask,
     depths: Sequence[str] = (),
@@ -96,18 +108,6 @@ def attacked_task(
         with same_draws(args.device, args.seed, "attack", step, attack_step, args.process_index):
             return forwards.attacked(attacked, rows, names), rows
 
-    def refitted_loss(found: Tensor, rows: dict[str, Any], horizon: float) -> Tensor:
-        exact = args.attacker_second_order
-        if "answers" in rows:
-            return refitted_answers_loss(found, rows["answers"].cpu(), horizon, exact=exact)
-        classes = task.classes
-        assert classes is not None  # else there are answers
-        return refitted_head_loss(found, rows["labels"].cpu(), horizon, classes, exact=exact)
-
-    def error(found: Tensor, rows: dict[str, Any]) -> Tensor:
-        """Of the head that generalises best, which an attacker would take."""
-        return torch.stack([refitted_loss(found, rows, horizon) for horizon in args.horizons]).min()
-
     def features(attacked: nn.Module, step: int, attack_step: int) -> tuple[Tensor, Tensor, int]:
         (found,), rows = at([forwards.head], attacked, step, attack_step)
         if task.classes is None:
@@ -119,11 +119,12 @@ def attacked_task(
 
     def loss(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
         (found,), rows = at([forwards.head], attacked, step, attack_step)
-        return error(found, rows)
+        return refitted_error(found, rows, task.classes, args)
 
     def harm(attacked: nn.Module, step: int, attack_step: int) -> Tensor:
         found, rows = at(depths, attacked, step, attack_step)
-        return torch.stack([torch.relu(CHANCE - error(part, rows)) for part in found]).mean()
+        errors = [refitted_error(part, rows, task.classes, args) for part in found]
+        return torch.relu(CHANCE - torch.stack(errors)).mean()
 
     fresh = fresh_blocks(model, args.attacker_resets, forwards.head, args.seed)
     return AttackedTask(model, layers, loss, args.seed, features, harm if depths else None, fresh)
