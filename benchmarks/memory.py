@@ -74,8 +74,8 @@ def _args(kind: str, folder: str, setting: dict[str, Any]) -> Any:
         drop = 100.0 if setting.get("guard") else None
         return ImmunizationConfig(**both, max_primary_drop=drop, save_strategy="no", disable_tqdm=True)
     return DiffusionImmunizationConfig(
-        **both, max_loss_factor=1e6 if setting.get("guard") else None, sites="middle", disable_progress=True,
-        trainable="lora" if "LoRA" in kind else "all",
+        **both, max_primary_drop=1e8 if setting.get("guard") else None, sites="middle", disable_progress=True,
+        trainable_modules="lora" if "LoRA" in kind else "all",
     )
 
 

@@ -96,6 +96,11 @@ def test_what_each_option_adds_is_written_out():
     assert plain.peak == everything + 3 * mine and plain.host == 0
     assert memory_of(model, 10**6, Options()).peak == everything + 2 * mine + 10**6
     assert found(accumulation=2).peak == plain.peak + 1000
+    both = found(primary=0.25)  # two forwards and one backward: a whole gradient beside the primary rows' activations
+    assert both.peak == plain.peak + 250
+    assert found(primary=0.25, accumulation=2).peak == plain.peak + max(1000, mine + 250)
+    assert memory_of(model, 10**6, Options(primary=0.25)).peak == everything + 2 * mine + 10**6
+    assert found(primary=0.25, accumulation=2, sharded=True).peak == plain.peak + 1000
     assert found(teacher=True, average=True).peak == plain.peak + 2 * mine
     assert (found(guard=True).host, found(guard=True, average=True).host_momentary) == (2 * mine, 2 * mine)
     assert found(optim="adamw_torch").peak == plain.peak + mine

@@ -1,9 +1,13 @@
 """What a run holds in memory, from a model on the meta device and options alone: nothing is allocated.
 
     resident  = weights + moments + teacher + average
-    peak      = resident + max(activations, gradients)             one micro-batch a step
-    peak      = resident + activations + gradients                 several: gradients wait for the next forward
+    peak      = resident + max(activations, gradients + left)              one micro-batch a step
+    peak      = resident + gradients + max(activations, waiting + left)    several: gradients wait for the next forward
     peak     ≥ resident + gradients + what the optimizer makes for a moment
+
+Where both tasks are sent through the model and share one backward, autograd is done with the harmful rows first: then
+each weight's share of the gradient waits for the primary rows' (``waiting``), whose activations are all ``left``. FSDP2
+adds shares up block by block and none waits.
 
 Activations are the tensors that autograd keeps: a forward on fake tensors is watched, with attention as a fused kernel
 keeps it (queries, keys, values, the answer and one number a row). DDP holds gradients twice (its buckets). FSDP2 shards
@@ -65,6 +69,7 @@ class Options:
         accumulation: micro-batches a step.
         checkpointing: activation checkpointing.
         devices, sharded: several devices with DDP, or with FSDP2.
+        primary: share of a micro-batch's activations that is the primary task's; 1 where no other is sent through.
         attacker: a simulated attacker of a denoiser: "all" trains a copy of every weight, "lora" has factors beside.
         foreach: whether torch's AdamW works on all tensors at once, as it does on a GPU unless it is fused.
     """
@@ -79,6 +84,7 @@ class Options:
     devices: int = 1
     sharded: bool = False
     foreach: bool = True
+    primary: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ class Memory:
     host: float
     host_momentary: float
     together: bool
+    waiting: float
+    left: float
 
     @property
     def resident(self) -> float:
@@ -110,7 +118,10 @@ class Memory:
     @property
     def peak(self) -> float:
         """The largest sum at any moment of a step."""
-        both = self.activations + self.gradients if self.together else max(self.activations, self.gradients)
+        if self.together:
+            both = self.gradients + max(self.activations, self.waiting + self.left)
+        else:
+            both = max(self.activations, self.gradients + self.left)
         return self.resident + self.gathered + max(both, self.gradients + self.momentary)
 
 
@@ -181,6 +192,8 @@ def memory_of(model: nn.Module, activations: int, options: Options, compute: tor
         host=2.0 * changed if options.guard else 0.0,
         host_momentary=float(changed * (options.guard + options.average)),
         together=options.accumulation > 1,
+        waiting=0.0 if options.sharded or options.primary == 1 else float(changed),
+        left=0.0 if options.primary == 1 else options.primary * activations,
     )
 
 PLACES = {"1 device": (1, False), "8, DDP": (8, False), "2, FSDP2": (2, True), "8, FSDP2": (8, True)}

@@ -38,6 +38,7 @@ def plan_memory(
         optim=args.optim, teacher=args.distillation > 0 or "esd" in args.objectives, average=args.ema_decay > 0,
         guard=args.max_primary_drop is not None, accumulation=args.gradient_accumulation_steps,
         checkpointing=args.gradient_checkpointing, attacker=attacker, devices=devices, sharded=sharded,
+        primary=args.per_device_train_batch_size / rows,
     )  # fmt: skip
     return memory_of(model, kept.bytes(options.checkpointing), options, autocast or next(model.parameters()).dtype)
 

@@ -105,10 +105,12 @@ def check_data(
     refuse_one_class(named_terms(args), harmful.labels.tolist())
     if args.max_primary_drop is not None and evaluation is None:
         raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out retain rows.")
-    if not on_weights(named_terms(args)) and args.attacker_conditions != "name":
+    attacks = any(not term.erases for term in on_weights(named_terms(args)))
+    if not attacks and args.attacker_conditions != "name":
         raise ConfigError(
-            f"expected simulated_attack or imma for attacker_conditions={args.attacker_conditions!r}, got objective="
-            f"{args.objective!r}: leave attacker_conditions at name."
+            f"expected an objective with a simulated attacker (simulated_attack, imma, resalign_moreau) for "
+            f"attacker_conditions={args.attacker_conditions!r}, got objective={args.objective!r}: leave "
+            "attacker_conditions at name."
         )
     if on_weights(named_terms(args)) and args.attacker_renamed > 0:
         told = [{name: tuple(value.shape[1:]) for name, value in held.conditions.items()} for held in (train, harmful)]

@@ -33,7 +33,7 @@ def plan_memory(
         teacher=args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features),
         average=args.ema_decay > 0, guard=args.max_primary_drop is not None,
         accumulation=args.gradient_accumulation_steps, checkpointing=bool(args.gradient_checkpointing),
-        devices=devices, sharded=sharded,
+        devices=devices, sharded=sharded, primary=args.per_device_train_batch_size / rows,
     )  # fmt: skip
     return memory_of(model, kept.bytes(options.checkpointing), options, autocast or torch.float32)
 

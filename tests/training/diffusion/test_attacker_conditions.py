@@ -329,7 +329,8 @@ def untold(rows):
     [
         ({"attacker_conditions": "token"}, ConfigError, "attacker_conditions among"),
         ({"attacker_conditions": "none,none"}, ConfigError, "each once"),
-        ({"objective": "ill_only"}, ConfigError, "simulated_attack or imma for attacker_conditions='none'"),
+        ({"objective": "ill_only"}, ConfigError, "a simulated attacker .*'none', got .*ill_only"),
+        ({"objective": "esd+ill_only"}, ConfigError, "a simulated attacker .*'none', got .*esd"),
         ({"objective": "imma", "trainable_modules": "attention", "attacker_rank": 2, "attacker_conditions": "learned"},
          ConfigError, "without learned for imma"),
         ({"family": "sd"}, DataError, "null_conditions.*encoder_hidden_states"),
