@@ -26,8 +26,8 @@ def rate_of(model: nn.Module) -> float:
 
     A step of AdamW moves every weight by about η however large it is, so that one rate changes a wide network (small
     weights) much and a narrow one (large weights) hardly at all. Biases and scales are left out: they start at 0 and 1
-    whatever the width. On small networks of MNIST 3e-4 was too little for 40 steps of closed_form_adversary and 1e-2 too
-    much; on the tests' wider ViT 3e-3 was.
+    whatever the width. On small networks of MNIST 3e-4 was too little for 40 steps of closed_form_adversary and 1e-2
+    too much; on the tests' wider ViT 3e-3 was.
     """
     squares = entries = 0.0
     with torch.no_grad():
