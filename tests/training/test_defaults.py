@@ -14,6 +14,7 @@ from hf_immunize import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.models import load_classifier, load_processor
 from hf_immunize.training.core.options import ImmunizationOptions
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
+from hf_immunize.training.vision.rate import with_rate
 
 BOTH = {
     "objective": "condition_number", "weight": "auto", "strength": 0.5, "term_shares": None, "site_layouts": None,
@@ -65,6 +66,26 @@ def test_each_default_of_a_classifiers_run(tmp_path):
     assert chosen.eval_strategy == "steps" and chosen.eval_steps == 7
 
 
+def test_what_fits_a_probe_takes_more_rows_and_a_rate_of_the_model_unless_told_otherwise(tmp_path):
+    found = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary+ill_only")
+    assert (found.per_device_harmful_batch_size, found.learning_rate) == (256, None)
+    chosen = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary", learning_rate=0.0,
+                                per_device_harmful_batch_size=128)
+    assert (chosen.per_device_harmful_batch_size, chosen.learning_rate) == (128, 0.0)
+
+
+@pytest.mark.parametrize("size,rate", [(1.0, 3e-3), (0.05, 1e-3), (0.02, 4e-4), (1e-3, 1e-4), (0.0, 3e-4)])
+def test_the_rate_follows_the_size_of_trained_matrices(tmp_path, size, rate):
+    args = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
+    model[2].weight.requires_grad_(False)
+    with torch.no_grad():
+        model[0].weight.copy_(size * torch.ones(8, 8).tril().sub(0.5).mul(2))  # entries of size and -size
+    assert with_rate(args, model).learning_rate == pytest.approx(rate) and args.learning_rate is None
+    args.learning_rate = 0.5
+    assert with_rate(args, model) is args
+
+
 def test_each_default_of_a_pipelines_run(tmp_path):
     found = dataclasses.asdict(DiffusionImmunizationConfig(str(tmp_path)))
     assert found.pop("output_dir") == str(tmp_path) and found == DENOISER
@@ -88,9 +109,10 @@ def test_with_a_number_of_steps_alone_a_guarded_run_immunizes(digits, tmp_path):
     trainer = ImmunizationTrainer(args=args, **digits)
     start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     assert next(iter(trainer.get_train_dataloader()))["labels"].shape == (64,)
-    assert trainer._streams["harmful"].batch(0)["labels"].shape == (128,)
+    assert trainer._streams["harmful"].batch(0)["labels"].shape == (256,)
     trainer.train()
-    assert set(trainer.lr_scheduler.base_lrs) == {3e-4}
+    assert set(trainer.lr_scheduler.base_lrs) == {trainer.args.learning_rate} and args.learning_rate is None
+    assert 3e-4 < trainer.args.learning_rate < 7e-4
     assert not any("loss" in entry for entry in trainer.state.log_history)
     history, outcome = trainer.guard_record.history, trainer.outcome
     assert [entry["step"] for entry in history] == [4 * turn for turn in range(1, 11)]
@@ -114,14 +136,13 @@ def test_three_epochs_are_guarded_ten_times_as_well(digits, tmp_path):
 
 def test_the_default_rate_and_strength_move_the_term_further_than_what_they_replace(digits, digits_base, tmp_path):
     """TrainingArguments' 5e-5, and no strength."""
-    lost = {}
+    left = {}
     for name, options in {"default": {}, "rate": {"learning_rate": 5e-5}, "strength": {"strength": 0.0}}.items():
         args = ImmunizationConfig(str(tmp_path / name), objective="closed_form_adversary", max_steps=20, **options)
         trainer = ImmunizationTrainer(args=args, **(digits | {"model": load_classifier(digits_base)}))
         trainer.train()
-        found = trainer.outcome
-        lost[name] = found.terms_before["harmful_adversary_r2"] - found.terms_after["harmful_adversary_r2"]
-    assert lost["default"] > 2 * lost["rate"] and lost["default"] > lost["strength"] + 0.02, lost
+        left[name] = trainer.outcome.terms_after["harmful_adversary_r2"]
+    assert left["default"] < left["rate"] / 2 and left["default"] < left["strength"] - 0.02, left
 
 
 @pytest.mark.parametrize("objective", ["condition_number", "simulated_attack", "imma"])

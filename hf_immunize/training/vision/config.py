@@ -96,8 +96,19 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         },
     )
     learning_rate: float = field(
-        default=3e-4,
-        metadata={"help": "Initial learning rate. TrainingArguments' own default, 5e-5, hardly moves a term."},
+        default=None,  # type: ignore[assignment]  # a number from when there is a model
+        metadata={
+            "help": "Initial learning rate. Default: 3e-4; with closed_form_adversary 0.02 of the root mean square of "
+            "the trained matrices' entries, within 1e-4 to 3e-3, since narrow networks have larger weights, which a "
+            "rate for wide ones hardly moves."
+        },
+    )
+    per_device_harmful_batch_size: int = field(
+        default=None,  # type: ignore[assignment]  # a number from __post_init__ on
+        metadata={
+            "help": "Harmful rows per device and micro-batch; spectra are of the global batch. Default: 128, and 256 "
+            "with closed_form_adversary, whose probe is fitted on half of them: on few it finds less than an attacker."
+        },
     )
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Primary rows per device and micro-batch."}
@@ -153,12 +164,21 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         rename_option(self, "attacker_lora_rank", "attacker_rank", unset=0)
         rename_option(self, "attacker_lora_rate", "attacker_learning_rate")
         refuse_deepspeed(self)
+        self._fill_in()
         if self.max_primary_drop is not None and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             self.eval_strategy = "steps"
             self.eval_steps = self.eval_steps or 0.1  # a share of all steps: a short run is guarded as well
         super().__post_init__()
         use_one_device(self)
         self.check_options()
+
+    def _fill_in(self) -> None:
+        """Defaults that follow the objective; a rate that follows the model stays open until there is one."""
+        probed = "closed_form_adversary" in self.objectives
+        if self.per_device_harmful_batch_size is None:
+            self.per_device_harmful_batch_size = 256 if probed else 128
+        if self.learning_rate is None and not probed:
+            self.learning_rate = 3e-4
 
     def check_options(self) -> None:
         """Raise ConfigError for values no run can use."""

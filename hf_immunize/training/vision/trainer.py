@@ -65,6 +65,7 @@ from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
 from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck, named
 from hf_immunize.training.vision.probing import Probing
+from hf_immunize.training.vision.rate import with_rate
 from hf_immunize.training.vision.rows_of_step import rows_of_step
 from hf_immunize.training.vision.setup import (
     attacked_task,
@@ -135,6 +136,7 @@ class ImmunizationTrainer(StrictTrainer):
         refuse_no_model(model)
         train_dataset, eval_dataset = matched(model, train_dataset), matched(model, eval_dataset)
         self._check(model, args, train_dataset, harmful_dataset, eval_dataset)
+        args = with_rate(args, model)
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset, self._evaluated = harmful_eval_dataset, eval_dataset
         held = held_out_of(harmful_eval_dataset, self.harmful_task, self.terms)
