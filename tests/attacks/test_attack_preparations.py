@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_attack_finetune import only
 from test_canonical import convolutions_before_norms, huge_gains
+from test_centring import with_means, with_sums
+from test_twins import with_twins
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
@@ -66,6 +68,23 @@ def test_gains_that_the_next_layer_divides_away_stop_plain_attacks_and_not_the_n
     assert "normal form: 7 norms" in one.note and len(one.curve) == len(other.curve)
     for ours, theirs in zip(one.curve, other.curve, strict=True):  # up to rounding they are one network
         assert ours.test == pytest.approx(theirs.test, abs=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harmless, planted", [
+    (lambda model: model, lambda model: with_means(model, "vit")),
+    (lambda model: model, lambda model: with_sums(model, 1e4)),
+    (lambda model: with_twins(model, 0.0), lambda model: with_twins(model, 1e3)),
+], ids=["means", "sums", "twins"])  # fmt: skip
+def test_what_is_nothing_to_the_function_hinders_plain_fine_tuning_and_not_that_of_the_normal_form(
+    digits, harmless, planted
+):
+    contexts = digits(harmless, 14), digits(planted, 15)
+    plain = [reached(context, "full_finetune", learning_rate=1e-2) for context in contexts]
+    assert plain[1] < 0.8 and plain[0] > 0.9, plain
+    settings = config("canonical_finetune", learning_rate=1e-3, steps=30)
+    one, other = ([point.test for point in only(context, "canonical_finetune", settings).curve] for context in contexts)
+    assert max(one) > 0.9 and one == pytest.approx(other, abs=0.15)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from vision_builders import build_classifier
 
 from hf_immunize.attacks.vision import canonical
 from hf_immunize.attacks.vision.canonical import canonicalise
-from hf_immunize.attacks.vision.canonical.on_data import refit_statistics, silence_unheard
+from hf_immunize.attacks.vision.canonical.on_data import listen, refit_statistics, silence_unheard
 from hf_immunize.features import find_classifier
 
 
@@ -110,7 +110,7 @@ def test_weights_that_read_a_colour_no_image_has_are_silenced_and_others_are_not
     with torch.no_grad():
         patches.weight[:, 2] = 1e6
     wanted = logits(model, images)
-    assert silence_unheard(model, images) == 1
+    assert silence_unheard(listen(model, images)) == 1
     assert torch.equal(patches.weight[:, 2], torch.zeros_like(before[:, 2]))
     assert torch.equal(patches.weight[:, :2], before[:, :2]) and torch.equal(logits(model, images), wanted)
 

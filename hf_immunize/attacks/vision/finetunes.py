@@ -126,7 +126,8 @@ FINETUNES: dict[str, Attack] = {
     "canonical_finetune": row(
         "AdamW on all weights of the normal form (scales, products and dropout undone), with a new head.",
         "changes of coordinates that keep the function: scaled gains, weights before norms, neighbours that divide "
-        "each other's scale away, stretched queries and keys; dropout in the config",
+        "each other's scale away, stretched queries and keys, means that layer norms take away, hidden units that "
+        "cancel; dropout in the config",
         prepare=first.canonical, note=what_was_done, refuses=_NO_NORMAL_FORM, learning_rate=low_rates(),
     ),
     "canonical_lora": _adapter(

@@ -3,24 +3,27 @@
 What makes a network hard to train can lie in nothing but its coordinates: gains of 2^24 that the next layer divides
 away, convolutions multiplied by 1000 before a batch norm, queries stretched and keys shrunk. ``canonicalise`` undoes
 all changes of coordinates of these kinds at once, without the base. From images it takes what only data tell
-(``on_data``): statistics that no data have, weights that nothing excites.
+(``on_data``): statistics that no data have, weights that nothing excites, inputs that are the same number twice.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
-from hf_immunize.attacks.vision.canonical.on_data import refit_statistics, silence_unheard
+from hf_immunize.attacks.vision.canonical.centring import centre
+from hf_immunize.attacks.vision.canonical.on_data import listen, refit_statistics, silence_unheard
 from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
 from hf_immunize.attacks.vision.canonical.scales import rescale, settle
 from hf_immunize.attacks.vision.canonical.shifts import unshift
 from hf_immunize.attacks.vision.canonical.streams import balance_streams
+from hf_immunize.attacks.vision.canonical.twins import merge_twins
 
 _ROUNDING = 1e-8
 """How far outputs in float64 may move, in units of the largest, before the normal form is thrown away."""
@@ -56,16 +59,7 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor, images: Tensor | N
     wanted = double(pixel_values=batch).logits
     try:
         seen = (pixels if images is None else images).to(batch)
-        refit_statistics(double, seen)
-        silenced = silence_unheard(double, seen)
-        anatomy = find_anatomy(double, batch)
-        # first of all, so that streams are balanced from one start
-        scales = _scale(double, anatomy, _variables(sum(find_pairs(anatomy, head), [])))
-        if streams := balance_streams(anatomy, double, lambda: _apart(double, batch, wanted) <= _ROUNDING):
-            refit_statistics(double, seen)
-        moved = _without_shifts(double, anatomy, head, batch, wanted)
-        told = (f"{_change(double, anatomy, head, scales)}, {moved} constants moved, {silenced} inputs silenced, "
-                f"{streams} streams balanced")
+        told = _rewrite(double, head, batch, seen, lambda: _apart(double, batch, wanted) <= _ROUNDING)
     except Exception as error:  # torch.export and its graphs raise errors of every kind
         return _unchanged(model, f"the network could not be followed: {type(error).__name__}: {error}")
     moved_by = _apart(double, batch, wanted)
@@ -76,6 +70,26 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor, images: Tensor | N
     if not lost <= max(_WRITTEN, 16 * torch.finfo(_precision(made)).eps):
         return _unchanged(model, f"outputs would have moved by {lost:.1e} of the largest in the model's own precision")
     return Canonical(made, told, True, moved_by)
+
+
+def _rewrite(double: nn.Module, head: str, batch: Tensor, seen: Tensor, holds: Callable[[], bool]) -> str:
+    """Bring a float64 model to its normal form in place; what was done."""
+    refit_statistics(double, seen)
+    heard = listen(double, seen)
+    silenced, merged = silence_unheard(heard), merge_twins(double, heard, holds)
+    anatomy = find_anatomy(double, batch)
+    # first of all, so that streams are balanced from one start
+    scales = _scale(double, anatomy, _variables(sum(find_pairs(anatomy, head), [])))
+    if streams := balance_streams(anatomy, double, holds):
+        refit_statistics(double, seen)
+    moved = _without_shifts(double, anatomy, head, holds)
+    # a square layer before the head becomes a rotation (``orthogonalise``), for which no direction may be missing
+    square = {pair.first.weight for pair in find_pairs(anatomy, head)[1] if pair.first.inputs.numel() == len(pair.rows)}
+    written, read = centre(anatomy, double, holds, square)
+    return (
+        f"{_change(double, anatomy, head, scales)}, {moved} constants moved, {silenced} inputs silenced, "
+        f"twins of {merged} layers merged, {streams} streams balanced, {written} streams and {read} readers centred"
+    )
 
 
 def _apart(double: nn.Module, batch: Tensor, wanted: Tensor) -> float:
@@ -93,12 +107,12 @@ def _precision(model: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
-def _without_shifts(double: nn.Module, anatomy: Anatomy, head: str, batch: Tensor, wanted: Tensor) -> int:
+def _without_shifts(double: nn.Module, anatomy: Anatomy, head: str, holds: Callable[[], bool]) -> int:
     """Move constants in place; put everything back where an output tells that they may not be."""
     before = copy.deepcopy(double.state_dict())
     named = dict(double.named_parameters()) | dict(double.named_buffers())
     moved = unshift(anatomy, find_pairs(anatomy, head)[0], named)
-    if _apart(double, batch, wanted) <= _ROUNDING:
+    if holds():
         return moved
     double.load_state_dict(before)
     return 0

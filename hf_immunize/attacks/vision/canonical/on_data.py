@@ -7,7 +7,7 @@ never fires, or a colour that no image has, changes no output, and is what the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,27 +15,39 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 _AT_A_TIME = 16
+_DRAWS = 8
+"""Random sums over rows by which channels are compared (``twins``)."""
 _ROUNDED = 1e-13
 """Variance in units of the mean square that is rounding of float64."""
-_ENOUGH = 32
+ENOUGH = 32
 """Rows that have to be seen before an input counts as silent: a rectified unit is silent on half of them anyway."""
 _NOTHING = 1e-10
 """Share of a row's output below which what an input adds to it is nothing: far below what outputs may move by."""
 
 
-class _Moments:
-    """Sum, sum of squares and number of values of every channel, over all that came by."""
+class Moments:
+    """Sums of every channel over all rows that came by: of values, of squares, and with the same random weights."""
 
     def __init__(self) -> None:
         self.count = 0
         self.first: Tensor | float = 0.0
         self.second: Tensor | float = 0.0
+        self.drawn: Tensor = torch.zeros(())
+        """Channels × draws: sums over rows with normal weights."""
+        self.ones: Tensor = torch.zeros(())
+        """Those of a channel that is 1 on every row."""
+        self.fired: Tensor = torch.zeros(())
+        """How many values of a channel are not zero."""
+        self._generator = torch.Generator().manual_seed(0)
 
     def add(self, values: Tensor) -> None:
         """``values``: anything × channels."""
         self.count += len(values)
         self.first = self.first + values.sum(dim=0)
         self.second = self.second + values.square().sum(dim=0)
+        draws = torch.randn(len(values), _DRAWS, generator=self._generator, dtype=values.dtype)
+        self.drawn, self.ones = self.drawn + values.T @ draws, self.ones + draws.sum(dim=0)
+        self.fired = self.fired + (values != 0).sum(dim=0)
 
     @property
     def mean(self) -> Tensor:
@@ -54,23 +66,24 @@ def _rows(module: nn.Module, values: Tensor) -> Tensor:
     return last.reshape(-1, last.shape[-1])
 
 
-def _watched(
-    model: nn.Module, kinds: tuple[type[nn.Module], ...], images: Tensor
-) -> Iterator[tuple[Any, _Moments]]:
+@torch.no_grad()
+def listen(
+    model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+) -> dict[Any, Moments]:
     """Every module of these kinds that runs, with the moments of its inputs."""
-    found: dict[nn.Module, _Moments] = {}
+    found: dict[Any, Moments] = {}
 
-    def listen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.setdefault(module, _Moments()).add(_rows(module, inputs[0]))
+    def hear(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.setdefault(module, Moments()).add(_rows(module, inputs[0]))
 
-    hooks = [module.register_forward_pre_hook(listen) for module in model.modules() if isinstance(module, kinds)]
+    hooks = [module.register_forward_pre_hook(hear) for module in model.modules() if isinstance(module, kinds)]
     try:
         for batch in images.split(_AT_A_TIME):
             model(pixel_values=batch)
     finally:
         for hook in hooks:
             hook.remove()
-    yield from found.items()
+    return found
 
 
 @torch.no_grad()
@@ -88,7 +101,7 @@ def refit_statistics(model: nn.Module, images: Tensor) -> int:
         How many batch norms were looked at.
     """
     done = 0
-    for norm, moments in _watched(model, (_BatchNorm,), images):
+    for norm, moments in listen(model, images, (_BatchNorm,)).items():
         if norm.running_mean is None or norm.running_var is None or norm.weight is None or norm.bias is None:
             continue
         mean, variance = moments.mean, moments.square - moments.mean.square()
@@ -103,20 +116,20 @@ def refit_statistics(model: nn.Module, images: Tensor) -> int:
 
 
 @torch.no_grad()
-def silence_unheard(model: nn.Module, images: Tensor) -> int:
-    """Set the weights of linear maps and convolutions to zero whose inputs add nothing to any row on these images.
+def silence_unheard(heard: Mapping[Any, Moments]) -> int:
+    """Set the weights of linear maps and convolutions to zero whose inputs add nothing to any row of the images heard.
 
     Where fewer than 32 rows (images, tokens, places) come by, nothing is.
 
     Args:
-        model: in evaluation mode, float64; changed in place.
+        heard: what came into each layer of a float64 model in evaluation mode (``listen``); changed in place.
 
     Returns:
         How many input channels were silenced that had weights.
     """
     done = 0
-    for layer, moments in _watched(model, (nn.Linear, nn.Conv2d), images):
-        if moments.count < _ENOUGH:
+    for layer, moments in heard.items():
+        if moments.count < ENOUGH:
             continue
         groups = getattr(layer, "groups", 1)
         weight = layer.weight.reshape(groups, layer.weight.shape[0] // groups, layer.weight.shape[1], -1)

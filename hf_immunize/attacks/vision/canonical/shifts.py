@@ -26,8 +26,10 @@ def unshift(anatomy: Anatomy, pairs: list[Pair], named: Mapping[str, Tensor]) ->
     Whether attention's weights sum to 1 and nothing is padded in between no scale can tell: the caller checks outputs.
     """
     moved = 0
-    for norm, readers in _norms_read_by_layers(anatomy):
-        shift = named[norm.bias or ""]
+    for norm, readers in norms_read_by_layers(anatomy):
+        if not norm.bias or not all(layer.bias and len(layer.inputs) == 1 for layer, *_ in readers):
+            continue
+        shift = named[norm.bias]
         for layer, columns, channels in readers:
             weight = named[layer.weight].flatten(2).sum(-1) if named[layer.weight].dim() > 2 else named[layer.weight]
             named[layer.bias or ""].add_(weight[:, columns] @ shift[channels])
@@ -49,8 +51,8 @@ Reader = tuple[Layer, Tensor, Tensor]
 """A layer, its columns, and the norm's channels that they read."""
 
 
-def _norms_read_by_layers(anatomy: Anatomy) -> Iterator[tuple[Norm, list[Reader]]]:
-    """Norms with a shift whose every channel goes straight into linear maps with a bias, and nowhere else."""
+def norms_read_by_layers(anatomy: Anatomy) -> Iterator[tuple[Norm, list[Reader]]]:
+    """Norms whose every channel goes straight into linear maps, and nowhere else."""
     links = anatomy.links
     crossed = {links.root(variable)[0] for variable in anatomy.mixed_or_stored}
     columns: dict[int, list[tuple[Layer, int]]] = defaultdict(list)
@@ -67,14 +69,13 @@ def _norms_read_by_layers(anatomy: Anatomy) -> Iterator[tuple[Norm, list[Reader]
             crossed.add(links.root(variable)[0])
     for norm in anatomy.norms:
         roots = [links.root(variable)[0] for variable in norm.outputs.tolist()]
-        if not norm.bias or FIXED in roots or crossed & set(roots) or any(written[root] != 1 for root in roots):
+        if FIXED in roots or crossed & set(roots) or any(written[root] != 1 for root in roots):
             continue
         readers: dict[str, list[tuple[Layer, int, int]]] = defaultdict(list)
         for channel, root in enumerate(roots):
             for layer, place in columns[root]:
                 readers[layer.weight].append((layer, place, channel))
-        found = [parts[0][0] for parts in readers.values()]
-        if readers and all(layer.bias and not layer.diagonal and len(layer.inputs) == 1 for layer in found):
+        if readers and not any(parts[0][0].diagonal for parts in readers.values()):
             yield norm, [
                 (parts[0][0], torch.tensor([part[1] for part in parts]), torch.tensor([part[2] for part in parts]))
                 for parts in readers.values()
