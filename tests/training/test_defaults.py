@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
@@ -74,16 +75,43 @@ def test_what_fits_a_probe_takes_more_rows_and_a_rate_of_the_model_unless_told_o
     assert (chosen.per_device_harmful_batch_size, chosen.learning_rate) == (128, 0.0)
 
 
-@pytest.mark.parametrize("size,rate", [(1.0, 3e-3), (0.05, 1e-3), (0.02, 4e-4), (1e-3, 1e-4), (0.0, 3e-4)])
-def test_the_rate_follows_the_size_of_trained_matrices(tmp_path, size, rate):
+class Answering(torch.nn.Module):
+    """Logits W·x of an image of 8 numbers; the second layer is frozen."""
+
+    def __init__(self, size, outputs=64):
+        super().__init__()
+        draws = torch.Generator().manual_seed(1)
+        self.weight = torch.nn.Parameter(size * torch.randn(outputs, 8, generator=draws))
+        self.frozen = torch.nn.Parameter(torch.ones(outputs), requires_grad=False)
+
+    def forward(self, pixel_values):
+        return types.SimpleNamespace(logits=self.frozen * (pixel_values.flatten(1) @ self.weight.T))
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.02, 0.04, 0.08, 1.0])
+def test_the_rate_is_where_a_random_step_changes_the_answer_by_two_percent(tmp_path, size):
+    """Of W·x with normal entries: E‖s·x‖ is about √n·‖x‖, and ‖z − mean z‖ what it is."""
     args = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary")
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
-    model[2].weight.requires_grad_(False)
-    with torch.no_grad():
-        model[0].weight.copy_(size * torch.ones(8, 8).tril().sub(0.5).mul(2))  # entries of size and -size
-    assert with_rate(args, model).learning_rate == pytest.approx(rate) and args.learning_rate is None
+    model, row = Answering(size), {"pixel_values": torch.linspace(-1, 1, 8).view(2, 2, 2)}
+    held = {name: value.clone() for name, value in model.state_dict().items()}
+    given = with_rate(args, model, row)
+    x = row["pixel_values"].flatten()
+    z = model.weight.detach() @ x
+    wanted = 0.02 * float((z - z.mean()).norm() / (64**0.5 * x.norm()))
+    assert given.learning_rate == pytest.approx(min(max(wanted, 3e-4), 3e-3), rel=0.1)
+    assert args.learning_rate is None and given is not args
+    assert model.training and all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
     args.learning_rate = 0.5
-    assert with_rate(args, model) is args
+    assert with_rate(args, model, row) is args
+
+
+def test_without_two_logits_the_rate_is_the_plain_one(tmp_path):
+    args = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary")
+    row = {"pixel_values": torch.ones(2, 2, 2)}
+    assert with_rate(args, Answering(1.0, outputs=1), row).learning_rate == 3e-4
+    unnamed = Answering(1.0)
+    unnamed.forward = lambda pixel_values: types.SimpleNamespace(reconstruction=pixel_values)
+    assert with_rate(args, unnamed, row).learning_rate == 3e-4
 
 
 def test_each_default_of_a_pipelines_run(tmp_path):

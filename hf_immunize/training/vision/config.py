@@ -98,9 +98,8 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
     learning_rate: float = field(
         default=None,  # type: ignore[assignment]  # a number from when there is a model
         metadata={
-            "help": "Initial learning rate. Default: 3e-4; with closed_form_adversary 0.02 of the root mean square of "
-            "the trained matrices' entries, within 1e-4 to 3e-3, since narrow networks have larger weights, which a "
-            "rate for wide ones hardly moves."
+            "help": "Initial learning rate. Default: 3e-4; with closed_form_adversary the rate at which a random step "
+            "changes the answers by 2 percent, within 3e-4 to 3e-3: narrow networks hardly feel what moves deep ones."
         },
     )
     per_device_harmful_batch_size: int = field(

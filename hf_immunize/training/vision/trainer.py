@@ -15,13 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from hf_immunize.data import (
-    has_transform,
-    id2label_of,
-    is_stream,
-    named_workers,
-    output_names,
-)
+from hf_immunize.data import has_transform, id2label_of, is_stream, named_workers, output_names
 from hf_immunize.errors import ConfigError
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
@@ -135,8 +129,7 @@ class ImmunizationTrainer(StrictTrainer):
             raise ConfigError("expected an eval_dataset for max_primary_drop, got none: pass held-out primary rows.")
         refuse_no_model(model)
         train_dataset, eval_dataset = matched(model, train_dataset), matched(model, eval_dataset)
-        self._check(model, args, train_dataset, harmful_dataset, eval_dataset)
-        args = with_rate(args, model)
+        args = self._check(model, args, train_dataset, harmful_dataset, eval_dataset)
         self.harmful_dataset, self.primary_dataset = harmful_dataset, train_dataset
         self.harmful_eval_dataset, self._evaluated = harmful_eval_dataset, eval_dataset
         held = held_out_of(harmful_eval_dataset, self.harmful_task, self.terms)
@@ -156,8 +149,8 @@ class ImmunizationTrainer(StrictTrainer):
             )
         self._build(model, data_collator, held)
 
-    def _check(self, model: nn.Module, args: ImmunizationConfig, primary: Any, harmful: Any, evaluation: Any) -> None:
-        """Refuse what cannot be trained, and find head, sites and tasks."""
+    def _check(self, model: nn.Module, args: ImmunizationConfig, primary: Any, harmful: Any, evaluation: Any) -> Any:
+        """Refuse what cannot be trained, and find head, sites and tasks; the options with a rate."""
         refuse_lower_is_better(args.guard_metric)
         refuse_model(args, model)
         refuse_non_finite(model, "the model before immunization")
@@ -171,6 +164,7 @@ class ImmunizationTrainer(StrictTrainer):
             check_unlabelled(model, args, first, self.site)
         with forward_of_first(first):
             self._look_at(model, args, first)
+            return with_rate(args, model, first)
 
     def _build(self, model: nn.Module, collator: Any, held: HarmfulTask | None) -> None:
         """What Trainer's own constructor has to have run for: devices, precision, callbacks."""
