@@ -25,7 +25,7 @@ BOTH = {
     "ema_decay": 0.0, "attacker_second_order": False, "probe_steps": 0,
 }  # fmt: skip
 CLASSIFIER = BOTH | {
-    "sites": "head", "trainable_modules": None, "per_device_harmful_batch_size": 128, "memorization": 0.0,
+    "sites": "head", "trainable_modules": None, "per_device_harmful_batch_size": 128, "memorization": 0.5,
     "cache_frozen_features": False, "feature_cache_dir": None, "augmentation": None, "attacker_head": "refitted",
     "attacker_norms": "frozen", "attacker_resets": 0, "attacker_depths": None, "feature_distillation": 0.0,
     "guard_metric": "accuracy", "learning_rate": 3e-4, "per_device_train_batch_size": 64, "dataloader_timeout": 600.0,
@@ -88,17 +88,17 @@ class Answering(torch.nn.Module):
         return types.SimpleNamespace(logits=self.frozen * (pixel_values.flatten(1) @ self.weight.T))
 
 
-@pytest.mark.parametrize("size", [1e-3, 0.02, 0.04, 0.08, 1.0])
-def test_the_rate_is_where_a_random_step_changes_the_answer_by_two_percent(tmp_path, size):
-    """Of W·x with normal entries: E‖s·x‖ is about √n·‖x‖, and ‖z − mean z‖ what it is."""
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-3, 4e-3, 1.0])
+def test_the_rate_is_where_a_first_step_changes_the_answer_by_three_fifths(tmp_path, size):
+    """Of z = W·x the gradient of log p_c is (1[k = c] − p_k)·x_j: a step of its signs is ±η·‖x‖₁ in each logit."""
     args = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary")
     model, row = Answering(size), {"pixel_values": torch.linspace(-1, 1, 8).view(2, 2, 2)}
     held = {name: value.clone() for name, value in model.state_dict().items()}
     given = with_rate(args, model, row)
     x = row["pixel_values"].flatten()
     z = model.weight.detach() @ x
-    wanted = 0.02 * float((z - z.mean()).norm() / (64**0.5 * x.norm()))
-    assert given.learning_rate == pytest.approx(min(max(wanted, 3e-4), 3e-3), rel=0.1)
+    wanted = 0.6 * float((z - z.mean()).norm() / (64**0.5 * x.abs().sum()))
+    assert given.learning_rate == pytest.approx(min(max(wanted, 5e-5), 3e-3), rel=0.06)
     assert args.learning_rate is None and given is not args
     assert model.training and all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
     args.learning_rate = 0.5
@@ -140,7 +140,7 @@ def test_with_a_number_of_steps_alone_a_guarded_run_immunizes(digits, tmp_path):
     assert trainer._streams["harmful"].batch(0)["labels"].shape == (256,)
     trainer.train()
     assert set(trainer.lr_scheduler.base_lrs) == {trainer.args.learning_rate} and args.learning_rate is None
-    assert 3e-4 < trainer.args.learning_rate < 7e-4
+    assert 1e-4 < trainer.args.learning_rate < 1e-3, trainer.args.learning_rate
     assert not any("loss" in entry for entry in trainer.state.log_history)
     history, outcome = trainer.guard_record.history, trainer.outcome
     assert [entry["step"] for entry in history] == [4 * turn for turn in range(1, 11)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -248,3 +250,25 @@ def test_a_counter_is_not_interpolated_and_a_running_mean_is():
     guard.observe(1, 0.0, -1.0, 1.0, norm)
     record = run.finish(lambda what: 90.0 - 8 * float(norm.running_mean))
     assert norm.num_batches_tracked == 1 and float(norm.running_mean) == pytest.approx(0.2 * record.towards_last)
+
+
+def test_a_ruin_is_set_back_and_a_drop_that_recovers_is_not():
+    """Beyond ten allowances back to the kept weights, and a quarter of the factor; not after the last step."""
+    model, terms = weight(0.0), types.SimpleNamespace(factor=1.0)
+    guard = UtilityGuard(1.0, "accuracy", 8.0)
+    guard.base = 90.0
+    run = GuardedRun(guard, types.SimpleNamespace(progress=lambda: -1.0), terms, model, "max_primary_drop=1.0")
+
+    def check(step, points, value):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        run.check(step, points, last=10)
+        return terms.factor, float(model.weight.detach())
+
+    assert check(1, 79.9, 5.0) == (0.25, 0.0)  # to where it began
+    assert check(2, 89.5, 1.0) == (0.25 * 1.25, 1.0)
+    assert check(3, 80.1, 6.0)[1] == 6.0  # nine points and more, but not ten: halved or waited for
+    assert check(4, 20.0, 7.0)[1] == 1.0  # to the best so far
+    assert check(5, float("nan"), 8.0)[1] == 8.0
+    before = terms.factor
+    assert check(10, 20.0, 9.0) == (before / 4, 9.0)  # nothing is ahead: finish() chooses

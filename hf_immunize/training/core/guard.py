@@ -15,6 +15,8 @@ _RECOVERS = 0.75
 _AHEAD = 3.0
 """How many more allowances a drop may take up while the whole run is still ahead: it recovers while the rate falls. On
 MobileNetV2 drops of 2.2 points at a third of the run were gains of 0.2 at its end (allowance 1.0)."""
+_RUINED = 10.0
+"""Allowances beyond which a drop is a ruin: a MobileNetV2 lost 10 to 56 of 58 points in its first four steps."""
 _APART = 0.05
 """Share of the whole way within which progress is equal. On small digits, 40 steps: batches had the term at 0.000 at
 step 24 and at 0.001 at step 40, held-out rows at 0.057 and 0.022."""
@@ -36,12 +38,13 @@ class UtilityGuard:
     Above the allowance the factor is halved, unless the drop has shrunk by a quarter since the last evaluation: it
     takes steps to recover, and a factor that is halved meanwhile ends at nothing. For the same reason this allowance is
     ``1 + 3·ahead`` times as wide, ``ahead`` the share of the run that is still to come, for as long as the terms go on
-    falling: a drop that buys nothing more is not waited for. Below half of the allowance itself the factor grows by a
-    quarter, up to ``max_factor``. Of the evaluations within the allowance the one with the most progress on the terms
-    is kept, of equal ones the latest; the model before immunization counts as one of them, so there is always something
-    to return. Progress is of batches that are trained on, a few of them near the end of a short run, and two ends that
-    lie within a twentieth of the whole way are told apart by chance: they are equal here, and the one that trained
-    longer is kept.
+    falling: a drop that buys nothing more is not waited for. A drop of more than ten allowances is a ruin: the model is
+    to be set back to the kept weights (``set_back``), and the factor is a quarter. Below half of the allowance itself
+    the factor grows by a quarter, up to ``max_factor``. Of the evaluations within the allowance the one with the most
+    progress on the terms is kept, of equal ones the latest; the model before immunization counts as one of them, so
+    there is always something to return. Progress is of batches that are trained on, a few of them near the end of a
+    short run, and two ends that lie within a twentieth of the whole way are told apart by chance: they are equal here,
+    and the one that trained longer is kept.
 
     Args:
         allowed: largest drop in points of the metric; None watches and reports only.
@@ -71,6 +74,8 @@ class UtilityGuard:
         self.history.append({"step": step, "metric": metric, "drop": drop, "progress": progress, "factor": factor})
         if self.allowed is None:
             return factor
+        if self.set_back:
+            return factor / 4
         if not drop <= self.allowed:  # a metric that is not a number holds nothing
             waited_for = buys and drop <= self.allowed * (1 + _AHEAD * ahead)
             return factor if waited_for or drop < _RECOVERS * before else factor / 2
@@ -79,15 +84,27 @@ class UtilityGuard:
             self.best = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         return min(factor * 1.25, self.max_factor) if drop <= self.allowed / 2 else factor
 
+    @property
+    def set_back(self) -> bool:
+        """Whether the last evaluation saw a ruin, from which the kept weights are the way back."""
+        return bool(self.history) and self._is_ruin(self.history[-1])
+
+    def _is_ruin(self, row: Mapping[str, float]) -> bool:
+        return self.allowed is not None and row["drop"] > _RUINED * self.allowed
+
     def _buys(self, progress: float) -> bool:
         """Whether the terms are lower than at every evaluation before, by more than chance."""
-        seen = [row["progress"] for row in self.history if _finite(row["progress"])]
+        seen = self._seen()
         return not seen or (_finite(progress) and progress < min(seen) - self._told_apart())
 
     def _told_apart(self) -> float:
         """How far apart two evaluations' progress has to be: a share of the way between the least and the most."""
-        seen = [row["progress"] for row in self.history if _finite(row["progress"])]
+        seen = self._seen()
         return _APART * (max(seen) - min(seen)) if seen else 0.0
+
+    def _seen(self) -> list[float]:
+        """Progress so far; not of ruins, whose terms are low because nothing is left."""
+        return [row["progress"] for row in self.history if _finite(row["progress"]) and not self._is_ruin(row)]
 
     def choose(self, model: HasState) -> bool:
         """Load the kept weights into the model; False when only the weights before immunization were good enough."""

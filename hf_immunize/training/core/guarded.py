@@ -56,6 +56,8 @@ class GuardedRun:
         progress = self._watch.progress()
         ahead = 1 - step / max(last, 1)
         self._terms.factor = self.guard.observe(step, points, progress, self._terms.factor, self._part, ahead=ahead)
+        if self.guard.set_back and ahead > 0:
+            self._part.load_state_dict(self.guard.best or self._initial, strict=True)
         return {"primary_drop": self.guard.base - points, "strength_factor": self._terms.factor}
 
     def finish(self, measure: Callable[[str], float]) -> UtilityGuardRecord | None:
