@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_immunize.models import load_classifier, load_processor
+from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.training.core.average import WeightAverage
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.core.guarded import GuardedRun
 
@@ -258,17 +261,37 @@ def test_a_ruin_is_set_back_and_a_drop_that_recovers_is_not():
     guard = UtilityGuard(1.0, "accuracy", 8.0)
     guard.base = 90.0
     run = GuardedRun(guard, types.SimpleNamespace(progress=lambda: -1.0), terms, model, "max_primary_drop=1.0")
+    average = WeightAverage(model, 0.9)
 
     def check(step, points, value):
         with torch.no_grad():
             model.weight.fill_(value)
         run.check(step, points, last=10)
+        run.set_back(model, torch.optim.AdamW(model.parameters()), average, left=10 - step)
         return terms.factor, float(model.weight.detach())
 
     assert check(1, 79.9, 5.0) == (0.25, 0.0)  # to where it began
     assert check(2, 89.5, 1.0) == (0.25 * 1.25, 1.0)
     assert check(3, 80.1, 6.0)[1] == 6.0  # nine points and more, but not ten: halved or waited for
     assert check(4, 20.0, 7.0)[1] == 1.0  # to the best so far
+    assert float(average.mean["weight"]) == 1.0
     assert check(5, float("nan"), 8.0)[1] == 8.0
     before = terms.factor
     assert check(10, 20.0, 9.0) == (before / 4, 9.0)  # nothing is ahead: finish() chooses
+
+
+def test_a_run_that_ruins_the_model_at_once_still_ends_with_something(digits_primary, digits_base, tmp_path):
+    """At a hundred times the default rate and strength: with nothing set back all weights are lost for good."""
+    primary, harmful, _ = digits_primary
+    processor = load_processor(digits_base)
+    args = ImmunizationConfig(
+        str(tmp_path), objective="closed_form_adversary", learning_rate=0.01, strength=8.0, max_steps=40, use_cpu=True,
+        max_primary_drop=2.0, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = ImmunizationTrainer(
+        load_classifier(digits_base), args, train_dataset=primary.pixels("train", processor),
+        eval_dataset=primary.pixels("validation", processor), harmful_dataset=harmful.pixels("defense", processor),
+    )  # fmt: skip
+    trainer.train()
+    drops = [row["drop"] for row in trainer.guard_record.history]
+    assert drops[0] > 20 > min(drops[1:]), drops

@@ -43,6 +43,11 @@ class WeightAverage:
         """Give the model the averaged weights."""
         self._ema.copy_to(_values(model))
 
+    def restart(self, model: nn.Module) -> None:
+        """Average from these weights on, as many steps as were counted."""
+        for mean, value in zip(self._ema.shadow_params, _values(model), strict=True):
+            mean.copy_(value.detach())
+
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
         """Inside, the model has the averaged weights."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_immunize.records import UtilityGuardRecord
+from hf_immunize.training.core.average import WeightAverage
 from hf_immunize.training.core.guard import HasState, UtilityGuard
 from hf_immunize.training.core.watch import Watch
 
@@ -56,9 +57,19 @@ class GuardedRun:
         progress = self._watch.progress()
         ahead = 1 - step / max(last, 1)
         self._terms.factor = self.guard.observe(step, points, progress, self._terms.factor, self._part, ahead=ahead)
-        if self.guard.set_back and ahead > 0:
-            self._part.load_state_dict(self.guard.best or self._initial, strict=True)
         return {"primary_drop": self.guard.base - points, "strength_factor": self._terms.factor}
+
+    def set_back(self, model: nn.Module, optimizer: Any, average: WeightAverage | None, left: int) -> None:
+        """Give the model, and its average, the kept weights where the last evaluation saw a ruin.
+
+        To be called after ``check``, with the weights that train in the model. Nothing is done where no steps are
+        ``left``, and with schedule-free optimizers, which keep a second point.
+        """
+        if not self.guard.set_back or not left or hasattr(getattr(optimizer, "optimizer", optimizer), "train"):
+            return
+        self._part.load_state_dict(self.guard.best or self._initial, strict=True)
+        if average is not None:
+            average.restart(model)
 
     def finish(self, measure: Callable[[str], float]) -> UtilityGuardRecord | None:
         """Load the best weights within the allowance, or those from before; None where a metric that guards nothing

@@ -412,6 +412,7 @@ class DiffusionImmunizationTrainer:
     def _guard_step(self) -> None:
         with self._judged_weights():
             found = self._guarded.check(self.step, self._points(), last=self.step)
+        self._guarded.set_back(self.bare, self.optimizer, self.average, self.args.max_steps - self.step)
         if self.accelerator.log_with:
             self.accelerator.log(found, step=self.step)
 

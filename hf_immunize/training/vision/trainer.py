@@ -461,6 +461,8 @@ class ImmunizationTrainer(StrictTrainer):
             metrics = super()._evaluate(*args, **kwargs)
             if self.guarded.on:
                 self.log(self._checked(metrics))
+        left = self.state.max_steps - self.state.global_step
+        self.guarded.set_back(self.bare, self.optimizer, self.average, left)
         return metrics
 
     def _checked(self, metrics: dict[str, float]) -> dict[str, float]:
