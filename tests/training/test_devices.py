@@ -110,7 +110,7 @@ def test_statistics_of_the_batch_are_those_of_both_passes_when_accumulating(make
         ("vit", "imma", 0.02),
         ("vit", "group_kappa", 0.2),  # log κ of 9 rows: rounding reaches the smallest of their eigenvalues
         ("resnet", "condition_number", 0.1),
-        ("resnet", "closed_form_adversary", 0.1),
+        ("resnet", "closed_form_adversary", 0.2),  # R² on known rows: rounding reaches their smallest directions
         ("resnet", "group_kappa", 0.2),
     ],
 )

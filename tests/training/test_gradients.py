@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from equality import depth, units_apart
@@ -20,14 +22,13 @@ def by_hand(model, primary_rows, harmful_rows, objective: str) -> dict[str, torc
     phi_h = model.vit(harmful_rows["pixel_values"]).last_hidden_state[:, 0]
     loss = functional.cross_entropy(model.classifier(phi_p), primary_rows["labels"])
     primary, harmful = second_moment_spectrum(phi_p), second_moment_spectrum(phi_h)
+    adversary = partial(closed_form_adversary, phi_h, harmful_rows["labels"], horizon=100.0, memorization=0.5)
     loss = loss + {
         "condition_number": lambda: ill_conditioned(harmful) + well_conditioned(primary),
         "ill_only": lambda: ill_conditioned(harmful),
         "opt_kappa": lambda: log_condition(primary) - log_condition(harmful),
-        "closed_form_adversary": lambda: closed_form_adversary(phi_h, harmful_rows["labels"], horizon=100.0),
-        "ill_only+closed_form_adversary": lambda: (
-            ill_conditioned(harmful) + closed_form_adversary(phi_h, harmful_rows["labels"], horizon=100.0)
-        ),
+        "closed_form_adversary": adversary,
+        "ill_only+closed_form_adversary": lambda: ill_conditioned(harmful) + adversary(),
     }[objective]()
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
