@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from hf_immunize import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.models import load_classifier, load_processor
+from hf_immunize.regularizers import closed_form_adversary
 from hf_immunize.training.core.options import ImmunizationOptions
 from hf_immunize.training.diffusion import DiffusionImmunizationConfig, DiffusionImmunizationTrainer
 from hf_immunize.training.vision.rate import with_rate
@@ -187,3 +188,15 @@ def test_a_denoiser_trains_guarded_with_a_number_of_steps_alone(tmp_path, object
     assert any(not torch.equal(value, start[name]) for name, value in trainer.bare.state_dict().items())
     assert trainer.guard_record.held and trainer.guard_record.history[-1]["step"] == 12
     assert [entry["step"] for entry in trainer.log_history] == [10, 12]  # logging_steps, and the last
+
+
+def test_few_rows_of_many_classes_pull_at_the_default_weight_of_known_rows(tmp_path):
+    """R² of noise on other rows is below 0, where relu has no gradient: as with few photos of many cars."""
+    rows = torch.randn(24, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = (0.0, ImmunizationConfig(str(tmp_path)).memorization)
+    slopes = []
+    for weight in weights:
+        leaf = rows.clone().requires_grad_()
+        closed_form_adversary(leaf, torch.arange(24) % 12, horizon=300.0, memorization=weight).backward()
+        slopes.append(float(leaf.grad.norm()))
+    assert slopes[0] == 0 < slopes[1], slopes

@@ -110,7 +110,7 @@ def test_statistics_of_the_batch_are_those_of_both_passes_when_accumulating(make
         ("vit", "imma", 0.02),
         ("vit", "group_kappa", 0.2),  # log κ of 9 rows: rounding reaches the smallest of their eigenvalues
         ("resnet", "condition_number", 0.1),
-        ("resnet", "closed_form_adversary", 0.2),  # R² on known rows: rounding reaches their smallest directions
+        ("resnet", "closed_form_adversary", 0.1),
         ("resnet", "group_kappa", 0.2),
     ],
 )
@@ -127,6 +127,7 @@ def test_a_step_under_bf16_autocast_is_close_to_float32(
             strength=1.0,
             primary_loss_weight=1e-6,  # so that it is the terms' gradient
             harmful_group_rows=9,
+            memorization=0.0,  # R² on known rows leans on their smallest directions: 0.13 on the ResNet with it
             per_device_train_batch_size=24,
             per_device_harmful_batch_size=24,
             bf16=half,
