@@ -72,7 +72,10 @@ def _args(kind: str, folder: str, setting: dict[str, Any]) -> Any:
     }  # fmt: skip
     if kind == "classifier":
         drop = 100.0 if setting.get("guard") else None
-        return ImmunizationConfig(**both, max_primary_drop=drop, save_strategy="no", disable_tqdm=True)
+        return ImmunizationConfig(
+            **both, max_primary_drop=drop, save_strategy="no", disable_tqdm=True, trainable_modules=".*",
+            feature_distillation=0.0,
+        )
     return DiffusionImmunizationConfig(
         **both, max_primary_drop=1e8 if setting.get("guard") else None, sites="middle", disable_progress=True,
         trainable_modules="lora" if "LoRA" in kind else "all",

@@ -91,8 +91,8 @@ class ClassifierDefence:
 def _refuse_base_options(args: ImmunizationConfig) -> None:
     """Raise ConfigError for options that compare with theta_0, where there is none."""
     asked = {
-        "distillation": args.distillation > 0,
-        "feature_distillation": args.feature_distillation > 0,
+        "distillation": bool(args.distillation),
+        "feature_distillation": bool(args.feature_distillation),
         "max_primary_drop": args.max_primary_drop is not None,
     }
     if found := [name for name, on in asked.items() if on]:

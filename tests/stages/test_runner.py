@@ -62,6 +62,18 @@ def test_everything_once_and_then_nothing(job, capsys):
     assert "done before, unchanged" in capsys.readouterr().out
 
 
+def test_side_by_side_what_most_others_wait_for_begins_first(job, monkeypatch):
+    """Every exam follows that of the base; one after the other, stages keep the order of the run file."""
+    begun, start = [], Launcher.start
+    monkeypatch.setattr(Launcher, "start", lambda self, stage, *rest: begun.append(stage.name) or start(
+        self, stage, *rest))
+    made(job, jobs=2)
+    assert begun[:3] == ["base", "attack-base", "one"] and sorted(begun) == sorted(ALL)
+    begun.clear()
+    made(job, jobs=1, again=["base"])
+    assert begun[:4] == ["base", "one", "two", "attack-base"]
+
+
 def test_one_option_runs_only_what_depends_on_it_and_says_so_before(job, capsys):
     made(job)
     edit(job, "strength: 2", "strength: 3")

@@ -25,10 +25,11 @@ BOTH = {
     "primary_loss_weight": 1.0, "distillation": 0.0, "max_primary_drop": None, "max_strength_factor": 8.0,
     "ema_decay": 0.0, "attacker_second_order": False, "probe_steps": 0,
 }  # fmt: skip
-CLASSIFIER = BOTH | {
+OPEN = dict.fromkeys(("strength", "distillation", "feature_distillation"))  # until there is a model
+CLASSIFIER = BOTH | OPEN | {
     "sites": "head", "trainable_modules": None, "per_device_harmful_batch_size": 128, "memorization": 0.5,
     "cache_frozen_features": False, "feature_cache_dir": None, "augmentation": None, "attacker_head": "refitted",
-    "attacker_norms": "frozen", "attacker_resets": 0, "attacker_depths": None, "feature_distillation": 0.0,
+    "attacker_norms": "frozen", "attacker_resets": 0, "attacker_depths": None,
     "guard_metric": "accuracy", "learning_rate": 3e-4, "per_device_train_batch_size": 64, "dataloader_timeout": 600.0,
     "harmful_classes_per_batch": None, "feature_module": None, "site_weights": None, "feature_bank_rows": 0,
     "precondition_gradients": None, "precondition_ridge": 1e-3, "freeze_norm_statistics": True,
@@ -60,6 +61,8 @@ def test_each_default_of_a_classifiers_run(tmp_path):
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     assert {field.name for field in dataclasses.fields(found)} - inherited <= set(CLASSIFIER)
     assert {name: getattr(found, name) for name in CLASSIFIER} == CLASSIFIER
+    other = ImmunizationConfig(str(tmp_path), objective="rep_noise")
+    assert {name: getattr(other, name) for name in OPEN} == dict(zip(OPEN, (0.5, 0.0, 0.0), strict=True))
     assert {name: getattr(found, name) for name in STOCK} == STOCK
     assert found.eval_strategy == "no" and found.eval_steps is None
     guarded = ImmunizationConfig(str(tmp_path), max_primary_drop=1.0)

@@ -182,12 +182,13 @@ def _head(known: Known, names: Sequence[str]) -> list[Finding]:
 def _sites(known: Known, name: str, held: tuple[Any, ...]) -> Iterator[Finding]:
     """The layers that are measured and trained."""
     from hf_immunize.training.vision.checks import head_of
+    from hf_immunize.training.vision.large import part_of
 
     args = held[2]
     head = head_of(known.model, args)
     told = f"measured before {head}" if args.sites == "head" else f"measured at {args.sites}"
-    if args.trainable_modules:
-        modules = trainable_modules(known.model, args.trainable_modules)
+    if part := part_of(args, known.model):
+        modules = trainable_modules(known.model, part)
         told += f", trained: {', '.join(modules[:4])}{', …' if len(modules) > 4 else ''}"
     else:
         told += ", every weight trained"

@@ -18,7 +18,7 @@ from hf_immunize.errors import ConfigError, StageError
 from hf_immunize.stages.workflow.display import Display
 from hf_immunize.stages.workflow.launch import Launcher, end
 from hf_immunize.stages.workflow.live import ProgressPage
-from hf_immunize.stages.workflow.stages import Stage, depending
+from hf_immunize.stages.workflow.stages import Stage, depending, waiting_for
 from hf_immunize.stages.workflow.state import Lock, State
 
 _TAIL = 20
@@ -45,6 +45,9 @@ class Runner:
     chosen: Sequence[str]
     again: Sequence[str] = ()
     running: dict[str, tuple[subprocess.Popen[Any], float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._followers = {name: len(waiting_for(self.stages, name)) for name in self.stages}
 
     def expected(self) -> dict[str, str]:
         """The stages that will be run, with the reason; of those after them it is not known yet whether they change."""
@@ -98,8 +101,11 @@ class Runner:
                     end(process)
 
     def _start_ready(self, waiting: list[str], display: Display, lock: Lock) -> None:
-        """Start stages whose needs are met, up to ``jobs``; pass over those that are fresh."""
-        for name in list(waiting):
+        """Start stages whose needs are met, up to ``jobs``; pass over those that are fresh.
+
+        Side by side, those come first that most others wait for: the exam of the base before an immunization.
+        """
+        for name in sorted(waiting, key=lambda name: -self._followers[name]) if self.jobs > 1 else list(waiting):
             stage = self.stages[name]
             if any(need in waiting or need in self.running for need in (*stage.needs, *stage.after)):
                 continue

@@ -201,3 +201,12 @@ def depending(stages: Mapping[str, Stage], names: Sequence[str]) -> list[str]:
         if found & set(stage.needs):
             found.add(stage.name)
     return [name for name in stages if name in found]
+
+
+def waiting_for(stages: Mapping[str, Stage], name: str) -> set[str]:
+    """All stages that cannot begin before this one is done, directly or over others."""
+    found = {name}
+    for stage in stages.values():
+        if found & {*stage.needs, *stage.after}:
+            found.add(stage.name)
+    return found - {name}

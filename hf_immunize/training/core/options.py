@@ -176,10 +176,11 @@ class ImmunizationOptions:
 
 
 def refuse_below(options: Any, at_least: Mapping[str, float]) -> None:
-    """Raise ConfigError for an option under its least value, or that is not a number."""
+    """Raise ConfigError for an option under its least value, or that is not a number; None is still open."""
     for name, least in at_least.items():
-        if not getattr(options, name) >= least:
-            raise ConfigError(f"expected {name} of at least {least}, got {getattr(options, name)}.")
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"expected {name} of at least {least}, got {value}.")
 
 
 def rename_option(options: Any, old: str, new: str, unset: Any = None) -> None:

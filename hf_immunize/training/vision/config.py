@@ -12,11 +12,22 @@ from hf_immunize.training.core.options import ImmunizationOptions, refuse_below,
 from hf_immunize.training.vision.attackers import check_attacker
 from hf_immunize.training.vision.support import refuse_deepspeed, refuse_unsupported, use_one_device
 
+ON_FEATURES = frozenset({"condition_number", "ill_only", "opt_kappa", "group_kappa", "closed_form_adversary"})
+"""Objectives that change features at the head, for which a large model's last stage is enough."""
+
 
 @dataclass
 class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
     """``TrainingArguments`` with the options of immunization; every option is explained in its own help text."""
 
+    strength: float = field(
+        default=None,  # type: ignore[assignment]  # a number from when there is a model
+        metadata={
+            "help": "The one knob: factor on all immunization terms. 0 turns them off. With max_primary_drop it is "
+            "where the strength starts; without, lower it where the primary task loses too much. Default: 0.5, or 5 "
+            "where distillation is 10 by default and weight is auto."
+        },
+    )
     memorization: float = field(
         default=0.5,
         metadata={"help": "closed_form_adversary: weight of the probe's R2 on its own support rows. With few rows of "
@@ -74,11 +85,19 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
             "smoothed AdamW, on one process. Default: to first order."
         },
     )
+    distillation: float = field(
+        default=None,  # type: ignore[assignment]  # a number from when there is a model
+        metadata={
+            "help": "Weight of the distance to the answers of the model before immunization on primary rows. Default: "
+            "0; 10 for a classifier of a million weights or more that knows its task, with objectives on features."
+        },
+    )
     feature_distillation: float = field(
-        default=0.0,
+        default=None,  # type: ignore[assignment]  # a number from when there is a model
         metadata={
             "help": "Weight of the mean of |phi - phi_0|^2 / |phi_0|^2 over primary rows, phi the head's input and "
-            "phi_0 that of the model before immunization. Holds what logits do not show. 0: off."
+            "phi_0 that of the model before immunization. Holds what logits do not show. 0: off. Default: 0, or 6 "
+            "where distillation is 10 by default."
         },
     )
     guard_metric: str = field(
@@ -174,12 +193,16 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         self.check_options()
 
     def _fill_in(self) -> None:
-        """Defaults that follow the objective; a rate that follows the model stays open until there is one."""
+        """Defaults that follow the objective; those that follow the model stay open until there is one."""
         probed = "closed_form_adversary" in self.objectives
         if self.per_device_harmful_batch_size is None:
             self.per_device_harmful_batch_size = 256 if probed else 128
         if self.learning_rate is None and not probed:
             self.learning_rate = 3e-4
+        if not ON_FEATURES.issuperset(self.objectives):
+            self.strength = 0.5 if self.strength is None else self.strength
+            self.distillation = self.distillation or 0.0
+            self.feature_distillation = self.feature_distillation or 0.0
 
     def check_options(self) -> None:
         """Raise ConfigError for values no run can use."""
@@ -192,7 +215,7 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
                 "expected max_primary_drop or ema_decay, or load_best_model_at_end, got both: guard and average "
                 "already choose the weights that are returned. Turn load_best_model_at_end off."
             )
-        if self.primary_loss_weight == self.distillation == self.feature_distillation == 0:
+        if not (self.primary_loss_weight or self.distillation or self.feature_distillation):
             raise ConfigError(
                 "expected something that keeps the primary task, got primary_loss_weight=distillation="
                 "feature_distillation=0."

@@ -16,6 +16,7 @@ from hf_immunize.training.core.measured import Side
 from hf_immunize.training.core.objective import SIDES, MicroBatch
 from hf_immunize.training.core.step import Measured
 from hf_immunize.training.vision.config import ImmunizationConfig
+from hf_immunize.training.vision.dropout import hold_dropout
 from hf_immunize.training.vision.frozen import FrozenPart
 from hf_immunize.training.vision.lora_attacker import LoraAttacker
 from hf_immunize.training.vision.norms import frozen_statistics, unlearned_statistics
@@ -35,6 +36,7 @@ class Forwards:
         layers: preconditioned layers, whose inputs are wanted too.
         layouts: how an input becomes one row per image.
         frozen: the part that may be skipped.
+        undropped: dropout layers that never drop; where θ₀'s answers or features are imitated none does.
         attacker: whose updates harmful forwards have, if there is one.
         context: precision of a forward.
     """
@@ -49,11 +51,18 @@ class Forwards:
         layers: Sequence[str],
         layouts: Mapping[str, RowLayout],
         frozen: FrozenPart,
+        undropped: Sequence[str],
         attacker: LoraAttacker | None,
         context: Callable[[], AbstractContextManager[Any]],
     ):
         self.args, self.kind, self.head, self.sites, self.layers = args, kind, head, list(sites), list(layers)
         self.layouts, self.frozen, self.attacker, self.context = layouts, frozen, attacker, context
+        self._undropped = None if args.distillation or args.feature_distillation else list(undropped)
+
+    def hold(self, model: nn.Module) -> None:
+        """Of a model in training mode, put into evaluation mode what does not train and does not drop."""
+        self.frozen.hold(model)
+        hold_dropout(model, self._undropped)
 
     def laid_out(self, names: Sequence[str]) -> dict[str, RowLayout | None]:
         """Names with their layouts, each once."""
@@ -99,7 +108,7 @@ class Forwards:
     def ahead(self, bare: nn.Module, inputs: Mapping[str, Any], step: int, place: int) -> Measured:
         """Both sides of a micro-batch before its turn, drawing and normalizing as it will; nothing is learned."""
         bare.train()
-        self.frozen.hold(bare)
+        self.hold(bare)
         caught = {}
         with unlearned_statistics(bare), self.same_draws(step, place), self.context():
             for name, batch in (("primary", inputs), ("harmful", inputs["harmful"])):

@@ -8,6 +8,7 @@ from torch import nn
 from hf_immunize.training.core.memory import Activations, Memory, Options, fake, memory_of, watch_forward
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.frozen import freeze_all_but
+from hf_immunize.training.vision.large import is_large, part_of
 
 _AUTOCAST = {"bf16": torch.bfloat16}
 
@@ -23,14 +24,16 @@ def plan_memory(
         image: C, H, W of what the processor makes.
         devices, sharded: number of devices, with DDP or with FSDP2.
     """
-    if args.trainable_modules is not None:
-        freeze_all_but(model, args.trainable_modules)
+    part, open_, held = part_of(args, model), args.distillation is None, bool(args.distillation)
+    held = held or (open_ and is_large(model))  # as for a classifier that knows its task
+    if part is not None:
+        freeze_all_but(model, part)
     autocast = _AUTOCAST.get(str(args.mixed_precision))
     rows = args.per_device_train_batch_size + args.per_device_harmful_batch_size
     kept = activations_of(model, image, rows, autocast)
     options = Options(
         optim=str(getattr(args.optim, "value", args.optim)),
-        teacher=args.feature_distillation > 0 or (args.distillation > 0 and not args.cache_frozen_features),
+        teacher=bool(args.feature_distillation) or (held and (open_ or not args.cache_frozen_features)),
         average=args.ema_decay > 0, guard=args.max_primary_drop is not None,
         accumulation=args.gradient_accumulation_steps, checkpointing=bool(args.gradient_checkpointing),
         devices=devices, sharded=sharded, primary=args.per_device_train_batch_size / rows,

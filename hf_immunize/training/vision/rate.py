@@ -20,11 +20,13 @@ LEAST, MOST = 5e-5, 3e-3
 _CHANGE = 0.6
 """Share of the answer to one image that the first step may change."""
 _SMALL = 3e-6
+_HELD = 3
+"""How many times as much where the answers are held to those of θ₀ (``distillation``), which pulls them back."""
 _WITHOUT = 3e-4
 """Where there are no logits to measure by."""
 
 
-def rate_of(model: nn.Module, row: Mapping[str, Any]) -> float:
+def rate_of(model: nn.Module, row: Mapping[str, Any], times: float = 1) -> float:
     """The rate at which a first step of AdamW changes the answer to one image by 60 %, 5e-5 to 3e-3.
 
     That step is η·sign(g). With g the gradient of the log-probability of the image's own class, the change of logits z
@@ -40,6 +42,7 @@ def rate_of(model: nn.Module, row: Mapping[str, Any]) -> float:
     Args:
         model: as it is before training; weights that do not train stay where they are.
         row: one image, ``pixel_values`` of C×H×W.
+        times: how many times as much may change.
     """
     trained, training = ChangingPart(model).parameters, model.training
     kept = [parameter.detach().clone() for parameter in trained]
@@ -67,7 +70,7 @@ def rate_of(model: nn.Module, row: Mapping[str, Any]) -> float:
         model.train(training)
     if not bool(torch.isfinite(change)):  # logits that are all equal
         return _WITHOUT
-    return min(max(float(f"{_CHANGE * _SMALL / max(float(change), 1e-12):.2g}"), LEAST), MOST)
+    return min(max(float(f"{times * _CHANGE * _SMALL / max(float(change), 1e-12):.2g}"), LEAST), MOST)
 
 
 def with_rate(args: ImmunizationConfig, model: nn.Module, row: Mapping[str, Any]) -> ImmunizationConfig:
@@ -75,7 +78,8 @@ def with_rate(args: ImmunizationConfig, model: nn.Module, row: Mapping[str, Any]
     if args.learning_rate is not None:
         return args
     args = copy.copy(args)
-    rate = torch.tensor(rate_of(model, row), dtype=torch.float64, device=args.device)
+    times = _HELD if args.distillation else 1
+    rate = torch.tensor(rate_of(model, row, times), dtype=torch.float64, device=args.device)
     args.learning_rate = float(f"{float(mean_over_ranks(rate)):.2g}")  # processors round differently
     logger.info(f"learning_rate={args.learning_rate:.2g}, after how far a first step of it moves the answer.")
     return args

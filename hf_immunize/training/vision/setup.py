@@ -104,7 +104,7 @@ def attacked_task(
 
     def at(names: Sequence[str], attacked: nn.Module, step: int, attack_step: int) -> tuple[list[Tensor], Any]:
         rows = batch(step * (args.attacker_steps + 1) + attack_step)
-        forwards.frozen.hold(attacked)
+        forwards.hold(attacked)
         with same_draws(args.device, args.seed, "attack", step, attack_step, args.process_index):
             return forwards.attacked(attacked, rows, names), rows
 
@@ -141,7 +141,7 @@ def learn_attack(
     """One step of imma's LoRA updates on the harmful rows of the coming optimizer step; its loss before."""
     (site,) = objective.sites
     bare.train()
-    forwards.frozen.hold(bare)
+    forwards.hold(bare)
 
     def forward(place: int, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         with forwards.same_draws(step, place), attacker.attached(bare, learning=True):

@@ -73,13 +73,17 @@ def choose_layouts(
         ConfigError: layouts of sites that are not there, or that are none.
     """
     asked = parse_layouts(given, list(dict.fromkeys(sites)))
-    taken = inspect.signature(under_adapters(model).forward).parameters
-    named = {name: value for name, value in row.items() if name in taken and name not in _LABELS}
-    inputs = {name: torch.as_tensor(value)[None] for name, value in named.items()}
     try:
-        return find_layouts(model, asked, inputs)
+        return find_layouts(model, asked, inputs_of(model, row))
     except CaptureError as error:
         raise ModelError(str(error)) from error
+
+
+def inputs_of(model: nn.Module, row: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A batch of one row, without labels and without what the forward does not take."""
+    taken = inspect.signature(under_adapters(model).forward).parameters
+    named = {name: value for name, value in row.items() if name in taken and name not in _LABELS}
+    return {name: torch.as_tensor(value)[None] for name, value in named.items()}
 
 
 def _different_inputs(model: nn.Module, names: list[str], sample: Tensor, *, preset: bool) -> list[str]:

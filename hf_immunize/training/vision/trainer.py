@@ -48,6 +48,7 @@ from hf_immunize.training.vision.checks import (
 from hf_immunize.training.vision.collators import collators_of
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly
+from hf_immunize.training.vision.dropout import dropout_before
 from hf_immunize.training.vision.forwards import Forwards
 from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, freeze_all_but
 from hf_immunize.training.vision.guard_metric import measured_base, points_of, refuse_lower_is_better
@@ -55,6 +56,7 @@ from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.identity import compared_options, identity_of
 from hf_immunize.training.vision.keeping import Keeping
+from hf_immunize.training.vision.large import with_large
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
 from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck, named
@@ -154,15 +156,16 @@ class ImmunizationTrainer(StrictTrainer):
         refuse_lower_is_better(args.guard_metric)
         refuse_model(args, model)
         refuse_non_finite(model, "the model before immunization")
-        if args.trainable_modules is not None:
-            freeze_all_but(model, args.trainable_modules)
-        refuse_below_float32(model, "the model")
         self.site, self.terms = head_of(model, args), terms_of(args.objective)
         refuse_streams(args, {"train_dataset": primary, "harmful_dataset": harmful})
         self.kind, first, self.harmful_task = check_data(model, primary, harmful, evaluation, self.terms)
-        if self.kind == UNLABELLED:
-            check_unlabelled(model, args, first, self.site)
         with forward_of_first(first):
+            args = with_large(args, model, self.kind, first, primary)
+            if args.trainable_modules is not None:
+                freeze_all_but(model, args.trainable_modules)
+            refuse_below_float32(model, "the model")
+            if self.kind == UNLABELLED:
+                check_unlabelled(model, args, first, self.site)
             self._look_at(model, args, first)
             return with_rate(args, model, first)
 
@@ -202,7 +205,7 @@ class ImmunizationTrainer(StrictTrainer):
         depths = args.attacker_depths
         self._depths = list(choose_sites(model, depths, None, self.site, sample)) if depths else []
         self.layouts = choose_layouts(model, [*self.site_weights, self.site, *self._depths], args.site_layouts, row)
-        self.frozen = FrozenPart(model, sample.shape)
+        self.frozen, self._kept = FrozenPart(model, sample.shape), dropout_before(model, self.layouts, row)
         self._cache = None
 
     def _build_step(self, model: nn.Module) -> None:
@@ -214,7 +217,7 @@ class ImmunizationTrainer(StrictTrainer):
         self.forwards = Forwards(
             args, kind=self.kind, head=self.site, sites=list(self.site_weights),
             layers=list(self.preconditioner.layers) if self.preconditioner else [], layouts=self.layouts,
-            frozen=self.frozen, attacker=self.attacker, context=self.compute_loss_context_manager,
+            frozen=self.frozen, undropped=self._kept, attacker=self.attacker, context=self.compute_loss_context_manager,
         )
         task = attacked_task(self.forwards, model, self._attack_batch, self.harmful_task, self._depths)
         self.settings = settings_of(args, self.harmful_task.classes)
@@ -384,7 +387,7 @@ class ImmunizationTrainer(StrictTrainer):
             with self.forwards.entered(bare, inputs) as plain:
                 return super().compute_loss(model, plain, return_outputs=return_outputs)
         primary = {name: value for name, value in inputs.items() if name != "harmful"}
-        self.frozen.hold(bare)
+        self.forwards.hold(bare)
         draws = self.forwards.same_draws(self.state.global_step, self.step.place)
         caught = {}
         with draws if self.step.looks_ahead else contextlib.nullcontext():
@@ -425,8 +428,7 @@ class ImmunizationTrainer(StrictTrainer):
 
     def _measure_base(self) -> float | None:
         """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
-        names = output_names(id2label_of(self.bare.config))
-        return measured_base(self.evaluate, self._base_labels, names, self.guard)
+        return measured_base(self.evaluate, self._base_labels, output_names(id2label_of(self.bare.config)), self.guard)
 
     def _measure_references(self) -> None:
         """G wherever a balance needs it and has none yet."""

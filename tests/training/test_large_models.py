@@ -1,0 +1,124 @@
+"""A classifier of many weights that knows its task: held to its answers, its last stage trained, if nothing is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_short_runs import rows, trained_resnet  # noqa: F401
+from tiny_models import tiny_classifier
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from hf_immunize import ImmunizationConfig, ImmunizationTrainer
+from hf_immunize.training.core.registry import terms_of
+from hf_immunize.training.vision import large, rate
+from hf_immunize.training.vision.judging import Measured, judge
+from hf_immunize.training.vision.planning import plan_memory
+
+OPEN = (None, None, None, None)
+HELD = (5.0, 10.0, 6.0, "last:1")
+
+
+def options(args):
+    return args.strength, args.distillation, args.feature_distillation, args.trainable_modules
+
+
+@pytest.fixture(autouse=True)
+def small_counts_as_large(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(large, "LARGE", 5_000)
+
+
+@pytest.fixture
+def started(rows, tmp_path):  # noqa: F811
+    def start(model, **changed):
+        args = ImmunizationConfig(str(tmp_path), **{
+            "objective": "closed_form_adversary", "max_steps": 40, "report_to": "none", "disable_tqdm": True,
+            "save_strategy": "no",
+        } | changed)
+        return ImmunizationTrainer(model=model, args=args, **rows), args
+
+    return start
+
+
+@pytest.mark.parametrize("objective", ["closed_form_adversary", "condition_number"])
+def test_forty_steps_with_nothing_else_set(started, rows, objective):  # noqa: F811
+    model = trained_resnet(rows["train_dataset"], 0)
+    trainer, args = started(model, objective=objective, max_primary_drop=1.0)
+    assert options(trainer.args) == HELD and options(args) == OPEN
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert any("stages.0" in name for name in frozen) and not any("stages.1" in name for name in frozen)
+    trainer.train()
+    assert trainer.outcome.immunized, trainer.outcome.told
+    assert trainer.guard_record.held
+
+
+def test_what_the_user_named_stays(started, rows):  # noqa: F811
+    model = trained_resnet(rows["train_dataset"], 0, steps=40)
+    named = {"strength": 0.1, "distillation": 0.0, "feature_distillation": 0.0, "trainable_modules": ".*"}
+    assert options(started(model, **named)[0].args) == tuple(named.values())
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert started(model, distillation=1.0)[0].args.strength == 0.5  # held a tenth as hard
+    assert started(model, weight="1")[0].args.strength == 0.5
+
+
+def test_what_the_user_froze_stays(started, rows):  # noqa: F811
+    model = trained_resnet(rows["train_dataset"], 0, steps=40)
+    model.resnet.embedder.requires_grad_(False)
+    trainer, _ = started(model)
+    assert options(trainer.args) == (*HELD[:3], None)
+    assert all(weight.requires_grad for weight in model.resnet.encoder.parameters())
+
+
+@pytest.mark.parametrize("changed", [{"objective": "rep_noise"}, {"objective": "closed_form_adversary+trap"}])
+def test_other_objectives_are_as_published(started, rows, changed):  # noqa: F811
+    model = trained_resnet(rows["train_dataset"], 0, steps=40)
+    assert options(started(model, **changed)[0].args) == (0.5, 0.0, 0.0, None)
+
+
+def test_a_head_that_is_new_learns_from_labels(started):
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 2], layer_type="basic", num_labels=5)
+    model = ResNetForImageClassification(config)
+    trainer, _ = started(model)
+    assert options(trainer.args) == (0.5, 0.0, 0.0, None) and all(weight.requires_grad for weight in model.parameters())
+
+
+def test_sites_before_the_last_stage_are_reached(started, rows):  # noqa: F811
+    model = trained_resnet(rows["train_dataset"], 0)
+    assert started(model, sites="resnet.encoder.stages.0")[0].args.trainable_modules is None
+
+
+def test_below_the_line_nothing_changes(started, rows, monkeypatch):  # noqa: F811
+    model = trained_resnet(rows["train_dataset"], 0)
+    monkeypatch.setattr(large, "LARGE", sum(weight.numel() for weight in model.parameters()) + 1)
+    assert options(started(model)[0].args) == (0.5, 0.0, 0.0, None)
+
+
+def test_answers_that_are_held_may_change_three_times_as_much(started, rows, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(rate, "MOST", 1.0)
+    model = trained_resnet(rows["train_dataset"], 0)
+    trainer, _ = started(model)
+    row = rows["train_dataset"][0]
+    assert trainer.args.learning_rate == pytest.approx(3 * rate.rate_of(model, row), rel=0.06)
+
+
+def test_the_memory_that_is_told_has_the_copy_of_the_model(tmp_path):
+    def planned(**changed):
+        with torch.device("meta"):
+            model = tiny_classifier("vit")
+        args = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary", **changed)
+        return plan_memory(model, args, (3, 16, 16))
+
+    free = planned(distillation=0, feature_distillation=0, trainable_modules="last:1")
+    assert planned().teacher > free.teacher == 0
+    assert planned(trainable_modules=".*").gradients > planned().gradients
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_rows_that_were_trained_on_do_not_say_it_alone(held_out):
+    """As measured on a MobileNetV2: a probe of rows seen fell to near chance, of others it lost nothing."""
+    terms = terms_of("closed_form_adversary")
+    before, after = (Measured({"harmful_adversary_r2": term}, probe) for term, probe in ((0.488, 0.362), (0.42, 0.171)))
+    immunized, told = judge(before, after, 1 / 12, terms, "240 rows", held_out=held_out)
+    assert immunized == held_out and ("says little" in told) != held_out
+    after = Measured({"harmful_adversary_r2": 0.1}, 0.171)
+    assert judge(before, after, 1 / 12, terms, "240 rows", held_out=held_out)[0]
