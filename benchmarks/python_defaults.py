@@ -24,7 +24,7 @@ from PIL import Image
 from pyarrow import parquet
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForImageClassification, set_seed
+from transformers import AutoModelForImageClassification, PrinterCallback, set_seed
 
 from hf_immunize import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.features import capture_inputs, find_classifier
@@ -101,6 +101,7 @@ def with_head(source: str, rows: Images) -> nn.Module:
     set_seed(0)
     model: nn.Module = AutoModelForImageClassification.from_pretrained(
         source, num_labels=int(rows.labels.max()) + 1, ignore_mismatched_sizes=True, use_safetensors=True,
+        dtype=torch.float32,
     )
     seen, head = features(model, rows), model.get_submodule(find_classifier(model))
     optimizer = torch.optim.AdamW(head.parameters(), 3e-3)
@@ -140,6 +141,7 @@ def main() -> None:
             trainer = ImmunizationTrainer(
                 model=model, args=args, train_dataset=kept, harmful_dataset=defence, eval_dataset=evaluated
             )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         told = "NOT MEASURED" if trainer.outcome is None else trainer.outcome.told.partition(":")[0]
         print(f"| {objective}, {given.max_steps} | {told} | {ridge(model, *attacker):.1f} % "
