@@ -82,6 +82,16 @@ def test_a_head_that_is_new_learns_from_labels(started):
     assert options(trainer.args) == (0.5, 0.0, 0.0, None) and all(weight.requires_grad for weight in model.parameters())
 
 
+@pytest.mark.parametrize("wrong", [
+    {"labels": 7}, {"labels": -1}, {"labels": None}, {"labels": [0, 1]}, {"labels": 0.5},
+    {"pixel_values": torch.zeros(3, 5, 5)}, {"pixel_values": torch.zeros(16)},
+])
+def test_a_row_that_training_refuses_is_left_for_it_to_name(rows, wrong):  # noqa: F811
+    model, good = trained_resnet(rows["train_dataset"], 0, steps=60), [rows["train_dataset"][row] for row in (0, 50)]
+    assert large.knows_its_task(model, good)
+    assert not large.knows_its_task(model, [*good, {**good[0], **wrong}])
+
+
 def test_sites_before_the_last_stage_are_reached(started, rows):  # noqa: F811
     model = trained_resnet(rows["train_dataset"], 0)
     assert started(model, sites="resnet.encoder.stages.0")[0].args.trainable_modules is None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -46,18 +46,34 @@ def part_of(args: ImmunizationConfig, model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def knows_its_task(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether these images cost the classifier less than half of what it costs to guess, log C a row."""
+    """Whether these images cost the classifier less than half of what it costs to guess, log C a row.
+
+    Rows that training will refuse, by another shape or a label that is none, say nothing here: it names them.
+    """
     was_training, losses = model.training, []
     weight = next(model.parameters())
     model.eval()
     try:
         for row in rows:
-            images = torch.as_tensor(row["pixel_values"])[None].to(weight.device, weight.dtype)
-            logits = model(pixel_values=images).logits.flatten().double()
-            losses.append(float(-logits.log_softmax(0)[int(row["labels"])] / math.log(max(len(logits), 2))))
+            images, label = torch.as_tensor(row["pixel_values"])[None], row.get("labels")
+            if images.shape[1:] != torch.as_tensor(rows[0]["pixel_values"]).shape:
+                return False
+            logits = getattr(model(pixel_values=images.to(weight.device, weight.dtype)), "logits", images[:, :0])
+            logits = logits.flatten().double()
+            if len(logits) < 2 or not is_label(label, len(logits)):
+                return False
+            losses.append(float(-logits.log_softmax(0)[int(label)]) / math.log(len(logits)))
     finally:
         model.train(was_training)
     return sum(losses) < len(losses) / 2
+
+
+def is_label(value: Any, classes: int) -> TypeGuard[Any]:
+    """Whether it is one whole number of a class."""
+    try:
+        return int(value) == value and 0 <= int(value) < classes
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def with_large(
