@@ -22,9 +22,8 @@ from hf_immunize.stages.checks.rows import Side, read_side
 from hf_immunize.stages.dry_run import image_shape
 from hf_immunize.stages.workflow.depth import is_of, proposed_options
 from hf_immunize.stages.workflow.draft import MARK, Draft
+from hf_immunize.training.vision.large import LARGE
 
-_SMALL = 1_000_000
-"""Parameters up to which the whole network is trained; above, the last stage alone, as the recipes do."""
 _MOST_ROWS = 128
 
 
@@ -201,7 +200,7 @@ def immunizing_options(
         "objective": ("closed_form_adversary", "others: hf-immunize immunize --help"),
         "max_primary_drop": (1.0, "points of primary accuracy that may be lost"),
     }
-    if seen.parameters <= _SMALL:
+    if seen.parameters < LARGE:
         options |= {
             "horizon": ("100", "steps of the attacker's probe that is simulated"),
             "strength": (0.1, "where the guard starts; it follows max_primary_drop"),

@@ -21,7 +21,7 @@ from hf_immunize.training.vision.primary import SINGLE
 logger = logging.get_logger(__name__)
 
 LARGE = 1_000_000
-"""Parameters; ``hf-immunize init`` draws its line there too."""
+"""Parameters from which on the last stage alone is trained, as in the recipes. ``hf-immunize init`` drafts by it."""
 HELD, HELD_FEATURES, PART = 10.0, 6.0, "last:1"
 _STRENGTH, _STRENGTH_HELD = 0.5, 5.0
 """What holds ten times as hard is pulled ten times as hard."""
