@@ -117,7 +117,7 @@ def test_denoising_utility_is_the_difference_of_both_scores_with_a_paired_interv
     found = denoising_utility(*sides, exam.retain_test)
     exam_again = DenoisingExam(NoiseProcess.from_scheduler(build_scheduler("unet")), exam.retain_test)
     before, after = (exam_again.ask(denoiser_of(side.model), side.model).explained for side in sides)
-    # float32 forwards in batches of two and of all rows, which processors round each in their way: 1.1e-6 on one of them
+    # float32 forwards in batches of two and of all rows, which processors round in their own ways: by 1.1e-6 on one
     rounded = {"rel": 1e-5}
     assert found.base == pytest.approx(100 * before, **rounded)
     assert found.immunized == pytest.approx(100 * after, **rounded)
