@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy
 import torch
+import yaml
 from PIL import Image
 from pyarrow import parquet
 from torch import Tensor, nn
@@ -122,6 +123,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=40)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--unguarded", action="store_true")
+    parser.add_argument("--options", nargs="*", default=[], help="Others than the defaults, name=value, to compare.")
     given = parser.parse_args()
     keep = load(f"{given.data}/tiny_imagenet.parquet", range(0, 200, 4), 50, given.size)
     cars = load(f"{given.data}/stanford_cars.parquet", range(0, 60, 5), 41, given.size)
@@ -137,6 +139,7 @@ def main() -> None:
             args = ImmunizationConfig(
                 folder, objective=objective, max_steps=given.max_steps, report_to="none", save_strategy="no",
                 max_primary_drop=None if given.unguarded else 1.0, disable_tqdm=True, logging_strategy="no",
+                **{name: yaml.safe_load(value) for name, _, value in (one.partition("=") for one in given.options)},
             )
             trainer = ImmunizationTrainer(
                 model=model, args=args, train_dataset=kept, harmful_dataset=defence, eval_dataset=evaluated
