@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 from scipy.stats import spearmanr
 
-from hf_immunize.attacks import ATTACKS
+from hf_immunize.attacks import ATTACKS, TRAINABILITY
 from hf_immunize.certification.mean_curves import crossing, curve_ratio, mean_curve
 from hf_immunize.certification.uplift import reach_of, threshold_between, without_model
 from hf_immunize.certification.utility import correct_rows
@@ -105,6 +105,7 @@ class Frontier:
             else:
                 self._from_random_weights(name, seed)
             self.attack(folder, "subject")
+            self.teach(folder, "subject")
             self._certify(folder)
 
     def sit_base(self) -> None:
@@ -118,6 +119,7 @@ class Frontier:
                 name for name in names if Path(at, name).is_dir()})  # fmt: skip
             self.attack(self.control, "control")
             self.attack(self.control, "nothing")
+            self.teach(self.control, "control")
             atomic_write(done, "")
 
     def options_of(self, name: str, seed: int) -> dict[str, Any]:
@@ -172,8 +174,17 @@ class Frontier:
 
     def attack(self, folder: Path, role: str) -> None:
         """The plan's exam of one model; runs that are there are not made again."""
+        self._attack(folder, role, self.plan["attack"])
+
+    def teach(self, folder: Path, role: str) -> None:
+        """The plan's harmless third task, where it has one."""
+        if "benign" in self.plan:
+            told = {name: self.plan["attack"][name] for name in ("protocol", "device")}
+            self._attack(folder, role, {**told, **self.plan["benign"], "task": "benign"})
+
+    def _attack(self, folder: Path, role: str, options: Mapping[str, Any]) -> None:
         self._clock.check()
-        told = {**self.plan["attack"], "model_path": str(folder), "role": role}
+        told = {**options, "model_path": str(folder), "role": role}
         told |= {"control_path": str(self.control)} if role == "subject" else {}
         attack_model(self.task, *make_options((AttackOptions,), told, "attack"))
 
@@ -215,11 +226,12 @@ class Cell:
 
 
 def judge(subject: Sequence[AttackTrace], control: Sequence[AttackTrace], without: float, rows: int) -> Cell | None:
-    """A model's cell; None where either side has no result."""
+    """A model's cell, steps counted to a threshold between ``without`` and what the base reaches; None where either
+    side has no result."""
     base, ours = reach_of(control, rows), reach_of(subject, rows)
     if base is None or ours is None:
         return None
-    if ATTACKS[control[0].attack].unit == "solve":
+    if (ATTACKS | TRAINABILITY)[control[0].attack].unit == "solve":
         return Cell(None, False, ours.mean, len(ours.scores))
     threshold = without + Rule().threshold_share * max(base.mean - without, 0.0)
     chosen = [runs_of_trial(side, best_trial(side, threshold)) for side in (subject, control)]
@@ -239,6 +251,7 @@ def measure(frontier: Frontier) -> dict[str, Any]:
     rows = control["full_finetune"][0].data[-1].rows
     classes = len(frontier.task.harmful_labels.split(","))
     without = without_model({"nothing": [run for runs in nothing.values() for run in runs]}, rows, 1 / classes)
+    starts = dict.fromkeys(TRAINABILITY, 1 / max(len((frontier.task.benign_labels or "").split(",")), 1))
     base = frontier.accuracy(frontier.base)
     models = []
     for name in frontier.names:
@@ -247,7 +260,8 @@ def measure(frontier: Frontier) -> dict[str, Any]:
             subject = frontier.read(folder, "subject")
             if not subject:
                 continue
-            cells = {attack: judge(runs, control[attack], without.mean, rows) for attack, runs in subject.items()}
+            cells = {attack: judge(runs, control[attack], starts.get(attack, without.mean), rows)
+                     for attack, runs in subject.items()}
             found = {attack: {**vars(cell), "probe": _PROBE in attack} for attack, cell in cells.items() if cell}
             models.append({"method": name, "seed": seed, "drop": base - frontier.accuracy(folder), "cells": found,
                            **intrinsic(folder), **verdicts(folder)})
@@ -289,7 +303,8 @@ def weakest(model: Mapping[str, Any]) -> tuple[float, bool] | None:
 
     Probes are told by what they reach: in steps a probe is over at its first evaluation, on every model.
     """
-    cells = [cell for name, cell in model["cells"].items() if _PROBE not in name and cell["ratio"] is not None]
+    cells = [cell for name, cell in model["cells"].items()
+             if _PROBE not in name and name not in TRAINABILITY and cell["ratio"] is not None]
     return min(((cell["ratio"], cell["censored"]) for cell in cells), default=None)
 
 
@@ -374,7 +389,7 @@ def main() -> None:
             frontier.make_all()
     found = measure(frontier)
     found |= {"correlations": correlations(found["models"]), "plan": plan, "provenance": Provenance.here().model_dump()}
-    attacks = plan["attack"]["attacks"]
+    attacks = [*plan["attack"]["attacks"], *plan.get("benign", {}).get("attacks", [])]
     print(table(found, attacks))
     print("\nSpearman's rho with the slow-down of full fine-tuning: " + ", ".join(
         f"{name} {rho:+.2f} ({count} models)" for name, (rho, count) in found["correlations"].items()))

@@ -4,8 +4,8 @@
 
 A trial immunizes the base with a learning rate and a strength (TPE, log scales, drawn from the plan's ``search``),
 under the plan's allowance of primary accuracy, and lets one fine-tuning attacker with a seed of its own learn from the
-result. Its value is log T(trial)/T(base) on the attacker's *validation* curve, T counted to half of what the base's
-attacker gains there; weights that the guard returned unchanged count as 0. No figure of a test row is read. Writes
+result. Its value is log T(trial)/T(base) on the attacker's *validation* curve, T counted to halfway between what there
+is without the model (the plan's ``without``) and what the base's attacker reaches there; weights that the guard returned unchanged count as 0. No figure of a test row is read. Writes
 benchmarks/<plan>_settings.json, which is committed before frontier.py judges anything.
 """
 
@@ -54,7 +54,7 @@ class Search:
         self.told, self.output = plan["search"], Path(plan["output"]) / "search"
         base = self._curves(self.frontier.base, "control", self.output / "base")
         reached = max(curve[-1].validation for curve in base)
-        self.threshold = (self.told["chance"] + reached) / 2
+        self.threshold = (self.told["without"] + reached) / 2
         self.base = min(crossing(curve, self.threshold) for curve in base)
 
     def _curves(self, folder: Path, role: str, into: Path) -> list[list[Evaluation]]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from trace_builders import reaching, trace
 
-from hf_immunize.attacks import ATTACKS, parse_settings
+from hf_immunize.attacks import ATTACKS, TRAINABILITY, parse_settings
 from hf_immunize.data import TaskArguments
 from hf_immunize.options import make_options
 from hf_immunize.stages.base import ImmunizeOptions
@@ -45,6 +45,9 @@ def test_every_method_of_a_plan_can_be_read(path, tmp_path):
     for stages in plan.get("pretraining", {}).values():
         assert all(stage["after"] in plan["pretraining"] if "after" in stage else stage["stage"] for stage in stages)
     parse_settings(plan["attack"]["settings"], ATTACKS)
+    if "benign" in plan:
+        assert plan["task"]["benign_labels"] and set(plan["benign"]["attacks"]) <= set(TRAINABILITY)
+        parse_settings(plan["benign"]["settings"], TRAINABILITY)
 
 
 def test_a_cell_is_the_ratio_of_mean_curves_and_a_bound_where_the_budget_ends(frontier):
@@ -77,5 +80,8 @@ def test_the_table_marks_what_no_other_method_is_better_than(frontier):
     assert [name for name, line in rows.items() if "●" in line] == ["a", "c", "d"]
     assert "+1.10 (" in rows["a"] and "2.10× (" in rows["a"] and "40.0 %" in rows["a"] and "30.0 %" in rows["a"]
     assert "≥ 4.00×" in rows["c"] and "(" not in rows["c"]  # one defence seed has no interval
+    for one in models:  # a harmless task that is learned as fast as ever is no attacker
+        one["cells"]["benign_full_finetune"] = {**one["cells"]["full_finetune"], "ratio": 1.0}
+    assert frontier.weakest(models[0]) == (2.0, False)
     rho, count = frontier.correlations(models)["rir"]
     assert rho == pytest.approx(1.0) and count == 6
