@@ -5,8 +5,9 @@
 A trial immunizes the base with a learning rate and a strength (TPE, log scales, drawn from the plan's ``search``),
 under the plan's allowance of primary accuracy, and lets one fine-tuning attacker with a seed of its own learn from the
 result. Its value is log T(trial)/T(base) on the attacker's *validation* curve, T counted to halfway between what there
-is without the model (the plan's ``without``) and what the base's attacker reaches there; weights that the guard returned unchanged count as 0. No figure of a test row is read. Writes
-benchmarks/<plan>_settings.json, which is committed before frontier.py judges anything.
+is without the model (the plan's ``without``) and what the base's attacker reaches there; weights that the guard
+returned unchanged count as 0. No figure of a test row is read. Writes benchmarks/<plan>_settings.json, which is
+committed before frontier.py judges anything.
 """
 
 from __future__ import annotations

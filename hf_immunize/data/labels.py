@@ -36,6 +36,7 @@ class Labels:
         key: the column; None where rows have no label.
         values: one for each row; None where the rows have to be read for them.
         sampled: of the rows that were read.
+        rows: those rows, ``FEW`` at most, the first one among them or not.
         made: whether a transform makes the rows, so that its labels were compared with ``values`` in a few rows only.
     """
 
@@ -43,6 +44,7 @@ class Labels:
     values: Sequence[Any] | Tensor | None = None
     sampled: tuple[Any, ...] = ()
     made: bool = False
+    rows: tuple[Mapping[str, Any], ...] = ()
 
 
 def find_labels(dataset: Any, name: str) -> Labels:
@@ -72,10 +74,13 @@ def find_labels(dataset: Any, name: str) -> Labels:
     stored = label_key(dataset.column_names) if is_table(dataset) else None
     if stored is not None:
         values = values_of(dataset, stored, name)
-        if all(_same(fetch(dataset, row, name)[key], values[row]) for row in _different(values)):
-            return Labels(key, values, made=True)
+        places = _different(values)
+        rows = tuple(fetch(dataset, row, name) for row in places)
+        if all(_same(made[key], values[row]) for made, row in zip(rows, places, strict=True)):
+            return Labels(key, values, made=True, rows=rows)
     few = range(min(FEW, len(dataset)))
-    return Labels(key, sampled=tuple(as_mapping(fetch(dataset, row, name), row, name)[key] for row in few))
+    rows = tuple(as_mapping(fetch(dataset, row, name), row, name) for row in few)
+    return Labels(key, sampled=tuple(row[key] for row in rows), rows=rows)
 
 
 def _attribute(dataset: Any) -> Any:

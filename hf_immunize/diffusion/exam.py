@@ -39,7 +39,7 @@ class ExamResult:
 
         Higher is better, like an accuracy, and its denominator does not depend on the model.
         """
-        return 1.0 - float(self.losses_N.mean() / self.energies_N.mean())
+        return 1.0 - float(self.losses_N.double().mean() / self.energies_N.double().mean())
 
 
 class DenoisingExam:

@@ -1,4 +1,5 @@
-"""A classifier of many weights that knows its task: held to its answers, its last stage trained, if nothing is said."""
+"""A classifier that knows its task is held to its answers, and of many weights the last stage trained, if nothing is
+said."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_immunize import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.core.registry import terms_of
-from hf_immunize.training.vision import large, rate
+from hf_immunize.training.vision import held, rate
 from hf_immunize.training.vision.judging import Measured, judge
 from hf_immunize.training.vision.planning import plan_memory
 
@@ -25,7 +26,7 @@ def options(args):
 @pytest.fixture(autouse=True)
 def small_counts_as_large(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(large, "LARGE", 5_000)
+    monkeypatch.setattr(held, "LARGE", 5_000)
 
 
 @pytest.fixture
@@ -88,8 +89,8 @@ def test_a_head_that_is_new_learns_from_labels(started):
 ])
 def test_a_row_that_training_refuses_is_left_for_it_to_name(rows, wrong):  # noqa: F811
     model, good = trained_resnet(rows["train_dataset"], 0, steps=60), [rows["train_dataset"][row] for row in (0, 50)]
-    assert large.knows_its_task(model, good)
-    assert not large.knows_its_task(model, [*good, {**good[0], **wrong}])
+    assert held.knows_its_task(model, good)
+    assert not held.knows_its_task(model, [*good, {**good[0], **wrong}])
 
 
 def test_sites_before_the_last_stage_are_reached(started, rows):  # noqa: F811
@@ -97,10 +98,13 @@ def test_sites_before_the_last_stage_are_reached(started, rows):  # noqa: F811
     assert started(model, sites="resnet.encoder.stages.0")[0].args.trainable_modules is None
 
 
-def test_below_the_line_nothing_changes(started, rows, monkeypatch):  # noqa: F811
+def test_below_the_line_every_layer_trains(started, rows, monkeypatch):  # noqa: F811
     model = trained_resnet(rows["train_dataset"], 0)
-    monkeypatch.setattr(large, "LARGE", sum(weight.numel() for weight in model.parameters()) + 1)
-    assert options(started(model)[0].args) == (0.5, 0.0, 0.0, None)
+    monkeypatch.setattr(held, "LARGE", sum(weight.numel() for weight in model.parameters()) + 1)
+    assert options(started(model)[0].args) == (5.0, 10.0, 0.0, None)
+    assert options(started(model, distillation=1.0)[0].args) == (0.5, 1.0, 0.0, None)
+    assert options(started(model, objective="group_kappa")[0].args) == (0.5, 0.0, 0.0, None)
+    assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_answers_that_are_held_may_change_three_times_as_much(started, rows, monkeypatch):  # noqa: F811

@@ -182,7 +182,7 @@ def _head(known: Known, names: Sequence[str]) -> list[Finding]:
 def _sites(known: Known, name: str, held: tuple[Any, ...]) -> Iterator[Finding]:
     """The layers that are measured and trained."""
     from hf_immunize.training.vision.checks import head_of
-    from hf_immunize.training.vision.large import part_of
+    from hf_immunize.training.vision.held import part_of
 
     args = held[2]
     head = head_of(known.model, args)

@@ -22,7 +22,7 @@ from hf_immunize.stages.checks.rows import Side, read_side
 from hf_immunize.stages.dry_run import image_shape
 from hf_immunize.stages.workflow.depth import is_of, proposed_options
 from hf_immunize.stages.workflow.draft import MARK, Draft
-from hf_immunize.training.vision.large import LARGE
+from hf_immunize.training.vision.held import LARGE
 
 _MOST_ROWS = 128
 
@@ -201,12 +201,7 @@ def immunizing_options(
         "max_primary_drop": (1.0, "points of primary accuracy that may be lost"),
     }
     if seen.parameters < LARGE:
-        options |= {
-            "horizon": ("100", "steps of the attacker's probe that is simulated"),
-            "strength": (0.1, "where the guard starts; it follows max_primary_drop"),
-            "distillation": (3.0, "how hard the answers on primary images are held"),
-            "max_steps": (400, ""), "learning_rate": (3e-4, ""),
-        }  # fmt: skip
+        options["max_steps"] = (400, "more where the last line of the stage says NOT IMMUNIZED; all else are defaults")
     else:
         options |= {
             "horizon": ("30,300", "steps of the attacker's probe that is simulated: a hasty and a patient one"),

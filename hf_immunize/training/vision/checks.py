@@ -62,8 +62,8 @@ def refuse_no_model(model: Any) -> None:
 
 def check_data(
     model: nn.Module, primary: Any, harmful: Any, evaluation: Any, terms: Sequence[AnyTerm]
-) -> tuple[str, Mapping[str, Any], HarmfulTask]:
-    """Kind of the primary task, its first row, and the harmful task. No more than a few rows are read.
+) -> tuple[str, list[Mapping[str, Any]], HarmfulTask]:
+    """Kind of the primary task, the few rows of it that were read, row 0 before others, and the harmful task.
 
     Raises:
         DataError: an empty or missing dataset, missing columns, images of another size, labels outside their range, or
@@ -80,14 +80,14 @@ def check_data(
     kind = kind_of(model, first)
     if kind == SINGLE:
         refuse_other_problem(model, first)
-    check_known_labels(model, primary, kind, "train_dataset")
+    others = check_known_labels(model, primary, kind, "train_dataset")
     check_head(model, primary, kind)
     for name, rows in _parts(evaluation) if kind != UNLABELLED else ():
         check_known_labels(model, rows, kind, name)
         check_head(model, rows, kind, name)
     task = HarmfulTask(harmful, "harmful_dataset", terms)
     check_size(pixels.shape, task)
-    return kind, {**first, "pixel_values": pixels}, task
+    return kind, [{**first, "pixel_values": pixels}, *others], task
 
 
 def _checked_pixels(model: nn.Module, first: Mapping[str, Any]) -> Tensor:

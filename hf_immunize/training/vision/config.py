@@ -89,7 +89,8 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         default=None,  # type: ignore[assignment]  # a number from when there is a model
         metadata={
             "help": "Weight of the distance to the answers of the model before immunization on primary rows. Default: "
-            "0; 10 for a classifier of a million weights or more that knows its task, with objectives on features."
+            "0; 10 for a classifier that knows its task, with closed_form_adversary, or with a million weights or more "
+            "and another objective on features."
         },
     )
     feature_distillation: float = field(
@@ -97,7 +98,7 @@ class ImmunizationConfig(ImmunizationOptions, TrainingArguments):
         metadata={
             "help": "Weight of the mean of |phi - phi_0|^2 / |phi_0|^2 over primary rows, phi the head's input and "
             "phi_0 that of the model before immunization. Holds what logits do not show. 0: off. Default: 0, or 6 "
-            "where distillation is 10 by default."
+            "for a classifier of a million weights or more that knows its task, with objectives on features."
         },
     )
     guard_metric: str = field(

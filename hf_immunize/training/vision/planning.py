@@ -8,7 +8,7 @@ from torch import nn
 from hf_immunize.training.core.memory import Activations, Memory, Options, fake, memory_of, watch_forward
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.frozen import freeze_all_but
-from hf_immunize.training.vision.large import is_large, part_of
+from hf_immunize.training.vision.held import PROBED, is_large, part_of
 
 _AUTOCAST = {"bf16": torch.bfloat16}
 
@@ -25,7 +25,7 @@ def plan_memory(
         devices, sharded: number of devices, with DDP or with FSDP2.
     """
     part, open_, held = part_of(args, model), args.distillation is None, bool(args.distillation)
-    held = held or (open_ and is_large(model))  # as for a classifier that knows its task
+    held = held or (open_ and (is_large(model) or PROBED in args.objectives))  # as for one that knows its task
     if part is not None:
         freeze_all_but(model, part)
     autocast = _AUTOCAST.get(str(args.mixed_precision))

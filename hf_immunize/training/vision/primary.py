@@ -89,8 +89,8 @@ def check_primary_labels(model: Any, primary: Any, kind: str, name: str = "train
     return torch.stack([check.label(value, row, name) for row, value in enumerate(values)])
 
 
-def check_known_labels(model: Any, primary: Any, kind: str, name: str) -> None:
-    """As ``check_primary_labels``, of the labels that are known without reading rows, and of a few rows else.
+def check_known_labels(model: Any, primary: Any, kind: str, name: str) -> tuple[Mapping[str, Any], ...]:
+    """As ``check_primary_labels``, of the labels that are known without reading rows, and of a few rows else: those.
 
     The others are checked as they are read (``RowCheck``).
 
@@ -98,11 +98,11 @@ def check_known_labels(model: Any, primary: Any, kind: str, name: str) -> None:
         DataError: a row whose label the head cannot be trained on; the row is named.
     """
     if kind == UNLABELLED:
-        return
+        return ()
     check = RowCheck(model, kind)
     if is_stream(primary):
         check(first_row(primary, name), 0, name)
-        return
+        return ()
     found = find_labels(primary, name)
     _key_of(found, name)
     values = found.sampled if found.values is None else found.values
@@ -111,9 +111,10 @@ def check_known_labels(model: Any, primary: Any, kind: str, name: str) -> None:
             values = values.tolist()
         whole = [whole_number(value, row, name) for row, value in enumerate(values)]
         check_label_range(whole, model.config.num_labels, name)
-        return
+        return found.rows
     for row, value in enumerate(values):
         check.label(value, row, name)
+    return found.rows
 
 
 def _key_of(found: Labels, name: str) -> str:

@@ -54,9 +54,9 @@ from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, freeze_
 from hf_immunize.training.vision.guard_metric import measured_base, points_of, refuse_lower_is_better
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
+from hf_immunize.training.vision.held import with_held
 from hf_immunize.training.vision.identity import compared_options, identity_of
 from hf_immunize.training.vision.keeping import Keeping
-from hf_immunize.training.vision.large import with_large
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
 from hf_immunize.training.vision.outcome import OutcomeMeter, logged
 from hf_immunize.training.vision.primary import REGRESSION, SINGLE, UNLABELLED, RowCheck, named
@@ -158,9 +158,9 @@ class ImmunizationTrainer(StrictTrainer):
         refuse_non_finite(model, "the model before immunization")
         self.site, self.terms = head_of(model, args), terms_of(args.objective)
         refuse_streams(args, {"train_dataset": primary, "harmful_dataset": harmful})
-        self.kind, first, self.harmful_task = check_data(model, primary, harmful, evaluation, self.terms)
-        with forward_of_first(first):
-            args = with_large(args, model, self.kind, first, primary)
+        self.kind, seen, self.harmful_task = check_data(model, primary, harmful, evaluation, self.terms)
+        with forward_of_first(first := seen[0]):
+            args = with_held(args, model, self.kind, seen, primary)
             if args.trainable_modules is not None:
                 freeze_all_but(model, args.trainable_modules)
             refuse_below_float32(model, "the model")
