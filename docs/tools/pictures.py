@@ -5,6 +5,7 @@ Numbers come from the certificates of the demo's models, in model_cards/; lines 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from statistics import fmean
 
@@ -40,7 +41,9 @@ def whole(frame: Frame, label: str, told: str, *parts: Markup) -> str:
 def uplift(name: str) -> str:
     """For each attack: where raw pixels end, where the base ends, half of the way, and where this model ends."""
     cells = [cell for cell in certificate(name).cells if cell.subject and cell.control and cell.uplift]
-    frame = Frame(percent_axis(40, 90), Axis(0, len(cells) + 1, ()), 760, 96 + 30 * len(cells), 200, 24, 50, 44)
+    least = min(fmean(cell.subject.accuracy) for cell in cells)
+    across, height = percent_axis(10 * math.floor(10 * least), 90), 96 + 30 * len(cells)
+    frame = Frame(across, Axis(0, len(cells) + 1, ()), 760, height, 200, 24, 50, 44)
     parts = [x_axis(frame, "accuracy on harmful classes that the attacker ends with, percent")]
     for place, cell in enumerate(cells):
         y, without = len(cells) - place, 100 * (cell.without_model or 0)
@@ -52,8 +55,8 @@ def uplift(name: str) -> str:
                   element("line", x1=half, x2=half, y1=down - 9, y2=down + 9, class_="aim"),
                   mark(right, down, "circle", "before", 5), mark(frame.at(here, y)[0], down, "diamond", "after", 6)]
     nothing = 100 * (cells[0].without_model or 0)
-    across = frame.at(nothing, 0)[0]
-    parts.append(element("line", x1=across, x2=across, y1=40, y2=frame.height - frame.bottom, class_="without"))
+    left = frame.at(nothing, 0)[0]
+    parts.append(element("line", x1=left, x2=left, y1=40, y2=frame.height - frame.bottom, class_="without"))
     legend = [("without the model", "without"), ("base", "before"), ("half of the uplift: success", "aim"),
               ("this model", "after")]
     for place, (words, css) in enumerate(legend):

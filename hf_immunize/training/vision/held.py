@@ -26,8 +26,8 @@ HELD, HELD_FEATURES, PART = 10.0, 6.0, "last:1"
 PROBED = "closed_form_adversary"
 """The objective with which small networks are held too."""
 _STRENGTH, _STRENGTH_HELD = 0.5, 5.0
-"""What is held is pulled ten times as hard: docs/frontier.md, rows ``closed_form_adversary`` and
-``adversary_not_held``, which was searched over the same strengths."""
+"""What is held is pulled ten times as hard. What being held saves at such a strength: docs/frontier.md, rows
+``closed_form_adversary`` and ``adversary_not_held``."""
 _LOOKS = 8
 
 
