@@ -31,12 +31,12 @@ def small_counts_as_large(monkeypatch):
 
 @pytest.fixture
 def started(rows, tmp_path):  # noqa: F811
-    def start(model, **changed):
+    def start(model, data=rows, **changed):
         args = ImmunizationConfig(str(tmp_path), **{
             "objective": "closed_form_adversary", "max_steps": 40, "report_to": "none", "disable_tqdm": True,
             "save_strategy": "no",
         } | changed)
-        return ImmunizationTrainer(model=model, args=args, **rows), args
+        return ImmunizationTrainer(model=model, args=args, **data), args
 
     return start
 
@@ -91,6 +91,26 @@ def test_a_row_that_training_refuses_is_left_for_it_to_name(rows, wrong):  # noq
     model, good = trained_resnet(rows["train_dataset"], 0, steps=60), [rows["train_dataset"][row] for row in (0, 50)]
     assert held.knows_its_task(model, good)
     assert not held.knows_its_task(model, [*good, {**good[0], **wrong}])
+
+
+class Renamed(torch.utils.data.Dataset):
+    """Rows whose label is called ``label``, as in many tables of the Hub; it has no other attribute."""
+
+    def __init__(self, held):
+        self.rows = held
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        held = dict(self.rows[row])
+        return {"pixel_values": held["pixel_values"], "label": held["labels"]}
+
+
+def test_a_label_column_of_the_other_name_tells_as_well(started, rows):  # noqa: F811
+    model = trained_resnet(rows["train_dataset"], 0)
+    renamed = {name: Renamed(held) for name, held in rows.items()}
+    assert options(started(model, data=renamed)[0].args) == HELD
 
 
 def test_sites_before_the_last_stage_are_reached(started, rows):  # noqa: F811

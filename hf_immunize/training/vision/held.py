@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_immunize.data import NamedRows, is_stream
+from hf_immunize.data import NamedRows, is_stream, label_key
 from hf_immunize.errors import ModelError
 from hf_immunize.features import find_stages
 from hf_immunize.training.vision.config import ON_FEATURES, ImmunizationConfig
@@ -58,7 +58,7 @@ def knows_its_task(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> bool:
     model.eval()
     try:
         for row in rows:
-            images, label = torch.as_tensor(row["pixel_values"])[None], row.get("labels")
+            images, label = torch.as_tensor(row["pixel_values"])[None], row.get(label_key(row) or "labels")
             if images.shape[1:] != torch.as_tensor(rows[0]["pixel_values"]).shape:
                 return False
             logits = getattr(model(pixel_values=images.to(weight.device, weight.dtype)), "logits", images[:, :0])
@@ -98,7 +98,7 @@ def with_held(
     args = copy.copy(args)
     probed = PROBED in args.objectives
     held = ON_FEATURES.issuperset(args.objectives) and kind == SINGLE and (probed or is_large(model))
-    held = held and knows_its_task(model, seen if len(seen) > 1 else [*seen, *_others(primary)])
+    held = held and knows_its_task(model, seen[1:] or [*seen, *_others(primary)])  # row 0 may be in both
     large = held and is_large(model)
     args.trainable_modules = part_of(args, model) if large else args.trainable_modules
     for name, value in (("distillation", HELD if held else 0.0), ("feature_distillation", HELD_FEATURES * large)):
