@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,20 @@ def read_snapshot(folder: Path, config: str | None, split: str, tables: Sequence
             raise missing_split(name, [str(there) for there in found], str(folder))
     named = {Path(str(file)).resolve() for files in found.values() for file in files}
     _tell_unused(folder, [table for table in tables if table.resolve() not in named])
-    return with_images(load_dataset(str(folder.absolute()), config, split=split), folder.absolute())
+    rows = load_dataset(str(folder.absolute()), config, split=split, cache_dir=_cache_of(folder, named))
+    return with_images(rows, folder.absolute())
+
+
+def _cache_of(folder: Path, files: Iterable[Path]) -> str | None:
+    """Where rows of these files are kept: where ``datasets`` keeps them, in a folder of their own where README.md names
+    the files, since its cache then goes by the README alone and would give the rows of files that have changed."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    if not has_configurations(folder):
+        return None
+    there = [(str(file), file.stat()) for file in sorted(files) if file.is_file()]
+    told = repr([(name, found.st_size, found.st_mtime_ns) for name, found in there])
+    return str(Path(HF_DATASETS_CACHE) / f"files-{hashlib.sha256(told.encode()).hexdigest()[:16]}")
 
 
 def has_configurations(folder: Path) -> bool:

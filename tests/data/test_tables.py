@@ -67,6 +67,21 @@ def test_configurations_of_a_readme_say_what_is_a_split(tmp_path):
         load_source(str(tmp_path))
 
 
+def test_files_that_a_readme_names_are_read_again_once_they_change(tmp_path):
+    """``datasets`` keeps what it read of such a folder under what README.md says, whatever became of the files."""
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: train, path: rows.parquet}\n---\n"
+    )
+    for rows in (4, 8):
+        table(rows).to_parquet(tmp_path / "rows.parquet")
+        assert len(load_source(str(tmp_path))) == rows
+    table(8, start=40).to_parquet(tmp_path / "rows.parquet")
+    first = load_source(str(tmp_path))[0]["image"]
+    assert first.tobytes() == table(8, start=40)[0]["image"].tobytes()
+    again = load_source(str(tmp_path))
+    assert again.cache_files == load_source(str(tmp_path)).cache_files, "unchanged files are prepared once"
+
+
 def test_files_that_belong_to_no_split_are_named(tmp_path, warned):
     table(4).to_parquet(tmp_path / "train.parquet")
     table(6).to_parquet(tmp_path / "extra.parquet")
