@@ -255,6 +255,11 @@ def test_a_policy_for_a_complete_exam(tmp_path):
     assert run("verify", folder, "--policy", tmp_path / "policy.yaml").exit_code == 0
 
 
+def test_the_package_itself_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "hf_immunize", "verify", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "certificate" in done.stdout
+
+
 def test_help_takes_a_blink():
     """0.3 s of CPU at most, in a process of its own: nothing heavy is imported to explain the commands."""
     code = ("import sys, time; sys.argv = ['hf-immunize', '--help']\nfrom hf_immunize.cli import app\n"

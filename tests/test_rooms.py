@@ -42,6 +42,7 @@ MAY_IMPORT = {
     },
     "commands": {"stages", "hub"},
     "cli": {"commands"},
+    "__main__": {"cli"},
 }  # fmt: skip
 LIBRARIES = {
     "linalg": {"transformers", "diffusers", "accelerate", "peft", "datasets"},
