@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import time
@@ -70,7 +69,7 @@ def run_file(path: str | Path, options: RunOptions | None = None) -> dict[str, s
     if hardware is not None and not Path(hardware).is_file():
         raise ConfigError(f"expected an option file of accelerate launch, got {hardware!r}: there is none. Check "
                           "hardware.")
-    launcher = Launcher(hardware, options.num_processes, max(1, (os.cpu_count() or 1) // jobs))
+    launcher = Launcher(hardware, options.num_processes, max(1, jobs))
     runner = Runner(stages, state, launcher, max(1, jobs), chosen, [name for name in again if name in chosen])
     why = runner.expected()
     if options.dry_run:

@@ -19,7 +19,7 @@ from hf_immunize.records import Certificate
 from hf_immunize.stages import run as run_stage
 from hf_immunize.stages.run import RunOptions, run_file
 from hf_immunize.stages.workflow.display import last_line
-from hf_immunize.stages.workflow.launch import Launcher
+from hf_immunize.stages.workflow.launch import Launcher, threads_beside
 from hf_immunize.stages.workflow.live import ProgressPage
 from hf_immunize.stages.workflow.run_file import RunFile
 from hf_immunize.stages.workflow.stages import Stage, make_stages
@@ -215,6 +215,28 @@ def test_words_of_stages_alone_and_through_accelerate(tmp_path):
     assert attack[-4:] == ["hf_immunize.cli", "attack", "--config", "o.yaml"]
     assert "accelerate.commands.launch" in attack, "runs are shared"
     assert several.words(stages["certify-one"], Path("o.yaml"))[1:4] == ["-m", "hf_immunize.cli", "certify"]
+
+
+@pytest.mark.parametrize(("told", "threads"), [("3", 3), ("", 4), ("0", 4), ("4,2", 4), (None, 4)])
+def test_stages_have_the_threads_that_the_user_says_or_a_share_of_his_cores(monkeypatch, told, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert threads_beside(2) == threads
+    assert threads_beside(100) == (3 if told == "3" else 1)
+
+
+@pytest.mark.parametrize(("name", "threads"), [("one", "2"), ("certify-one", "4")])
+def test_processes_of_one_stage_share_its_threads(tmp_path, monkeypatch, name, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "run.yaml").write_text("task: {primary_dataset: a, harmful_dataset: b}\nbase: m\nimmunize: {one: {}}\n")
+    stage = make_stages(RunFile.read(tmp_path / "run.yaml"))[name]
+    words = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+    monkeypatch.setattr(Launcher, "words", lambda *_: words)
+    assert Launcher(num_processes=2, jobs=2).start(stage, tmp_path / "o.yaml", tmp_path / "log").wait() == 0
+    assert (tmp_path / "log").read_text().split()[-1] == threads
 
 
 def test_a_hardware_file_that_is_not_there(job):

@@ -28,6 +28,7 @@ from hf_immunize.stages.checks.uplift import check_uplift
 from hf_immunize.stages.dry_run import image_shape
 from hf_immunize.stages.start import drawing_a_head, hush
 from hf_immunize.stages.workflow.depth import depth_finding, find_profile
+from hf_immunize.stages.workflow.launch import threads_beside
 from hf_immunize.stages.workflow.run_file import RunFile
 from hf_immunize.stages.workflow.stages import BASE, Stage
 from hf_immunize.tasks import find_family
@@ -76,7 +77,7 @@ def check_classifier(
         with _with_head(run, parsed, known) as folder:
             found.append(check_uplift(folder, known.processor, sides["harmful"]))
     rows = {name: len(side.chosen) for name, side in sides.items()}
-    seconds = _seconds_per_row(known, max(1, (os.cpu_count() or 1) // run.jobs))
+    seconds = _seconds_per_row(known, threads_beside(run.jobs))
     total, profile = 0.0, find_profile(run.output_dir)
     for name, section in run.models.items():
         if section is None or name not in parsed:

@@ -17,6 +17,17 @@ _PATIENCE = 20.0
 """Seconds that a stage has to leave in, once it was asked to."""
 
 
+def threads_beside(processes: int) -> int:
+    """Threads for the linear algebra of each of several processes: what OMP_NUM_THREADS says, else a share of the cores
+    that this process may use. More threads than cores wait for one another."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdecimal() and int(told):
+        return int(told)
+    affinity = getattr(os, "sched_getaffinity", None)  # a batch system may lend a few cores of many
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // processes)
+
+
 @dataclass(frozen=True)
 class Launcher:
     """How stages are started.
@@ -24,12 +35,12 @@ class Launcher:
     Args:
         hardware: option file of ``accelerate launch``.
         num_processes: its option of this name.
-        threads: of every process, for its linear algebra.
+        jobs: stages that run at the same time.
     """
 
     hardware: str | None = None
     num_processes: int | None = None
-    threads: int = 1
+    jobs: int = 1
 
     def words(self, stage: Stage, options: Path) -> list[str]:
         """The command of a stage. Training and exams are shared by several processes; the others are one."""
@@ -47,7 +58,8 @@ class Launcher:
             held: open files that the stage shall hold as long as it lives.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(self.threads)}
+        processes = self.jobs * ((self.num_processes or 1) if stage.is_shared else 1)
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads_beside(processes))}
         with open(log, "ab") as stream:
             stream.write(f"$ hf-immunize {stage.verb} --config {options}\n".encode())
             stream.flush()
