@@ -45,7 +45,7 @@ from hf_immunize.data.splits import (
 )
 from hf_immunize.data.streams import RowBatchSampler, StepBatchSampler, StepSampler
 from hf_immunize.data.targets import Targets, targets_of, unlabelled
-from hf_immunize.data.tasks import Task, TaskArguments, batches, forward_rows, warn_of_copies
+from hf_immunize.data.tasks import SIDES, Task, TaskArguments, batches, forward_rows, warn_of_copies
 
 __all__ = [
     "AUGMENTATIONS",
@@ -65,6 +65,7 @@ __all__ = [
     "RankBatches",
     "RowBatchSampler",
     "RowStore",
+    "SIDES",
     "StepBatchSampler",
     "StepSampler",
     "Targets",

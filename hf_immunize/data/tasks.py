@@ -31,7 +31,8 @@ def _fractions(splits: dict[str, float]) -> str:
     return ",".join(f"{name}={fraction}" for name, fraction in splits.items())
 
 
-_SIDES = ("primary", "harmful", "benign")
+SIDES = ("primary", "harmful", "benign")
+"""Of a task of classes; the options of each begin with its name."""
 
 
 @dataclass
@@ -141,7 +142,7 @@ class TaskArguments:
     def described(self) -> dict[str, Any]:
         """The options that decide the rows; those that are off, and new since the first release, are left out."""
         own = ("image_column", "label_column", "group_column", "revision")
-        later = [f"{side}_{name}" for side in _SIDES for name in own]
+        later = [f"{side}_{name}" for side in SIDES for name in own]
         later += ["drop_rare_classes", "group_near_duplicates", "group_column"]
         told = {name: value for name, value in asdict(self).items() if name not in later or value}
         told.pop("preprocessing_workers")

@@ -129,8 +129,8 @@ class PromptTask:
                     )
         self._apart = True
 
-    def described(self) -> dict[str, Any]:
-        """The arguments without local paths: folders by their last name."""
+    def described(self, *_: str) -> dict[str, Any]:
+        """The arguments without local paths, folders by their last name; of all sides, whichever are asked for."""
         values = vars(self._arguments)
         return {name: Path(value).name if name.endswith("_images") and value else value
                 for name, value in values.items()}

@@ -246,8 +246,8 @@ class ConceptTask:
         """Identity by content of the rows of one split."""
         return self.examples(side, split).fingerprint(source=self.source, role=f"{side} {split}")
 
-    def described(self) -> dict[str, Any]:
-        """The arguments, each source by its own name."""
+    def described(self, *_: str) -> dict[str, Any]:
+        """The arguments, each source by its own name; of all sides, as a class is kept unless another has it."""
         other = self._arguments.other_dataset
         named = {"dataset": self.source, "other_dataset": other and ",".join(map(describe_source, other.split(",")))}
         return asdict(self._arguments) | named

@@ -74,7 +74,7 @@ def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
     rows, data = [task.examples(*part) for part in seen], [task.fingerprint(*part) for part in seen]
     inputs = {
         "base": defence.base.weights or defence.start,
-        "task": task.described(),
+        "task": task.described(task.sides[0], "harmful"),
         "data": {found.role: found.sha256 for found in data},
         "options": defence.options_told,
     }

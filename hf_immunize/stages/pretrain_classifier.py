@@ -75,7 +75,7 @@ def pretrain_classifier(arguments: TaskArguments, options: ClassifierOptions, ar
         "from_scratch": options.from_scratch,
         "trainable_modules": options.trainable_modules,
         "config_overrides": options.config_overrides,
-        "task": task.described(),
+        "task": task.described("primary"),
         "data": {split: task.fingerprint("primary", split).sha256 for split in ("train", "validation")},
         "options": scientific_options(args),
     }

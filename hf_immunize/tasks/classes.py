@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from hf_immunize.data import PixelDataset, Task, TaskArguments, describe_source, warn_of_copies
+from hf_immunize.data import SIDES, PixelDataset, Task, TaskArguments, describe_source, warn_of_copies
 from hf_immunize.errors import DataError
 from hf_immunize.records import DatasetFingerprint
 
@@ -37,7 +37,7 @@ class ClassesTask:
 
     def side(self, name: str) -> Task:
         """One side as ``hf_immunize.data`` loads it. Raises DataError for one that has no dataset."""
-        if name not in ("primary", "harmful", "benign"):
+        if name not in SIDES:
             raise DataError(f"expected a side in {self.sides}, got {name!r}.")
         if name not in self._loaded:
             self._loaded[name] = Task(self._arguments, name)
@@ -54,10 +54,12 @@ class ClassesTask:
         mixed = side == "harmful" and "benign" in self.sides
         return {"benign": self.examples("benign", "attack") if mixed else None}
 
-    def described(self) -> dict[str, Any]:
-        """The arguments that decide the rows, each source by its own name."""
+    def described(self, *sides: str) -> dict[str, Any]:
+        """The arguments that decide the rows of these sides, of all by default, each source by its own name."""
         named = {f"{side}_dataset": describe_source(getattr(self._arguments, f"{side}_dataset")) for side in self.sides}
-        return self._arguments.described() | named
+        others = tuple(f"{side}_" for side in SIDES if sides and side not in sides)
+        return {name: value for name, value in (self._arguments.described() | named).items()
+                if not name.startswith(others)}
 
     def located(self) -> dict[str, Any]:
         """``described``, and the commit of each Hub dataset that was read: a branch moves, a certificate stays."""

@@ -34,8 +34,8 @@ class ExamTask(Protocol):
     def attacker_knows(self, side: str) -> dict[str, Any]:
         """What an attacker with this side's images holds beside them, by the names of the attack context."""
 
-    def described(self) -> dict[str, Any]:
-        """The options that decide the rows, without local paths."""
+    def described(self, *sides: str) -> dict[str, Any]:
+        """The options that decide the rows of these sides, of all by default, without local paths."""
 
 
 def attacker_fingerprints(task: ExamTask, side: str) -> tuple[DatasetFingerprint, ...]:

@@ -89,6 +89,21 @@ def test_one_option_runs_only_what_depends_on_it_and_says_so_before(job, capsys)
     assert made(job) == []
 
 
+def test_a_side_of_the_task_that_a_stage_does_not_read_leaves_it_as_it_is(job):
+    """A harmless task that is added at the end trains no base again, nor do other splits of the harmful one."""
+    made(job)
+    (job / "benign.csv").write_text("image,label\n")
+    edit(job, "harmful_dataset: b", f"harmful_dataset: b, benign_dataset: {job / 'benign.csv'}")
+    assert not {"base", "one", "two"} & set(made(job))
+    (job / "benign.csv").write_text("image,label\na.png,0\n")
+    assert not {"base", "one", "two"} & set(made(job))
+    edit(job, "harmful_dataset: b", "harmful_dataset: b, harmful_splits: 'defense=0.4,attack=0.3,test=0.3'")
+    started = made(job)
+    assert "base" not in started and {"one", "two"} <= set(started)
+    edit(job, "harmful_dataset: b", "harmful_dataset: b, primary_labels: '0,1'")
+    assert "base" in made(job)
+
+
 def test_a_stage_that_comes_out_as_before_starts_nothing_after_it(job):
     made(job)
     edit(job, "max_steps: 1", "max_steps: 1, seed: 0")  # the fake base does not depend on its options

@@ -71,3 +71,10 @@ def test_described_gives_away_no_path(tmp_path):
     told = task.described()
     assert (told["dataset"], told["other_dataset"], told["retain_labels"]) == ("digits.npz", "digits.npz", "0")
     assert classes().described()["benign_dataset"] == "builder:digits"
+
+
+def test_some_sides_are_described_by_what_decides_their_rows_alone():
+    whole, one = classes().described(), classes().described("primary")
+    assert {name for name in whole if name not in one} == {
+        name for name in whole if name.startswith(("harmful_", "benign_"))}
+    assert all(one[name] == whole[name] for name in one) and "split_seed" in one

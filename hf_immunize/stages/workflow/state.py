@@ -23,6 +23,9 @@ _SOURCES = (
 )  # fmt: skip
 """Ends of the names of options that may name local files."""
 _MODELS = ("base_path", "model_path")
+_UNREAD = {"pretrain": ("harmful_", "benign_"), "immunize": ("benign_",)}
+"""Beginnings of the options of a task of classes that a verb does not read: a benign task that comes later, or other
+splits of the harmful one, leave the base as it is. A task of concepts keeps what no other side names: it reads all."""
 _HELD = ("traces", "samples", "stages", "logs")
 
 
@@ -54,12 +57,13 @@ class State:
         held = self.record(stage)
         if held is None:
             return "not run yet"
-        if changed := _changed(held["options"], self._told(stage)):
+        if changed := _changed(_read_of(stage, held["options"]), self._told(stage)):
             return changed
         if not held["finished"]:
             return "was interrupted"
-        if held["sources"] != (found := _sources(stage, held["sources"])):
-            names = sorted(name for name in {*found, *held["sources"]} if found.get(name) != held["sources"].get(name))
+        before = _read_of(stage, held["sources"])
+        if before != (found := _sources(stage, before)):
+            names = sorted(name for name in {*found, *before} if found.get(name) != before.get(name))
             return f"files of {', '.join(names)} changed"
         if broken := [name for name in held["results"] if not self._intact(name, held["results"][name])]:
             return f"{broken[0]} is not as it was left"
@@ -86,8 +90,10 @@ class State:
         made = {"options": self._told(stage), "read": self.read_by(stage, stages), "finished": False,
                 "sources": _sources(stage, (held or {}).get("sources", {}))}
         aside = None
-        if held is not None and any(held[key] != made[key] for key in ("options", "read", "sources")):
-            aside = self.set_aside(stage)
+        if held is not None:
+            before = held | {key: _read_of(stage, held[key]) for key in ("options", "sources")}
+            other = any(before[key] != made[key] for key in ("options", "read", "sources"))
+            aside = self.set_aside(stage) if other else None
         self._write(stage, made | {"results": {}, "seconds": (held or {}).get("seconds")})
         text = f"# hf-immunize {stage.verb} --config {self.options_file(stage).name}\n"
         text += yaml.safe_dump(dict(stage.options), sort_keys=False, allow_unicode=True)
@@ -136,7 +142,8 @@ class State:
             below = isinstance(value, str) and value.startswith(f"{root}/")
             return f"<output_dir>{value.removeprefix(root)}" if below else value
 
-        return json.loads(json.dumps({name: plain(value) for name, value in stage.options.items()}, default=str))
+        told = {name: plain(value) for name, value in _read_of(stage, stage.options).items()}
+        return json.loads(json.dumps(told, default=str))
 
     def _write(self, stage: Stage, made: Mapping[str, Any]) -> None:
         atomic_write(self._stages / f"{stage.name}.json", json.dumps(made, indent=1, default=str).encode())
@@ -150,6 +157,12 @@ class State:
         if not path.is_file():
             return False
         return _look(path) == {key: held[key] for key in ("size", "time")} or sha256_file(path) == held["sha256"]
+
+
+def _read_of(stage: Stage, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, or what was found by their names, that decide the stage's results."""
+    unread = _UNREAD.get(stage.verb, ()) if "primary_dataset" in stage.options else ()
+    return {name: value for name, value in options.items() if not name.startswith(unread)}
 
 
 def _look(path: Path) -> dict[str, int]:
@@ -192,7 +205,7 @@ def _named_files(stage: Stage) -> dict[str, Path]:
     """Local files and folders that a stage reads and no stage makes, by the names of their options."""
     found = {}
     made = stage.verb == "report" or bool(stage.needs)
-    for name, value in stage.options.items():
+    for name, value in _read_of(stage, stage.options).items():
         if not isinstance(value, str) or not (name.endswith(_SOURCES) or (name in _MODELS and not made)):
             continue
         for part in value.split(","):
