@@ -3,7 +3,8 @@
 What makes a network hard to train can lie in nothing but its coordinates: gains of 2^24 that the next layer divides
 away, convolutions multiplied by 1000 before a batch norm, queries stretched and keys shrunk. ``canonicalise`` undoes
 all changes of coordinates of these kinds at once, without the base. From images it takes what only data tell
-(``on_data``): statistics that no data have, weights that nothing excites, inputs that are the same number twice.
+(``on_data``): statistics that no data have, weights that nothing excites, inputs that are the same number twice
+(``twins``) or of which next to nothing is left when they are added (``cancelling``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
+from hf_immunize.attacks.vision.canonical.cancelling import shrink_cancelling
 from hf_immunize.attacks.vision.canonical.centring import centre
 from hf_immunize.attacks.vision.canonical.on_data import listen, refit_statistics, silence_unheard
 from hf_immunize.attacks.vision.canonical.operations import find_anatomy
@@ -27,6 +29,8 @@ from hf_immunize.attacks.vision.canonical.twins import merge_twins
 
 _ROUNDING = 1e-8
 """How far outputs in float64 may move, in units of the largest, before the normal form is thrown away."""
+_NEARLY = 0.1
+"""The same where inputs cancel, of which the rest is what a few steps of fine-tuning change anyway."""
 _WRITTEN = 0.01
 """The same in the precision that the model came with: a network in which more is lost is another one."""
 
@@ -39,7 +43,7 @@ class Canonical:
     note: str
     changed: bool
     error: float = 0.0
-    """Largest change of an output in float64, in units of the largest output."""
+    """Largest change of an output in float64, in units of the largest output, but for what nearly cancelled."""
 
 
 @torch.no_grad()
@@ -60,16 +64,26 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor, images: Tensor | N
     try:
         seen = (pixels if images is None else images).to(batch)
         told = _rewrite(double, head, batch, seen, lambda: _apart(double, batch, wanted) <= _ROUNDING)
+        moved_by = _apart(double, batch, wanted)
+        kept = wanted
+        if shrunk := _shrink(double, batch, seen, wanted):  # after all that leaves the function as it is
+            kept = double(pixel_values=batch).logits
+            told = _rewrite(double, head, batch, seen, lambda: _apart(double, batch, kept) <= _ROUNDING)
+            moved_by = max(moved_by, _apart(double, batch, kept))
     except Exception as error:  # torch.export and its graphs raise errors of every kind
         return _unchanged(model, f"the network could not be followed: {type(error).__name__}: {error}")
-    moved_by = _apart(double, batch, wanted)
     if not moved_by <= _ROUNDING:
         return _unchanged(model, f"outputs would have moved by {moved_by:.1e} of the largest")
     made = _written(model, double)
-    lost = _lost(made, batch, wanted)
+    lost = _lost(made, batch, kept)
     if not lost <= max(_WRITTEN, 16 * torch.finfo(_precision(made)).eps):
         return _unchanged(model, f"outputs would have moved by {lost:.1e} of the largest in the model's own precision")
-    return Canonical(made, told, True, moved_by)
+    return Canonical(made, f"{told}, cancelling inputs of {shrunk} layers shrunk", True, moved_by)
+
+
+def _shrink(double: nn.Module, batch: Tensor, seen: Tensor, wanted: Tensor) -> int:
+    """Shrink what nearly cancels in a float64 model in place, where outputs stay nearly as wanted; how many layers."""
+    return shrink_cancelling(double, listen(double, seen), seen, lambda: _apart(double, batch, wanted) <= _NEARLY)
 
 
 def _rewrite(double: nn.Module, head: str, batch: Tensor, seen: Tensor, holds: Callable[[], bool]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-_AT_A_TIME = 16
+AT_A_TIME = 16
 _DRAWS = 8
 """Random sums over rows by which channels are compared (``twins``)."""
 _ROUNDED = 1e-13
@@ -60,7 +60,7 @@ class Moments:
         return torch.as_tensor(self.second) / self.count
 
 
-def _rows(module: nn.Module, values: Tensor) -> Tensor:
+def rows_of(module: nn.Module, values: Tensor) -> Tensor:
     """Channels last, everything else in rows."""
     last = values if isinstance(module, nn.Linear) or values.dim() < 3 else values.movedim(1, -1)
     return last.reshape(-1, last.shape[-1])
@@ -74,11 +74,11 @@ def listen(
     found: dict[Any, Moments] = {}
 
     def hear(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.setdefault(module, Moments()).add(_rows(module, inputs[0]))
+        found.setdefault(module, Moments()).add(rows_of(module, inputs[0]))
 
     hooks = [module.register_forward_pre_hook(hear) for module in model.modules() if isinstance(module, kinds)]
     try:
-        for batch in images.split(_AT_A_TIME):
+        for batch in images.split(AT_A_TIME):
             model(pixel_values=batch)
     finally:
         for hook in hooks:
