@@ -21,7 +21,6 @@ from hf_immunize.data.labels import (
     check_label_range,
     check_sample,
     find_labels,
-    label_key,
     label_names_of,
     labels_of,
     pixel_shape,
@@ -32,7 +31,16 @@ from hf_immunize.data.levels import ImageFault, ImageTally
 from hf_immunize.data.pixels import ImagePixels, PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.processors import PixelMaker, model_channels
 from hf_immunize.data.row_store import RowStore
-from hf_immunize.data.rows import NamedRows, as_mapping, check_rows, fetch, has_transform, named_workers, read_image
+from hf_immunize.data.rows import (
+    NamedRows,
+    as_mapping,
+    check_rows,
+    fetch,
+    has_transform,
+    label_key,
+    named_workers,
+    read_image,
+)
 from hf_immunize.data.sources import describe_source, load_source
 from hf_immunize.data.splits import (
     HARMFUL_SPLITS,

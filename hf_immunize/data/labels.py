@@ -20,6 +20,7 @@ from hf_immunize.data.rows import (
     fetch,
     has_transform,
     is_table,
+    label_key,
     values_of,
 )
 from hf_immunize.errors import DataError
@@ -61,6 +62,10 @@ def find_labels(dataset: Any, name: str) -> Labels:
     if len(dataset) == 0:
         raise DataError(f"expected at least one row in {name}, got an empty dataset: check its split and filter.")
     if isinstance(held := _attribute(dataset), Tensor):
+        if held.dim() == 0 or len(held) != len(dataset):
+            told = "one number" if held.dim() == 0 else f"{len(held)}"
+            raise DataError(f"expected as many labels as rows in the attribute labels of {name}, {len(dataset)}, got "
+                            f"{told}: give those of its rows, in their order, or remove the attribute.")
         return Labels("labels", held)
     if isinstance(dataset, list | tuple):
         key = label_key(as_mapping(fetch(dataset, 0, name), 0, name))
@@ -88,11 +93,6 @@ def _attribute(dataset: Any) -> Any:
         return getattr(dataset, "labels", None)
     except Exception:  # a property of a dataset that has none
         return None
-
-
-def label_key(columns: Iterable[str]) -> str | None:
-    """``labels`` or ``label``, whichever is among the columns; None for neither."""
-    return next((column for column in ("labels", "label") if column in columns), None)
 
 
 def _same(made: Any, stored: Any) -> bool:

@@ -15,7 +15,7 @@ from hf_immunize.data.caching import described_processor, identity_of, places
 from hf_immunize.data.images import BACKGROUND
 from hf_immunize.data.levels import ImageTally
 from hf_immunize.data.processors import PixelMaker
-from hf_immunize.data.rows import columns_of, place_of, read_image, values_of
+from hf_immunize.data.rows import columns_of, label_key, place_of, read_image, values_of
 from hf_immunize.errors import DataError
 
 KEPT_BYTES = 2**26
@@ -192,7 +192,7 @@ def collate_pixels(rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
             f"expected rows that are dicts, got a {type(rows[0]).__name__}: return {{'pixel_values': image, 'labels': "
             "label} from the dataset's __getitem__."
         )
-    label = "label" if "label" in rows[0] else "labels"
+    label = label_key(rows[0]) or "labels"
     for place, row in enumerate(rows):
         for column in ("pixel_values", label):
             if column not in row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -27,6 +27,11 @@ logger = logging.get_logger(__name__)
 NEVER_WRAPPED = (ImmunizeError, MemoryError, torch.OutOfMemoryError)
 _UNREADABLE = (OSError, EOFError, UnicodeError, struct.error, zlib.error, Image.DecompressionBombError)
 _MISTAKES = (LookupError, TypeError, AttributeError, NameError, AssertionError, ImportError, NotImplementedError)
+
+
+def label_key(columns: Iterable[str]) -> str | None:
+    """``labels`` or ``label``, whichever is among the columns; None for neither."""
+    return next((column for column in ("labels", "label") if column in columns), None)
 
 
 def check_rows(dataset: Any, name: str) -> None:

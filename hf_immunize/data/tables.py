@@ -86,7 +86,9 @@ def read_files(files: Sequence[Path], split: str, folder: Path | None = None) ->
     asked = split_names(split)
     if wrong := next((name for name in asked if name not in ("train", own)), None):
         raise missing_split(wrong, [own or "train"], str(files[0]))
-    options = {"sep": "\t"} if suffix == ".tsv" else {}
+    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    if kind == "csv":  # a class may be called None, NA or null; nothing at all is no label
+        options |= {"keep_default_na": False, "na_values": [""]}
     name = asked[0]
     rows = load_dataset(kind, data_files={name: [str(file.absolute()) for file in files]}, split=split, **options)
     return with_images(rows, (folder or files[0].parent).absolute())

@@ -68,6 +68,8 @@ class UtilityGuard:
         ``ahead`` is the share of the run that is still to come (0..1).
         """
         assert self.base is not None, "the base metric is measured before training"
+        if step == 0:  # eval_on_start: θ₀ once more
+            return factor
         drop = self.base - metric
         before = self.history[-1]["drop"] if self.history else float("-inf")
         buys = self._buys(progress)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_immunize.data import collate_pixels
+from hf_immunize.data import collate_pixels, label_key
 from hf_immunize.training.vision.frozen import collate_with_boundary
 from hf_immunize.training.vision.primary import SINGLE
 
@@ -26,12 +26,12 @@ def collate_with_labels(collate: Callable[..., Any], kind: str) -> Callable[...,
         return collate
 
     def collated(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        key = "label" if "label" in rows[0] else "labels"
+        key = label_key(rows[0]) or "labels"
         images = collate([{"pixel_values": row["pixel_values"], "labels": 0} for row in rows])
         rest = {
             name: torch.stack([torch.as_tensor(row[name]) for row in rows])
             for name, value in rows[0].items()
-            if name not in ("pixel_values", key) and isinstance(value, _NUMBERS)
+            if name not in ("pixel_values", "labels", "label") and isinstance(value, _NUMBERS)
         }
         found = {"pixel_values": images["pixel_values"], **rest}
         if key not in rows[0]:

@@ -23,9 +23,12 @@ def _predicted(prediction: Any) -> np.ndarray:
 
 def accuracy(prediction: Any) -> dict[str, float]:
     """The share of rows whose largest logit is the label (0..1). Predictions may be classes already."""
-    found = _predicted(prediction)
-    classes = found if np.ndim(found) == 1 else np.argmax(found, axis=-1)
-    return {"accuracy": float(np.mean(classes == prediction.label_ids))}
+    return {"accuracy": float(np.mean(_classes(_predicted(prediction)) == prediction.label_ids))}
+
+
+def _classes(found: Any) -> Any:
+    """Of logits the largest; what preprocess_logits_for_metrics made classes of stays."""
+    return found if np.ndim(found) == 1 else np.argmax(found, axis=-1)
 
 
 def bit_accuracy(prediction: Any) -> dict[str, float]:
@@ -67,7 +70,7 @@ class Batched:
 def metrics_of(kind: str) -> Metrics | None:
     """The metric of a primary task without one of its own; None for a task without labels."""
     found: dict[str, Metrics] = {
-        SINGLE: Batched(accuracy, lambda logits: np.argmax(logits, axis=-1)),
+        SINGLE: Batched(accuracy, _classes),
         MULTI: Batched(bit_accuracy, lambda logits: np.where(logits > 0, 1, -1).astype(np.int8)),
         REGRESSION: Batched(r2, lambda outputs: outputs),
     }
@@ -91,7 +94,7 @@ class BaseLabels:
         if self.open:
             logits, labels = (torch.as_tensor(part).cpu().numpy() for part in
                               (_predicted(prediction), prediction.label_ids))
-            self._seen.append((np.argmax(logits, axis=-1), labels))
+            self._seen.append((_classes(logits), labels))
         return self._metrics(prediction, **({"compute_result": compute_result} if self._by_batch else {}))
 
     def refuse_other_order(self, names: Sequence[str], where: str) -> None:
