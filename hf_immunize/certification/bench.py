@@ -137,10 +137,10 @@ class Bench:
                 f"expected the {side} rows that the certificate names, got others: give the task file of the exam "
                 "(dataset, labels, splits, split_seed)."
             )
-        if trace.role != "scratch" and context.fingerprint.weights != trace.model.weights:
+        if trace.role != "scratch" and not context.fingerprint.is_same(trace.model):
             raise RecordError(
-                f"expected the {trace.role}'s weights to be those of the certificate, got others: certify these "
-                "weights anew."
+                f"expected the {trace.role}'s weights and config.json to be those of the certificate, got others: "
+                "certify these weights anew."
             )
         here = holdings(context, attack)
         if other := sorted(need for need in attack.needs if here[need] != trace.config.get(need)):

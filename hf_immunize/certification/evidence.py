@@ -37,7 +37,7 @@ def read_traces(
         if any(not lowest <= value <= 1 for point in trace.curve for value in (point.validation, point.test)):
             scores = "accuracies in 0..1" if lowest == 0 else "scores of at most 1"
             raise RecordError(f"expected {scores} in {path}, got others: it was edited; make it again.")
-        same_weights = trace.model.weights == model.weights
+        same_weights = trace.model.is_same(model)
         if role == "nothing":
             same_weights = not trace.model.weights
         if role == "alternative":  # any model but the base itself, whose uplift it would take away
@@ -46,8 +46,8 @@ def read_traces(
             same_weights = (trace.model.architecture, trace.model.parameters) == (model.architecture, model.parameters)
         if not same_weights:
             raise RecordError(
-                f"expected a trace of the weights of {model.name} as they are on disk, got one of other weights in "
-                f"{path}: the model changed after it was attacked. Attack it again with --overwrite."
+                f"expected a trace of {model.name} as it is on disk, got one of other weights or another config.json "
+                f"in {path}: the model changed after it was attacked. Attack it again with --overwrite."
             )
         traces.append(trace)
     return traces

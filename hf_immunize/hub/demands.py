@@ -11,6 +11,8 @@ from hf_immunize.hub.names import problem_with
 
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _WEIGHTS = "transformers_weights"
+_VERSIONS = "configuration_files"
+"""Names other files for other versions of transformers."""
 _DEEPEST = 100
 
 
@@ -46,6 +48,8 @@ def elsewhere_in(data: bytes) -> list[str]:
             kernels = value.values() if isinstance(value, dict) else [value]
             found += [f"{key} {kernel!r}, whose code is fetched from the Hub" for kernel in kernels
                       if isinstance(kernel, str) and "/" in kernel]
+        if key == _VERSIONS and value:
+            found.append(f"{key} {value!r}, which is read in the place of config.json and in no certificate")
         if key == _WEIGHTS and isinstance(value, str) and not _is_safe(value):
             found.append(f"{key} {value!r}, which is no safetensors file of this folder")
     return found

@@ -69,7 +69,7 @@ def _read(
 def _check_trace(name: str, trace: AttackTrace, certificate: Certificate, findings: Findings) -> None:
     """A run on these weights, of an attack that the certificate tells."""
     subject = {"subject": certificate.subject, "control": certificate.control}.get(trace.role)
-    if subject is not None and trace.model.weights != subject.weights:
+    if subject is not None and not trace.model.is_same(subject):
         findings.fail("trace-weights", name, f"an attack on other weights than the {trace.role} of the certificate: "
                       "the certificate cannot rest on it.")
     told = {cell.attack for cell in certificate.cells} | {method.attack for method in certificate.trainability}

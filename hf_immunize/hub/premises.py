@@ -56,7 +56,8 @@ def _of_plan(certificate: Certificate, plan: Plan, traces: Mapping[str, Sequence
             yield "plan.attacks", f"puts {item.attack!r} into another family or unit than this release does."
     if plan.planned != certificate.planned:
         yield "planned", "is not what its plan says."
-    if certificate.overall == "RESISTS" and certificate.subject.weights == certificate.control.weights:
+    resists = certificate.overall == "RESISTS" or any(cell.verdict == "RESISTS" for cell in certificate.cells)
+    if resists and certificate.subject.weights == certificate.control.weights:
         yield "subject", "has the weights of its own base, which cannot resist what its base does not."
 
 

@@ -15,6 +15,12 @@ from hf_immunize.errors import ModelError
 from hf_immunize.models.folders import no_folder, refuse_folder, variant_of
 from hf_immunize.models.weights import refuse_non_finite
 
+_DRAWN = (
+    "initializer_range", "initializer_factor", "init_std", "initializer_std", "layer_scale_init_value",
+    "layerscale_value",
+)  # fmt: skip
+"""Entries of configs that say how widely weights are drawn."""
+
 
 def load_classifier(
     source: str | Path, *, labels: Mapping[str, Any] | None = None, trust_remote_code: bool = False, **config: Any
@@ -61,12 +67,14 @@ def load_classifier(
 
 
 def random_classifier(
-    source: str | Path, seed: int | None, trust_remote_code: bool = False, **changes: Any
+    source: str | Path, seed: int | None, trust_remote_code: bool = False, *, as_usual: bool = False, **changes: Any
 ) -> nn.Module:
     """The architecture of ``source`` with random float32 weights: where training from scratch starts.
 
     Args:
         seed: what the weights are drawn from; None goes on from torch's own generator.
+        as_usual: with the spread that the architecture has by default, whatever the config says: whoever made a model
+            wrote its config, and an attacker need not draw badly because it says so.
         changes: entries of the config to replace.
 
     Raises:
@@ -75,6 +83,8 @@ def random_classifier(
     trusted = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(str(source), **changes, **trusted)
+        if as_usual:
+            _draw_as_usual(config)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -83,6 +93,17 @@ def random_classifier(
         raise ModelError(
             f"expected the config of an image classifier in {source}, got {error}: check the path."
         ) from error
+
+
+def _draw_as_usual(config: Any) -> None:
+    """Give a config the values of its class that say how widely weights are drawn."""
+    try:
+        usual = type(config)()
+    except (TypeError, ValueError):  # one that has no defaults
+        return
+    for name in _DRAWN:
+        if hasattr(config, name) and hasattr(usual, name):
+            setattr(config, name, getattr(usual, name))
 
 
 def label_maps(names: Sequence[str]) -> dict[str, dict[Any, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from hf_immunize.errors import ModelError
 
@@ -72,6 +73,18 @@ def refuse_folder(source: str | Path) -> None:
             raise _single_file(files[0])
     _refuse_pickles(path)
     _refuse_quantized(path)
+    _refuse_elsewhere(path)
+
+
+def _refuse_elsewhere(path: Path) -> None:
+    """Raise ModelError for a configuration that is read elsewhere, or names code on the Hub as its attention."""
+    config = _config_of(path)
+    kernels = [config.get(name) for name in ("attn_implementation", "_attn_implementation")]
+    found = [f"configuration_files {config['configuration_files']!r}"] if config.get("configuration_files") else []
+    found += [f"the kernel {name!r} of the Hub" for name in kernels if isinstance(name, str) and "/" in name]
+    if found:
+        raise ModelError(f"expected a config.json that says everything itself, got {found[0]} in {path}: loading it "
+                         "would read or run something else than what is examined. Remove the entry.")
 
 
 def _single_file(path: Path) -> ModelError:
@@ -108,13 +121,17 @@ def _refuse_pickles(path: Path) -> None:
         )
 
 
-def _refuse_quantized(path: Path) -> None:
+def _config_of(path: Path) -> dict[str, Any]:
+    """The entries of config.json; none of one that cannot be read, of which a loader says what is wrong."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # a loader says what is wrong with it
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    if found:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse_quantized(path: Path) -> None:
+    if found := _config_of(path).get("quantization_config"):
         kind = found.get("quant_method", "some method") if isinstance(found, dict) else "some method"
         raise ModelError(
             f"expected float weights in {path}, got weights quantized by {kind}: they cannot be trained or compared "

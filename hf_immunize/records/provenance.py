@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
 import platform
 import subprocess
 from importlib import metadata
@@ -96,6 +98,10 @@ class HubSource(Record):
         return cls.read(path) if path.is_file() else None
 
 
+_NOTES = ("_name_or_path", "transformers_version", "_diffusers_version", "dtype", "torch_dtype")
+"""Entries of configurations that change nothing: weights are loaded as float32."""
+
+
 class ModelFingerprint(Part):
     """Identity of a saved model: its architecture, parameter count and the SHA-256 of each weight file."""
 
@@ -105,6 +111,15 @@ class ModelFingerprint(Part):
     weights: dict[str, str]
     revision: str | None = None
     """Commit on the Hub the weights came from; null for a local model."""
+    configuration: str | None = None
+    """SHA-256 of the entries of config.json files that may change what the model computes; null where an earlier
+    release wrote the record."""
+
+    def is_same(self, other: ModelFingerprint) -> bool:
+        """Whether both have the same weights, and the same configuration where both are known: an epsilon of 10³⁰ makes
+        another model of them."""
+        known = None not in (self.configuration, other.configuration)
+        return self.weights == other.weights and (not known or self.configuration == other.configuration)
 
     @classmethod
     def of_folder(
@@ -124,4 +139,21 @@ class ModelFingerprint(Part):
             parameters=parameters,
             weights=weights,
             revision=source.revision if source else None,
+            configuration=_configuration_of(root),
         )
+
+
+def _configuration_of(root: Path) -> str | None:
+    """See ``ModelFingerprint.configuration``."""
+    found = {}
+    for path in sorted((*root.glob("*config.json"), *root.glob("*/*config.json"))):
+        name = path.relative_to(root).as_posix()
+        if "processor" in name or "tokenizer" in name or "generation" in name:
+            continue  # rows that they make are in the digests of data
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # a loader says what is wrong with it
+        told = held if isinstance(held, dict) else {"": held}
+        found[name] = {key: value for key, value in told.items() if key not in _NOTES}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() if found else None

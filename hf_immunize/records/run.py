@@ -16,6 +16,7 @@ from hf_immunize.records.provenance import Provenance
 
 RUN_FILE = "run.json"
 _LOGS = ("runs", "logs")
+_MODELS = ("config.json", "model_index.json", "*.safetensors", "*.bin", "checkpoint-*")
 
 
 class RunRecord(Record):
@@ -70,9 +71,20 @@ def begin_run(folder: str | Path, stage: str, inputs: dict[str, Any], *, write: 
                     "the folder and run the stage again."
                 )
             return True
+    elif not path.exists() and (others := _models_in(Path(folder))):
+        raise RunMismatchError(
+            f"expected an empty folder or a run of this kind in {folder}, got {', '.join(others[:3])}, which no stage "
+            "left there and a run would overwrite: choose another output folder, or move them away."
+        )
     elif write:
         _record(stage, fingerprint, inputs, {}).write(path)
     return False
+
+
+def _models_in(folder: Path) -> list[str]:
+    """Names of what makes a folder that of somebody's model: weights, its configuration, checkpoints."""
+    found = (path.name for pattern in _MODELS for path in sorted(folder.glob(pattern)))
+    return list(dict.fromkeys(found))
 
 
 def _has_content(folder: Path, claim: Path) -> bool:

@@ -42,6 +42,9 @@ def fetch_model(options: FetchOptions) -> Path:
     refuse_folder(options.source)
     folder, source = local_folder(options.source, revision=options.revision, with_code=options.trust_remote_code)
     target = Path(options.output_dir)
+    if target.exists() and target.resolve() == Path(folder).resolve():
+        print(f"{target}: is the model itself, nothing to do")
+        return target
     names = sorted(path.relative_to(folder).as_posix() for path in _wanted(folder, options.trust_remote_code))
     inputs = {"files": {name: sha256_file(folder / name) for name in names}}
     if begin_run(target, "fetch", inputs):
@@ -69,15 +72,15 @@ def _wanted(folder: Path, code: bool) -> Iterator[Path]:
 def _bring(source: Path, target: Path) -> None:
     """A copy; of a large file a second name, where both lie on one disk: nothing writes into weights."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    real = source.resolve()
-    if real.stat().st_size > _SMALL:
-        try:
-            os.link(real, target)
-            return
-        except OSError:
-            pass
-    shutil.copyfile(real, target)
+    real, part = source.resolve(), target.with_name(f"{target.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        if real.stat().st_size <= _SMALL:
+            raise OSError
+        os.link(real, part)
+    except OSError:
+        shutil.copyfile(real, part)
+    os.replace(part, target)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

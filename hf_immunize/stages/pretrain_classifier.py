@@ -19,10 +19,10 @@ from hf_immunize.models import (
     refuse_non_finite,
 )
 from hf_immunize.options import option, required
-from hf_immunize.records import begin_run
+from hf_immunize.records import begin_run, sha256_file, weight_files
 from hf_immunize.stages.base import leave_finished
 from hf_immunize.tasks import ClassesTask
-from hf_immunize.training.vision.checkpoints import scientific_options
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint, scientific_options
 from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, collate_with_boundary, freeze_all_but
 from hf_immunize.training.vision.metrics import accuracy
 from hf_immunize.training.vision.support import use_one_device
@@ -72,6 +72,7 @@ def pretrain_classifier(arguments: TaskArguments, options: ClassifierOptions, ar
     train, validation = (task.examples("primary", split) for split in ("train", "validation"))
     inputs = {
         "model": describe_source(named),
+        **_weights_of(named, options),
         "from_scratch": options.from_scratch,
         "trainable_modules": options.trainable_modules,
         "config_overrides": options.config_overrides,
@@ -96,13 +97,21 @@ def pretrain_classifier(arguments: TaskArguments, options: ClassifierOptions, ar
         _use_cache(trainer, model)
     trainer.model_accepts_loss_kwargs = False
     trainer.loss_is_scaled_for_ga = False
-    trainer.train()
+    trainer.train(last_complete_checkpoint(folder))
     refuse_non_finite(model, "the trained model", error=TrainingDivergedError, remedy=DIVERGED)
     print(f"validation accuracy {trainer.evaluate()['eval_accuracy']:.4f}")
     trainer.save_model()
     if trainer.is_world_process_zero():
         (Path(folder) / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json holds the options
         leave_finished(folder, "pretrain", inputs, ["config.json"])
+
+
+def _weights_of(named: str, options: ClassifierOptions) -> dict[str, Any]:
+    """Digests of the weights that training starts from, where they lie on this machine: a folder's name tells no model
+    from another."""
+    if options.from_scratch or not Path(named).is_dir():
+        return {}
+    return {"weights": {path.relative_to(named).as_posix(): sha256_file(path) for path in weight_files(named)}}
 
 
 def _use_cache(trainer: HeldTrainer, model: Any) -> None:

@@ -67,6 +67,13 @@ def test_configurations_of_a_readme_say_what_is_a_split(tmp_path):
         load_source(str(tmp_path))
 
 
+def test_classes_whose_names_look_like_nothing_are_classes(tmp_path):
+    for number in range(4):
+        table(4)[number]["image"].save(tmp_path / f"{number}.png")
+    (tmp_path / "rows.csv").write_text("image,label\n0.png,None\n1.png,NA\n2.png,null\n3.png,dent\n")
+    assert load_source(str(tmp_path / "rows.csv"))["label"][:] == ["None", "NA", "null", "dent"]
+
+
 def test_files_that_a_readme_names_are_read_again_once_they_change(tmp_path):
     """``datasets`` keeps what it read of such a folder under what README.md says, whatever became of the files."""
     (tmp_path / "README.md").write_text(

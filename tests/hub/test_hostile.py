@@ -87,6 +87,8 @@ def test_a_configuration_that_leads_elsewhere(tmp_path, config, told):
 
 def test_what_a_configuration_may_say():
     assert elsewhere_in(b'{"attn_implementation": "sdpa", "transformers_weights": "model.safetensors"}') == []
+    (found,) = elsewhere_in(b'{"configuration_files": ["config.5.0.0.json"]}')
+    assert "in the place of config.json" in found
     assert elsewhere_in(b"\xff") == elsewhere_in(b"[" * 100_000) == elsewhere_in(b"[1]") == []
     assert code_in("config.json", b'{"auto_map": {}}') == []
 

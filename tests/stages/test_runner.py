@@ -303,3 +303,39 @@ def test_a_script_gets_plain_data_alone(job, capsys, monkeypatch, tmp_path_facto
     assert told["models"]["one"]["overall"] == certificate.overall and "lora" in told["models"]["one"]["cells"]
     run_stage.main([str(job / "run.yaml"), "--json", "--dry_run"], prog="hf-immunize run")
     assert json.loads(capsys.readouterr().out)["stages"] == {}
+
+
+def test_the_same_run_by_another_path_is_the_same_run(job, monkeypatch):
+    made(job)
+    monkeypatch.chdir(job)
+    log = job / "started"
+    log.unlink(missing_ok=True)
+    assert run_file(Path("run.yaml"), RunOptions(dry_run=True)) == {}
+    edit(job, str(job / "data.csv"), "data.csv")
+    assert run_file(Path("run.yaml"), RunOptions(dry_run=True)) == {}
+
+
+def test_data_that_are_away_cost_nothing(job):
+    made(job)
+    kept = (job / "base" / "run.json").read_bytes()
+    (job / "data.csv").rename(job / "away.csv")
+    with pytest.raises(ConfigError, match=r"(?s)expected .*data.csv, which primary_dataset names.*Nothing was changed"):
+        run_file(job / "run.yaml")
+    assert (job / "base" / "run.json").read_bytes() == kept and not (job / "replaced").exists()
+    (job / "away.csv").rename(job / "data.csv")
+    assert made(job) == []
+
+
+@pytest.mark.parametrize("place", ["a, b", "logs/x", "table"])
+def test_data_are_watched_wherever_they_lie(job, place):
+    folder = job.parent / f"data of {job.name}" / place
+    folder.mkdir(parents=True)
+    (folder / "one.png").write_bytes(b"1")
+    (folder / "all.csv").write_text("file_name,label\none.png,0\n")
+    (folder / "up").symlink_to(folder, target_is_directory=True)
+    named = folder / "all.csv" if place == "table" else folder.parent if place.startswith("logs") else folder
+    edit(job, "harmful_dataset: b", f"harmful_dataset: '{named}'")
+    made(job)
+    assert made(job) == []
+    (folder / "one.png").write_bytes(b"2")
+    assert {"one", "two"} <= set(made(job))

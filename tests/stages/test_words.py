@@ -108,3 +108,13 @@ def test_attacks_are_described_for_each_kind_of_model(capsys):
 def test_a_pipeline_that_reads_prompts_is_not_pretrained():
     with pytest.raises(ConfigError, match="expected a task of classes or concepts to pretrain on"):
         pretrain(PROMPTS)
+
+
+def test_names_of_classes_stay_names(tmp_path):
+    """YAML 1.1 reads 010 as 8 and 1:30 as 90."""
+    from hf_immunize.options import read_yaml
+
+    text = "harmful_labels: [010, 011, 1:30]\nseeds: [0, 12, -3, 0x1F, 1_000]\nstrength: 1.5\n"
+    (tmp_path / "o.yaml").write_text(text)
+    assert read_yaml(tmp_path / "o.yaml") == {
+        "harmful_labels": ["010", "011", "1:30"], "seeds": [0, 12, -3, 31, 1000], "strength": 1.5}

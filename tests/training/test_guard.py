@@ -30,6 +30,12 @@ def test_the_strength_is_halved_above_the_allowance_and_grows_with_room():
     assert guard.observe(4, 95.0, 0.0, 1.9, weight(4)) == 2.0
 
 
+def test_an_evaluation_before_the_first_step_changes_nothing():
+    guard = UtilityGuard(1.0, "accuracy", max_factor=2.0)
+    guard.base = 90.0
+    assert guard.observe(0, 90.0, 0.5, 1.0, weight(1)) == 1.0 and not guard.history and guard.best is None
+
+
 def test_the_weights_with_most_progress_within_the_allowance_are_returned():
     guard = UtilityGuard(1.0, "accuracy", 8.0)
     guard.base = 90.0

@@ -389,3 +389,18 @@ def test_each_row_of_the_table_names_tests_that_are_here():
         named = re.findall(r"`(\w+)`", row.rstrip(" |").rpartition(" | ")[2])
         assert named, row
         assert not [name for name in named if f"test_{name}" not in globals()], row
+
+
+def test_classes_may_be_made_of_logits_before_metrics():
+    from transformers import EvalPrediction
+
+    from hf_immunize.training.vision.metrics import BaseLabels, accuracy, metrics_of
+
+    logits, labels = np.eye(3)[[0, 1, 2, 2]], np.asarray([0, 1, 2, 0])
+    told = metrics_of("single")
+    for predictions in (logits, logits.argmax(-1)):
+        found = BaseLabels(accuracy)
+        found.open = True
+        assert found(EvalPrediction(predictions, labels)) == {"accuracy": 0.75}
+        assert told is None or told(EvalPrediction(predictions, labels))["accuracy"] == 0.75
+        found.refuse_other_order(["a", "b", "c"], "here")

@@ -16,7 +16,7 @@ def check_same(found: AttackTrace, wanted: AttackTrace, path: Path) -> AttackTra
     """The trace on disk, when it tells of the same run on the same weights and rows. Raises RunMismatchError."""
     for what in ("attack", "trial", "seed", "role", "config", "model", "data"):
         here, there = _identity(found, what), _identity(wanted, what)
-        if here != there:
+        if not found.model.is_same(wanted.model) if what == "model" else here != there:
             raise RunMismatchError(
                 f"expected the run on disk to be this one, got another {what} in {path}: {_short(here)} on disk, "
                 f"{_short(there)} asked for. Pass --overwrite to replace it, or choose another output folder."
@@ -27,7 +27,7 @@ def check_same(found: AttackTrace, wanted: AttackTrace, path: Path) -> AttackTra
 def _identity(trace: AttackTrace, what: str) -> Any:
     """What makes two runs the same: content, not the names of folders and sources."""
     if what == "model":
-        return trace.model.model_dump(exclude={"name", "revision"})
+        return trace.model.model_dump(include={"weights", "configuration"})
     return [split.sha256 for split in trace.data] if what == "data" else getattr(trace, what)
 
 

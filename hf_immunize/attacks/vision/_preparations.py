@@ -44,7 +44,7 @@ def last_part(context: AttackContext, planned: Run) -> nn.Module | str:
 def reset_last(context: AttackContext, planned: Run) -> nn.Module | str:
     """The last ``share`` of the blocks, what follows them, and the head are drawn anew."""
     model = context.model_with_new_head(planned.seed)
-    fresh = random_classifier(context.folder, planned.seed).to(context.device)
+    fresh = random_classifier(context.folder, planned.seed, as_usual=True).to(context.device)
     try:
         olds, news = (last_blocks(found, planned.config.share) for found in (model, fresh))
     except ModelError as error:

@@ -138,7 +138,8 @@ class AttackContext:
 
     def model(self, seed: int) -> nn.Module:
         """A fresh copy of the attacked model on ``device``; ``seed`` matters only for random weights."""
-        made = random_classifier(self.folder, seed) if self.role == "scratch" else copy.deepcopy(self._saved)
+        anew = self.role == "scratch"
+        made = random_classifier(self.folder, seed, as_usual=True) if anew else copy.deepcopy(self._saved)
         return prefer_channels_last(made.to(self.device))
 
     def once(self, what: str, seed: int, make: Callable[[], Any]) -> Any:

@@ -57,7 +57,7 @@ def _prepare(context: AttackContext, planned: Run) -> nn.Module:
 
 def distil(context: AttackContext, config: DistilFresh, seed: int) -> nn.Module:
     """A fresh copy of the architecture, trained towards the model's outputs on this seed's rows."""
-    student = random_classifier(context.folder, seed).to(context.device)
+    student = random_classifier(context.folder, seed, as_usual=True).to(context.device)
     steps = _distilling(config)
     if steps > 0:
         rows = training_rows(context, config, seed)

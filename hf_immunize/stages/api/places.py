@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hf_immunize.data import TaskArguments
+from hf_immunize.data import TaskArguments, has_transform
 from hf_immunize.errors import ConfigError, DataError, ModelError
 from hf_immunize.stages.fetch import FetchOptions, fetch_model
 
 _PROCESSOR = "preprocessor_config.json"
 _RECORD = "immunization.json"
+_OURS = ".written-by-hf-immunize"
+"""Marks a data set that a call wrote, and may write again."""
 
 
 def place_model(model: Any, folder: Path, processor: Any = None) -> Path:
@@ -28,7 +30,7 @@ def place_model(model: Any, folder: Path, processor: Any = None) -> Path:
     """
     if isinstance(model, str | Path):
         fetch_model(FetchOptions(str(model), str(folder)))
-        if (Path(model) / _RECORD).is_file():
+        if (Path(model) / _RECORD).is_file() and Path(model).resolve() != folder.resolve():
             shutil.copyfile(Path(model) / _RECORD, folder / _RECORD)
         return folder
     if not callable(getattr(model, "save_pretrained", None)):
@@ -68,9 +70,29 @@ def place_data(source: Any, folder: Path) -> str:
             f"expected a folder, a table, a Hub id or a datasets.Dataset with images and labels, got "
             f"{type(source).__name__}: make one, e.g. with datasets.Dataset.from_dict."
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    source.save_to_disk(str(folder))
+    if _transformed(source):
+        raise DataError(
+            "expected a dataset of images and labels, got one with a transform (with_transform, set_transform), which "
+            "cannot be written to a folder: give it without, images are preprocessed here; labels that it makes belong "
+            "in a column (map)."
+        )
+    if folder.exists() and not (folder / _OURS).is_file():
+        raise DataError(
+            f"expected to write a dataset to {folder}, got a folder that is there and not from an earlier "
+            "call: choose another output_dir, or move it away."
+        )
+    made = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(made, ignore_errors=True)
+    source.save_to_disk(str(made))
+    (made / _OURS).touch()
+    shutil.rmtree(folder, ignore_errors=True)  # after the last row was read: the dataset may come from there
+    made.rename(folder)
     return str(folder)
+
+
+def _transformed(source: Any) -> bool:
+    parts = source.values() if isinstance(source, dict) else (source,)
+    return any(has_transform(part) for part in parts)
 
 
 def make_task(model: Path, folder: Path, sources: dict[str, Any], task: dict[str, Any] | None) -> Any:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,7 @@ from hf_immunize.errors import RecordError, RunMismatchError
 from hf_immunize.records import atomic_write, sha256_file
 from hf_immunize.stages.workflow.run_file import RunFile
 from hf_immunize.stages.workflow.stages import Stage
-
-_SOURCES = (
-    "dataset", "_images", "model_name_or_path", "processor_name_or_path", "judge_path", "features_path", "source",
-)  # fmt: skip
-"""Ends of the names of options that may name local files."""
-_MODELS = ("base_path", "model_path")
-_UNREAD = {"pretrain": ("harmful_", "benign_"), "immunize": ("benign_",)}
-"""Beginnings of the options of a task of classes that a verb does not read: a benign task that comes later, or other
-splits of the harmful one, leave the base as it is. A task of concepts keeps what no other side names: it reads all."""
-_HELD = ("traces", "samples", "stages", "logs")
+from hf_immunize.stages.workflow.watched import PLACES, digest, look, read_of, refuse_missing, sources_of
 
 
 class State:
@@ -57,12 +47,12 @@ class State:
         held = self.record(stage)
         if held is None:
             return "not run yet"
-        if changed := _changed(_read_of(stage, held["options"]), self._told(stage)):
+        if changed := _changed(read_of(stage, held["options"]), self._told(stage)):
             return changed
         if not held["finished"]:
             return "was interrupted"
-        before = _read_of(stage, held["sources"])
-        if before != (found := _sources(stage, before)):
+        before = read_of(stage, held["sources"])
+        if before != (found := sources_of(stage, before)):
             names = sorted(name for name in {*found, *before} if found.get(name) != before.get(name))
             return f"files of {', '.join(names)} changed"
         if broken := [name for name in held["results"] if not self._intact(name, held["results"][name])]:
@@ -78,7 +68,7 @@ class State:
         for name in stage.needs:
             held = self.record(stages[name]) or {"results": {}}
             told = {path: digests["sha256"] for path, digests in held["results"].items()}
-            found[name] = _digest(told)
+            found[name] = digest(told)
         return found
 
     def begin(self, stage: Stage, stages: Mapping[str, Stage]) -> Path | None:
@@ -87,11 +77,12 @@ class State:
         A stage that was interrupted goes on in what it left, where options and what it reads are still the same.
         """
         held = self.record(stage)
+        refuse_missing(stage, (held or {}).get("sources", {}))
         made = {"options": self._told(stage), "read": self.read_by(stage, stages), "finished": False,
-                "sources": _sources(stage, (held or {}).get("sources", {}))}
+                "sources": sources_of(stage, (held or {}).get("sources", {}))}
         aside = None
         if held is not None:
-            before = held | {key: _read_of(stage, held[key]) for key in ("options", "sources")}
+            before = held | {key: read_of(stage, held[key]) for key in ("options", "sources")}
             other = any(before[key] != made[key] for key in ("options", "read", "sources"))
             aside = self.set_aside(stage) if other else None
         self._write(stage, made | {"results": {}, "seconds": (held or {}).get("seconds")})
@@ -107,7 +98,7 @@ class State:
         if not found or not all(path.is_file() for path in found):
             told = ", ".join(map(str, found)) or f"traces in {stage.folder}"
             raise RecordError(f"expected {told} of the stage {stage.name}, got no such file: see its log.")
-        results = {self._name(path): _look(path) | {"sha256": sha256_file(path)} for path in found}
+        results = {self._name(path): look(path) | {"sha256": sha256_file(path)} for path in found}
         if stage.makes_model:
             results |= self._model_files(stage.folder)
         made |= {"finished": True, "results": results, "seconds": round(seconds, 1)}
@@ -116,7 +107,7 @@ class State:
     def _model_files(self, folder: Path) -> dict[str, Any]:
         """Weights and the like, by the digests that the stage itself took when it left them."""
         files = json.loads((folder / "run.json").read_text(encoding="utf-8"))["files"]
-        return {self._name(folder / name): _look(folder / name) | {"sha256": digest} for name, digest in files.items()}
+        return {self._name(folder / name): look(folder / name) | {"sha256": digest} for name, digest in files.items()}
 
     def set_aside(self, stage: Stage) -> Path | None:
         """Move the results of the stage, so that others can take their place; where to, None where there are none."""
@@ -134,15 +125,19 @@ class State:
 
     def _told(self, stage: Stage) -> dict[str, Any]:
         """The options as JSON has them, without the place of the run: a folder that was moved is the same run."""
-        root = str(self.root)
+        root = os.path.abspath(self.root)
 
-        def plain(value: Any) -> Any:
+        def plain(name: str, value: Any) -> Any:
             if isinstance(value, list):
-                return [plain(part) for part in value]
-            below = isinstance(value, str) and value.startswith(f"{root}/")
-            return f"<output_dir>{value.removeprefix(root)}" if below else value
+                return [plain(name, part) for part in value]
+            if not isinstance(value, str) or not name.endswith(PLACES):
+                return value
+            at = os.path.abspath(os.path.expanduser(value))
+            meant = name.startswith("output") or os.path.isabs(value) or os.path.exists(at)  # and no id on the Hub
+            below = meant and (at == root or at.startswith(root + os.sep))
+            return f"<output_dir>{at.removeprefix(root)}" if below else value
 
-        told = {name: plain(value) for name, value in _read_of(stage, stage.options).items()}
+        told = {name: plain(name, value) for name, value in read_of(stage, stage.options).items()}
         return json.loads(json.dumps(told, default=str))
 
     def _write(self, stage: Stage, made: Mapping[str, Any]) -> None:
@@ -156,22 +151,7 @@ class State:
         path = self.root / name
         if not path.is_file():
             return False
-        return _look(path) == {key: held[key] for key in ("size", "time")} or sha256_file(path) == held["sha256"]
-
-
-def _read_of(stage: Stage, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, or what was found by their names, that decide the stage's results."""
-    unread = _UNREAD.get(stage.verb, ()) if "primary_dataset" in stage.options else ()
-    return {name: value for name, value in options.items() if not name.startswith(unread)}
-
-
-def _look(path: Path) -> dict[str, int]:
-    found = path.stat()
-    return {"size": found.st_size, "time": found.st_mtime_ns}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+        return look(path) == {key: held[key] for key in ("size", "time")} or sha256_file(path) == held["sha256"]
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -184,46 +164,6 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
 def _short(value: Any) -> str:
     text = "default" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _sources(stage: Stage, held: Mapping[str, Any]) -> dict[str, Any]:
-    """Digests of the local files that options name: taken again only where a size or a time is another one."""
-    digests: dict[str, Any] = {}
-    for name, path in _named_files(stage).items():
-        files = list(_files(path, only=".safetensors" if name.endswith(_MODELS) else ""))
-        looks = _digest([(str(file), *_look(file).values()) for file in files])
-        before = held.get(name) or {}
-        content = before.get("content") if before.get("looks") == looks else None
-        if content is None:
-            content = _digest([(os.path.relpath(file, path), sha256_file(file)) for file in files])
-        # the looks of equal content are those of the record: what was only touched is not another source
-        digests[name] = before if before.get("content") == content else {"looks": looks, "content": content}
-    return digests
-
-
-def _named_files(stage: Stage) -> dict[str, Path]:
-    """Local files and folders that a stage reads and no stage makes, by the names of their options."""
-    found = {}
-    made = stage.verb == "report" or bool(stage.needs)
-    for name, value in _read_of(stage, stage.options).items():
-        if not isinstance(value, str) or not (name.endswith(_SOURCES) or (name in _MODELS and not made)):
-            continue
-        for part in value.split(","):
-            path = Path(part).expanduser()
-            if part and path.exists():
-                found[name if part == value else f"{part} of {name}"] = path
-    return found
-
-
-def _files(path: Path, only: str = "") -> Iterator[Path]:
-    """The files of a source, without what an exam leaves in a model's folder; of models the weights alone."""
-    if path.is_file():
-        yield path
-        return
-    for root, folders, names in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if name not in _HELD and not name.startswith("."))
-        found = (Path(root, name) for name in sorted(names) if name.endswith(only))
-        yield from (file for file in found if file.is_file())
 
 
 class Lock:

@@ -16,19 +16,42 @@ from hf_immunize.records import atomic_write
 from hf_immunize.training.core.changing import ChangingPart
 from hf_immunize.training.core.state import CheckpointState
 from hf_immunize.training.core.watch import Watch
+from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 from hf_immunize.training.vision.sharded import ShardedTrainer, load_whole
 
 CHANGED = "changed.safetensors"
 """In a checkpoint of a model that is frozen in part: the weights that are not."""
 
 
-def refuse_missing_checkpoint(resume: Any) -> None:
-    """Raise RecordError for a checkpoint by the name of a folder that is not there."""
+def checkpoint_for(resume: Any, folder: str | Path | None, steps_done: int) -> Any:
+    """What ``train`` goes on from: of ``True`` the newest checkpoint of the folder that is whole.
+
+    Args:
+        resume: as ``Trainer.train`` takes it.
+        folder: of the run.
+        steps_done: by this trainer already.
+
+    Raises:
+        RecordError: a checkpoint by the name of a folder that is not there, none that is whole, or a trainer whose
+            model has been trained, and is θ₀ no more.
+    """
+    if steps_done:
+        raise RecordError(
+            f"expected a model that is as it was before immunization, got one that this trainer trained for "
+            f"{steps_done} steps: what was lost would be measured against it. Make a new trainer with the base, and "
+            "pass resume_from_checkpoint=True to go on."
+        )
     if isinstance(resume, str | Path) and not Path(resume).is_dir():
         raise RecordError(
             f"expected the folder of a checkpoint, got {resume}, which is not there: check the path, or pass True for "
             "the newest one of output_dir."
         )
+    if resume is not True or folder is None or not any(Path(folder).glob("checkpoint-*")):
+        return resume
+    newest = last_complete_checkpoint(folder)
+    if newest is None:
+        raise RecordError(f"expected a whole checkpoint in {folder}, got none: a save was cut short. Start anew.")
+    return newest
 
 
 class StrictTrainer(ShardedTrainer):

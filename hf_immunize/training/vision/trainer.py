@@ -33,7 +33,7 @@ from hf_immunize.training.core.watch import Watch
 from hf_immunize.training.vision.before import measure_references, measure_temperature
 from hf_immunize.training.vision.caching import cache_of, with_cached_images, with_cached_rows
 from hf_immunize.training.vision.callbacks import Averaging, Ending, Watching
-from hf_immunize.training.vision.checkpointing import StrictTrainer, refuse_missing_checkpoint
+from hf_immunize.training.vision.checkpointing import StrictTrainer, checkpoint_for
 from hf_immunize.training.vision.checks import (
     check_data,
     check_unlabelled,
@@ -330,7 +330,7 @@ class ImmunizationTrainer(StrictTrainer):
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
         """Train as Trainer does; first measure θ₀ for guard and balance; at the end return the guarded weights."""
-        refuse_missing_checkpoint(resume_from_checkpoint)
+        resume_from_checkpoint = checkpoint_for(resume_from_checkpoint, self.args.output_dir, self.state.global_step)
         self.cache_features()
         self._count_rows()
         with named_workers("train_dataset", self.args.dataloader_timeout):
@@ -359,7 +359,7 @@ class ImmunizationTrainer(StrictTrainer):
             prepared = [self._prepare_inputs(sample["harmful"]) for sample in samples]
             loss = learn_attack(self.attacker, self.forwards, self.objective, self.bare, prepared, done)
             self.meter.add({"attacker_lora_loss": loss})
-        every = int(self.args.logging_steps)
+        every = int(self.state.logging_steps)  # a share of the run is a number of steps here
         spectra = every > 0 and (done + 1) % every == 0
         self.step.begin([partial(self._ahead, place, sample) for place, sample in enumerate(samples)], spectra=spectra)
         return samples, items

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
 from hf_immunize.attacks.vision.canonical.cancelling import shrink_cancelling
 from hf_immunize.attacks.vision.canonical.centring import centre
+from hf_immunize.attacks.vision.canonical.loud import drop_quiet, quieten
 from hf_immunize.attacks.vision.canonical.on_data import listen, refit_statistics, silence_unheard
 from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
 from hf_immunize.attacks.vision.canonical.scales import rescale, settle
-from hf_immunize.attacks.vision.canonical.shifts import unshift
+from hf_immunize.attacks.vision.canonical.shifts import join_constants, unshift
 from hf_immunize.attacks.vision.canonical.streams import balance_streams
 from hf_immunize.attacks.vision.canonical.twins import merge_twins
 
@@ -63,35 +64,42 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor, images: Tensor | N
     wanted = double(pixel_values=batch).logits
     try:
         seen = (pixels if images is None else images).to(batch)
-        told = _rewrite(double, head, batch, seen, lambda: _apart(double, batch, wanted) <= _ROUNDING)
-        moved_by = _apart(double, batch, wanted)
-        kept = wanted
-        if shrunk := _shrink(double, batch, seen, wanted):  # after all that leaves the function as it is
-            kept = double(pixel_values=batch).logits
-            told = _rewrite(double, head, batch, seen, lambda: _apart(double, batch, kept) <= _ROUNDING)
-            moved_by = max(moved_by, _apart(double, batch, kept))
+        told, kept, moved_by = _rewrite(double, head, batch, seen)
+
+        def nearly() -> bool:
+            return _apart(double, batch, wanted) <= _NEARLY
+
+        dropped = drop_quiet(double, listen(double, seen), nearly)  # after all that leaves the function as it is
+        shrunk = shrink_cancelling(double, listen(double, seen), seen, nearly)
+        if dropped or shrunk:
+            told, kept, again = _rewrite(double, head, batch, seen)
+            moved_by = max(moved_by, again)
     except Exception as error:  # torch.export and its graphs raise errors of every kind
         return _unchanged(model, f"the network could not be followed: {type(error).__name__}: {error}")
     if not moved_by <= _ROUNDING:
         return _unchanged(model, f"outputs would have moved by {moved_by:.1e} of the largest")
     made = _written(model, double)
+    loud = quieten(made, double, listen(double, seen))
     lost = _lost(made, batch, kept)
     if not lost <= max(_WRITTEN, 16 * torch.finfo(_precision(made)).eps):
         return _unchanged(model, f"outputs would have moved by {lost:.1e} of the largest in the model's own precision")
-    return Canonical(made, f"{told}, cancelling inputs of {shrunk} layers shrunk", True, moved_by)
+    told += f", cancelling inputs of {shrunk} layers shrunk, long columns of {dropped} dropped, loud inputs of {loud} "
+    told += "centred"
+    return Canonical(made, told, True, moved_by)
 
 
-def _shrink(double: nn.Module, batch: Tensor, seen: Tensor, wanted: Tensor) -> int:
-    """Shrink what nearly cancels in a float64 model in place, where outputs stay nearly as wanted; how many layers."""
-    return shrink_cancelling(double, listen(double, seen), seen, lambda: _apart(double, batch, wanted) <= _NEARLY)
+def _rewrite(double: nn.Module, head: str, batch: Tensor, seen: Tensor) -> tuple[str, Tensor, float]:
+    """Bring a float64 model to its normal form in place: what was done, the outputs before, how far they moved."""
+    wanted = double(pixel_values=batch).logits
 
+    def holds() -> bool:
+        return _apart(double, batch, wanted) <= _ROUNDING
 
-def _rewrite(double: nn.Module, head: str, batch: Tensor, seen: Tensor, holds: Callable[[], bool]) -> str:
-    """Bring a float64 model to its normal form in place; what was done."""
     refit_statistics(double, seen)
     heard = listen(double, seen)
     silenced, merged = silence_unheard(heard), merge_twins(double, heard, holds)
     anatomy = find_anatomy(double, batch)
+    joined = join_constants(anatomy, dict(double.named_parameters()), holds)
     # first of all, so that streams are balanced from one start
     scales = _scale(double, anatomy, _variables(sum(find_pairs(anatomy, head), [])))
     if streams := balance_streams(anatomy, double, holds):
@@ -100,10 +108,11 @@ def _rewrite(double: nn.Module, head: str, batch: Tensor, seen: Tensor, holds: C
     # a square layer before the head becomes a rotation (``orthogonalise``), for which no direction may be missing
     square = {pair.first.weight for pair in find_pairs(anatomy, head)[1] if pair.first.inputs.numel() == len(pair.rows)}
     written, read = centre(anatomy, double, holds, square)
-    return (
-        f"{_change(double, anatomy, head, scales)}, {moved} constants moved, {silenced} inputs silenced, "
+    told = (
+        f"{_change(double, anatomy, head, scales)}, {moved + joined} constants moved, {silenced} inputs silenced, "
         f"twins of {merged} layers merged, {streams} streams balanced, {written} streams and {read} readers centred"
     )
+    return told, wanted, _apart(double, batch, wanted)
 
 
 def _apart(double: nn.Module, batch: Tensor, wanted: Tensor) -> float:

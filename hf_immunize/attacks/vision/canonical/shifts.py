@@ -9,14 +9,60 @@ has one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy, Layer, Norm
 from hf_immunize.attacks.vision.canonical.links import FIXED
+from hf_immunize.attacks.vision.canonical.moves import Move, Named, attempt
 from hf_immunize.attacks.vision.canonical.products import Pair
+
+_CANCELS = 0.1
+"""What is left of a bias, in units of its length, when a table is added to it: where it is less, the two cancel."""
+
+
+@torch.no_grad()
+def join_constants(anatomy: Anatomy, named: Named, holds: Callable[[], bool]) -> int:
+    """Give a bias what a table takes away from it on the same stream, in place and in float64.
+
+    A patch bias of c and position embeddings of −c are nothing to the function, and make rows as long as c; so are a
+    class token and its position.
+
+    Args:
+        holds: whether the model computes what it did; else a move is put back.
+
+    Returns:
+        How many pairs cancelled.
+    """
+    moves = []
+    biases = [layer.bias for layer in anatomy.layers if layer.bias]
+    for table in anatomy.tables:
+        rows = named[table].flatten(0, -2) if named[table].dim() > 1 else named[table][None]
+        tokens = [name for name in anatomy.tables if name != table and named[name].numel() == rows.shape[1]]
+        first = len(tokens) if len(tokens) < len(rows) else 0  # positions of tokens that are no patches
+        for bias in dict.fromkeys(biases):
+            if named[bias].shape == rows.shape[1:] and _cancel(named[bias], rows[first:].mean(dim=0)):
+                whole = Move((table, bias), partial(_join, table, bias, slice(0, len(rows))))
+                moves.append(Move(whole.touched, partial(_join, table, bias, slice(first, len(rows))), whole))
+        for place, token in enumerate(tokens[: len(rows)]):
+            if _cancel(named[token].flatten(), rows[place]):
+                moves.append(Move((table, token), partial(_join, table, token, slice(place, place + 1))))
+    return attempt(moves, named, holds)
+
+
+def _cancel(one: Tensor, other: Tensor) -> bool:
+    return bool((one + other).norm() < _CANCELS * one.norm())
+
+
+def _join(table: str, other: str, places: slice, named: Named) -> None:
+    """Move the mean of some rows of a table into another constant."""
+    rows = named[table].view(-1, named[table].shape[-1])[places]
+    mean = rows.mean(dim=0)
+    named[other].add_(mean.view_as(named[other]))
+    rows.sub_(mean)
 
 
 @torch.no_grad()
