@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +164,23 @@ def _build(name: str) -> Any:
     module, _, function = name.partition(":")
     if not function:
         raise DataError(f"expected builder:NAME, NAME in {sorted(BUILDERS)}, or builder:module:function, got {name!r}.")
+    with _working_directory_importable():
+        try:
+            build = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise DataError(f"expected an importable function for builder:{name}, got {error}.") from error
+        return build()
+
+
+@contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """A module of the user's lies where he stands; ``python -m`` looks there, a console script does not."""
+    here = os.getcwd()
+    sys.path.append(here)
     try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"expected an importable function for builder:{name}, got {error}.") from error
-    return build()
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def describe_source(source: str) -> str:

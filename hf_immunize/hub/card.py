@@ -48,6 +48,10 @@ class CardOptions:
     """Task of the model on the Hub; by default that of its kind (see ``library_of``)."""
 
 
+_TAG = "hf_immunize"
+"""In every card of ours, by which it is told from others."""
+
+
 def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
     """Write ``README.md`` beside the certificate in ``folder``, and its pictures where the traces are there.
 
@@ -59,7 +63,10 @@ def write_card(folder: str | Path, options: CardOptions | None = None) -> Path:
     if (root / "traces").is_dir():
         for name, picture in curve_pictures(root).items():
             atomic_write(root / name, picture)
-    return atomic_write(root / "README.md", rendered)
+    card, own = root / "README.md", root / "README.original.md"
+    if card.is_file() and not own.exists() and _TAG not in card.read_text(encoding="utf-8", errors="replace"):
+        card.rename(own)  # somebody's own words about the model
+    return atomic_write(card, rendered)
 
 
 def render_card(
@@ -144,7 +151,7 @@ def _metadata(certificate: Certificate, options: CardOptions, library: Library) 
         license=options.license,
         base_model=base,
         datasets=datasets or None,
-        tags=["immunized", "model-immunization", "hf_immunize"],
+        tags=["immunized", "model-immunization", _TAG],
         model_name=_line(certificate.subject.name) or "unnamed",
         eval_results=[_with_source(result, options.repo_id) for result in results],
         **related,

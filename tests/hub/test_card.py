@@ -325,3 +325,12 @@ def test_figures_name_their_source_and_claim_no_verification_by_the_hub(tmp_path
     assert {result.source_url for result in results} == {
         "https://huggingface.co/me/model/blob/main/certificate.json"}
     assert {(result.verified, result.verify_token) for result in results} == {(None, None)}
+
+
+def test_somebodys_own_card_is_kept(tmp_path):
+    folder = build.exam_folder(tmp_path)
+    (folder / "README.md").write_text("# My model\nTwo years of work.\n")
+    for _ in range(2):
+        write_card(folder)
+        assert "hf_immunize" in (folder / "README.md").read_text()
+        assert (folder / "README.original.md").read_text() == "# My model\nTwo years of work.\n"
