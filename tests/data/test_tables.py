@@ -70,7 +70,8 @@ def test_configurations_of_a_readme_say_what_is_a_split(tmp_path):
 def test_a_builder_is_found_where_its_user_stands(tmp_path, monkeypatch):
     text = "def rows():\n    import builders_of_tables\n    return builders_of_tables.made\n"
     (tmp_path / "made_by_me.py").write_text(text)
-    (tmp_path / "builders_of_tables.py").write_text("import datasets\nmade = datasets.Dataset.from_dict({'x': [1, 2]})\n")
+    made = "import datasets\nmade = datasets.Dataset.from_dict({'x': [1, 2]})\n"
+    (tmp_path / "builders_of_tables.py").write_text(made)
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     assert load_source("builder:made_by_me:rows")["x"][:] == [1, 2]
