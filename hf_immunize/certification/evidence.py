@@ -46,8 +46,9 @@ def read_traces(
             same_weights = (trace.model.architecture, trace.model.parameters) == (model.architecture, model.parameters)
         if not same_weights:
             raise RecordError(
-                f"expected a trace of {model.name} as it is on disk, got one of other weights or another config.json "
-                f"in {path}: the model changed after it was attacked. Attack it again with --overwrite."
+                f"expected a trace of the weights of {model.name} as they are on disk, got one of other weights, or of "
+                f"another config.json, in {path}: the model changed after it was attacked. Attack it again with "
+                "--overwrite."
             )
         traces.append(trace)
     return traces

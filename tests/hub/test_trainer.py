@@ -1,14 +1,15 @@
 """The Trainer's own pushes, through the gate, to the loopback Hub."""
 
-import sys
+import importlib
 from pathlib import Path
 
 import models
 import pytest
+import torch
 from huggingface_hub import HfApi
 from published import TOKEN, client
 
-from hf_immunize.errors import PublishRefusedError
+from hf_immunize.errors import PublishRefusedError, RecordError
 from hf_immunize.hub import verify_model
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 
@@ -25,7 +26,7 @@ def trainer(tmp_path, make_vit, make_pixels):
 
 
 def test_what_a_trainer_pushes_has_passed_the_gate(hub, tmp_path, trainer, monkeypatch):
-    room = sys.modules["hf_immunize.hub.publishing"]
+    room = importlib.import_module("hf_immunize.hub.publishing")
     monkeypatch.setattr(room, "HfApi", lambda token=None: HfApi(endpoint=hub.url, token=token))
     trainer.train()
     trainer.save_model()
@@ -41,7 +42,10 @@ def test_what_a_trainer_pushes_has_passed_the_gate(hub, tmp_path, trainer, monke
     commits = hub.requests.count("commit")
     trainer.save_model()  # push_to_hub=True: the same weights go through the gate again, and nothing changes
     assert hub.requests.count("commit") == commits and hub.head("me/model").oid == done.revision
-    trainer.train()
+    with pytest.raises(RecordError, match="Make a new trainer with the base"):
+        trainer.train()
+    with torch.no_grad():
+        next(trainer.model.parameters()).add_(0.1)
     trainer.save_model()
     with pytest.raises(PublishRefusedError, match=r"model\.safetensors: not the weights that were examined"):
         trainer.push_to_hub()
