@@ -9,6 +9,7 @@ from test_attack_finetune import only
 from test_cancelling import with_near_twins
 from test_canonical import convolutions_before_norms, huge_gains
 from test_centring import with_means, with_sums
+from test_loud import with_unread_unit
 from test_twins import with_twins
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -77,7 +78,8 @@ def test_gains_that_the_next_layer_divides_away_stop_plain_attacks_and_not_the_n
     (lambda model: model, lambda model: with_sums(model, 1e4)),
     (lambda model: with_twins(model, 0.0), lambda model: with_twins(model, 1e3)),
     (lambda model: with_near_twins(model, 0.0), lambda model: with_near_twins(model, 1e3, 1e-6)),
-], ids=["means", "sums", "twins", "near twins"])  # fmt: skip
+    (lambda model: with_unread_unit(model, 0.0), lambda model: with_unread_unit(model, 2.0**20)),
+], ids=["means", "sums", "twins", "near twins", "unread units"])  # fmt: skip
 def test_what_is_nothing_to_the_function_hinders_plain_fine_tuning_and_not_that_of_the_normal_form(
     digits, harmless, planted
 ):
