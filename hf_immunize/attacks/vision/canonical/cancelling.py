@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks.vision.canonical.moves import Move, Named, attempt
-from hf_immunize.attacks.vision.canonical.on_data import AT_A_TIME, ENOUGH, Moments, rows_of
+from hf_immunize.attacks.vision.canonical.on_data import ENOUGH, Moments, rows_of, run_with
 
 _LOUD = 1.5
 """What one input adds, in units of what comes out of the layer, from which on inputs cancel."""
@@ -101,13 +101,7 @@ def _find(model: nn.Module, heard: Mapping[Any, Moments], images: Tensor) -> dic
 
 
 def _listen(model: nn.Module, images: Tensor, layers: Mapping[nn.Module, Any], hear: Callable[..., None]) -> None:
-    hooks = [layer.register_forward_hook(hear) for layer in layers]
-    try:
-        for batch in images.split(AT_A_TIME):
-            model(pixel_values=batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_with([layer.register_forward_hook(hear) for layer in layers], model, images)
 
 
 def _columns(layer: nn.Module) -> Tensor:

@@ -7,14 +7,15 @@ never fires, or a colour that no image has, changes no output, and is what the l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
-AT_A_TIME = 16
+_AT_A_TIME = 16
 _DRAWS = 8
 """Random sums over rows by which channels are compared (``twins``)."""
 _ROUNDED = 1e-13
@@ -77,13 +78,18 @@ def listen(
         found.setdefault(module, Moments()).add(rows_of(module, inputs[0]))
 
     hooks = [module.register_forward_pre_hook(hear) for module in model.modules() if isinstance(module, kinds)]
+    run_with(hooks, model, images)
+    return found
+
+
+def run_with(hooks: Sequence[RemovableHandle], model: nn.Module, images: Tensor) -> None:
+    """Forward all images a few at a time, and take the hooks away."""
     try:
-        for batch in images.split(AT_A_TIME):
+        for batch in images.split(_AT_A_TIME):
             model(pixel_values=batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
 
 
 @torch.no_grad()
