@@ -42,6 +42,11 @@ class _Found:
     """The distribution with its version, or the variable."""
 
 
+def has_plugins() -> bool:
+    """Whether there are any; none is imported to say so."""
+    return any(True for _ in _found())
+
+
 def load_plugins() -> tuple[str, ...]:
     """Import every plug-in that was not imported yet; names of all, with the distribution that each comes from.
 

@@ -15,6 +15,7 @@ from hf_immunize.certification.proposing import check_proposals, proposed
 from hf_immunize.certification.uplift import (
     Reach,
     best_known,
+    guessing,
     reach_of,
     still_learning,
     threshold_between,
@@ -60,8 +61,8 @@ class Lines:
     @classmethod
     def of(cls, rule: Rule, adaptation: Adaptation, traces: Mapping[str, Sequence[AttackTrace]]) -> Lines:
         """From the runs of attackers without the model, and the classes that the base's attackers learn."""
-        classes = next((len(trace.data[-1].classes) for trace in traces.get("control", ()) if trace.data), 0)
-        chance = -math.inf if rule.gain else 1 / classes if classes else 0.0
+        classes = next((trace.data[-1].classes for trace in traces.get("control", ()) if trace.data), {})
+        chance = -math.inf if rule.gain else guessing(classes)
         return cls(rule, adaptation, without_model({"nothing": traces.get("nothing", ())}, 0, chance))
 
     def threshold(self, control: Sequence[AttackTrace]) -> tuple[float, float]:

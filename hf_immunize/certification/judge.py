@@ -15,7 +15,7 @@ from hf_immunize.certification.adapting import follow_base
 from hf_immunize.certification.cells import Traces, build_cell
 from hf_immunize.certification.planning import SIDES, with_runs
 from hf_immunize.certification.trainability import measure_trainability
-from hf_immunize.certification.uplift import without_model
+from hf_immunize.certification.uplift import guessing, without_model
 from hf_immunize.certification.verdict import family_verdicts, overall_verdict, statement
 from hf_immunize.errors import IncompleteExamError, RecordError
 from hf_immunize.exam import Rule, diffusion_lines_not_run, lines_not_run
@@ -145,7 +145,7 @@ def _expiry(traces: Traces, provenance: Provenance, rule: Rule) -> str:
 def _cells(traces: Traces, plan: Plan, rule: Rule, evidence: Evidence) -> list[Cell]:
     """One cell for every attack that is planned or was run on any side; none can be left out."""
     test = evidence.harmful_data[-1]
-    chance = -math.inf if rule.gain else 1 / max(len(test.classes), 1)
+    chance = -math.inf if rule.gain else guessing(test.classes)
     anyway = without_model(traces, 0 if rule.gain else test.rows, chance)
     return [
         build_cell(

@@ -66,6 +66,11 @@ def score_before(traces: Sequence[AttackTrace]) -> float:
     return sum(curve[0].test for curve in curves) / len(curves)
 
 
+def guessing(classes: Mapping[str, int]) -> float:
+    """Accuracy of who always names the most frequent class of these rows; 0 where there are none."""
+    return max(classes.values(), default=0) / max(sum(classes.values()), 1)
+
+
 def without_model(traces: Mapping[str, Sequence[AttackTrace]], rows: int, chance: float) -> Reach:
     """The best that an attacker reaches who does not hold the model; chance where nothing was run.
 

@@ -6,12 +6,14 @@ from hf_immunize.data.alignment import (
     id2label_of,
     names_classes,
     output_names,
+    plain_name,
     refuse_other_labels,
 )
 from hf_immunize.data.augment import AUGMENTATIONS, augment, parse_augmentation
 from hf_immunize.data.caching import cache_folder, identity_of, is_shared
 from hf_immunize.data.classes import Classes, parse_labels, read_classes, select_classes
 from hf_immunize.data.columns import find_columns
+from hf_immunize.data.copies import refuse_one_task, warn_of_copies
 from hf_immunize.data.fingerprint import digest_rows, fingerprint
 from hf_immunize.data.images import BACKGROUND, convert_image, decode_image
 from hf_immunize.data.iterables import NamedStream, RankBatches, check_source, first_row, is_stream
@@ -53,7 +55,7 @@ from hf_immunize.data.splits import (
 )
 from hf_immunize.data.streams import RowBatchSampler, StepBatchSampler, StepSampler
 from hf_immunize.data.targets import Targets, targets_of, unlabelled
-from hf_immunize.data.tasks import SIDES, Task, TaskArguments, batches, forward_rows, warn_of_copies
+from hf_immunize.data.tasks import SIDES, Task, TaskArguments, batches, forward_rows
 
 __all__ = [
     "AUGMENTATIONS",
@@ -114,6 +116,7 @@ __all__ = [
     "model_channels",
     "named_workers",
     "names_classes",
+    "plain_name",
     "output_names",
     "parse_augmentation",
     "parse_fractions",
@@ -129,6 +132,7 @@ __all__ = [
     "split_few_by_content",
     "targets_of",
     "unlabelled",
+    "refuse_one_task",
     "warn_of_copies",
     "whole_number",
 ]

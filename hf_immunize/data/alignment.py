@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from math import comb
 from typing import Any
@@ -45,22 +46,22 @@ def align_labels(names: Sequence[str], id2label: Mapping[int, str], where: str) 
         return _by_place(names, known, where)
     places: dict[str, list[int]] = {}
     for number, name in enumerate(known):
-        places.setdefault(_plain(name), []).append(number)
-    if len(names) == len(known) and not any(_plain(name) in places for name in names):
+        places.setdefault(plain_name(name), []).append(number)
+    if len(names) == len(known) and not any(plain_name(name) in places for name in names):
         pairs = ", ".join(f"{mine!r} is {theirs!r}" for mine, theirs in list(zip(names, known, strict=True))[:_NAMED])
         logger.warning(f"{where}: no class has the name of an output of the model, classes keep their order: {pairs}")
         return list(range(len(names)))
-    missing = [name for name in names if _plain(name) not in places]
-    twice = [name for name in names if len(places.get(_plain(name), ())) > 1]
+    missing = [name for name in names if plain_name(name) not in places]
+    twice = [name for name in names if len(places.get(plain_name(name), ())) > 1]
     if missing or twice:
         told = f"none for {missing[:_NAMED]}" if missing else f"several for {twice[:_NAMED]}"
-        spare = [name for name in known if _plain(name) not in {_plain(mine) for mine in names}]
+        spare = [name for name in known if plain_name(name) not in {plain_name(mine) for mine in names}]
         raise ModelError(
             f"expected one output of the model for each class of {where}, by name, got {told}; the model's other "
             f"classes are {spare[:_NAMED]}: rename the classes of one of them (id2label in the model's config.json), "
             "or choose the classes that the model knows with primary_labels."
         )
-    return [places[_plain(name)][0] for name in names]
+    return [places[plain_name(name)][0] for name in names]
 
 
 def id2label_of(config: Any) -> dict[int, str]:
@@ -82,8 +83,9 @@ def names_classes(id2label: Mapping[int, str]) -> bool:
     return not all(_GENERIC.fullmatch(name) for name in output_names(id2label))
 
 
-def _plain(name: str) -> str:
-    return " ".join(re.split(r"[\s_-]+", name.strip().casefold()))
+def plain_name(name: str) -> str:
+    """A class's name as it is compared: composed letters, no case, words with one space between."""
+    return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFC", name).strip().casefold()))
 
 
 def _are_numbers(names: Sequence[str]) -> bool:

@@ -15,9 +15,10 @@ from transformers.utils import logging
 from hf_immunize.data.class_splits import rare_classes
 from hf_immunize.data.classes import choose_rows, keep_rows, parse_labels, read_classes
 from hf_immunize.data.columns import find_columns, read_groups
+from hf_immunize.data.copies import warn_of_copies
 from hf_immunize.data.fingerprint import fingerprint
 from hf_immunize.data.images import BACKGROUND
-from hf_immunize.data.near_duplicates import Looks, Shared, find_shared, group_contents, read_looks
+from hf_immunize.data.near_duplicates import Looks, group_contents, read_looks
 from hf_immunize.data.pixels import PixelDataset, collate_pixels, preprocess
 from hf_immunize.data.sources import commit_of, describe_source, load_source
 from hf_immunize.data.splits import BENIGN_SPLITS, HARMFUL_SPLITS, PRIMARY_SPLITS, assign_splits, parse_fractions
@@ -215,6 +216,14 @@ class Task:
             background=self._background,
         )
 
+    def contents(self) -> set[tuple[bytes, str]]:
+        """Digest of the pixels and class of each image, of all splits."""
+        column = self._columns[1]
+        return {
+            (content, self.label_names[label]) for split, (looks, _) in self._looks.items()
+            for content, label in zip(looks.contents, self._splits[split][column], strict=True)
+        }
+
     def looks(self) -> dict[str, tuple[Looks, list[int]]]:
         """What each split's images look like, and their rows in the source."""
         return self._looks
@@ -244,42 +253,6 @@ def _without_rare(
     renumber = {label: place for place, label in enumerate(left)}
     kept = [place for place, label in enumerate(labels) if label in renumber]
     return kept, [renumber[labels[place]] for place in kept], [names[label] for label in left]
-
-
-_DEFENDER = {"primary train", "primary validation", "harmful defense"}
-
-
-def warn_of_copies(*tasks: Task) -> list[Shared]:
-    """Tell, in one warning each, which splits share images that are equal or look alike; return them.
-
-    Of one task no two splits may share any. Of several tasks, what the defender sees (primary train and validation,
-    harmful defense) must be apart from what it is judged on (every other split).
-    """
-    held = [(f"{task.side} {split}", looks, rows) for task in tasks for split, (looks, rows) in task.looks().items()]
-    sides = {name: name.split(" ")[0] for name, _, _ in held}
-
-    def apart(one: str, other: str) -> bool:
-        if len(tasks) == 1:
-            return True
-        return sides[one] != sides[other] and (one in _DEFENDER) != (other in _DEFENDER)
-
-    looks = Looks.joined([looks for _, looks, _ in held])
-    found = find_shared(looks, [name for name, looks, _ in held for _ in looks.contents], apart)
-    rows = [row for _, _, rows in held for row in rows]
-    for shared in found:
-        first, second = (rows[place] for place in shared.example)
-        logger.warning(
-            f"{shared.images} images of {shared.parts[1]} look like some of {shared.parts[0]}, e.g. rows {second} and "
-            f"{first} of the source: resized, encoded again or mirrored copies let a figure on one profit from the "
-            f"other. {_REMEDY[len(tasks) == 1]}"
-        )
-    return found
-
-
-_REMEDY = {
-    True: "Remove them, or set group_near_duplicates=true, which keeps such images in one split.",
-    False: "Remove them from one of the two tasks.",
-}
 
 
 def forward_rows(image: Sequence[int], device: str | torch.device = "cpu") -> int:

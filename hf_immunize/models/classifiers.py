@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def load_classifier(
     Args:
         source: folder of ``save_pretrained``, or Hub id.
         labels: ``id2label`` and ``label2id`` of a new head for a model that has none, or one of other classes; the
-            head is drawn at random then. By default every weight has to be there.
+            head is drawn at random then, also where as many classes have other names. By default every weight has to
+            be there.
         trust_remote_code: run model code that comes with the model.
         config: numbers of its config to change.
 
@@ -41,9 +43,9 @@ def load_classifier(
     refuse_folder(source)
     variant = variant_of(source) if Path(source).is_dir() else None
     try:
-        known = AutoConfig.from_pretrained(
-            str(source), trust_remote_code=trust_remote_code, **(dict(labels or {}) | config)
-        )
+        trusted = {"trust_remote_code": trust_remote_code}
+        known = AutoConfig.from_pretrained(str(source), **trusted, **(dict(labels or {}) | config))
+        own = AutoConfig.from_pretrained(str(source), **trusted)
         model, told = AutoModelForImageClassification.from_pretrained(
             str(source), config=known, dtype=torch.float32, variant=variant, ignore_mismatched_sizes=labels is not None,
             use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True,
@@ -63,7 +65,28 @@ def load_classifier(
             "hf_immunize.features.add_head."
         )
     refuse_non_finite(model, str(source), remedy="restore the weights, or train the model again.")
+    if labels is not None and _means_others(own, known):
+        _draw_head(model)
     return model
+
+
+def _means_others(own: Any, known: Any) -> bool:
+    """Whether outputs that have names stand for other classes, or for the same in another order."""
+    names, wanted = ([str(name) for _, name in sorted((one.id2label or {}).items())] for one in (own, known))
+    return names != wanted and not all(name == f"LABEL_{place}" for place, name in enumerate(names))
+
+
+@torch.no_grad()
+def _draw_head(model: nn.Module) -> None:
+    """Random weights, as the architecture draws them, for what has an output of each class: in place."""
+    config: Any = copy.deepcopy(model.config)
+    fresh = type(model)(config)
+    config.num_labels = config.num_labels + 1
+    with torch.device("meta"):
+        other = dict(type(model)(config).named_parameters())
+    for (name, value), drawn in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        if other[name].shape != value.shape:
+            value.copy_(drawn)
 
 
 def random_classifier(

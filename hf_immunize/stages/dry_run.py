@@ -32,7 +32,9 @@ def classifier_memory(folder: Path, options: ImmunizeOptions, args: Immunization
 
 def image_shape(processor: Any) -> tuple[int, int, int]:
     """What the processor makes of a photograph."""
-    channels, height, width = processor(Image.new("RGB", (640, 480)), return_tensors="pt")["pixel_values"].shape[1:]
+    mean = getattr(processor, "image_mean", None)
+    photo = Image.new("L" if isinstance(mean, list | tuple) and len(mean) == 1 else "RGB", (640, 480))
+    channels, height, width = processor(photo, return_tensors="pt")["pixel_values"].shape[1:]
     return channels, height, width
 
 

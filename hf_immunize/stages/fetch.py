@@ -27,7 +27,7 @@ class FetchOptions:
 
 
 def fetch_model(options: FetchOptions) -> Path:
-    """Copy what loading reads: weights in safetensors, configurations, vocabularies. Large files are linked.
+    """Copy what loading reads: weights in safetensors, configurations, vocabularies.
 
     Raises:
         ModelError: a file, an adapter or pickles in the place of a model.
@@ -51,7 +51,7 @@ def fetch_model(options: FetchOptions) -> Path:
         print(f"{target}: already there, nothing to do")
         return target
     for name in names:
-        _bring(folder / name, target / name)
+        _bring(folder / name, target / name, link=source is not None)
     if source is not None:
         source.write(target / HUB_SOURCE)
     finish_run(target, "fetch", inputs, names)
@@ -69,13 +69,16 @@ def _wanted(folder: Path, code: bool) -> Iterator[Path]:
             yield path
 
 
-def _bring(source: Path, target: Path) -> None:
-    """A copy; of a large file a second name, where both lie on one disk: nothing writes into weights."""
+def _bring(source: Path, target: Path, link: bool) -> None:
+    """A copy; with ``link``, of a large file a second name instead, where both lie on one disk.
+
+    Nobody writes into a file of the Hub's cache. Into one's own one may: ``cp`` onto it changes all of its names.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     real, part = source.resolve(), target.with_name(f"{target.name}.part")
     part.unlink(missing_ok=True)
     try:
-        if real.stat().st_size <= _SMALL:
+        if not link or real.stat().st_size <= _SMALL:
             raise OSError
         os.link(real, part)
     except OSError:

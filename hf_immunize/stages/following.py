@@ -24,7 +24,7 @@ from hf_immunize.certification.adapting import (
 from hf_immunize.certification.cells import build_cell
 from hf_immunize.certification.curtailing import is_decided
 from hf_immunize.certification.proposing import propose
-from hf_immunize.certification.uplift import REFERENCES, without_model
+from hf_immunize.certification.uplift import REFERENCES, guessing, without_model
 from hf_immunize.errors import IncompleteExamError
 from hf_immunize.exam import Protocol
 from hf_immunize.exam.presets import asked_budget
@@ -161,7 +161,7 @@ class AfterBase:
         sides = {role: [trace for trace in found if trace.attack == name and trace.budget == budget]
                  for role, found in self.base.items() if role in ("control", "scratch")}
         test = traces[0].data[-1]
-        chance = -math.inf if rule.gain else 1 / len(test.classes) if test.classes else 0.0
+        chance = -math.inf if rule.gain else guessing(test.classes)
         anyway = without_model(self.base, 0 if rule.gain else test.rows, chance)
         about = PlannedAttack(attack=name, family=traces[0].family, unit=traces[0].unit)
         try:

@@ -16,6 +16,7 @@ from hf_immunize.stages.base import ImmunizeOptions, fetch_base, leave_finished
 from hf_immunize.stages.words import read_words, refuse_foreign
 from hf_immunize.tasks import Family, family_of
 from hf_immunize.training.core.launching import leave_processes
+from hf_immunize.training.core.registry import plugin_sources
 from hf_immunize.training.vision.checkpoints import last_complete_checkpoint
 
 
@@ -78,6 +79,8 @@ def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
         "data": {found.role: found.sha256 for found in data},
         "options": defence.options_told,
     }
+    if sources := plugin_sources(args.objective):
+        inputs["objective_sources"] = sources
     if begin_run(folder, defence.stage, inputs, write=defence.is_main):
         print(f"{folder}: already immunized, nothing to do")
         return None
@@ -90,7 +93,8 @@ def immunize_model(arguments: Any, options: ImmunizeOptions, args: Any) -> Any:
         record = defence.record(trainer, data=data, fingerprint=fingerprint_of(inputs), seconds=seconds)
         record.write(folder / "immunization.json")
         leave_finished(folder, defence.stage, inputs, [defence.index, "immunization.json"])
-        print(f"{folder}: {defence.told(record.guard)}, {record.guard.told_step} of {record.steps}, "
+        verdict = "" if record.outcome is None else f"{record.outcome.told.partition(':')[0]}, "
+        print(f"{folder}: {verdict}{defence.told(record.guard)}, {record.guard.told_step} of {record.steps}, "
               f"{seconds:.0f} s")  # fmt: skip
     defence.leave(trainer)
     return trainer

@@ -38,6 +38,7 @@ class ClassifierDefence:
         self._options, self._args = options, args
         self._processor = load_processor(folder, trust_remote_code=options.trust_remote_code)
         self.task = ClassesTask(arguments, self._processor)
+        self.task.refuse_one_task()
         self.task.warn_of_copies("primary", "harmful")
         set_seed(args.seed)
         self._model = model = _load_weights(folder, options, self.task.label_names)

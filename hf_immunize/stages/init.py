@@ -7,6 +7,7 @@ which part is trained and measured. Then: hf-immunize plan, hf-immunize run.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hf_immunize.options import option, parse_options, required
 from hf_immunize.records import atomic_write
 
 RUN_FILE = "run.yaml"
+_SIDES = ("primary", "harmful", "benign")
 
 
 @dataclass
@@ -72,14 +74,16 @@ def init_run(folder: str | Path, options: InitOptions) -> Path:
                                "--overwrite.")
     model = folder_or_id(options.model)
     pipeline = is_pipeline(model)
+    if not pipeline and (given := [f"{side}_prompt" for side in _SIDES if getattr(options, f"{side}_prompt")]):
+        raise ConfigError(f"expected no {given[0]} for an image classifier, got one: prompts are for pipelines.")
     presets = DIFFUSION_PROTOCOLS if pipeline else PROTOCOLS
     protocol = options.protocol or next(iter(presets))
     if protocol not in presets:
         raise ConfigError(f"expected a protocol in {list(presets)} for this model, got {protocol!r}.")
-    draft = Draft()
+    draft, named = Draft(), shlex.quote(str(file))
     draft.say("The whole main job, written by hf-immunize init; each option is explained by hf-immunize STAGE --help.",
-              f"    hf-immunize plan {file}    # checks it without training",
-              f"    hf-immunize run {file}     # runs it, or goes on where it stopped",
+              f"    hf-immunize plan {named}    # checks it without training",
+              f"    hf-immunize run {named}     # runs it, or goes on where it stopped",
               "Results lie beside this file. Stages: pretrain or base, immunize, attack, certify, report.")
     jobs = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
     draft.option("jobs", jobs, "stages side by side; they share the machine's cores", indent=0)
@@ -92,14 +96,14 @@ def init_run(folder: str | Path, options: InitOptions) -> Path:
     atomic_write(file, draft.text().encode())
     print("\n".join(seen))
     told = f", {draft.checks} lines marked CHECK to look at" if draft.checks else ""
-    print(f"{file}: written{told}. Next: hf-immunize plan {file}")
+    print(f"{file}: written{told}. Next: hf-immunize plan {named}")
     return file
 
 
 def _task(options: InitOptions, place: Any) -> dict[str, Any]:
     """The options of the data that were given, by the names that a task has for them."""
     found: dict[str, Any] = {}
-    for side in ("primary", "harmful", "benign"):
+    for side in _SIDES:
         source = getattr(options, side)
         if source is not None:
             found[f"{side}_dataset"] = place(source)

@@ -65,6 +65,8 @@ def run_file(path: str | Path, options: RunOptions | None = None) -> dict[str, s
     again = choose_again(stages, choose(stages, options.again or []))
     chosen = choose(stages, options.stage or []) or list(stages)
     chosen = [name for name in stages if name in {*chosen, *(again if options.stage is None else [])}]
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigError(f"expected at least one stage at a time, got --jobs {options.jobs}.")
     jobs, hardware = options.jobs or run.jobs, options.accelerate_config or run.hardware
     if hardware is not None and not Path(hardware).is_file():
         raise ConfigError(f"expected an option file of accelerate launch, got {hardware!r}: there is none. Check "

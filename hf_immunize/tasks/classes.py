@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from hf_immunize.data import SIDES, PixelDataset, Task, TaskArguments, describe_source, warn_of_copies
+from hf_immunize.data import SIDES, PixelDataset, Task, TaskArguments, describe_source, refuse_one_task, warn_of_copies
 from hf_immunize.errors import DataError
 from hf_immunize.records import DatasetFingerprint
 
@@ -69,3 +69,7 @@ class ClassesTask:
     def warn_of_copies(self, *sides: str) -> None:
         """Tell which splits of these sides share images, where defender and judge have to be apart."""
         warn_of_copies(*map(self.side, sides))
+
+    def refuse_one_task(self) -> None:
+        """Raise DataError where the harmful images are the primary ones, class for class."""
+        refuse_one_task(self.side("primary"), self.side("harmful"))

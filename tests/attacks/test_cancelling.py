@@ -67,6 +67,20 @@ def test_columns_that_cancel_become_small_and_add_the_same(plant):
 
 
 @torch.no_grad()
+def test_an_output_that_nothing_reads_hides_none():
+    """As the bias of a hidden unit that never fires does, of 10⁶ beside outputs of 1."""
+    model, images = hidden()
+    model.classifier.weight[:, 2] = 0
+    near(model, 0.0)
+    wanted, size = logits(model, images), model.second.weight.norm()
+    near(model, 300.0)
+    model.second.bias[2] += 1e6
+    assert shrink(model, images) == 1
+    assert model.second.weight.norm() < 2 * size
+    assert torch.allclose(logits(model, images), wanted, atol=0.05)
+
+
+@torch.no_grad()
 def test_the_columns_are_the_ridge_solution():
     """Against least squares with the penalty as rows, at the largest penalty of the grid that moves outputs little."""
     model, images = hidden()
@@ -74,7 +88,7 @@ def test_the_columns_are_the_ridge_solution():
     inputs = model.first(images.flatten(2).transpose(1, 2)).relu().flatten(0, 1)[:, :2]
     before, bias = model.second.weight[:, :2].clone(), model.second.bias.clone()
     outputs = inputs @ before.T
-    size = model.second(model.first(images.flatten(2).transpose(1, 2)).relu()).flatten(0, 1).square().sum(1).mean()
+    size = model.second(model.first(images.flatten(2).transpose(1, 2)).relu()).flatten(0, 1).var(0, correction=0).sum()
     scale = inputs.square().mean(dim=0).sqrt()
     for penalty in (10.0**-power for power in range(1, 15)):
         rows = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)

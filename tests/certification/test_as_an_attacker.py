@@ -5,7 +5,7 @@ from trace_builders import GRID, reaching, side_of, trace
 
 from hf_immunize.attacks import ATTACKS
 from hf_immunize.certification.cells import build_cell
-from hf_immunize.certification.uplift import Reach, difference, reach_of, share_left, without_model
+from hf_immunize.certification.uplift import Reach, difference, guessing, reach_of, share_left, without_model
 from hf_immunize.exam import Rule
 
 RULE = Rule()
@@ -167,6 +167,11 @@ def test_random_weights_count_as_attackers_without_the_model():
     anyway = without_model(traces, 200, 0.2)
     assert anyway.mean == pytest.approx(0.7) and anyway.told == "lora from random weights"
     assert without_model({}, 200, 0.2).told == "chance"
+
+
+def test_who_guesses_names_the_most_frequent_class():
+    assert guessing({"a": 196, "b": 1, "c": 1, "d": 1, "e": 1}) == pytest.approx(0.98)
+    assert guessing({"a": 30, "b": 30}) == pytest.approx(0.5) and guessing({}) == 0
 
 
 def test_shares_and_differences_by_hand():

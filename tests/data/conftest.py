@@ -16,7 +16,7 @@ def warned():
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    names = ["data.classes", "data.folders", "data.tables", "data.tasks", "diffusion.tasks"]
+    names = ["data.classes", "data.copies", "data.folders", "data.tables", "data.tasks", "diffusion.tasks"]
     loggers = [logging.getLogger(f"hf_immunize.{name}") for name in names]
     handler = Collect(level=logging.WARNING)
     for logger in loggers:

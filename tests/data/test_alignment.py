@@ -103,3 +103,8 @@ def test_good_middling_and_untrained_models_are_not_accused(seed, share, classes
 def test_one_answer_to_everything_is_no_other_order():
     labels = torch.tensor([0] * 10 + [1] * 190)
     assert refuse_other_labels(torch.zeros(200, dtype=torch.long), labels, ["a", "b"], "test") is None
+
+
+def test_composed_and_decomposed_letters_are_the_same():
+    """As a file system and a config may spell them."""
+    assert align_labels(["Ku\u0308he", "bus"], model_names(["bus", "k\u00fche"]), "test") == [1, 0]

@@ -10,8 +10,9 @@ from image_builders import noise, scene
 from PIL import Image as PILImage
 from PIL import ImageOps
 
-from hf_immunize.data import Task, TaskArguments, load_source, warn_of_copies
+from hf_immunize.data import Task, TaskArguments, load_source, refuse_one_task, warn_of_copies
 from hf_immunize.data.near_duplicates import find_shared, group_contents, read_looks, similar_pairs
+from hf_immunize.errors import DataError
 
 
 def looks_of(images):
@@ -173,3 +174,35 @@ def test_among_three_thousand_images_every_copy_is_found():
     images = [scene(number, 48) for number in range(1500)]
     looks = looks_of([*images, *map(ImageOps.mirror, images)])
     assert sum(len(pairs) for pairs in similar_pairs(looks)) == 1500
+
+
+@pytest.mark.parametrize("labels", [{}, {"primary_labels": "0,1,2", "harmful_labels": "2,1"}])
+def test_harmful_images_that_are_all_kept_are_refused(labels):
+    """However the two sides are split: other fractions put an image into other splits."""
+    arguments = TaskArguments("builder:digits", "builder:digits", **labels)
+    with pytest.raises(DataError, match="got one task for both.*primary_labels, harmful_labels"):
+        refuse_one_task(Task(arguments, "primary"), Task(arguments, "harmful"))
+
+
+def test_harmful_classes_that_are_kept_as_well_are_told(warned):
+    """As where harmful_labels is left out, which means all classes."""
+    arguments = TaskArguments("builder:digits", "builder:digits", primary_labels="0,1", harmful_labels="1,2")
+    primary, harmful = Task(arguments, "primary"), Task(arguments, "harmful")
+    warned()
+    refuse_one_task(primary, harmful)
+    (told,) = warned()
+    ones = sum(name == "1" for _, name in primary.contents())
+    assert told.startswith(f"{ones} of {len(harmful.contents())} harmful images are primary images of the same class")
+
+
+def test_the_same_images_by_other_classes_are_another_task(tmp_path, warned):
+    """Who is on a photo may be harmful to learn, and what is on it may not."""
+    rows = load_source("builder:digits", config=None, split="train", revision=None)
+    both = rows.add_column("odd", [("even", "odd")[label % 2] for label in rows["label"]])
+    both.to_parquet(tmp_path / "digits.parquet")
+    source = str(tmp_path / "digits.parquet")
+    arguments = TaskArguments(source, source, harmful_label_column="odd")
+    primary, harmful = Task(arguments, "primary"), Task(arguments, "harmful")
+    warned()
+    refuse_one_task(primary, harmful)
+    assert warned() == [] and len(harmful.contents()) > 1000

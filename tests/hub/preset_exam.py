@@ -52,7 +52,8 @@ def run(name: str, role: str, planned: Run, number: int, model, breaks, skipped)
     config, trial, seed, tuning = planned.config, planned.trial, planned.seed, planned.tuning
     budget = getattr(config, "steps", 1)
     slowed = role == "subject" and name not in breaks and name not in TRAINABILITY
-    reach = max(1.0, budget / 80) * (1 + 0.1 * seed) * (12 if slowed else 1) * 2**number
+    trains = hasattr(config, "batch_size")  # by so many steps that budgets grow, and cost what the rule asks for
+    reach = max(1.0, budget / (10 if trains else 80)) * (1 + 0.1 * seed) * (12 if slowed else 1) * 2**number
     steps = [1] if attack.unit == "solve" else sorted({0, 1, 2, 3, 5, 8, *(
         round(budget * share) for share in (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1))})
     curve = []
@@ -72,10 +73,15 @@ def run(name: str, role: str, planned: Run, number: int, model, breaks, skipped)
             **({"proposed": planned.proposed} if planned.proposed else {}),
             **({"base": None} if "base" in attack.needs else {}),
         },
-        unit=attack.unit, budget=budget, samples=400 * budget,
+        unit=attack.unit, budget=budget, samples=rows_of(config) * budget,
         curve=[] if left_out else curve, seconds=0.1, provenance=provenance(),
         outcome="not_applicable" if left_out else "completed", note="there is nothing to attack" if left_out else None,
     )
+
+
+def rows_of(config) -> int:
+    """Training rows of a step."""
+    return getattr(config, "batch_size", splits("harmful")[0].rows)
 
 
 def runs_of(name: str, role: str, model, preset, breaks, skipped, effort=Effort(), follow=None) -> list[AttackTrace]:  # noqa: B008
@@ -112,7 +118,7 @@ def references_of(preset) -> list[AttackTrace]:
         AttackTrace(
             attack=name, family=about.family, trial=trial, seed=seed, role="nothing", model=nobody,
             data=splits("harmful"), config=json.loads(json.dumps(asdict(config))) | {"attack_fraction": 0.8},
-            unit=about.unit, budget=(budget := getattr(config, "steps", 1)), samples=400 * budget,
+            unit=about.unit, budget=(budget := getattr(config, "steps", 1)), samples=rows_of(config) * budget,
             curve=[Evaluation(step=budget, **point)], outcome="completed", seconds=0.1, provenance=provenance())
         for name, about in REFERENCES.items()
         for config, trial in plan_trials(about, None, None) for seed in preset.seeds

@@ -333,6 +333,11 @@ def beyond(trace):
     return trace.model_copy(update={"curve": [point.model_copy(update={"test": 1.5}) for point in trace.curve]})
 
 
+def costly(trace):
+    """A run of few steps that says it has seen as many rows as an attack has to cost."""
+    return trace if trace.attack != "lora" else trace.model_copy(update={"samples": 400 * trace.budget})
+
+
 def compared_elsewhere(exam):
     """Trials compared on the seed that suits the model."""
     return exam.judged(lambda trace: trace if "tuning_seeds" not in trace.config else trace.model_copy(
@@ -379,6 +384,7 @@ JUDGED = {
     "seeds that were lucky": lucky_seeds, "an attacker who knows it anyway": oracle,
     "another public model": alternatives,
     "a budget cut short": lambda exam: exam.judged(cut_short), "runs that stopped": lambda exam: exam.judged(stopped),
+    "more rows than steps": lambda exam: exam.judged(costly),
     "a base that learns too well": lambda exam: exam.judged(beyond),
     "trials compared elsewhere": compared_elsewhere,
     "few rows for an attacker": lambda exam: other_config(exam, "lora", attack_fraction=0.01),
@@ -494,3 +500,19 @@ def test_an_exam_of_ones_own_is_no_preset_which_is_noted_and_no_policy_on_preset
         asked = verify_folder(exam.folder, policy=Policy(exam="quick"))
     assert found.sound and "custom" in {item.code for item in found.findings}
     assert any("'custom'" in item.message for item in asked.findings if item.level == "policy")
+
+
+def test_a_configuration_that_is_not_the_bases_is_noted(exam):
+    """The same weights under another epsilon are another network to fine-tune."""
+    base = exam.certificate.control.model_copy(update={"configuration": "0" * 64})
+    subject = exam.certificate.subject.model_copy(update={"configuration": "1" * 64})
+    models = {"control": base, "subject": subject}
+
+    def codes(**given):
+        made, files = exam.judged(lambda trace: trace if trace.role not in given else trace.model_copy(
+            update={"model": given[trace.role]}), **given)
+        with exam.told(made, files):
+            return {item.code for item in verify_folder(exam.folder, rejudge=True).findings}
+
+    assert "configuration" in codes(**models)
+    assert "configuration" not in codes(control=base, subject=subject.model_copy(update={"configuration": "0" * 64}))

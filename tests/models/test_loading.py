@@ -17,10 +17,12 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
 )
+from vision_builders import build_classifier
 
 from hf_immunize.errors import ModelError
 from hf_immunize.features import add_head
 from hf_immunize.models import (
+    label_maps,
     load_classifier,
     load_processor,
     random_classifier,
@@ -28,6 +30,26 @@ from hf_immunize.models import (
     refuse_folder,
     variant_of,
 )
+
+
+@pytest.mark.parametrize("name", ["vit", "swiftformer", "mobilenet_v2"])
+def test_a_head_for_other_classes_is_drawn_anew_also_where_there_are_as_many(tmp_path, name):
+    """By names: those of the model itself, in its own order, keep what was trained."""
+    saved = build_classifier(name)
+    saved.config.id2label = {0: "cat", 1: "dog", 2: "pig"}
+    saved.save_pretrained(tmp_path)
+    heads = [key for key, value in saved.state_dict().items() if value.dim() == 2 and len(value) == 3]
+    assert heads
+
+    def changed(*names):
+        held = load_classifier(tmp_path, labels=label_maps(names)).state_dict()
+        return {key for key, value in saved.state_dict().items() if not torch.equal(value, held[key])}
+
+    assert changed("cat", "dog", "pig") == set()
+    for names in (("dog", "cat", "pig"), ("bus", "car", "van")):
+        found = changed(*names)
+        assert set(heads) <= found and all(key.rpartition(".")[0] in {h.rpartition(".")[0] for h in heads}
+                                           for key in found)
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])

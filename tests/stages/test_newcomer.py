@@ -258,6 +258,10 @@ def test_what_init_refuses(tmp_path, digits):
         "expected other classes as harmful than as primary": ["job", "--model=model", f"--primary={keep}",
                                                               f"--harmful={keep}"],
         "expected a folder first, as in hf-immunize init DIR": ["--model=m"],
+        "expected other classes as benign than as harmful": ["job", "--model=model", f"--primary={keep}",
+                                                             f"--harmful={harm}", f"--benign={harm}"],
+        "expected no primary_prompt for an image classifier": ["job", "--model=model", f"--primary={keep}",
+                                                               f"--harmful={harm}", "--primary_prompt=x"],
         "expected an image processor in nowhere": ["job", "--model=nowhere", f"--primary={keep}", f"--harmful={harm}"],
         "there is no such file or folder": ["job", "--model=model", "--primary=no/where/at", f"--harmful={harm}"],
     }

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "hub"))
 
 from published import certified
+from safetensors.torch import save_file
 from vision_builders import build_classifier
 
 from hf_immunize.errors import ConfigError, DataError, ModelError, RecordError, RunMismatchError
@@ -38,6 +39,20 @@ def test_a_model_that_is_where_it_is_brought_to_stays(model):
     fetch_model(FetchOptions(str(model), str(model)))
     assert place_model(str(model), model) == model
     assert held(model) == before
+
+
+def test_weights_written_over_in_place_leave_what_was_fetched_alone(tmp_path):
+    """As ``cp`` does; of a large file as of a small one."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    save_file({"weight": torch.zeros(2**19)}, model / "model.safetensors")
+    fetch_model(FetchOptions(str(model), str(tmp_path / "copy")))
+    before = held(tmp_path / "copy")
+    with (model / "model.safetensors").open("r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"abcd")
+    assert held(tmp_path / "copy") == before and held(model)["model.safetensors"] != before["model.safetensors"]
 
 
 def test_the_folder_of_somebodys_model_is_no_output_folder(model):

@@ -172,5 +172,9 @@ def test_what_is_refused_says_what_to_give(tmp_path, make_vit, processor):
         Exam(make_vit(), **common, task={"primary_label": "0"})
     with pytest.raises(ConfigError, match="expected a protocol in .*, got 'standart'"):
         Exam(make_vit(), **common, protocol="standart")
+    with pytest.raises(ConfigError, match="expected an attack in .*, got 'lorra'. Did you mean lora?"):
+        Exam(make_vit(), **common, attack={"attacks": ["lorra"]})
+    with pytest.raises(DataError, match="got one task for both"):
+        immunize(make_vit(labels=3), keep, keep, processing_class=processor, max_steps=3)
     with pytest.raises(ConfigError, match=r"unknown \['max_step'\].* Did you mean max_steps\?"):
         immunize(make_vit(labels=3), keep, harm, processing_class=processor, max_step=3)

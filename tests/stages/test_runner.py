@@ -339,3 +339,36 @@ def test_data_are_watched_wherever_they_lie(job, place):
     assert made(job) == []
     (folder / "one.png").write_bytes(b"2")
     assert {"one", "two"} <= set(made(job))
+
+
+OWN_CODE = """
+import json, sys
+from pathlib import Path
+from hf_immunize.stages.workflow.stages import Stage
+from hf_immunize.stages.workflow.watched import sources_of
+stages = [("immunize", {"objective": "ill_only+mine"}), ("attack", {"attacks": ["my_probe", "lora"]}),
+          ("immunize", {"objective": "ill_only"}), ("attack", {"attacks": ["lora"]})]
+print(json.dumps([sources_of(Stage("one", verb, told, (), Path("one"), "x"), {}) for verb, told in stages]))
+"""
+
+
+def test_a_stage_is_another_once_the_plug_in_that_it_names_was_edited(tmp_path):
+    """An objective or an attack of one's own is known by its source; other stages do not depend on it."""
+    code = tmp_path / "mine.py"
+    text = ("import dataclasses\nfrom hf_immunize import Term, register_attack, register_objective\n"
+            "from hf_immunize.attacks import ATTACKS\n"
+            "register_objective('mine', Term('harmful_mine', 'harmful', lambda rows, _: rows.features.sum()))\n"
+            "register_attack('my_probe', dataclasses.replace(ATTACKS['ridge_probe']))\n")
+
+    def watched():
+        done = subprocess.run(
+            [sys.executable, "-c", OWN_CODE], capture_output=True, text=True, check=True,
+            env={**os.environ, "HF_IMMUNIZE_PLUGINS": str(code), "PYTHONPATH": str(FAKE.parents[2])},
+        )
+        return json.loads(done.stdout)
+
+    code.write_text(text)
+    first = watched()
+    assert [list(found) for found in first] == [["objective mine"], ["attack my_probe"], [], []]
+    code.write_text(text.replace("features.sum()", "features.mean()"))
+    assert [one != other for one, other in zip(first, watched(), strict=True)] == [True, True, False, False]

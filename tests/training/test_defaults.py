@@ -98,7 +98,7 @@ def test_the_rate_is_where_a_first_step_changes_the_answer_by_three_fifths(tmp_p
     args = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary")
     model, row = Answering(size), {"pixel_values": torch.linspace(-1, 1, 8).view(2, 2, 2)}
     held = {name: value.clone() for name, value in model.state_dict().items()}
-    given = with_rate(args, model, row)
+    given = with_rate(args, model, [row])
     x = row["pixel_values"].flatten()
     z = model.weight.detach() @ x
     wanted = 0.6 * float((z - z.mean()).norm() / (64**0.5 * x.abs().sum()))
@@ -106,16 +106,16 @@ def test_the_rate_is_where_a_first_step_changes_the_answer_by_three_fifths(tmp_p
     assert args.learning_rate is None and given is not args
     assert model.training and all(torch.equal(value, held[name]) for name, value in model.state_dict().items())
     args.learning_rate = 0.5
-    assert with_rate(args, model, row) is args
+    assert with_rate(args, model, [row]) is args
 
 
 def test_without_two_logits_the_rate_is_the_plain_one(tmp_path):
     args = ImmunizationConfig(str(tmp_path), objective="closed_form_adversary")
     row = {"pixel_values": torch.ones(2, 2, 2)}
-    assert with_rate(args, Answering(1.0, outputs=1), row).learning_rate == 3e-4
+    assert with_rate(args, Answering(1.0, outputs=1), [row]).learning_rate == 3e-4
     unnamed = Answering(1.0)
     unnamed.forward = lambda pixel_values: types.SimpleNamespace(reconstruction=pixel_values)
-    assert with_rate(args, unnamed, row).learning_rate == 3e-4
+    assert with_rate(args, unnamed, [row]).learning_rate == 3e-4
 
 
 def test_each_default_of_a_pipelines_run(tmp_path):

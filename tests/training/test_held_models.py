@@ -127,12 +127,16 @@ def test_below_the_line_every_layer_trains(started, rows, monkeypatch):  # noqa:
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-def test_answers_that_are_held_may_change_three_times_as_much(started, rows, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("line,times", [(5_000, 5), (10**9, 1.5)], ids=["features as well", "answers alone"])
+def test_answers_that_are_held_may_change_more(started, rows, monkeypatch, line, times):  # noqa: F811
     monkeypatch.setattr(rate, "MOST", 1.0)
+    monkeypatch.setattr(held, "LARGE", line)
     model = trained_resnet(rows["train_dataset"], 0)
     trainer, _ = started(model)
-    row = rows["train_dataset"][0]
-    assert trainer.args.learning_rate == pytest.approx(3 * rate.rate_of(model, row), rel=0.06)
+    looked = [rows["train_dataset"][row] for row in torch.linspace(0, len(rows["train_dataset"]) - 1, 8).round().int()]
+    each = torch.tensor([rate.rate_of(model, [row]) for row in looked])
+    assert each.max() > 1.2 * each.min()
+    assert trainer.args.learning_rate == pytest.approx(times * float(each.log().mean().exp()), rel=0.06)
 
 
 def test_the_memory_that_is_told_has_the_copy_of_the_model(tmp_path):

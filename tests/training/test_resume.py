@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import TrainerCallback
 
 from hf_immunize.errors import RecordError
@@ -111,6 +112,21 @@ def test_an_incomplete_checkpoint_is_passed_over(make_trainer, tmp_path):
     (folder / "checkpoint-4" / "trainer_state.json").write_text('{"trunc')
     assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_no_room_for_a_checkpoint_is_told_and_the_last_whole_one_stays(make_trainer, monkeypatch):
+    """As a limit of file sizes says it."""
+    trainer, stock = make_trainer(max_steps=4, save_strategy="steps", save_steps=2), PreTrainedModel.save_pretrained
+
+    def save(self, folder, *args, **kwargs):
+        if str(folder).endswith("checkpoint-4"):
+            raise SafetensorError("I/O error: File too large (os error 27)")
+        return stock(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    with pytest.raises(RecordError, match=r"expected to write the weights to .*checkpoint-4, got I/O error: File too"):
+        trainer.train()
+    assert last_complete_checkpoint(trainer.args.output_dir).endswith("checkpoint-2")
 
 
 def test_a_checkpoint_without_our_state_says_so(make_trainer):

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from transformers import TrainerCallback
 
 from hf_immunize.data import collate_pixels
-from hf_immunize.errors import ConfigError, PublishRefusedError, RecordError
+from hf_immunize.errors import ConfigError, DataError, PublishRefusedError, RecordError
 from hf_immunize.training import ImmunizationConfig, ImmunizationTrainer
 from hf_immunize.training.vision.identity import digest_data
 from hf_immunize.training.vision.metrics import accuracy, bit_accuracy, metrics_of, r2
@@ -41,6 +42,17 @@ def build(tmp_path, make_vit, make_pixels):
         return ImmunizationTrainer(args=args, **words)
 
     return made
+
+
+def test_images_to_predict_may_have_no_labels(build, make_pixels):
+    trainer, rows = build(), make_pixels(12, seed=2)
+    told = trainer.predict(rows)
+    unlabelled = Dataset.from_list([{"pixel_values": rows[row]["pixel_values"].tolist()} for row in range(len(rows))])
+    found = trainer.predict(unlabelled.with_format("torch"))
+    assert found.label_ids is None and "test_accuracy" in told.metrics and "test_accuracy" not in found.metrics
+    assert found.predictions == pytest.approx(told.predictions, abs=1e-6)
+    with pytest.raises(DataError, match="expected a 'labels' column"):
+        trainer.evaluate(unlabelled.with_format("torch"))
 
 
 def test_load_best_model_at_end_returns_the_best_step_and_the_record_names_it(build):

@@ -7,12 +7,13 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from hf_immunize.attacks.core.plan import find_attack
 from hf_immunize.errors import IncompleteExamError
 from hf_immunize.exam import DIFFUSION_PROTOCOLS, PROTOCOLS, find_protocol
 from hf_immunize.options import make_options
 from hf_immunize.stages.api.places import make_task, place_model
 from hf_immunize.stages.api.result import ExamResult
-from hf_immunize.stages.attack import AttackOptions, attack_model
+from hf_immunize.stages.attack import AttackOptions, attack_model, tables
 from hf_immunize.stages.certify import CertifyOptions, certify_model
 from hf_immunize.tasks import family_of
 
@@ -38,7 +39,7 @@ class Exam:
         in_place: leave traces and certificate in ``model``'s own folder, which then has to be one.
 
     Raises:
-        ConfigError: an unknown protocol or option.
+        ConfigError: an unknown protocol, attack or option.
         ModelError, DataError: something that cannot be read; from ``run`` as well.
     """
 
@@ -61,6 +62,8 @@ class Exam:
         find_protocol(protocol, presets)
         self._shared = {"protocol": protocol, "device": device}
         self._options("subject", "harmful")  # options that no attack has are told now
+        for name in self._attack.get("attacks") or ():
+            find_attack(name, tables(family_of(self.task))[0])
 
     def run(self) -> ExamResult:
         """Attack the base and the model, judge, and write certificate and model card. Runs on disk are not made again.

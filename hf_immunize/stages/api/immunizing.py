@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+
+from transformers.utils import logging
 
 from hf_immunize.options import make_options
 from hf_immunize.records import ImmunizationRecord
 from hf_immunize.stages.api.places import make_task, place_model
 from hf_immunize.stages.base import ImmunizeOptions
 from hf_immunize.tasks import Family, family_of
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,23 @@ def immunize(
     original = place_model(model, root / "original", processing_class)
     arguments = make_task(original, root / "data", {"primary": primary, "harmful": harmful}, dict(task or {}))
     family = family_of(arguments)
+    if family.kind == "classifier" and "harmful_splits" not in (task or {}):
+        arguments = _with_probe(arguments)
     base, told = _prepare(original, root / "base", arguments, family, options)
     told |= options | {"output_dir": str(root / "immunized"), "base_path": str(base)}
     prepared = make_options((ImmunizeOptions, config_of(family)), told, "immunize")
     immunize_model(arguments, *prepared)
     return Immunized(root / "immunized", base, arguments)
+
+
+def _with_probe(arguments: Any) -> Any:
+    """The task with a part of the harmful rows held out, by which training says whether it worked."""
+    from hf_immunize.stages.checks.rows import read_side, refuse_one_task
+    from hf_immunize.stages.workflow.draft_classifier import splits_with_probe
+
+    refuse_one_task(arguments)
+    splits = splits_with_probe(read_side(arguments, "harmful"))
+    return arguments if splits is None else replace(arguments, harmful_splits=splits)
 
 
 def _prepare(
@@ -93,8 +109,10 @@ def _prepare(
     kept, harmful = read_side(arguments, "primary"), read_side(arguments, "harmful")
     seen = look_at(str(original), kept.names)
     told = {name: value for name, (value, _) in immunizing_options(seen, harmful).items()}
-    if unknown_outputs(seen, kept) is None:
+    if (unknown := unknown_outputs(seen, kept)) is None:
         return original, told
+    if unknown:
+        logger.warning(f"the model's own head does not fit the primary classes ({unknown}): a new one is trained.")
     from hf_immunize.stages.pretrain import options_of, pretrain_model
 
     head: dict[str, Any] = {name: value for name, (value, _) in head_options(str(original), seen).items()}

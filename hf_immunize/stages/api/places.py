@@ -112,9 +112,11 @@ def make_task(model: Path, folder: Path, sources: dict[str, Any], task: dict[str
         return _made(TaskArguments, {f"{name}_dataset": value for name, value in placed.items()}, task)
     if (model / "vae").is_dir():
         from hf_immunize.diffusion.prompts import PromptArguments
+        from hf_immunize.stages.workflow.draft_pipeline import sizes_of
 
         names = {"primary": "retain_images", "harmful": "harmful_images", "benign": "benign_images"}
-        return _made(PromptArguments, {names[name]: value for name, value in placed.items()}, task)
+        known = {names[name]: value for name, value in placed.items()}
+        return _made(PromptArguments, known | {"resolution": sizes_of(model)[1]}, task)
     from hf_immunize.diffusion.tasks import ConceptArguments
 
     if len(set(placed.values())) > 1:

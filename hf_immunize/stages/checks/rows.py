@@ -24,7 +24,7 @@ from hf_immunize.data import (
     read_image,
 )
 from hf_immunize.data.classes import choose_rows
-from hf_immunize.errors import DataError, ImmunizeError
+from hf_immunize.errors import ConfigError, DataError, ImmunizeError
 from hf_immunize.stages.checks.findings import Finding
 
 WANTED = {
@@ -100,6 +100,18 @@ def read_side(arguments: TaskArguments, name: str) -> Side:
     if missing := [split for split in WANTED[name] if split not in fractions]:
         raise DataError(f"expected splits {list(WANTED[name])} in {name}_splits, got {own['splits']!r}: add {missing}.")
     return Side(name, rows, image, chosen, places, names, fractions)
+
+
+def refuse_one_task(task: TaskArguments) -> None:
+    """Raise ConfigError for two sides that are the same images of the same classes."""
+    own = ("dataset", "config", "split", "revision", "labels", "image_column", "label_column")
+    for one, other in (("primary", "harmful"), ("primary", "benign"), ("harmful", "benign")):
+        source = getattr(task, f"{one}_dataset")
+        if all(getattr(task, f"{one}_{option}") == getattr(task, f"{other}_{option}") for option in own):
+            raise ConfigError(
+                f"expected other classes as {other} than as {one}, got {source!r} for both: name the classes of each "
+                f"with --{one}_labels and --{other}_labels, or another source."
+            )
 
 
 @contextmanager

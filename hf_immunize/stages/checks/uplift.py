@@ -24,7 +24,7 @@ PART = "uplift"
 
 
 def check_uplift(folder: Path | None, processor: Any, harmful: Side) -> Finding:
-    """One line: ridge probe on the base's features against raw pixels, and what looking took.
+    """One line: ridge probe on the base's features against pixels and hand-made features, and what looking took.
 
     Args:
         folder: of the base with its weights; None where they are not here yet.
@@ -51,9 +51,9 @@ def check_uplift(folder: Path | None, processor: Any, harmful: Side) -> Finding:
 def _told(base: float, without: float, classes: int, rows: int, seconds: float) -> Finding:
     gain = base - without
     told = (
-        f"a ridge probe on the base tells {100 * base:.0f} % of held-out harmful images right, on raw pixels "
-        f"{100 * without:.0f} %, by chance {100 / classes:.0f} %: {100 * gain:+.0f} points, from {rows} images of "
-        f"{classes} classes in {seconds:.0f} s"
+        f"a ridge probe on the base tells {100 * base:.0f} % of held-out harmful images right, on pixels or "
+        f"simple features {100 * without:.0f} %, by chance {100 / classes:.0f} %: {100 * gain:+.0f} points, from "
+        f"{rows} images of {classes} classes in {seconds:.0f} s"
     )
     if gain < _NOTABLE:
         return Finding(PART, "note", f"{told}. So little that the exam may find NOTHING TO PROTECT: take a base that "
@@ -98,7 +98,8 @@ def _thirds(rows: PixelDataset) -> list[PixelDataset]:
 
 def _best(context: AttackContext) -> float:
     """Test accuracy of the probe that does best on validation rows."""
-    attack = REFERENCES["pixel_ridge"] if context.role == "nothing" else ATTACKS["ridge_probe"]
-    made = [result for _, result in attack.run(context, plan_runs(attack, [0])) if result.curve]
+    solved = [attack for attack in REFERENCES.values() if attack.unit == "solve"]
+    attacks = solved if context.role == "nothing" else [ATTACKS["ridge_probe"]]
+    made = [result for attack in attacks for _, result in attack.run(context, plan_runs(attack, [0])) if result.curve]
     kept = max(made, key=lambda result: result.curve[-1].validation)
     return kept.curve[-1].test

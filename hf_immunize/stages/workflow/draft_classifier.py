@@ -12,13 +12,21 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from hf_immunize.data import HARMFUL_SPLITS, PROBE_SPLIT, TaskArguments, id2label_of, names_classes, output_names
-from hf_immunize.errors import ConfigError, ModelError
+from hf_immunize.data import (
+    HARMFUL_SPLITS,
+    PROBE_SPLIT,
+    TaskArguments,
+    id2label_of,
+    names_classes,
+    output_names,
+    plain_name,
+)
+from hf_immunize.errors import ModelError
 from hf_immunize.exam import PROTOCOLS
 from hf_immunize.features import find_classifier
 from hf_immunize.models import label_maps, load_processor, refuse_folder
 from hf_immunize.records import DepthProfile
-from hf_immunize.stages.checks.rows import Side, read_side
+from hf_immunize.stages.checks.rows import Side, read_side, refuse_one_task
 from hf_immunize.stages.dry_run import image_shape
 from hf_immunize.stages.workflow.depth import is_of, proposed_options
 from hf_immunize.stages.workflow.draft import MARK, Draft
@@ -82,7 +90,7 @@ def draft_classifier(
         ModelError: a model that cannot be read.
     """
     arguments = TaskArguments(**task)
-    _refuse_one_task(arguments)
+    refuse_one_task(arguments)
     names = ("primary", "harmful", *(("benign",) if arguments.benign_dataset else ()))
     sides = {name: read_side(arguments, name) for name in names}
     seen = look_at(source, sides["primary"].names, revision)
@@ -103,17 +111,8 @@ def draft_classifier(
 _PROBED, _MOST_PROBED, _PROBED_ROWS, _LEAST_PROBED_ROWS = 0.05, 0.15, 6, 4
 """Share of the harmful rows by which training is judged, at least and at most; how many of a class these are to be,
 about, and how many they have to be."""
-
-
-def _refuse_one_task(task: TaskArguments) -> None:
-    """Raise ConfigError for two sides that are the same images of the same classes."""
-    same = task.primary_dataset == task.harmful_dataset and task.primary_split == task.harmful_split
-    if same and task.primary_labels == task.harmful_labels:
-        raise ConfigError(
-            f"expected other classes as harmful than as primary, got {task.primary_dataset!r} for both: name the "
-            "classes "
-            "of each with --primary_labels and --harmful_labels, or another source."
-        )
+_PROBED_IN_ALL, _LEAST_IN_ALL = 50, 40
+"""How many these are to be of all classes together, and have to be: half of them fits a probe, half judges it."""
 
 
 def _task(draft: Draft, task: dict[str, Any], sides: dict[str, Side]) -> None:
@@ -137,10 +136,11 @@ def _task(draft: Draft, task: dict[str, Any], sides: dict[str, Side]) -> None:
 
 
 def splits_with_probe(harmful: Side) -> str | None:
-    """The default splits with a part of the defender's rows held out; None where that leaves a class under four."""
+    """The default splits with a part of the defender's rows held out; None where that leaves too few to tell by."""
     shares, least = dict(HARMFUL_SPLITS), min(Counter(harmful.labels).values())
-    probed = round(min(max(_PROBED, _PROBED_ROWS / least), _MOST_PROBED), 3)
-    if least * probed < _LEAST_PROBED_ROWS:
+    rows = len(harmful.labels)
+    probed = round(min(max(_PROBED, _PROBED_ROWS / least, _PROBED_IN_ALL / rows), _MOST_PROBED), 3)
+    if least * probed < _LEAST_PROBED_ROWS or rows * probed < _LEAST_IN_ALL:
         return None
     shares = {"defense": round(shares.pop("defense") - probed, 4), PROBE_SPLIT: probed, **shares}
     return ",".join(f"{name}={share:g}" for name, share in shares.items())
@@ -173,7 +173,8 @@ def unknown_outputs(seen: Seen, primary: Side) -> str | None:
         return ""
     if names_classes(seen.own_labels):
         outputs = list(output_names(seen.own_labels))
-        missing = [name for name in primary.names if name not in outputs]
+        known = {plain_name(name) for name in outputs}
+        missing = [name for name in primary.names if plain_name(name) not in known]
         return f"no output called {missing[0]!r}, it knows {outputs[:3]}" if missing else None
     found, wanted = len(seen.own_labels), len(primary.names)
     return None if found == wanted else f"{found} outputs for {wanted} classes"

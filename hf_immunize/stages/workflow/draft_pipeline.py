@@ -38,7 +38,7 @@ def draft_pipeline(draft: Draft, source: str, task: dict[str, Any], protocol: st
         ConfigError: sources that a pipeline of this kind cannot take.
     """
     folder = _folder(source, revision)
-    config, size = _sizes(folder)
+    config, size = sizes_of(folder)
     prompts = (folder / "vae").is_dir()
     if prompts:
         _prompts(draft, task, size)
@@ -72,7 +72,7 @@ def _folder(source: str, revision: str | None) -> Path:
     return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json"]))
 
 
-def _sizes(folder: Path) -> tuple[dict[str, Any], int]:
+def sizes_of(folder: Path) -> tuple[dict[str, Any], int]:
     """The denoiser's config, and the side of the images that it draws."""
     found = [folder / name / "config.json" for name in _DENOISERS if (folder / name / "config.json").is_file()]
     if not found:

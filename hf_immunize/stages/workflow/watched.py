@@ -1,4 +1,5 @@
-"""What the results of a stage depend on beside other stages: its options, and the local files that they name."""
+"""What the results of a stage depend on beside other stages: its options, and the local files and
+plug-ins that they name."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_immunize.errors import ConfigError
+from hf_immunize.plugins import has_plugins, load_plugins
 from hf_immunize.records import sha256_file
 from hf_immunize.stages.workflow.stages import Stage
 
@@ -58,7 +60,25 @@ def sources_of(stage: Stage, held: Mapping[str, Any]) -> dict[str, Any]:
             content = digest([(os.path.relpath(file, path), sha256_file(file)) for file in files])
         # the looks of equal content are those of the record: what was only touched is not another source
         digests[name] = before if before.get("content") == content else {"looks": looks, "content": content}
-    return digests
+    return digests | {name: {"content": content} for name, content in _plugins_of(stage).items()}
+
+
+def _plugins_of(stage: Stage) -> dict[str, str]:
+    """Digest of the code of each objective or attack that the stage names and a plug-in brings."""
+    named = stage.options.get({"immunize": "objective", "attack": "attacks"}.get(stage.verb, ""))
+    if not named or not has_plugins():
+        return {}
+    load_plugins()
+    if stage.verb == "immunize":
+        from hf_immunize.training.core.registry import plugin_sources
+
+        return {f"objective {name}": content for name, content in plugin_sources(str(named)).items()}
+    from hf_immunize.attacks import ATTACKS
+    from hf_immunize.attacks.diffusion import DIFFUSION_ATTACKS
+
+    names = named.split(",") if isinstance(named, str) else named
+    found = {name: {**ATTACKS, **DIFFUSION_ATTACKS}.get(name) for name in names}
+    return {f"attack {name}": one.plugin.sha256 for name, one in found.items() if one is not None and one.plugin}
 
 
 def refuse_missing(stage: Stage, held: Mapping[str, Any]) -> None:

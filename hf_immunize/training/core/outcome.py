@@ -9,7 +9,9 @@ from hf_immunize.training.core.registry import AnyTerm
 from hf_immunize.training.core.terms import LOG_KAPPA_H
 from hf_immunize.training.core.weight_terms import WeightTerm
 
-_NOTICED = 0.05
+_NOTICED, _NOTICED_ATTACK = 0.05, 0.25
+"""Share of a term that has to be gone, and of one that a simulated attacker's loss makes: of six such objectives that
+took less in 40 steps none held up fine-tuning."""
 _OWN = "Whom a term of your own holds up is for the exam to say."
 REMEDY = "Train longer (max_steps), raise strength or max_primary_drop, or train more {parts}."
 
@@ -84,8 +86,10 @@ def _of_scale(term: AnyTerm) -> bool:
 def _gained(term: AnyTerm, before: float, after: float) -> float:
     """How far a term has fallen beyond a twentieth of what it was, which is as much as a run that did nothing shows.
 
-    A twentieth of what a logarithm speaks of is 0.05 of the logarithm, however large that is.
+    A twentieth of what a logarithm speaks of is 0.05 of the logarithm, however large that is. A simulated attacker has
+    to be held up by a quarter.
     """
+    share = _NOTICED_ATTACK if isinstance(term, WeightTerm) else _NOTICED
     on_log_scale = not isinstance(term, WeightTerm) and (term.logarithmic or term.is_log)
-    least = _NOTICED if on_log_scale else _NOTICED * abs(before)
+    least = share if on_log_scale else share * abs(before)
     return term.progress(before) - term.progress(after) - least

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable, Mapping
 
 from hf_immunize.errors import ConfigError, DataError
-from hf_immunize.plugins import load_plugins
+from hf_immunize.plugins import load_plugins, origin
 from hf_immunize.training.core.attack_terms import SIMULATED_TERM
 from hf_immunize.training.core.erasure import ESD, META_UNLEARNING
 from hf_immunize.training.core.field_terms import REP_NOISE, TRAP
@@ -51,6 +52,10 @@ COPYING = frozenset(
 """Built-in objectives whose attackers train a copy of the model."""
 
 
+_SOURCES: dict[str, str] = {}
+"""SHA-256 of the code that registered an objective which is not one of this package."""
+
+
 def register_objective(name: str, *terms: AnyTerm) -> None:
     """Make a new objective available to ``ImmunizationConfig(objective=name)``, and to pipelines where it can be.
 
@@ -64,6 +69,22 @@ def register_objective(name: str, *terms: AnyTerm) -> None:
     if name in OBJECTIVES or name in OF_DENOISERS or not terms or "+" in name or not name.strip():
         raise ConfigError(f"expected a new objective name with one term or more, got {name!r} with {len(terms)} terms.")
     OBJECTIVES[name] = terms
+    try:
+        _SOURCES[name] = origin(sys._getframe(1)).sha256
+    except ConfigError:  # typed into an interpreter: it has no source, and no run file can name it
+        pass
+
+
+def plugin_sources(objective: str) -> dict[str, str]:
+    """SHA-256 of the source of each of the objectives joined with '+' that is a user's own: a run is another with it.
+
+    Raises:
+        ConfigError: a plug-in that cannot be imported.
+    """
+    names = [name.strip() for name in objective.split("+")]
+    if any(name not in OBJECTIVES and name not in OF_DENOISERS for name in names):
+        load_plugins()
+    return {name: _SOURCES[name] for name in names if name in _SOURCES}
 
 
 def terms_of(objective: str, known: Mapping[str, tuple[AnyTerm, ...]] = OBJECTIVES) -> tuple[AnyTerm, ...]:

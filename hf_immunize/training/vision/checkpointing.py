@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import EarlyStoppingCallback, PreTrainedModel
 
 from hf_immunize.errors import RecordError, TrainingDivergedError
 from hf_immunize.models import DIVERGED, refuse_non_finite
@@ -69,6 +69,16 @@ class StrictTrainer(ShardedTrainer):
         """The model as it was passed in, without what devices wrap it in."""
         return self.accelerator.unwrap_model(self.model)
 
+    def evaluate_aside(self, metric_key_prefix: str) -> dict[str, float]:
+        """An evaluation beside those that were asked for: early stopping does not hear of it, and counts the others."""
+        handler = self.callback_handler
+        kept = handler.callbacks
+        handler.callbacks = [one for one in kept if not isinstance(one, EarlyStoppingCallback)]
+        try:
+            return self.evaluate(metric_key_prefix=metric_key_prefix)
+        finally:
+            handler.callbacks = kept
+
     def _refuse_ruined(self) -> None:
         """Raise TrainingDivergedError before weights that are no numbers reach the disk."""
         self.watch.settle()
@@ -80,7 +90,13 @@ class StrictTrainer(ShardedTrainer):
         if self._in_checkpoint and self._part_is_enough():
             self._save_changed(folder)
         else:
-            super()._save(output_dir, state_dict)
+            try:
+                super()._save(output_dir, state_dict)
+            except SafetensorError as error:  # no room, a file size limit, a folder that may not be written
+                raise RecordError(
+                    f"expected to write the weights to {folder}, got {error}: free room there, or choose another "
+                    "output_dir. Checkpoints that are whole are kept, and training goes on from the last one."
+                ) from error
         # A pickle has no place in a folder that is meant to be published; immunization.json holds the options.
         (folder / "training_args.bin").unlink(missing_ok=True)
 

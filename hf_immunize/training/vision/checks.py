@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_immunize.data import (
     PixelDataset,
@@ -31,6 +32,8 @@ from hf_immunize.training.vision.harmful_task import HarmfulTask
 from hf_immunize.training.vision.primary import SINGLE, UNLABELLED, check_known_labels, kind_of, refuse_other_problem
 
 _PACKAGE = Path(__file__).parents[2]
+
+logger = logging.get_logger(__name__)
 
 
 def head_of(model: nn.Module, args: Any) -> str:
@@ -73,6 +76,8 @@ def check_data(
     if primary is None or harmful is None:
         missing = "train_dataset" if primary is None else "harmful_dataset"
         raise DataError(f"expected a train_dataset and a harmful_dataset, got no {missing}.")
+    if primary is harmful:
+        logger.warning("train_dataset and harmful_dataset are one dataset: the model is to keep and not to learn it.")
     for name, rows in (("train_dataset", primary), ("harmful_dataset", harmful), *_parts(evaluation)):
         check_source(rows, name)
     first = first_row(primary, "train_dataset")

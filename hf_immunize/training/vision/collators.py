@@ -59,6 +59,18 @@ def collators_of(
     return first, second
 
 
+def where_labelled(collate: Callable[..., Any]) -> Callable[..., Any]:
+    """``collate`` for images to predict, which may have no labels: their batches then have none either."""
+
+    def collated(rows: Sequence[Any]) -> Any:
+        if not isinstance(rows[0], Mapping) or label_key(rows[0]) is not None:
+            return collate(rows)
+        batch = collate([{**row, "labels": 0} for row in rows])
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    return collated
+
+
 class InPrecision:
     """A collator whose pixels have the precision of the model's weights: NumPy's own default, float64, is another.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers.utils import logging
 
+from hf_immunize.data import id2label_of, output_names
 from hf_immunize.errors import ConfigError
 from hf_immunize.training.core.guard import UtilityGuard
 from hf_immunize.training.vision.metrics import BaseLabels
@@ -56,19 +58,19 @@ def base_points(metrics: Mapping[str, float], metric: str, *, guards: bool, pref
 
 
 def measured_base(
-    evaluate: Callable[..., dict[str, float]], labels: BaseLabels | None, names: Sequence[str], guard: UtilityGuard,
+    evaluate: Callable[..., dict[str, float]], labels: BaseLabels | None, config: Any, guard: UtilityGuard,
 ) -> float | None:
     """The guarded metric of the model before immunization, in points, by an evaluation of it; see ``base_points``.
 
     Args:
         labels: sees its answers; raises DataError where the model calls the classes otherwise than the rows do.
-        names: what the model calls its outputs.
+        config: of the model, which names its outputs.
     """
     if labels is not None:
         labels.open = True
-    points = base_points(evaluate(metric_key_prefix="base"), guard.metric, guards=guard.allowed is not None)
+    points = base_points(evaluate("base"), guard.metric, guards=guard.allowed is not None)
     if labels is not None:
-        labels.refuse_other_order(names, "eval_dataset")
+        labels.refuse_other_order(output_names(id2label_of(config)), "eval_dataset")
     return points
 
 

@@ -80,7 +80,7 @@ def is_label(value: Any, classes: int) -> TypeGuard[Any]:
 
 
 def with_held(
-    args: ImmunizationConfig, model: nn.Module, kind: str, seen: Sequence[Mapping[str, Any]], primary: Any
+    args: ImmunizationConfig, model: nn.Module, kind: str, rows: Sequence[Mapping[str, Any]]
 ) -> ImmunizationConfig:
     """The options, with a number for ``strength`` and what holds the model, and a part to train, where these are open.
 
@@ -92,13 +92,12 @@ def with_held(
 
     Args:
         kind: of the primary task.
-        seen: rows of it that were read, its first one before others.
-        primary: its rows, of which a few are looked at where the first alone was read; not of a stream.
+        rows: a few of it, as ``some_rows`` finds them.
     """
     args = copy.copy(args)
     probed = PROBED in args.objectives
     held = ON_FEATURES.issuperset(args.objectives) and kind == SINGLE and (probed or is_large(model))
-    held = held and knows_its_task(model, seen[1:] or [*seen, *_others(primary)])  # row 0 may be in both
+    held = held and knows_its_task(model, rows)
     large = held and is_large(model)
     args.trainable_modules = part_of(args, model) if large else args.trainable_modules
     for name, value in (("distillation", HELD if held else 0.0), ("feature_distillation", HELD_FEATURES * large)):
@@ -108,17 +107,22 @@ def with_held(
         tenfold = held and args.distillation >= HELD and args.weight == "auto"
         args.strength = _STRENGTH_HELD if tenfold else _STRENGTH
     if held:
-        logger.info(
+        logger.warning(
             f"A classifier that knows its task: strength={args.strength:g}, distillation={args.distillation:g}, "
             f"feature_distillation={args.feature_distillation:g}, trainable_modules={args.trainable_modules}."
         )
     return args
 
 
-def _others(primary: Any) -> list[Mapping[str, Any]]:
-    """A few rows beside the first, spread over the dataset, since classes may lie one after the other."""
+def some_rows(seen: Sequence[Mapping[str, Any]], primary: Any) -> list[Mapping[str, Any]]:
+    """The few rows that were read, the first one before others; where it is alone, eight spread over the dataset.
+
+    Classes may lie one after the other. Of a stream no others are there.
+    """
+    if len(seen) > 1:
+        return list(seen[1:])  # row 0 may be in both
     if is_stream(primary) or len(primary) < 2:
-        return []
+        return list(seen)
     rows = NamedRows(primary, "train_dataset")
     places = torch.linspace(0, len(rows) - 1, min(_LOOKS, len(rows))).round().long().tolist()
-    return [rows[place] for place in dict.fromkeys(places[1:])]
+    return [seen[0], *(rows[place] for place in dict.fromkeys(places[1:]))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hf_immunize.records import UtilityGuardRecord
 from hf_immunize.training.core.outcome import Kept, achieved, lowered, shown, verdict
-from hf_immunize.training.core.registry import AnyTerm
+from hf_immunize.training.core.registry import AnyTerm, on_features
 from hf_immunize.training.core.weight_terms import WeightTerm
 
 HORIZONS = tuple(10.0**power for power in range(9))
@@ -49,7 +49,7 @@ def steps_to(threshold: float, by_steps: Sequence[float]) -> float:
 def kept_of(guard: UtilityGuardRecord | None) -> Kept:
     """What the primary metric was and is."""
     if guard is None:
-        return Kept()
+        return Kept("the primary metric was not measured, which eval_dataset does")
     told = f"{guard.metric} {guard.base:.2f} -> {guard.final:.2f} points"
     return Kept(told, guard.allowed is None and not guard.drop <= _DROP)
 
@@ -64,21 +64,23 @@ def gradient_steps(before: Measured, after: Measured, chance: float | None) -> t
 
 def judge(
     before: Measured, after: Measured, chance: float | None, terms: Sequence[AnyTerm], rows: str,
-    kept: Kept | None = None, *, held_out: bool = True,
+    kept: Kept | None = None, *, held_out: bool = True, count: int | None = None,
 ) -> tuple[bool, str]:
     """Whether the objective reached what it is for, and that in one line.
 
-    An objective against probes in closed form is to take the probe at least half of its gain over chance. On rows that
-    it was trained on its own term has to be halved as well, of which a part speaks of rows that the probe knows by
-    heart: a network can learn to scatter a few hundred images, so that a probe learns nothing of some from the others,
-    and tell new ones apart as before. One that conditions features is to make an attacker who descends the raw gradient
-    need at least a quarter more steps for half of that gain. Others are to lower their terms; the line says whom that
-    does not stop.
+    An objective against probes in closed form is to take the probe at least half of its gain over chance, and more than
+    so many rows tell by chance (twice the standard error). On rows that it was trained on its own term has to be halved
+    as well, of which a part speaks of rows that the probe knows by heart: a network can learn to scatter a few hundred
+    images, so that a probe learns nothing of some from the others, and tell new ones apart as before. One that
+    conditions features is to make an attacker who descends the raw gradient need at least a quarter more steps for half
+    of that gain, or, where rows have no labels that a probe could learn, κ a quarter larger. Others are to lower their
+    terms; the line says whom that does not stop.
 
     Args:
         rows: what was measured on, in words.
         kept: the primary metric.
         held_out: whether training has not seen the rows.
+        count: how many rows they are; None where that is not to be asked.
     """
     works = lowered(terms, before.terms, after.terms)
     found = [shown(terms, before.terms, after.terms), _told(before.probe, after.probe, chance, rows)]
@@ -87,17 +89,38 @@ def judge(
         if not held_out and not _halved(*(sum(one.terms[name] for name in closed) for one in (before, after))):
             works = False
             found.append("of rows that were trained on the probe alone says little, the term has to be halved as well")
+        if works and count is not None and not _certain(before.probe, after.probe, chance, count):
+            works = False
+            found.append(f"{count} rows are too few to tell this from chance, hold out more")
+    logs = [term for term in on_features(terms) if term.conditions and not term.of_scale]
+    if before.probe is None and logs:
+        works = works and any(term.progress(before.terms[term.name]) - term.progress(after.terms[term.name])
+                              >= math.log(_SLOWED) for term in logs)
     steps = gradient_steps(before, after, chance)
     if steps[0] is not None and steps[1] is not None and any(_conditions(term) for term in terms):
         works = works and steps[1] >= _SLOWED * steps[0]
-        later = f"{steps[1]:.3g}" if math.isfinite(steps[1]) else f"more than {HORIZONS[-1]:.0e}"
-        found.append(f"gradient descent needs {steps[0]:.3g} -> {later} steps for half of the first probe's gain")
+        told = " -> ".join(map(_shown_steps, steps))
+        found.append(f"gradient descent needs {told} steps for half of the first probe's gain")
     return verdict(works, kept or Kept(), found, achieved(terms), "layers")
+
+
+def _shown_steps(steps: float | None) -> str:
+    """In words; what the first horizon reaches may need fewer."""
+    if steps is None or not math.isfinite(steps):
+        return f"more than {HORIZONS[-1]:.0e}"
+    return f"{steps:.3g}" if steps > HORIZONS[0] else f"{HORIZONS[0]:g} or fewer"
 
 
 def _halved(before: float, after: float) -> bool:
     """Whether half of the term is gone; one that was at or below 0, as R² may be, cannot say."""
     return before <= 0 or after <= _LOST * before
+
+
+def _certain(before: float | None, after: float | None, chance: float | None, count: int) -> bool:
+    """Whether an accuracy fell by more than twice the standard error of the difference; R² is not asked."""
+    if before is None or after is None or not chance:
+        return True
+    return before - after > 2 * math.sqrt((before * (1 - before) + after * (1 - after)) / count)
 
 
 def _conditions(term: AnyTerm) -> bool:

@@ -169,6 +169,7 @@ class OutcomeMeter:
         rows = f"{len(self._targets)} {'held-out harmful rows' if self.held_out else 'harmful rows it was trained on'}"
         immunized, told = judge(
             self.before, after, chance, self._judged, rows, kept_of(guard), held_out=self.held_out,
+            count=len(self._targets),
         )
         if immunized and not self.held_out:
             told += " Pass harmful_eval_dataset (in a run file: a split 'probe') to hear of rows it was not trained on."

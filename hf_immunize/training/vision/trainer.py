@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging
 
-from hf_immunize.data import has_transform, id2label_of, is_stream, named_workers, output_names
+from hf_immunize.data import has_transform, is_stream, named_workers
 from hf_immunize.errors import ConfigError
 from hf_immunize.models import refuse_below_float32, refuse_non_finite
 from hf_immunize.records import OutcomeRecord, UtilityGuardRecord
@@ -45,7 +45,7 @@ from hf_immunize.training.vision.checks import (
     refuse_no_model,
     refuse_streams,
 )
-from hf_immunize.training.vision.collators import collators_of
+from hf_immunize.training.vision.collators import collators_of, where_labelled
 from hf_immunize.training.vision.config import ImmunizationConfig
 from hf_immunize.training.vision.distillation import ROWS, Temperature, evenly
 from hf_immunize.training.vision.dropout import dropout_before
@@ -54,7 +54,7 @@ from hf_immunize.training.vision.frozen import FeatureCache, FrozenPart, freeze_
 from hf_immunize.training.vision.guard_metric import measured_base, points_of, refuse_lower_is_better
 from hf_immunize.training.vision.harmful_stream import HarmfulStream
 from hf_immunize.training.vision.harmful_task import HarmfulTask
-from hf_immunize.training.vision.held import with_held
+from hf_immunize.training.vision.held import some_rows, with_held
 from hf_immunize.training.vision.identity import compared_options, identity_of
 from hf_immunize.training.vision.keeping import Keeping
 from hf_immunize.training.vision.metrics import BaseLabels, metrics_of
@@ -160,14 +160,14 @@ class ImmunizationTrainer(StrictTrainer):
         refuse_streams(args, {"train_dataset": primary, "harmful_dataset": harmful})
         self.kind, seen, self.harmful_task = check_data(model, primary, harmful, evaluation, self.terms)
         with forward_of_first(first := seen[0]):
-            args = with_held(args, model, self.kind, seen, primary)
+            args = with_held(args, model, self.kind, rows := some_rows(seen, primary))
             if args.trainable_modules is not None:
                 freeze_all_but(model, args.trainable_modules)
             refuse_below_float32(model, "the model")
             if self.kind == UNLABELLED:
                 check_unlabelled(model, args, first, self.site)
             self._look_at(model, args, first)
-            return with_rate(args, model, first)
+            return with_rate(args, model, rows)
 
     def _build(self, model: nn.Module, collator: Any, held: HarmfulTask | None) -> None:
         """What Trainer's own constructor has to have run for: devices, precision, callbacks."""
@@ -305,8 +305,8 @@ class ImmunizationTrainer(StrictTrainer):
         training = description == "Training"
         dataset, name = self._readable(dataset, description), "train_dataset" if training else "eval_dataset"
         rows = named(dataset, name, RowCheck(self.model, self.kind), repeat=training)
-        kept = self.data_collator
-        self.data_collator = kept if training else self._plain_collator  # a mixed image has no right answer
+        kept, plain = self.data_collator, self._plain_collator  # a mixed image has no right answer
+        self.data_collator = kept if training else where_labelled(plain) if description == "test" else plain
         try:
             loader = super()._get_dataloader(rows, description, *args, **kwargs)
         finally:
@@ -428,7 +428,7 @@ class ImmunizationTrainer(StrictTrainer):
 
     def _measure_base(self) -> float | None:
         """The guarded metric of θ₀, in points. Raises DataError where θ₀ calls the classes by other labels."""
-        return measured_base(self.evaluate, self._base_labels, output_names(id2label_of(self.bare.config)), self.guard)
+        return measured_base(self.evaluate_aside, self._base_labels, self.bare.config, self.guard)
 
     def _measure_references(self) -> None:
         """G wherever a balance needs it and has none yet."""
@@ -489,7 +489,7 @@ class ImmunizationTrainer(StrictTrainer):
             if not self.guard.history or self.guard.history[-1]["step"] != self.state.global_step:
                 self.log(self._checked(self.evaluate()))
             self.guard_record = self.guarded.finish(
-                lambda what: points_of(self.evaluate(metric_key_prefix=what), self.guard.metric, what)
+                lambda what: points_of(self.evaluate_aside(what), self.guard.metric, what)
             )
             if self.guard_record is not None:
                 self.guard_record = self.guard_record.model_copy(update={"returned_step": self.saved_step})

@@ -12,18 +12,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy
 from hf_immunize.attacks.vision.canonical.cancelling import shrink_cancelling
 from hf_immunize.attacks.vision.canonical.centring import centre
 from hf_immunize.attacks.vision.canonical.loud import drop_quiet, quieten
-from hf_immunize.attacks.vision.canonical.on_data import listen, refit_statistics, silence_unheard
+from hf_immunize.attacks.vision.canonical.on_data import has_own_forwards, listen, refit_statistics, silence_unheard
 from hf_immunize.attacks.vision.canonical.operations import find_anatomy
 from hf_immunize.attacks.vision.canonical.products import Pair, balance_pair, find_pairs, orthogonalise
-from hf_immunize.attacks.vision.canonical.scales import rescale, settle
+from hf_immunize.attacks.vision.canonical.scales import rescale, settle, standardise
 from hf_immunize.attacks.vision.canonical.shifts import join_constants, unshift
 from hf_immunize.attacks.vision.canonical.streams import balance_streams
 from hf_immunize.attacks.vision.canonical.twins import merge_twins
@@ -31,9 +33,15 @@ from hf_immunize.attacks.vision.canonical.twins import merge_twins
 _ROUNDING = 1e-8
 """How far outputs in float64 may move, in units of the largest, before the normal form is thrown away."""
 _NEARLY = 0.1
-"""The same where inputs cancel, of which the rest is what a few steps of fine-tuning change anyway."""
+"""The same where inputs cancel, of which the rest is what a few steps of fine-tuning change anyway, and where kernels
+are standardised."""
 _WRITTEN = 0.01
 """The same in the precision that the model came with: a network in which more is lost is another one."""
+
+_MOMENTUM = 0.1
+"""How much of a batch goes into running statistics at least, torch's default: those of a defender's config may stay."""
+_TURNS = 12
+"""How often the three ways of sharing a scale between factors are settled in turn."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,13 @@ def canonicalise(model: nn.Module, head: str, pixels: Tensor, images: Tensor | N
     """
     double = copy.deepcopy(model).to("cpu", torch.float64).eval()
     batch = torch.cat([pixels, pixels])[: max(2, len(pixels))].to("cpu", torch.float64)
-    wanted = double(pixel_values=batch).logits
     try:
         seen = (pixels if images is None else images).to(batch)
+        wanted = double(pixel_values=batch).logits
+        if has_own_forwards(double):
+            standardise(double, find_anatomy(double, batch).kernels)
+            if not _apart(double, batch, wanted) <= _NEARLY:
+                return _unchanged(model, "kernels that are used in units of their spread have next to none")
         told, kept, moved_by = _rewrite(double, head, batch, seen)
 
         def nearly() -> bool:
@@ -148,6 +160,9 @@ def _written(model: nn.Module, double: nn.Module) -> nn.Module:
     for name, module in double.named_modules():
         if isinstance(getattr(module, "eps", None), float):
             made.get_submodule(name).eps = module.eps
+        if isinstance(module, _BatchNorm) and module.momentum is not None:  # a config may say one of 0
+            norm: Any = made.get_submodule(name)
+            norm.momentum = max(module.momentum, _MOMENTUM)
     return made
 
 
@@ -157,9 +172,13 @@ def _unchanged(model: nn.Module, why: str) -> Canonical:
 
 def _scale(model: nn.Module, anatomy: Anatomy, apart: Tensor) -> int:
     """Give every channel its scale but those that are set by other means; how many scales changed."""
-    roots = settle(anatomy, dict(model.named_parameters()) | dict(model.named_buffers()), apart)
-    rescale(anatomy, model, roots)
-    return int((roots.log != 0).sum())
+    changed = torch.zeros(len(anatomy.links), dtype=torch.bool)
+    for _ in range(_TURNS if anatomy.others else 1):
+        for one in (*anatomy.others, anatomy):
+            roots = settle(one, dict(model.named_parameters()) | dict(model.named_buffers()), apart)
+            rescale(one, model, roots)
+            changed |= roots.log != 0
+    return int(changed.sum())
 
 
 def _change(model: nn.Module, anatomy: Anatomy, head: str, scales: int) -> str:

@@ -48,6 +48,12 @@ class Anatomy:
     """Queries and keys that meet in a product: variables of heads × width each."""
     values: list[Tensor] = field(default_factory=list)
     """What attention averages over tokens: variables of heads × width."""
+    kernels: list[str] = field(default_factory=list)
+    """Parameters that are used in units of the mean and the standard deviation of their rows."""
+    products: int = 0
+    """Products of two activations whose scales are both free."""
+    others: list[Anatomy] = field(default_factory=list)
+    """The same variables, tied otherwise where two activations are multiplied (``following.SHARES``)."""
 
     @property
     def mixed_or_stored(self) -> set[int]:

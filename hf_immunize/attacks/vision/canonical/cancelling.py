@@ -26,6 +26,10 @@ from hf_immunize.attacks.vision.canonical.on_data import ENOUGH, Moments, rows_o
 
 _LOUD = 1.5
 """What one input adds, in units of what comes out of the layer, from which on inputs cancel."""
+_OF_ROWS = 0.1
+"""Share of a linear layer's outputs in which an input has to add that much, where they are asked one by one."""
+_ALIVE = 1e-12
+"""Variance of an output, in units of the median one, below which it is nobody's."""
 _MOVED = 0.03
 """How far a layer's outputs may move, in units of their root mean square."""
 _PENALTIES = tuple(10.0**-power for power in range(1, 15))
@@ -40,7 +44,7 @@ class _Loud:
     Args:
         name: of the layer.
         channels: those that add many times what comes out.
-        square: mean over rows of the squared length of what comes out.
+        square: mean over rows of the squared length of what comes out, or its variance.
     """
 
     name: str
@@ -81,23 +85,42 @@ def shrink_cancelling(
 
 
 def _find(model: nn.Module, heard: Mapping[Any, Moments], images: Tensor) -> dict[nn.Module, _Loud]:
-    """Layers some of whose channels add many times what comes out of them."""
+    """Layers some of whose channels add many times what comes out: of it all, or of a tenth where they are linear.
+
+    One output that is large and does nothing (a unit that never fires) hides no others.
+    """
     names = {layer: name for name, layer in model.named_modules()
              if layer in heard and getattr(layer, "groups", 1) == 1 and heard[layer].count >= ENOUGH}
-    squares: dict[nn.Module, list[Tensor]] = {}
+    seen: dict[nn.Module, Moments] = {}
 
     def hear(module: nn.Module, _: Any, outputs: Tensor) -> None:
-        squares.setdefault(module, []).append(rows_of(module, outputs).square().sum(dim=1))
+        seen.setdefault(module, Moments()).add(rows_of(module, outputs))
 
     _listen(model, images, names, hear)
     found = {}
-    for layer, parts in squares.items():
-        square = float(torch.cat(parts).mean())
-        added = _columns(layer).square().sum(dim=(0, 2)) * heard[layer].square
-        channels = (added > _LOUD**2 * square).nonzero()[:, 0]
-        if len(channels):
-            found[layer] = _Loud(names[layer], channels, square)
+    for layer, moments in seen.items():
+        square, added = float(moments.square.sum()), _columns(layer).square().sum(dim=2)
+        loud = (added * heard[layer].square).sum(dim=0) > _LOUD**2 * square
+        if _is_flat(layer):
+            varies = _variance(moments)
+            alive = varies > _ALIVE * varies.median()
+            each = (added * _variance(heard[layer]))[alive] > _LOUD**2 * varies[alive, None]
+            cancels = each.double().mean(dim=0) > _OF_ROWS
+            loud, square = loud | cancels, float(varies[alive].sum())
+        if bool(loud.any()):
+            found[layer] = _Loud(names[layer], loud.nonzero()[:, 0], square)
     return found
+
+
+def _variance(moments: Moments) -> Tensor:
+    return (moments.square - moments.mean.square()).clamp(min=0)
+
+
+def _is_flat(layer: nn.Module) -> bool:
+    """Whether it is linear at every place by itself: the numbers that a kernel covers are alike, and cancel."""
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    return layer.weight[0, 0].numel() == 1 and layer.padding in ((0, 0), "valid")
 
 
 def _listen(model: nn.Module, images: Tensor, layers: Mapping[nn.Module, Any], hear: Callable[..., None]) -> None:
@@ -114,8 +137,7 @@ def _shrinking(layer: nn.Module, loud: _Loud) -> Move | None:
     """The ridge solution of one layer; None where no smaller columns add the same."""
     if loud.rows < _ROWS_EACH * len(loud.moments):
         return None
-    flat = not isinstance(layer, nn.Conv2d) or (layer.weight[0, 0].numel() == 1 and layer.padding in ((0, 0), "valid"))
-    with_bias = layer.bias is not None and flat
+    with_bias = layer.bias is not None and _is_flat(layer)
     whole = loud.moments / loud.rows
     second, mean = whole[:-1, :-1], whole[:-1, -1]
     lengths = second.diagonal().sqrt()

@@ -58,11 +58,26 @@ def map_nested(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-class Follower:
-    """Runs the graph on variables in the place of numbers."""
+SHARES = ("first", "second", "between")
+"""What may happen to the scales of two activations that are multiplied: one of them passes on to the product, or one is
+the inverse of the other. A union of variables holds two at a time; settled in turn the three find the scales of all."""
 
-    def __init__(self, program: Any, tensors: Mapping[str, Tensor], rules: Mapping[str, Rule]):
+
+class Follower:
+    """Runs the graph on variables in the place of numbers.
+
+    Args:
+        program: of ``torch.export``.
+        tensors: parameters and buffers by name.
+        rules: what operations do, by their names.
+        share: one of ``SHARES``.
+    """
+
+    def __init__(
+        self, program: Any, tensors: Mapping[str, Tensor], rules: Mapping[str, Rule], share: str = "between"
+    ):
         self.found, self.program, self.tensors, self.rules = Anatomy(), program, tensors, rules
+        self.share = share
         self.used: set[str] = set()
 
     def follow(self) -> Anatomy:

@@ -71,15 +71,25 @@ def rows_of(module: nn.Module, values: Tensor) -> Tensor:
 def listen(
     model: nn.Module, images: Tensor, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 ) -> dict[Any, Moments]:
-    """Every module of these kinds that runs, with the moments of its inputs."""
+    """Every module of these kinds that runs, with the moments of its inputs.
+
+    One with a forward of its own, as a convolution that standardises its kernels, may not be linear in its weights.
+    """
     found: dict[Any, Moments] = {}
 
     def hear(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found.setdefault(module, Moments()).add(rows_of(module, inputs[0]))
 
-    hooks = [module.register_forward_pre_hook(hear) for module in model.modules() if isinstance(module, kinds)]
+    plain = [module for module in model.modules() if any(type(module).forward is kind.forward for kind in kinds)]
+    hooks = [module.register_forward_pre_hook(hear) for module in plain]
     run_with(hooks, model, images)
     return found
+
+
+def has_own_forwards(model: nn.Module) -> bool:
+    """Whether a kind of linear layer or convolution does something else than its class in torch."""
+    return any(isinstance(part, kind) and type(part).forward is not kind.forward
+               for part in model.modules() for kind in (nn.Linear, nn.Conv2d))
 
 
 def run_with(hooks: Sequence[RemovableHandle], model: nn.Module, images: Tensor) -> None:

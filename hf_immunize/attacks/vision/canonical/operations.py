@@ -9,8 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from hf_immunize.attacks.vision.canonical.anatomy import Anatomy, Layer, Norm
-from hf_immunize.attacks.vision.canonical.following import Buffer, Follower, Rule, Scales, Weight, map_nested
-from hf_immunize.attacks.vision.canonical.links import ANY, FIXED
+from hf_immunize.attacks.vision.canonical.following import (
+    SHARES,
+    Buffer,
+    Follower,
+    Rule,
+    Scales,
+    Weight,
+    map_nested,
+)
+from hf_immunize.attacks.vision.canonical.links import ANY, FIXED, Links
+
+_NO_LENGTH = 1e-6
+"""Below which a length is replaced where vectors are divided by theirs: none has as little that a network uses."""
 
 
 def _shape(node: Any) -> torch.Size:
@@ -42,6 +53,9 @@ def _homogeneous(at: Follower, node: Any, args: Any, options: dict[str, Any]) ->
 def _clipped(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
     """ReLU by another name; everything else is opaque."""
     bounds = [bound for bound in (*args[1:], *options.values()) if bound is not None]
+    source = getattr(getattr(node.args[0], "target", None), "__name__", "")
+    if source.startswith("linalg_vector_norm") and args[1:2] and args[1] == bounds[0] <= _NO_LENGTH:
+        return args[0]
     return _homogeneous(at, node, args, options) if bounds == [0] and args[1:2] == (0,) else None
 
 
@@ -137,10 +151,47 @@ def _multiply(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> An
         if bool((first.of == FIXED).all()) and not divides:
             first, second = second, first
         if not bool((second.of == FIXED).all()):
-            return None
+            return _quotient(at, node, first, second) if divides else _product(at, node, first, second)
     if isinstance(second, Scales | Tensor) and torch.as_tensor(getattr(second, "of", second)).numel() > 1:
         at.found.links.mix(first.of)
     return Scales(first.of.expand(_shape(node)))
+
+
+def _product(at: Follower, node: Any, first: Scales, second: Scales) -> Scales:
+    """Two activations, number by number, as the follower is told to take them."""
+    at.found.products += 1
+    links, fixed = at.found.links, Scales(torch.full((), FIXED).expand(_shape(node)))
+    for factor in (first, second):
+        links.mix(factor.of)
+    if at.share == "between":
+        links.tie(first.of, second.of, -1)
+        return fixed
+    kept, held = (first, second) if at.share == "first" else (second, first)
+    links.fix(held.of)
+    # where the held one is the larger, the kept one is repeated over the rest
+    links.tie(kept.of, kept.of.expand(_shape(node)))
+    return Scales(kept.of.expand(_shape(node)))
+
+
+def _quotient(at: Follower, node: Any, first: Scales, second: Scales) -> Scales | None:
+    """A vector over its own length: of scale 1, whatever its own."""
+    if not _agree(at.found.links, first.of, second.of):
+        return None
+    at.found.links.mix(first.of)
+    return Scales(torch.full((), FIXED).expand(_shape(node)))
+
+
+def _agree(links: Links, one: Tensor, other: Tensor) -> bool:
+    pairs = torch.stack([part.flatten() for part in torch.broadcast_tensors(one, other)], dim=1).unique(dim=0)
+    return all(links.root(left) == links.root(right) for left, right in pairs.tolist())
+
+
+def _length(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
+    """Euclidean lengths along given axes, as ``normalize`` takes them."""
+    order = args[1] if len(args) > 1 else options.get("ord", 2)
+    dims = args[2] if len(args) > 2 else options.get("dim")
+    keep = args[3] if len(args) > 3 else options.get("keepdim", False)
+    return _reduce(at, node, (args[0], dims, keep), {}) if order == 2 else None
 
 
 def _factor(at: Follower, node: Any, scales: Scales, weight: Weight) -> Any:
@@ -181,6 +232,8 @@ def _linear(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
 
 def _convolve(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
     weight, bias = args[1], args[2] if len(args) > 2 else options.get("bias")
+    if isinstance(weight, Scales) and bias is None and bool((weight.of == FIXED).all()):
+        return _merged(at, args[0], list(range(1, len(_shape(node))))).expand_to(_shape(node))
     padding = args[4] if len(args) > 4 else options.get("padding", 0)
     groups = args[6] if len(args) > 6 else options.get("groups", 1)
     if not isinstance(weight, Weight) or not at.own(weight, bias):
@@ -198,6 +251,8 @@ def _convolve(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> An
 
 def _batch_norm(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
     value, weight, bias, mean, variance, training, _, epsilon = args[:8]
+    if training and weight is None and mean is None and isinstance(value, Scales):
+        return _kernels(at, node, value)
     if training or not isinstance(mean, Buffer) or not isinstance(variance, Buffer):
         return None
     if not isinstance(weight, Weight) or not at.own(weight, bias):
@@ -209,6 +264,16 @@ def _batch_norm(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> 
     statistics = (mean.name, variance.name)
     at.found.norms.append(Norm(weight.name, bias.name if bias else None, inputs, outputs, statistics, epsilon))
     return Scales(outputs.view(-1, *ones).expand(_shape(node)))
+
+
+def _kernels(at: Follower, node: Any, value: Scales) -> Any:
+    """Rows of a parameter in units of their own spread; ``standardise`` sets these, and nothing else their scale."""
+    for name, table in at.found.tables.items():
+        if torch.equal(table.flatten(1), value.of[0]):
+            at.found.kernels.append(name)
+            at.found.links.fix(table)
+            return Scales(torch.full((), FIXED).expand(_shape(node)))
+    return None
 
 
 def _other_norm(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
@@ -244,13 +309,45 @@ def _matmul(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
     """Products of activations: attention written out."""
     if not all(isinstance(part, Scales) for part in args[:2]):
         return None
-    one, other = (part.of for part in args[:2])
+    return _meet(at, args[0].of, args[1].of, _shape(node))
+
+
+def _meet(at: Follower, one: Tensor, other: Tensor, shape: torch.Size) -> Scales | None:
     if bool((one == FIXED).all()):
-        return Scales(_averaged(at, other).expand(_shape(node)))
+        return Scales(_averaged(at, other).expand(shape))
     if bool((other == FIXED).all()) or one.dim() != other.dim() or one.dim() < 3:
         return None
     _scores(at, one, other)
-    return Scales(torch.full((), FIXED).expand(_shape(node)))
+    return Scales(torch.full((), FIXED).expand(shape))
+
+
+def _einsum(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
+    """A matrix product by another name: what both and the result have, rows, columns, and what is summed."""
+    equation, parts = args[0].replace(" ", ""), args[1]
+    left, _, rest = equation.partition(",")
+    right, _, out = rest.partition("->")
+    batch = "".join(axis for axis in left if axis in right and axis in out)
+    rows = "".join(axis for axis in left if axis not in right)
+    columns = "".join(axis for axis in right if axis not in left)
+    summed = "".join(axis for axis in left if axis in right and axis not in out)
+    plain = equation.replace(",", "").replace("->", "").isalpha() and len(parts) == 2 and "," not in rest
+    if not plain or sorted(batch + rows + columns) != sorted(out) or {len(rows), len(columns), len(summed)} != {1}:
+        return None
+    if not all(isinstance(part, Scales) for part in parts):
+        return None
+    one = parts[0].of.permute([left.index(axis) for axis in batch + rows + summed])
+    other = parts[1].of.permute([right.index(axis) for axis in batch + summed + columns])
+    made = batch + rows + columns
+    met = _meet(at, one, other, torch.Size(_shape(node)[out.index(axis)] for axis in made))
+    return None if met is None else Scales(met.of.permute([made.index(axis) for axis in out]))
+
+
+def _largest(at: Follower, node: Any, args: Any, options: dict[str, Any]) -> Any:
+    """Maxima along one axis, and where they are."""
+    if len(args) < 2 or not isinstance(args[1], int):
+        return None
+    found = _reduce(at, node, (args[0], [args[1]], *args[2:]), {})
+    return [found, Scales(torch.full((), FIXED).expand(found.of.shape))]
 
 
 def _scores(at: Follower, query: Tensor, key: Tensor) -> None:
@@ -291,7 +388,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolve),
     **dict.fromkeys(("layer_norm", "group_norm"), _other_norm),
     **dict.fromkeys(("matmul", "bmm"), _matmul),
+    "einsum": _einsum,
+    "max": _largest,
     "linear": _linear,
+    "linalg_vector_norm": _length,
     "batch_norm": _batch_norm,
     "scaled_dot_product_attention": _attend,
     "pad": _pad,
@@ -308,4 +408,8 @@ def find_anatomy(model: nn.Module, pixels: Tensor) -> Anatomy:
         Exception: whatever ``torch.export`` or an operation raises; the caller then leaves the model alone.
     """
     program = torch.export.export(model, (), {"pixel_values": pixels}, strict=False)
-    return Follower(program, dict(model.named_parameters()) | dict(model.named_buffers()), RULES).follow()
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    found = Follower(program, tensors, RULES).follow()
+    if found.products:
+        found.others = [Follower(program, tensors, RULES, share).follow() for share in SHARES[:2]]
+    return found

@@ -14,7 +14,7 @@ function is the same in evaluation mode; in training mode too but for batch norm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -152,6 +152,20 @@ def _changes(free: Tensor, large: Tensor, small: Tensor, rows: Tensor, columns: 
     change[written] = -0.5 * (large[written] / rows[written]).log()
     change[read] = 0.5 * (small[read] / columns[read]).log()
     return change
+
+
+@torch.no_grad()
+def standardise(model: nn.Module, kernels: Sequence[str]) -> None:
+    """Give rows that are used in units of their own mean and spread a mean of 0 and a length of 1, in place.
+
+    Their epsilon, beside which the variance of a row is to be large, makes this all but exact.
+    """
+    named = dict(model.named_parameters())
+    for name in kernels:
+        rows = named[name].flatten(1)
+        rows = rows - rows.mean(dim=1, keepdim=True)
+        lengths = rows.norm(dim=1, keepdim=True)
+        named[name].copy_((rows / torch.where(lengths > 0, lengths, 1.0)).view_as(named[name]))
 
 
 @torch.no_grad()
