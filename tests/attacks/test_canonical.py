@@ -23,7 +23,7 @@ from hf_immunize.features import find_classifier
 
 FOLLOWED = [
     "vit", "deit", "dinov2", "beit", "clip", "swin", "convnext", "resnet", "mobilenet_v2", "efficientnet", "levit",
-    "focalnet", "swinv2", "cvt", "hiera", "bit", "mobilevitv2", "poolformer",
+    "focalnet", "swinv2", "cvt", "hiera", "bit", "poolformer", pytest.param("mobilevitv2", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
