@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 import hf_immunize.features.headed  # noqa: F401  (makes the Auto classes know models made by add_head)
 from hf_immunize.errors import ModelError
+from hf_immunize.features import find_classifier
 from hf_immunize.models.folders import no_folder, refuse_folder, variant_of
 from hf_immunize.models.weights import refuse_non_finite
 
@@ -80,10 +81,14 @@ def _means_others(own: Any, known: Any) -> bool:
 def _draw_head(model: nn.Module) -> None:
     """Random weights, as the architecture draws them, for what has an output of each class: in place."""
     config: Any = copy.deepcopy(model.config)
-    fresh = type(model)(config)
-    config.num_labels = config.num_labels + 1
-    with torch.device("meta"):
-        other = dict(type(model)(config).named_parameters())
+    try:
+        fresh = type(model)(config)
+        config.num_labels = config.num_labels + 1
+        with torch.device("meta"):
+            other = dict(type(model)(config).named_parameters())
+    except Exception:  # a class that is not made of its config alone, or not without numbers
+        model.get_submodule(find_classifier(model)).reset_parameters()  # type: ignore[operator]
+        return
     for (name, value), drawn in zip(model.named_parameters(), fresh.parameters(), strict=True):
         if other[name].shape != value.shape:
             value.copy_(drawn)

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    ViTForImageClassification,
 )
 from vision_builders import build_classifier
 
@@ -50,6 +51,24 @@ def test_a_head_for_other_classes_is_drawn_anew_also_where_there_are_as_many(tmp
         found = changed(*names)
         assert set(heads) <= found and all(key.rpartition(".")[0] in {h.rpartition(".")[0] for h in heads}
                                            for key in found)
+
+
+def test_a_head_of_a_class_that_is_not_made_of_its_config_is_drawn_as_any_linear_layer(tmp_path, monkeypatch):
+    saved = build_classifier("vit")
+    saved.config.id2label = {0: "cat", 1: "dog", 2: "pig"}
+    saved.save_pretrained(tmp_path)
+    made, stock = [], ViTForImageClassification.__init__
+
+    def once(self, config, *args, **kwargs):
+        made.append(config)
+        if len(made) > 1:
+            raise ImportError("no such library")
+        stock(self, config, *args, **kwargs)
+
+    monkeypatch.setattr(ViTForImageClassification, "__init__", once)
+    held = load_classifier(tmp_path, labels=label_maps(["bus", "car", "van"])).state_dict()
+    changed = {key for key, value in saved.state_dict().items() if not torch.equal(value, held[key])}
+    assert len(made) == 2 and changed == {"classifier.weight", "classifier.bias"}
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float64])
